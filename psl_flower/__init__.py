@@ -1,0 +1,1 @@
+"""Parallel split learning for Flower."""

@@ -1,0 +1,51 @@
+"""The exceptions psl_flower raises.
+
+The tree::
+
+    PSLError
+    ├── ConfigError (ValueError)       an argument or a configuration value breaks a rule
+    │   └── CutError                   a model cannot be cut where it was asked to be
+    ├── ProtocolError (ValueError)     a record from the wire breaks the protocol
+    ├── MembershipError (RuntimeError) the clients at hand cannot form a population
+    └── StepError (RuntimeError)       a training or evaluation step could not be completed
+
+Every message names the rule, the value found and the remedy. Errors of other libraries are mapped
+onto this tree with ``raise ... from exc``.
+"""
+
+
+class PSLError(Exception):
+    """Base of all errors raised by psl_flower."""
+
+
+class ConfigError(PSLError, ValueError):
+    """An argument or a configuration value breaks a rule; nothing was sent."""
+
+
+class CutError(ConfigError):
+    """A model cannot be cut at the named place."""
+
+
+class ProtocolError(PSLError, ValueError):
+    """A record from the wire breaks the protocol (wrong count, shape, dtype, value or id)."""
+
+
+class MembershipError(PSLError, RuntimeError):
+    """The clients at hand cannot form a population (too few, duplicate or missing ids, no data)."""
+
+
+class StepError(PSLError, RuntimeError):
+    """A step could not be completed; nothing of it was applied to the model.
+
+    Parameters
+    ----------
+    message : str
+        What happened, naming the step.
+    failures : dict[int, str], optional
+        What each failed client did wrong, keyed by client id.
+    """
+
+    def __init__(self, message: str, failures: dict[int, str] | None = None) -> None:
+        self.failures = dict(failures or {})
+        details = "".join(f"\n  client {client}: {why}" for client, why in sorted(self.failures.items()))
+        super().__init__(message + details)
