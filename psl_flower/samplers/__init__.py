@@ -1,5 +1,18 @@
 """Batch quotas: who contributes how many examples to each step (pure numpy, no transport)."""
 
 from psl_flower.samplers.base import BatchPlan, Delays, PlanStep, Population, Sampler
+from psl_flower.samplers.fixed import FixedLocalSampler, FixedProportionalSampler
+from psl_flower.samplers.rounding import round_to_sum
+from psl_flower.samplers.uniform import UniformGlobalSampler
 
-__all__ = ["BatchPlan", "Delays", "PlanStep", "Population", "Sampler"]
+__all__ = [
+    "BatchPlan",
+    "Delays",
+    "FixedLocalSampler",
+    "FixedProportionalSampler",
+    "PlanStep",
+    "Population",
+    "Sampler",
+    "UniformGlobalSampler",
+    "round_to_sum",
+]

@@ -26,30 +26,47 @@ def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, epoch], spawn_key=(_SAMPLER_STREAM,)))
 
 
-def as_int64(values: ArrayLike, name: str) -> IntArray:
-    """Return `values` as a read-only int64 array (a copy), refusing anything that is not whole numbers.
+def as_int64(values: ArrayLike, name: str, *, copy: bool = True) -> IntArray:
+    """Return `values` as a read-only int64 array, refusing anything that is not whole numbers.
+
+    Parameters
+    ----------
+    values : array_like
+        Integers, or floats without a fraction.
+    name : str
+        What the error calls them.
+    copy : bool
+        Without it, an int64 array is viewed, not copied.
 
     Raises
     ------
     ConfigError
-        If a value is not an integer, or does not fit in 64 bits.
+        If a value is not a whole number, or does not fit in 64 bits.
     """
-    array = np.asarray(values)
-    if array.dtype == object or not (np.issubdtype(array.dtype, np.number) or array.size == 0):
+    try:
+        array = np.asarray(values)
+    except ValueError as exc:
+        raise ConfigError(f"{name} must be an array of whole numbers: {exc}") from exc
+    if array.size and array.dtype.kind not in "iuf":
         raise ConfigError(f"{name} must be whole numbers, got dtype {array.dtype}: pass an int64 array")
-    if array.size and not np.issubdtype(array.dtype, np.integer):
+    if array.size and array.dtype.kind == "f":
         broken = array[~(np.isfinite(array) & (array == np.floor(array)))]
         if broken.size:
             raise ConfigError(f"{name} must be whole numbers, got {broken.flat[0]}")
-    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise ConfigError(f"{name} must fit in 64 bits, got {array.max()}")
-    result = array.astype(np.int64)
+    if array.size and array.dtype.kind in "uf":
+        too_large = array[(array >= 2.0**63) | (array < -(2.0**63))]
+        if too_large.size:
+            raise ConfigError(f"{name} must fit in 64 bits, got {too_large.flat[0]}")
+    result = array.astype(np.int64, copy=copy).view()
     result.setflags(write=False)
     return result
 
 
 def _as_seconds(values: ArrayLike, name: str) -> FloatArray:
-    array = np.array(values, dtype=np.float64)
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"{name} must be one number a client (seconds): {exc}") from exc
     if array.ndim != 1:
         raise ConfigError(f"{name} must be one number a client, got shape {array.shape}")
     broken = array[~(np.isfinite(array) & (array >= 0))]
@@ -226,6 +243,11 @@ class BatchPlan(Sequence[PlanStep]):
         Examples, at least 1.
     class_quotas : (E, C) int64, optional
         Examples of each class.
+
+    Raises
+    ------
+    ConfigError
+        If the shapes do not fit each other. What the entries say is checked by `validate`.
     """
 
     population: Population
@@ -233,6 +255,22 @@ class BatchPlan(Sequence[PlanStep]):
     clients: IntArray
     quotas: IntArray
     class_quotas: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("offsets", "clients", "quotas", "class_quotas"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_int64(getattr(self, name), name, copy=False))
+        offsets, entries = self.offsets, self.clients.shape
+        if len(entries) != 1 or self.quotas.shape != entries:
+            raise ConfigError(
+                f"clients and quotas must be 1-D and of one length, got {entries} and {self.quotas.shape}"
+            )
+        if self.class_quotas is not None and (self.class_quotas.ndim != 2 or len(self.class_quotas) != entries[0]):
+            raise ConfigError(f"class_quotas must have shape ({entries[0]}, classes), got {self.class_quotas.shape}")
+        if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or offsets[-1] != entries[0]:
+            raise ConfigError(f"offsets must be 1-D and lead from 0 to {entries[0]} entries, got {offsets}")
+        if (np.diff(offsets) < 0).any():
+            raise ConfigError(f"offsets must not decrease, got {offsets}")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -276,7 +314,11 @@ class BatchPlan(Sequence[PlanStep]):
 
     def rows(self) -> NDArray[np.intp]:
         """Return the row in ``population`` of every entry's client, (E,)."""
-        return np.searchsorted(self.population.client_ids, self.clients)
+        ids = self.population.client_ids
+        if ids[-1] - ids[0] == len(ids) - 1:  # consecutive, the usual case: no search
+            rows: NDArray[np.intp] = np.subtract(self.clients, ids[0], dtype=np.intp)
+            return rows
+        return np.searchsorted(ids, self.clients)
 
     def dense(self) -> IntArray:
         """Return the whole schedule as a (T, K) int64 table; columns in ascending client id."""
@@ -311,13 +353,14 @@ class BatchPlan(Sequence[PlanStep]):
         population = self.population
         if self.quotas.size and self.quotas.min() < 1:
             raise ConfigError(f"quotas must be at least 1, got {self.quotas.min()}")
-        empty = np.flatnonzero(self.active_clients() < 1)
+        empty = np.flatnonzero(self.active_clients() == 0)
         if empty.size:
             raise ConfigError(f"step {empty[0]} has no client")
-        unknown = np.setdiff1d(self.clients, population.client_ids)
+        rows, steps = self.rows(), self.steps()
+        nearest = population.client_ids[rows.clip(0, len(population) - 1)]
+        unknown = self.clients[nearest != self.clients]
         if unknown.size:
             raise ConfigError(f"the plan names client {unknown[0]}, which is not in its population")
-        rows, steps = self.rows(), self.steps()
         unordered = np.flatnonzero((np.diff(self.clients) <= 0) & (np.diff(steps) == 0))
         if unordered.size:
             raise ConfigError(f"clients of step {steps[unordered[0]]} are not unique and ascending")
@@ -328,19 +371,27 @@ class BatchPlan(Sequence[PlanStep]):
             raise ConfigError(
                 f"client {population.client_ids[k]} holds {population.sizes[k]} examples, {used[k]} are used"
             )
-        if self.class_quotas is None:
-            return
-        if not np.array_equal(self.class_quotas.sum(axis=1), self.quotas):
+        if self.class_quotas is not None:
+            self._validate_classes(self.class_quotas, rows)
+
+    def _validate_classes(self, quotas: IntArray, rows: NDArray[np.intp]) -> None:
+        if quotas.size and quotas.min() < 0:
+            raise ConfigError(f"class quotas must not be negative, got {quotas.min()}")
+        if not np.array_equal(quotas.sum(axis=1), self.quotas):
             raise ConfigError("class quotas do not add up to their quotas")
-        if population.label_counts is not None:
-            used_by_class = np.zeros_like(population.label_counts)
-            np.add.at(used_by_class, rows, self.class_quotas)
-            if not np.array_equal(used_by_class, population.label_counts):
-                k, c = np.argwhere(used_by_class != population.label_counts)[0]
-                raise ConfigError(
-                    f"client {population.client_ids[k]} holds {population.label_counts[k, c]} examples of class {c}, "
-                    f"{used_by_class[k, c]} are used"
-                )
+        counts = self.population.label_counts
+        if counts is None:
+            return
+        if quotas.shape[1] != counts.shape[1]:
+            raise ConfigError(f"class quotas are of {quotas.shape[1]} classes, label_counts of {counts.shape[1]}")
+        used = np.zeros_like(counts)
+        np.add.at(used, rows, quotas)
+        if not np.array_equal(used, counts):
+            k, c = np.argwhere(used != counts)[0]
+            raise ConfigError(
+                f"client {self.population.client_ids[k]} holds {counts[k, c]} examples of class {c}, "
+                f"{used[k, c]} are used"
+            )
 
 
 class Sampler(ABC):

@@ -1,0 +1,52 @@
+"""Whole numbers out of real shares: the one place where quotas are rounded."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from psl_flower.checks import check_int
+from psl_flower.errors import ConfigError
+from psl_flower.samplers.base import IntArray
+
+_TIE_DECIMALS = 9  # fractions that differ by less are equal: 0.1 * 3 and 0.3 must have the same chance
+
+
+def round_to_sum(weights: ArrayLike, total: int, rng: np.random.Generator) -> IntArray:
+    """Share `total` out in proportion to `weights`, in whole numbers that add up exactly (largest remainder).
+
+    Every share is rounded down, and what is left goes, one each, to the largest fractions; ties are broken at random.
+
+    Parameters
+    ----------
+    weights : (n,) float
+        Not negative, not all zero; their scale does not matter.
+    total : int
+        What to share out, not negative.
+    rng : numpy.random.Generator
+        Breaks ties.
+
+    Returns
+    -------
+    (n,) int64
+        Each within 1 of ``total * weights / weights.sum()``; 0 where the weight is 0.
+
+    Raises
+    ------
+    ConfigError
+        If `weights` is empty, not 1-D, negative, infinite, NaN or all zero, or `total` is negative.
+    """
+    total = check_int(total, "total", least=0)
+    values = np.asarray(weights, dtype=np.float64)
+    if values.ndim != 1 or not values.size:
+        raise ConfigError(f"weights must be 1-D and not empty, got shape {values.shape}")
+    broken = values[~(np.isfinite(values) & (values >= 0))]
+    if broken.size:
+        raise ConfigError(f"weights must be finite and not negative, got {broken[0]}")
+    if not values.any():
+        raise ConfigError("weights must not all be 0: there is nothing to share in proportion to")
+    scaled = values / values.max()  # the largest is 1: neither the sum nor the product can overflow
+    shares = scaled / scaled.sum() * total
+    result: IntArray = np.floor(shares).astype(np.int64)
+    fractions = (shares - result).round(_TIE_DECIMALS)
+    order = np.lexsort((rng.random(len(values)), -fractions))
+    result[order[: total - int(result.sum())]] += 1
+    return result
