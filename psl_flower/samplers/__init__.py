@@ -1,7 +1,9 @@
 """Batch quotas: who contributes how many examples to each step (pure numpy, no transport)."""
 
 from psl_flower.samplers.base import BatchPlan, Delays, PlanStep, Population, Sampler
+from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.fixed import FixedLocalSampler, FixedProportionalSampler
+from psl_flower.samplers.registry import make_sampler
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.samplers.uniform import UniformGlobalSampler
 
@@ -10,9 +12,11 @@ __all__ = [
     "Delays",
     "FixedLocalSampler",
     "FixedProportionalSampler",
+    "LatentDirichletSampler",
     "PlanStep",
     "Population",
     "Sampler",
     "UniformGlobalSampler",
+    "make_sampler",
     "round_to_sum",
 ]
