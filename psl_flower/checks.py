@@ -1,8 +1,9 @@
 """Checks of arguments and configuration values: one rule each, one way to say what is wrong."""
 
 import difflib
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,3 +41,17 @@ def check_choice(value: Any, name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+def check_options(
+    options: Mapping[str, Any], factory: Callable[..., Any], name: str, *, but: Iterable[str] = ()
+) -> None:
+    """Raise ConfigError unless `factory` takes these keyword arguments and needs no others, those in `but` aside."""
+    parameters = {p.name: p for p in inspect.signature(factory).parameters.values() if p.name not in but}
+    if options and not parameters:
+        raise ConfigError(f"{name} has no options, got {', '.join(map(repr, options))}")
+    for option in options:
+        check_choice(option, f"an option of {name}", parameters)
+    for option, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and option not in options:
+            raise ConfigError(f"{name} needs the option {option!r}, which is not given")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from psl_flower.checks import check_choice
-from psl_flower.errors import ConfigError
+from psl_flower.checks import check_choice, check_options
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.fixed import FixedLocalSampler, FixedProportionalSampler
@@ -25,18 +23,6 @@ _LONG_NAMES = {
     "uniform-global": "ugs",
     "latent-dirichlet": "lds",
 }
-
-
-def sampler_options(name: str) -> dict[str, Any]:
-    """Return the options of the named sampler beside batch size and seed, with their defaults.
-
-    Raises
-    ------
-    ConfigError
-        If no sampler has this name.
-    """
-    parameters = inspect.signature(_sampler_class(name)).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ("batch_size", "seed")}
 
 
 def make_sampler(name: str, batch_size: int, seed: int = 0, **options: Any) -> Sampler:
@@ -64,14 +50,7 @@ def make_sampler(name: str, batch_size: int, seed: int = 0, **options: Any) -> S
     >>> make_sampler("lds", 128, seed=1, delta=0.5)
     LatentDirichletSampler(batch_size=128, seed=1, delta=0.5, c=1.0)
     """
-    sampler = _sampler_class(name)
-    known = sampler_options(name)
-    if options and not known:
-        raise ConfigError(f"sampler {name!r} has no options, got {', '.join(map(repr, options))}")
-    for option in options:
-        check_choice(option, f"an option of sampler {name!r}", known)
+    check_choice(name, "sampler", [*SAMPLERS, *_LONG_NAMES])
+    sampler = SAMPLERS[_LONG_NAMES.get(name, name)]
+    check_options(options, sampler, f"sampler {name!r}", but=("batch_size", "seed"))
     return sampler(batch_size, seed=seed, **options)
-
-
-def _sampler_class(name: str) -> type[Sampler]:
-    return SAMPLERS[_LONG_NAMES.get(check_choice(name, "sampler", [*SAMPLERS, *_LONG_NAMES]), name)]
