@@ -49,14 +49,16 @@ def as_int64(values: ArrayLike, name: str, *, copy: bool = True) -> IntArray:
         raise ConfigError(f"{name} must be an array of whole numbers: {exc}") from exc
     if array.size and array.dtype.kind not in "iuf":
         raise ConfigError(f"{name} must be whole numbers, got dtype {array.dtype}: pass an int64 array")
-    if array.size and array.dtype.kind == "f":
-        broken = array[~(np.isfinite(array) & (array == np.floor(array)))]
+    if array.dtype.kind == "f":
+        numbers = array.astype(np.float64)
+        broken = array[~(np.isfinite(numbers) & (numbers == np.floor(numbers)))]
         if broken.size:
             raise ConfigError(f"{name} must be whole numbers, got {broken.flat[0]}")
-    if array.size and array.dtype.kind in "uf":
-        too_large = array[(array >= 2.0**63) | (array < -(2.0**63))]
-        if too_large.size:
-            raise ConfigError(f"{name} must fit in 64 bits, got {too_large.flat[0]}")
+        too_large = array[np.abs(numbers) >= 2.0**63]
+    else:
+        too_large = array[array > np.iinfo(np.int64).max] if array.dtype.kind == "u" else array[:0]
+    if too_large.size:
+        raise ConfigError(f"{name} must fit in 64 bits, got {too_large.flat[0]}")
     result = array.astype(np.int64, copy=copy).view()
     result.setflags(write=False)
     return result
@@ -189,6 +191,10 @@ class Population:
     def num_examples(self) -> int:
         """N, the number of examples of all clients."""
         return int(self.sizes.sum())
+
+    def same_data(self, other: Population) -> bool:
+        """Return whether `other` is the same clients with as many examples each."""
+        return np.array_equal(self.client_ids, other.client_ids) and np.array_equal(self.sizes, other.sizes)
 
     def with_data(self) -> Population:
         """Return the clients that hold examples (itself, if all do)."""
