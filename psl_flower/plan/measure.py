@@ -1,0 +1,148 @@
+"""What an epoch under a sampler would be like: the plan, its times and its batches, without training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from psl_flower.metrics.deviation import batch_deviation, client_mix_deviation, summarize_deviation
+from psl_flower.metrics.simulate import draw_class_counts
+from psl_flower.metrics.starvation import StarvedClass, starved_classes
+from psl_flower.samplers.base import BatchPlan, FloatArray, Population, Sampler
+from psl_flower.stragglers.clock import step_times
+
+# keeps the draw of classes apart from the sampler's own stream, see Note [Sampler streams] in samplers/base.py
+_CLASS_STREAM = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Epoch:
+    """One epoch's schedule and what it would be like.
+
+    Parameters
+    ----------
+    plan : BatchPlan
+        T steps.
+    times : (T,) float64
+        Seconds of every step.
+    deviation : (T,) float64, optional
+        Batch deviation of every step; None where the clients' classes are not known.
+    starved : list of StarvedClass
+        Classes it keeps away for too long.
+    build_seconds : float
+        What making the plan took, in real time.
+    """
+
+    plan: BatchPlan
+    times: FloatArray
+    deviation: FloatArray | None
+    starved: list[StarvedClass]
+    build_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A sampler in one line: means over epochs and seeds.
+
+    Parameters
+    ----------
+    label : str
+        The sampler, as it was asked for.
+    steps : float
+        Steps an epoch.
+    least_batch, largest_batch : int
+        Over all epochs.
+    epoch_time : float
+        Simulated seconds.
+    relative_time : float, optional
+        `epoch_time` over that of UGS on the same clients; None where no client takes any time.
+    deviation, deviation_p95, deviation_weighted : float, optional
+        Batch deviation of the steps: mean, 95th percentile, and mean weighted by examples.
+    client_mix : float
+        Mean L1 distance of a batch's client shares from the clients' shares of the data.
+    participation : float
+        Clients a step.
+    build_seconds : float
+        Real time to make a plan.
+    """
+
+    label: str
+    steps: float
+    least_batch: int
+    largest_batch: int
+    epoch_time: float
+    relative_time: float | None
+    deviation: float | None
+    deviation_p95: float | None
+    deviation_weighted: float | None
+    client_mix: float
+    participation: float
+    build_seconds: float
+
+
+def plan_epoch(sampler: Sampler, population: Population, epoch: int) -> Epoch:
+    """Make and measure the plan of one epoch.
+
+    Parameters
+    ----------
+    sampler : Sampler
+        Any.
+    population : Population
+        With delays; with label counts if deviations are wanted.
+    epoch : int
+        0-based.
+
+    Raises
+    ------
+    ConfigError
+        If the sampler cannot plan for this population.
+    """
+    began = time.perf_counter()
+    plan = sampler.plan(population, epoch)
+    build_seconds = time.perf_counter() - began
+    deviation, starved = None, list[StarvedClass]()
+    if plan.population.label_counts is not None:
+        rng = np.random.default_rng(np.random.SeedSequence([sampler.seed, epoch], spawn_key=(_CLASS_STREAM,)))
+        counts = draw_class_counts(plan, rng)
+        deviation = batch_deviation(counts, plan.population.label_counts.sum(axis=0))
+        starved = starved_classes(counts)
+    return Epoch(plan, step_times(plan), deviation, starved, build_seconds)
+
+
+def summarize_epochs(label: str, epochs: Sequence[Epoch], reference_times: Sequence[float]) -> Summary:
+    """Put a sampler's epochs in one line.
+
+    Parameters
+    ----------
+    label : str
+        What to call it.
+    epochs : sequence of Epoch
+        At least one.
+    reference_times : sequence of float
+        Epoch times of UGS on the clients of each epoch.
+    """
+    deviations = [
+        summarize_deviation(epoch.deviation, epoch.plan.batch_sizes())
+        for epoch in epochs
+        if epoch.deviation is not None
+    ]
+    times = np.array([epoch.times.sum() for epoch in epochs])
+    references = np.asarray(reference_times)
+    batches = np.concatenate([epoch.plan.batch_sizes() for epoch in epochs])
+    return Summary(
+        label=label,
+        steps=float(np.mean([len(epoch.plan) for epoch in epochs])),
+        least_batch=int(batches.min()),
+        largest_batch=int(batches.max()),
+        epoch_time=float(times.mean()),
+        relative_time=float((times / references).mean()) if references.all() else None,
+        deviation=float(np.mean([d.mean for d in deviations])) if deviations else None,
+        deviation_p95=float(np.mean([d.p95 for d in deviations])) if deviations else None,
+        deviation_weighted=float(np.mean([d.weighted_mean for d in deviations])) if deviations else None,
+        client_mix=float(np.mean([client_mix_deviation(epoch.plan).mean() for epoch in epochs])),
+        participation=float(np.mean([epoch.plan.active_clients().mean() for epoch in epochs])),
+        build_seconds=float(np.mean([epoch.build_seconds for epoch in epochs])),
+    )
