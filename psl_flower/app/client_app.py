@@ -1,0 +1,23 @@
+"""The default app's clients."""
+
+from __future__ import annotations
+
+from flwr.app import Context
+from torch import nn
+
+from psl_flower.app.task import cut_of, load_partition, make_model
+from psl_flower.client import split_client_app
+from psl_flower.config import RunConfig
+
+
+def model_fn(context: Context) -> nn.Module:
+    """Build the model that the server trains."""
+    return make_model(RunConfig.read(context.run_config))
+
+
+def cut_fn(context: Context) -> str:
+    """Return where the server cuts it."""
+    return cut_of(RunConfig.read(context.run_config))
+
+
+app = split_client_app(model_fn, cut=cut_fn, data_fn=load_partition)

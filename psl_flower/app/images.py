@@ -1,0 +1,108 @@
+"""An in-memory image dataset that serves whole batches, and the augmentation of the paper's set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from psl_flower.errors import ConfigError
+
+Augment = Callable[[Tensor], Tensor]
+
+
+class ImageSet(Dataset[tuple[Tensor, Tensor]]):
+    """Labelled images held as bytes, normalised (and augmented) when they are fetched.
+
+    A batch is fetched in one go: `get_batch` is what SplitClient calls, ``__getitems__`` what torch's DataLoader does.
+
+    Parameters
+    ----------
+    images : (M, C, H, W) uint8
+        Shared, never copied or written to; a memory-mapped array stays on disk.
+    labels : (M,) int64
+        The label of every image.
+    mean, std : (C,) float
+        Of each channel, on a scale where 255 is 1.
+    indices : (N,) int, optional
+        The images that belong to this set, in its order. All of them, if not given.
+    augment : callable, optional
+        Maps a batch of images, (b, C, H, W) uint8, to one of the same shape. Random numbers come from torch's global
+        generator, which SplitClient seeds for every step, so that a repeated fetch gives the same pixels.
+
+    Attributes
+    ----------
+    targets : (N,) int64
+        The labels of this set, known without loading an image.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        indices: NDArray[np.intp] | None = None,
+        augment: Augment | None = None,
+    ) -> None:
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise ConfigError(f"images must be (M, C, H, W) uint8, got {images.shape} {images.dtype}")
+        if labels.shape != images.shape[:1]:
+            raise ConfigError(f"labels must have shape {images.shape[:1]}, one an image, got {labels.shape}")
+        self._images = images
+        self._indices = np.arange(len(images)) if indices is None else indices
+        self._mean = 255 * torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self._std = 255 * torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self._augment = augment
+        self.targets: NDArray[np.int64] = labels[self._indices].astype(np.int64, copy=False)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def get_batch(self, indices: ArrayLike) -> tuple[Tensor, Tensor]:
+        """Return the images and labels at `indices`: (b, C, H, W) float32 and (b,) int64."""
+        rows = np.asarray(indices, dtype=np.int64)
+        # advanced indexing copies, so a read-only memory map is never handed to torch
+        pixels = torch.from_numpy(np.asarray(self._images[self._indices[rows]]))
+        if self._augment is not None:
+            pixels = self._augment(pixels)
+        inputs = pixels.to(torch.float32).sub_(self._mean).div_(self._std)
+        return inputs, torch.from_numpy(self.targets[rows])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.get_batch([index])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(*self.get_batch(indices), strict=True))
+
+
+def crop_flip(images: Tensor, padding: int = 1) -> Tensor:
+    """Shift each image by up to `padding` pixels (zeros move in) and mirror every other one, at random.
+
+    Parameters
+    ----------
+    images : (b, C, H, W)
+        Any dtype.
+    padding : int
+        Pixels added at every side before the crop (METHOD section 6: 1).
+
+    Returns
+    -------
+    (b, C, H, W) Tensor
+        A copy; each image has a crop and a mirroring of its own.
+    """
+    count, channels, height, width = images.shape
+    padded = functional.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, count, 1))
+    mirrored = torch.rand(count, 1) < 0.5
+    rows = top + torch.arange(height)  # (b, H)
+    columns = left + torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width))  # (b, W)
+    image, channel = torch.arange(count).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

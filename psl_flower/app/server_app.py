@@ -1,0 +1,41 @@
+"""The default app's server: what ``flwr run .`` from the repository root runs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer
+from psl_flower.config import RunConfig
+from psl_flower.samplers.registry import make_sampler
+from psl_flower.strategy import ParallelSplitLearning
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train the configured model with parallel split learning."""
+    config = RunConfig.read(context.run_config)
+    torch.set_num_threads(config.threads)
+    model = make_model(config)
+    strategy = ParallelSplitLearning(
+        model,
+        cut=cut_of(config),
+        sampler=make_sampler(config.sampler, config.batch_size, config.seed),
+        optimizer=partial(make_optimizer, config),
+        device=config.device,
+        min_available_nodes=config.min_available_nodes,
+        evaluate_every=config.evaluate_every,
+        output_dir=config.output_dir,
+        run_config=config.as_run_config(),
+    )
+    strategy.start(
+        grid,
+        ArrayRecord(model.state_dict()),
+        num_rounds=config.num_server_rounds,
+        evaluate_fn=central_test(config),
+    )
