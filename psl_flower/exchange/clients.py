@@ -1,0 +1,174 @@
+"""Who the clients are: node ids become client ids here, and do not leave this package."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from psl_flower.errors import MembershipError, ProtocolError
+from psl_flower.exchange.base import Answer, Carrier
+from psl_flower.protocol import Config, DescribeRequest, Description, Request
+from psl_flower.samplers.base import Population
+
+log = logging.getLogger("flwr.psl_flower")
+
+_LONGEST_WAIT = 1.0  # seconds between two looks for nodes that have not connected yet
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A client: where it lives and what it said of itself."""
+
+    client: int
+    node: int
+    description: Description
+
+
+class Clients:
+    """The clients of a run, in ascending client id.
+
+    A client's id is the partition-id it reports; where no client reports one, the rank of its node id.
+
+    Parameters
+    ----------
+    carrier : Carrier
+        Not closed here.
+    label_counts : bool
+        Whether clients are asked for the number of examples of each class.
+    config : dict, optional
+        Sent along with the question.
+    """
+
+    def __init__(self, carrier: Carrier, *, label_counts: bool, config: Config | None = None) -> None:
+        self._carrier = carrier
+        self._request = DescribeRequest(label_counts, dict(config or {}))
+        self._descriptions: dict[int, Description] = {}  # by node id
+        self._members: dict[int, Member] = {}  # by client id, ascending
+
+    @property
+    def members(self) -> Mapping[int, Member]:
+        """The clients by id, ascending."""
+        return self._members
+
+    def refresh(self, min_nodes: int, timeout: float) -> None:
+        """Read the connected nodes anew and describe those not known yet.
+
+        Parameters
+        ----------
+        min_nodes : int
+            Nodes to wait for.
+        timeout : float
+            Seconds, for the waiting and for the describing each.
+
+        Raises
+        ------
+        MembershipError
+            If too few nodes connect in time, a node does not describe itself, or ids are missing or duplicate.
+        """
+        nodes = self._wait_for_nodes(min_nodes, timeout)
+        new = [node for node in nodes if node not in self._descriptions]
+        answers = self._carrier.exchange(dict.fromkeys(new, self._request), timeout)
+        failures = []
+        for node, answer in answers.items():
+            try:
+                self._descriptions[node] = _description(answer, self._request)
+            except ProtocolError as error:
+                failures.append(f"node {node}: {error}")
+        if failures:
+            raise MembershipError("every client must describe itself:\n  " + "\n  ".join(failures))
+        known = {node: self._descriptions[node] for node in nodes}
+        before = set(self._members)
+        self._members = {m.client: m for m in sorted(_members(known), key=lambda m: m.client)}
+        if left := before - set(self._members):
+            log.warning("clients that left: %s", _listed(left))
+
+    def _wait_for_nodes(self, min_nodes: int, timeout: float) -> list[int]:
+        begin, told, wait = time.monotonic(), -np.inf, 0.001
+        while len(nodes := sorted(self._carrier.node_ids())) < min_nodes:
+            elapsed = time.monotonic() - begin
+            if elapsed >= timeout:
+                raise MembershipError(
+                    f"min_available_nodes is {min_nodes}, {len(nodes)} connected within {timeout:g} s: "
+                    "start more nodes, lower min_available_nodes or raise timeout"
+                )
+            if elapsed - told >= 10:
+                log.info("Waiting for nodes to connect: %d connected (minimum required: %d).", len(nodes), min_nodes)
+                told = elapsed
+            time.sleep(min(wait, timeout - elapsed))
+            wait = min(2 * wait, _LONGEST_WAIT)
+        return nodes
+
+    def population(self) -> Population:
+        """Return what a sampler reads."""
+        members = list(self._members.values())
+        sizes = [m.description.num_examples for m in members]
+        if not any(sizes):
+            raise MembershipError(f"none of the {len(members)} clients holds a training example")
+        counts = None
+        if self._request.label_counts:
+            described = [(m.description.labels, m.description.counts) for m in members]
+            held = [(labels, c) for labels, c in described if labels is not None and c is not None]
+            classes = max((int(labels.max()) + 1 for labels, _ in held if labels.size), default=0)
+            counts = np.zeros((len(members), classes), dtype=np.int64)
+            for row, (labels, c) in zip(counts, held, strict=True):
+                row[labels] = c
+        return Population(np.array([m.client for m in members]), np.array(sizes), counts)
+
+    def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
+        """Send a request to each client and wait for the answers.
+
+        Parameters
+        ----------
+        requests : dict of int to Request
+            Keyed by client id.
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        dict of int to Answer
+            One for each request, in ascending client id.
+        """
+        node_of = {client: self._members[client].node for client in sorted(requests)}
+        answers = self._carrier.exchange({node: requests[client] for client, node in node_of.items()}, timeout)
+        return {client: answers[node] for client, node in node_of.items()}
+
+
+def _description(answer: Answer, request: DescribeRequest) -> Description:
+    if not isinstance(answer.reply, Description):
+        raise ProtocolError(answer.failure or "not a description")
+    answer.reply.check(request)
+    return answer.reply
+
+
+def _members(described: Mapping[int, Description]) -> list[Member]:
+    reported = {node: d.partition_id for node, d in described.items()}
+    absent = [node for node, partition in reported.items() if partition is None]
+    if absent and len(absent) < len(reported):
+        raise MembershipError(
+            f"all nodes or none must report a partition-id, {len(absent)} of {len(reported)} do not "
+            f"(the first is node {absent[0]}): "
+            'start each with --node-config "partition-id=... num-partitions=..."'
+        )
+    if absent:
+        log.warning("No node reports a partition-id: clients are numbered by the order of their node ids.")
+        return [Member(rank, node, described[node]) for rank, node in enumerate(sorted(described))]
+    members = [Member(p, node, described[node]) for node, p in reported.items() if p is not None]
+    seen: dict[int, int] = {}
+    for member in members:
+        if member.client in seen:
+            raise MembershipError(
+                f"partition-id must be unique, nodes {seen[member.client]} and {member.node} both report "
+                f"{member.client}: give each node a partition of its own"
+            )
+        seen[member.client] = member.node
+    return members
+
+
+def _listed(ids: set[int]) -> str:
+    shown = sorted(ids)
+    return ", ".join(map(str, shown[:10])) + (f" and {len(shown) - 10} more" if len(shown) > 10 else "")
