@@ -1,0 +1,42 @@
+"""The whole model's state dict as Flower arrays, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from psl_flower.errors import ConfigError
+
+
+def arrays_to_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return arrays as a state dict in the dtypes of `template`.
+
+    Raises
+    ------
+    ConfigError
+        If names or shapes are not those of `template`.
+    """
+    if different := sorted(set(arrays) ^ set(template)):
+        where = "missing from the arrays" if different[0] in template else "not in the model"
+        raise ConfigError(
+            f"initial_arrays must be the whole model's state dict, {len(different)} names differ: {different[0]!r} is "
+            f"{where}; pass ArrayRecord(model.state_dict())"
+        )
+    state = {}
+    for name, tensor in template.items():
+        value = torch.from_numpy(arrays[name].numpy())
+        if value.shape != tensor.shape:
+            raise ConfigError(
+                f"initial_arrays: {name!r} must have shape {tuple(tensor.shape)}, got {tuple(value.shape)}"
+            )
+        state[name] = value.to(tensor.dtype)
+    return state
+
+
+def state_to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return a state dict as arrays; bfloat16, which Flower's arrays lack, as the float32 of the same value."""
+    tensors = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in state.items()}
+    return ArrayRecord(tensors)

@@ -1,0 +1,105 @@
+"""The bookkeeping of one round: its steps as they commit, their batch deviation, and the round's summary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from psl_flower.metrics.deviation import batch_deviation
+from psl_flower.samplers.base import IntArray
+from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
+
+
+class Epoch:
+    """Collects the committed steps of a round and hands them to the recorder; a context manager.
+
+    A step is written as soon as its batch deviation can be told. Where the classes of the pooled data are not known
+    yet, that is at the end of the epoch: by then every example's label has been seen exactly once.
+
+    Parameters
+    ----------
+    recorder : RunRecorder
+        Not closed here.
+    server_round, num_clients : int
+        For the summary.
+    pooled : (C,) int64, optional
+        Class counts of all data, if known.
+    """
+
+    def __init__(self, recorder: RunRecorder, server_round: int, num_clients: int, pooled: IntArray | None) -> None:
+        self._recorder = recorder
+        self._round, self._num_clients = server_round, num_clients
+        self._pooled = pooled
+        self._steps: list[StepRecord] = []
+        self._class_counts: list[IntArray] = []
+        self._waiting: list[StepRecord] = []
+
+    def add(self, record: StepRecord, class_counts: IntArray | None) -> None:
+        """Count a committed step in; `class_counts` (C,) are its batch's labels."""
+        if class_counts is None:
+            self._keep(record)
+            return
+        self._class_counts.append(class_counts)
+        if self._pooled is None:
+            self._waiting.append(record)
+        else:
+            self._keep(_with_deviation([record], [class_counts], self._pooled)[0])
+
+    def pooled(self) -> IntArray | None:
+        """Return the class counts of the examples used so far, (C,); those of all data once the epoch is over."""
+        return _stack(self._class_counts).sum(axis=0) if self._class_counts else None
+
+    def summary(self) -> RoundRecord:
+        """Write the steps still held back, and return the round's record."""
+        pooled = self.pooled()
+        if self._waiting and pooled is not None:
+            for record in _with_deviation(self._waiting, self._class_counts, pooled):
+                self._keep(record)
+            self._waiting.clear()
+        steps = self._steps
+        sizes = np.array([s.batch_size for s in steps])
+        scores = [s.accuracy for s in steps if s.accuracy is not None]
+        deviations = np.array([s.deviation for s in steps if s.deviation is not None])
+        known = len(deviations) > 0
+        return RoundRecord(
+            round=self._round,
+            loss=float(np.average([s.loss for s in steps], weights=sizes)),
+            accuracy=float(np.average(scores, weights=sizes)) if scores else None,
+            deviation_mean=float(deviations.mean()) if known else None,
+            deviation_p95=float(np.percentile(deviations, 95)) if known else None,
+            deviation_weighted=float(np.average(deviations, weights=sizes)) if known else None,
+            num_examples=int(sizes.sum()),
+            num_steps=len(steps),
+            num_clients=self._num_clients,
+            clients_per_step=float(np.mean([s.clients for s in steps])),
+            bytes_sent=sum(s.bytes_sent for s in steps),
+            bytes_received=sum(s.bytes_received for s in steps),
+            seconds_real=float(sum(s.seconds_real for s in steps)),
+        )
+
+    def _keep(self, record: StepRecord) -> None:
+        self._steps.append(record)
+        self._recorder.step(record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for record in self._waiting:  # only after an error: the epoch is not over, so their deviation is not known
+            self._keep(record)
+
+
+def _with_deviation(records: list[StepRecord], counts: list[IntArray], pooled: IntArray) -> list[StepRecord]:
+    table = _stack([pooled, *counts])
+    return [replace(r, deviation=float(d)) for r, d in zip(records, batch_deviation(table[1:], table[0]), strict=True)]
+
+
+def _stack(counts: list[IntArray]) -> IntArray:
+    """Return class counts as one table, (len(counts), C); some may know fewer classes than others."""
+    width = max(map(len, counts))
+    return np.stack([np.pad(c, (0, width - len(c))) for c in counts])
