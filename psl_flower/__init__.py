@@ -1,1 +1,85 @@
-"""Parallel split learning for Flower."""
+"""Parallel split learning for Flower: activations and gradients exchanged every mini-batch, batch quotas by the server.
+
+See README.md for the tour. Samplers, metrics and splits are pure numpy: ``psl_flower.samplers`` and its neighbours import
+neither torch nor flwr, and the names here are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psl_flower.client import SplitClient, split_client_app
+    from psl_flower.errors import ConfigError, CutError, MembershipError, ProtocolError, PSLError, StepError
+    from psl_flower.grid import InProcessGrid
+    from psl_flower.partition import ExtendedDirichletPartitioner
+    from psl_flower.samplers import (
+        BatchPlan,
+        Delays,
+        FixedLocalSampler,
+        FixedProportionalSampler,
+        PlanStep,
+        Population,
+        Sampler,
+        UniformGlobalSampler,
+    )
+    from psl_flower.split import SplitModel, replace_batch_norm, split_module
+    from psl_flower.strategy import ParallelSplitLearning
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "client": ["SplitClient", "split_client_app"],
+    "errors": ["ConfigError", "CutError", "MembershipError", "PSLError", "ProtocolError", "StepError"],
+    "grid": ["InProcessGrid"],
+    "partition": ["ExtendedDirichletPartitioner"],
+    "samplers": [
+        "BatchPlan",
+        "Delays",
+        "FixedLocalSampler",
+        "FixedProportionalSampler",
+        "PlanStep",
+        "Population",
+        "Sampler",
+        "UniformGlobalSampler",
+    ],
+    "split": ["SplitModel", "replace_batch_norm", "split_module"],
+    "strategy": ["ParallelSplitLearning"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "BatchPlan",
+    "ConfigError",
+    "CutError",
+    "Delays",
+    "ExtendedDirichletPartitioner",
+    "FixedLocalSampler",
+    "FixedProportionalSampler",
+    "InProcessGrid",
+    "MembershipError",
+    "PSLError",
+    "ParallelSplitLearning",
+    "PlanStep",
+    "Population",
+    "ProtocolError",
+    "Sampler",
+    "SplitClient",
+    "SplitModel",
+    "StepError",
+    "UniformGlobalSampler",
+    "replace_batch_norm",
+    "split_client_app",
+    "split_module",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,217 @@
+"""Run a Flower app on a SuperLink of its own, and leave nothing behind.
+
+``flwr run .`` starts a local SuperLink that goes on running, keeps the environment it was first started with and shares
+one home folder with every other app. This starts one on a free port with a home of its own, runs the app on it, and
+stops it by its process id::
+
+    python -m psl_flower.app.local . --num-supernodes 16 -c "num-server-rounds=2"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_START_TIMEOUT = 60.0  # seconds
+_STOP_TIMEOUT = 30.0
+_NAME = "psl-local"
+
+
+class LocalSuperLink:
+    """A SuperLink in simulation mode, as a process of ours; a context manager.
+
+    Parameters
+    ----------
+    home : path
+        Its FLWR_HOME: logs, installed apps. Made if it is not there.
+    folder : path, optional
+        Where it runs: relative paths in an app's configuration start here. Default: the current one.
+    """
+
+    def __init__(self, home: str | Path, folder: str | Path | None = None) -> None:
+        self.home = Path(home).resolve()
+        self._folder = Path(folder or ".").resolve()
+        self._process: subprocess.Popen[bytes] | None = None
+        # apps run in the environment at hand: Flower would install their dependencies anew for every run
+        self.environment = {
+            **os.environ,
+            "FLWR_HOME": str(self.home),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        }
+
+    def start(self) -> Self:
+        """Start it and wait until it answers."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        port, control_port = free_ports(2)
+        config = (
+            f'[superlink]\ndefault = "{_NAME}"\n\n[superlink.{_NAME}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        (self.home / "config.toml").write_text(config, encoding="utf-8")
+        command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control_port}"]
+        with (self.home / "superlink.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self._folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # its children form one group, to be stopped together
+            )
+        try:
+            self._wait_until_open(port)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait_until_open(self, port: int) -> None:
+        end = time.monotonic() + _START_TIMEOUT
+        while self._process is not None and self._process.poll() is None and time.monotonic() < end:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise RuntimeError(f"the SuperLink did not start: see {self.home / 'superlink.log'}")
+
+    def run(self, app: str | Path, *, num_supernodes: int, run_config: Sequence[str] = (), quiet: bool = False) -> str:
+        """Run an app to its end, with its log on standard output.
+
+        Parameters
+        ----------
+        app : path
+            The folder with the app's pyproject.toml.
+        num_supernodes : int
+            Virtual clients.
+        run_config : sequence of str
+            Overrides as ``flwr run -c`` takes them.
+        quiet : bool
+            Do not print.
+
+        Returns
+        -------
+        str
+            All it printed.
+
+        Raises
+        ------
+        RuntimeError
+            If the run did not complete.
+        """
+        command = ["flwr", "run", str(Path(app).resolve()), _NAME, "--stream"]
+        command += ["--federation-config", f"num-supernodes={num_supernodes} client-resources-num-cpus=1"]
+        if run_config:
+            command += ["-c", " ".join(run_config)]
+        lines = []
+        with subprocess.Popen(
+            command,
+            cwd=self._folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            for line in process.stdout or ():
+                lines.append(line)
+                if not quiet:
+                    print(line, end="", flush=True)
+        output = "".join(lines)
+        status = self._status(output)
+        if process.returncode or status != "finished:completed":
+            raise RuntimeError(
+                f"the run ended with status {status!r}, exit code {process.returncode}:\n{output[-4000:]}"
+            )
+        return output
+
+    def _status(self, output: str) -> str:
+        """Return the status of the run that `output` tells of."""
+        found = re.search(r"Successfully started run (\d+)", output)
+        if found is None:
+            return "not started"
+        command = ["flwr", "list", _NAME, "--run-id", found[1], "--format", "json"]
+        reply = subprocess.run(
+            command, cwd=self._folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        try:
+            return str(json.loads(reply.stdout)["runs"][0]["status"])
+        except (ValueError, LookupError):
+            return f"unknown ({(reply.stdout + reply.stderr)[-500:]})"
+
+    def stop(self) -> None:
+        """Stop it and everything it started."""
+        if self._process is None:
+            return
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._process.pid, how)
+            except ProcessLookupError:
+                break
+            try:
+                self._process.wait(_STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                continue
+        self._process.wait()
+        self._process = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return distinct TCP ports that are free on loopback now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Run a Flower app on a SuperLink of its own, stopped at the end.")
+    parser.add_argument("app", nargs="?", default=".", help="folder with the app's pyproject.toml (default: this one)")
+    parser.add_argument("--num-supernodes", type=int, default=16, help="virtual clients (default: 16)")
+    parser.add_argument("-c", "--run-config", action="append", default=[], help="overrides, as flwr run takes them")
+    parser.add_argument("--home", help="FLWR_HOME to use (default: a temporary one)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="psl-flower-") as temporary:
+        try:
+            with LocalSuperLink(options.home or temporary) as superlink:
+                superlink.run(options.app, num_supernodes=options.num_supernodes, run_config=options.run_config)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
