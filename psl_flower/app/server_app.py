@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, Context
@@ -12,6 +14,8 @@ from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer
 from psl_flower.config import RunConfig
 from psl_flower.samplers.registry import make_sampler
 from psl_flower.strategy import ParallelSplitLearning
+
+log = logging.getLogger("flwr.psl_flower")
 
 app = ServerApp()
 
@@ -39,3 +43,4 @@ def main(grid: Grid, context: Context) -> None:
         num_rounds=config.num_server_rounds,
         evaluate_fn=central_test(config),
     )
+    log.info("Metrics, curves, model and configuration are in %s", Path(config.output_dir).resolve())
