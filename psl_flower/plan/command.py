@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from psl_flower.checks import check_int
+from psl_flower.checks import check_choice, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.plan.measure import Epoch, plan_epoch, summarize_epochs
 from psl_flower.plan.picture import save_picture
@@ -22,8 +23,8 @@ from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
 from psl_flower.stragglers.delays import DELAY_MODELS, delay_model
 
-# keeps the split apart from every other use of the seed, see Note [Sampler streams] in samplers/base.py
-_SPLIT_STREAM = 3
+# the default app's stream for the split of training data (psl_flower.app.task): same seed, same split
+_SPLIT_STREAM = (3, 0)
 _REFERENCE = "ugs"
 _SEEDED_DELAYS = ("slow-fraction", "lognormal")
 
@@ -34,6 +35,7 @@ be like (simulated time, deviation of the batches, clients a step) and draw it.
 _EXAMPLES = """\
 examples:
   python -m psl_flower.plan --num-clients 64 --split severe
+  python -m psl_flower.plan --dataset digits --num-clients 16 --split mild --batch-size 64
   python -m psl_flower.plan --delays lognormal:latency_sigma=0.5 --samplers ugs lds:delta=0.25 lds:delta=1
   python -m psl_flower.plan --sizes clients.csv --delays csv:path=delays.csv --batch-size 256
 """
@@ -89,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sizes", type=Path, metavar="CSV", help="client_id,size a line, or client_id and a column a class"
     )
     data.add_argument("--labels", type=Path, metavar="FILE", help=".npy, or text with a label a line; split as below")
+    data.add_argument("--dataset", metavar="NAME", help="the default app's: digits, fashion-mnist, cifar10, cifar100")
+    data.add_argument("--data-path", default="", metavar="DIR", help="where the dataset's files are, as in the app")
     data.add_argument("--num-clients", type=int, default=64, metavar="K", help="(default: 64)")
     data.add_argument("--num-examples", type=int, default=50_000, metavar="N", help="made-up labels (default: 50000)")
     data.add_argument("--num-classes", type=int, default=10, metavar="C", help="made-up labels (default: 10)")
@@ -161,21 +165,17 @@ def _sampler(spec: str, options: argparse.Namespace, seed: int) -> Sampler:
 
 def _population(options: argparse.Namespace, seed: int) -> Population:
     """Return the clients with their delays; splits and seeded delays follow the seed."""
-    if options.sizes and options.labels:
-        raise ConfigError("--sizes and --labels both say who holds what, got both: leave one out")
+    sources = [f"--{name}" for name in ("sizes", "labels", "dataset") if getattr(options, name)]
+    if len(sources) > 1:
+        raise ConfigError(f"one source must say who holds what, got {' and '.join(sources)}: leave one out")
     if options.sizes:
         clients = read_population(options.sizes)
     else:
-        labels = (
-            read_labels(options.labels)
-            if options.labels
-            else balanced_labels(options.num_examples, options.num_classes)
-        )
         clients = split_labels(
-            labels,
+            _labels(options),
             options.num_clients,
             options.split,
-            np.random.default_rng(np.random.SeedSequence([seed], spawn_key=(_SPLIT_STREAM,))),
+            np.random.default_rng(np.random.SeedSequence(seed, spawn_key=_SPLIT_STREAM)),
             classes_per_client=options.classes_per_client,
             alpha=options.alpha,
         )
@@ -188,10 +188,21 @@ def _population(options: argparse.Namespace, seed: int) -> Population:
     return Population(clients.client_ids, clients.sizes, clients.label_counts, delays)
 
 
+def _labels(options: argparse.Namespace) -> NDArray[Any]:
+    if options.labels:
+        return read_labels(options.labels)
+    if options.dataset:
+        from psl_flower.app.datasets import SPECS, load_arrays  # takes a second to import: only those who use it pay
+
+        return load_arrays(check_choice(options.dataset, "--dataset", SPECS), "train", options.data_path)[1]
+    return balanced_labels(options.num_examples, options.num_classes)
+
+
 def _describe(population: Population, options: argparse.Namespace) -> str:
     sizes = population.sizes
     classes = "" if population.label_counts is None else f", {population.label_counts.shape[1]} classes"
     split = "" if options.sizes else f", {options.split} split"
+    split += f" of {options.dataset}" if options.dataset else ""
     return (
         f"{len(population)} clients with {sizes.min()}-{sizes.max()} of {population.num_examples} examples"
         f"{classes}{split}; delays {options.delays}; {options.seeds * options.epochs} epoch(s)"

@@ -136,9 +136,23 @@ class TestCommand:
         assert status == 0
         assert output.startswith("5 clients with 120-120 of 600 examples, 3 classes, iid split")
 
+    def test_a_dataset_is_split_as_in_a_run(self, capsys):
+        from psl_flower.app.task import split_indices
+        from psl_flower.config import RunConfig
+
+        arguments = ["--dataset", "digits", "--num-clients", 6, "--split", "severe", "--seed", 3, "--batch-size", 32]
+        status, output, _ = run(capsys, *arguments, "--samplers", "ugs", "--no-picture")
+        assert status == 0
+        sizes = [len(part) for part in split_indices(RunConfig(partition="severe", seed=3), "train", 6)]
+        first = f"6 clients with {min(sizes)}-{max(sizes)} of 1437 examples, 10 classes, severe split of digits;"
+        assert output.startswith(first)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            (["--dataset", "digit"], "--dataset must be one of 'digits'"),
+            (["--dataset", "digits", "--data-path", "/nowhere"], "takes no data-path"),
+            (["--dataset", "digits", "--sizes", "a.csv"], "got --sizes and --dataset: leave one out"),
             (["--samplers", "usg"], "sampler must be one of"),
             (["--samplers", "lds:dleta=1"], "did you mean 'delta'"),
             (["--samplers", "lds:delta"], "options are written name:option=value"),
