@@ -102,11 +102,12 @@ class DescribeRequest:
 
 @dataclass(frozen=True, eq=False)
 class ForwardRequest:
-    """Ask for the cut-layer activations of a batch."""
+    """Ask for the cut-layer activations of a batch; `delay` is how many seconds a simulated straggler waits first."""
 
     order: WorkOrder
     weights: Weights
     config: Config = field(default_factory=dict)
+    delay: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,10 @@ def split_client_app(
 
 def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
     """Answer one message of the server."""
+    begin = time.monotonic()
     request = decode_request(message.metadata.message_type, message.content)
+    if isinstance(request, ForwardRequest) and request.delay:
+        time.sleep(request.delay)  # a simulated straggler
     state = run_state(context.run_id)
     client = _client(recipe, state, context, request.config)
     reply: Reply
@@ -116,7 +120,7 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
         reply = client.evaluate(request)
     else:
         reply = _train(client, state, context.node_id, request)
-    return Message(encode_reply(reply), reply_to=message)
+    return Message(encode_reply(reply, time.monotonic() - begin), reply_to=message)
 
 
 def _train(

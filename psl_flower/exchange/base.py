@@ -22,7 +22,7 @@ class Answer:
     failure : str or None
         Why there is none; exactly one of the two is set.
     seconds : float
-        From the start of the exchange until the answer was in hand.
+        How long the client worked on it, as far as the carrier can tell; without a reply, how long it was waited for.
     bytes_sent, bytes_received : int
         Bytes of tensors.
     """

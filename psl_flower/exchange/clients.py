@@ -83,6 +83,8 @@ class Clients:
         known = {node: self._descriptions[node] for node in nodes}
         before = set(self._members)
         self._members = {m.client: m for m in sorted(_members(known), key=lambda m: m.client)}
+        if new and any(self._descriptions[node].partition_id is None for node in new):
+            log.warning("No node reports a partition-id: clients are numbered by the order of their node ids.")
         if left := before - set(self._members):
             log.warning("clients that left: %s", _listed(left))
 
@@ -155,7 +157,6 @@ def _members(described: Mapping[int, Description]) -> list[Member]:
             'start each with --node-config "partition-id=... num-partitions=..."'
         )
     if absent:
-        log.warning("No node reports a partition-id: clients are numbered by the order of their node ids.")
         return [Member(rank, node, described[node]) for rank, node in enumerate(sorted(described))]
     members = [Member(p, node, described[node]) for node, p in reported.items() if p is not None]
     seen: dict[int, int] = {}

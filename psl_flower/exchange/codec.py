@@ -142,6 +142,7 @@ class RequestEncoder:
         header = _encode_order(request.order)
         header["weights"] = request.weights.version
         if isinstance(request, ForwardRequest):
+            header["delay"] = float(request.delay)
             return FORWARD, RecordDict({"request": header, "config": config, **weights})
         gradients = encode_tensors({str(i): g for i, g in enumerate(request.gradients) if g is not None})
         return BACKWARD, RecordDict({"request": header, "config": config, "gradients": gradients, **weights})
@@ -179,7 +180,7 @@ def decode_request(message_type: str, content: RecordDict) -> Request:
         start, count = _get(header, "start", int), _get(header, "count", int)
         return EvaluateRequest(start, count, weights, config, dict(_config(content, "evaluate-config")))
     if message_type == FORWARD:
-        return ForwardRequest(_decode_order(header), weights, config)
+        return ForwardRequest(_decode_order(header), weights, config, _get(header, "delay", float))
     gradients = decode_tensors(_arrays(content, "gradients"))
     if not all(_POSITION.fullmatch(name) for name in gradients):
         raise ProtocolError(f"gradients must be named by position, got {', '.join(gradients):.80}")
@@ -217,8 +218,14 @@ def _decode_order(header: ConfigRecord) -> WorkOrder:
 
 
 # --- replies ---------------------------------------------------------------------------------------------------------
-def encode_reply(reply: Reply) -> RecordDict:
-    """Return a reply's content."""
+def encode_reply(reply: Reply, seconds: float = 0.0) -> RecordDict:
+    """Return a reply's content; `seconds` is how long the client worked on it."""
+    content = _encode_reply(reply)
+    content.config_records["reply"]["seconds"] = seconds
+    return content
+
+
+def _encode_reply(reply: Reply) -> RecordDict:
     if isinstance(reply, Description):
         header = ConfigRecord({"num-examples": reply.num_examples, "num-test-examples": reply.num_test_examples})
         if reply.partition_id is not None:
@@ -235,6 +242,20 @@ def encode_reply(reply: Reply) -> RecordDict:
         )
     header["unused"] = list(reply.unused)
     return RecordDict({"reply": header, "gradients": encode_tensors(reply.tensors)})
+
+
+def decode_seconds(content: RecordDict) -> float:
+    """Return how long the client says it worked on a reply.
+
+    Raises
+    ------
+    ProtocolError
+        If it does not say, or says nonsense.
+    """
+    seconds = _get(_config(content, "reply"), "seconds", float)
+    if not 0 <= seconds < math.inf:
+        raise ProtocolError(f"expected 'seconds' to be finite and not negative, got {seconds}")
+    return seconds
 
 
 def decode_reply(request: Request, content: RecordDict) -> Reply:

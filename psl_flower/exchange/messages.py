@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.base import Answer, Carrier
-from psl_flower.exchange.codec import RequestEncoder, decode_reply, num_bytes
+from psl_flower.exchange.codec import RequestEncoder, decode_reply, decode_seconds, num_bytes
 from psl_flower.protocol import Request
 
 # Note [Pulling]: an exchange takes 0.1 s in the simulation and 5 s in a deployment, so no fixed interval suits both.
@@ -48,7 +48,8 @@ class MessageCarrier(Carrier):
         messages = {node: self._message(node, request, timeout) for node, request in requests.items()}
         sent = {node: num_bytes(message.content) for node, message in messages.items()}
         waiting, refused = self._push(messages)
-        answers = {node: Answer(None, refused, 0.0, sent[node]) for node in requests if node not in waiting.values()}
+        accepted = set(waiting.values())
+        answers = {node: Answer(None, refused, 0.0, sent[node]) for node in requests if node not in accepted}
         while waiting:
             for message in self._grid.pull_messages(list(waiting)):
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
@@ -72,15 +73,16 @@ class MessageCarrier(Carrier):
 
     def _push(self, messages: Mapping[int, Message]) -> tuple[dict[str, int], str]:
         """Return the nodes waited for by message id, and why the others are not."""
-        refused = "Flower did not accept a message to it: the node has left"
-        ids = list(self._grid.push_messages(messages.values()) or ())
-        if len(ids) == len(messages):
-            # a grid may also mark the place of a refused message with an empty id
-            return {str(i): node for i, node in zip(ids, messages, strict=True) if i}, refused
+        refused = "Flower did not accept a message to it: the node has left, or the message is too large (see the log)"
+        pushed = list(self._grid.push_messages(messages.values()) or ())
+        ids = [str(i) for i in pushed if i]
+        if len(pushed) == len(messages):
+            # a grid may also mark the place of a refused message with an empty id or None
+            return {str(i): node for i, node in zip(pushed, messages, strict=True) if i}, refused
         # fewer ids than messages: grids that number the message itself still tell which
         known = {message.metadata.message_id: node for node, message in messages.items()}
-        if all(str(i) in known for i in ids):
-            return {str(i): known[str(i)] for i in ids}, refused
+        if all(i in known for i in ids):
+            return {i: known[i] for i in ids}, refused
         return {}, f"Flower accepted {len(ids)} of {len(messages)} messages and does not say which"
 
 
@@ -89,6 +91,8 @@ def _answer(request: Request, message: Message, seconds: float, sent: int) -> An
         return Answer(None, f"error {message.error.code}: {message.error.reason}", seconds, sent)
     received = num_bytes(message.content)
     try:
-        return Answer(decode_reply(request, message.content), None, seconds, sent, received)
+        # Time in Flower's queues says nothing of the client, so it is asked; it cannot claim more than has passed.
+        worked = min(decode_seconds(message.content), seconds)
+        return Answer(decode_reply(request, message.content), None, worked, sent, received)
     except ProtocolError as error:
         return Answer(None, f"bad reply: {error}", seconds, sent, received)

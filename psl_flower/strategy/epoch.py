@@ -8,8 +8,8 @@ from typing import Self
 
 import numpy as np
 
-from psl_flower.metrics.deviation import batch_deviation
-from psl_flower.samplers.base import IntArray
+from psl_flower.metrics.deviation import batch_deviation, client_mix_deviation
+from psl_flower.samplers.base import BatchPlan, IntArray
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
 
 
@@ -23,15 +23,27 @@ class Epoch:
     ----------
     recorder : RunRecorder
         Not closed here.
-    server_round, num_clients : int
-        For the summary.
+    server_round : int
+        1-based.
+    plan : BatchPlan
+        The epoch's schedule.
+    seconds_plan : float
+        How long it took to build.
     pooled : (C,) int64, optional
         Class counts of all data, if known.
     """
 
-    def __init__(self, recorder: RunRecorder, server_round: int, num_clients: int, pooled: IntArray | None) -> None:
+    def __init__(
+        self,
+        recorder: RunRecorder,
+        server_round: int,
+        plan: BatchPlan,
+        *,
+        seconds_plan: float = 0.0,
+        pooled: IntArray | None = None,
+    ) -> None:
         self._recorder = recorder
-        self._round, self._num_clients = server_round, num_clients
+        self._round, self._plan, self._seconds_plan = server_round, plan, seconds_plan
         self._pooled = pooled
         self._steps: list[StepRecord] = []
         self._class_counts: list[IntArray] = []
@@ -64,6 +76,7 @@ class Epoch:
         scores = [s.accuracy for s in steps if s.accuracy is not None]
         deviations = np.array([s.deviation for s in steps if s.deviation is not None])
         known = len(deviations) > 0
+        simulated = [s.seconds_simulated for s in steps if s.seconds_simulated is not None]
         return RoundRecord(
             round=self._round,
             loss=float(np.average([s.loss for s in steps], weights=sizes)),
@@ -73,11 +86,14 @@ class Epoch:
             deviation_weighted=float(np.average(deviations, weights=sizes)) if known else None,
             num_examples=int(sizes.sum()),
             num_steps=len(steps),
-            num_clients=self._num_clients,
+            num_clients=len(self._plan.population),
             clients_per_step=float(np.mean([s.clients for s in steps])),
             bytes_sent=sum(s.bytes_sent for s in steps),
             bytes_received=sum(s.bytes_received for s in steps),
+            client_mix_mean=float(client_mix_deviation(self._plan).mean()),
+            seconds_plan=self._seconds_plan,
             seconds_real=float(sum(s.seconds_real for s in steps)),
+            seconds_simulated=float(sum(simulated)) if simulated else None,
         )
 
     def _keep(self, record: StepRecord) -> None:

@@ -38,6 +38,8 @@ class StepRecord:
         Of tensors, both exchanges.
     seconds_real : float
         Wall clock.
+    seconds_simulated : float or None
+        What the step takes with the simulated delays, on the virtual clock; None without simulated delays.
     """
 
     round: int
@@ -50,6 +52,7 @@ class StepRecord:
     bytes_sent: int
     bytes_received: int
     seconds_real: float
+    seconds_simulated: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,9 @@ class RoundRecord:
     """One round: the means over its examples, and the evaluations after it.
 
     `deviation_mean` and `deviation_p95` are over steps (mean and 95th percentile), `deviation_weighted` is the mean
-    over examples: tiny batches count little in it.
+    over examples: tiny batches count little in it. `client_mix_mean` is the mean L1 distance of the steps' client
+    shares to the clients' shares of all data. `seconds_plan` is the time it took to build the schedule; `seconds_real`
+    and `seconds_simulated` add up the steps on the wall clock and on the virtual clock.
     """
 
     round: int
@@ -72,7 +77,10 @@ class RoundRecord:
     clients_per_step: float
     bytes_sent: int
     bytes_received: int
+    client_mix_mean: float
+    seconds_plan: float
     seconds_real: float
+    seconds_simulated: float | None
     evaluate_clientapp: dict[str, Any] = field(default_factory=dict)
     evaluate_serverapp: dict[str, Any] = field(default_factory=dict)
 

@@ -32,9 +32,10 @@ from psl_flower.protocol import (
     WorkOrder,
     step_seed,
 )
-from psl_flower.samplers.base import BatchPlan, IntArray, Population, Sampler
+from psl_flower.samplers.base import BatchPlan, IntArray, PlanStep, Population, Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import check_client_half, cut_model
+from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import split_evaluate
@@ -78,6 +79,13 @@ class ParallelSplitLearning(Strategy):
     classification : bool
         Whether labels are class indices, as for cross-entropy: they are checked, and accuracy and batch deviation are
         computed. Pass False for any other loss.
+    delays : DelayModel, optional
+        What a delay-aware sampler plans with: a model of `psl_flower.stragglers`, or a `DelayEstimator`, which measures
+        how long the clients work on their requests. Read anew at the start of every epoch.
+    simulated_delays : DelayModel, optional
+        How slow the clients are made to look, on a virtual clock. Default: `delays`, unless that measures.
+    sleep : bool
+        Whether the clients really wait for their simulated delays.
     device : str
         "auto" (the first GPU if there is one) or a torch device, for the server half.
     min_available_nodes : int
@@ -107,6 +115,9 @@ class ParallelSplitLearning(Strategy):
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         loss: Loss = nn.functional.cross_entropy,
         classification: bool = True,
+        delays: DelayModel | None = None,
+        simulated_delays: DelayModel | None = None,
+        sleep: bool = False,
         device: str = "auto",
         min_available_nodes: int = 2,
         evaluate_every: int = 1,
@@ -124,6 +135,17 @@ class ParallelSplitLearning(Strategy):
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
+        self._delays = _check_delays(delays, "delays")
+        if self.sampler.needs_delays and delays is None:
+            raise ConfigError(
+                f"{type(self.sampler).__name__} plans with delays: pass delays=..., a model of psl_flower.stragglers, "
+                "or DelayEstimator() to measure them"
+            )
+        measured = isinstance(delays, DelayEstimator)
+        self._simulated = _check_delays(simulated_delays, "simulated_delays") or (None if measured else delays)
+        self._sleep = sleep
+        if sleep and self._simulated is None:
+            raise ConfigError("sleep=True needs simulated_delays to wait for")
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
         self._classification = classification
         self._device = pick_device(device)
@@ -214,30 +236,38 @@ class ParallelSplitLearning(Strategy):
     def _train_epoch(self, run: _Run, server_round: int) -> RoundRecord:
         """Use every example of every client once."""
         run.clients.refresh(self.min_available_nodes, run.timeout)
-        population, seed, epoch_index = run.clients.population(), self.sampler.seed, server_round - 1
-        plan = self.sampler.plan(population, epoch=epoch_index)
-        cursors = Cursors(plan, seed=seed, epoch=epoch_index)
-        with Epoch(run.recorder, server_round, len(plan.population), run.pooled_counts(population)) as epoch:
+        population = self._with_delays(run.clients.population())
+        begin = time.monotonic()
+        plan = self.sampler.plan(population, epoch=server_round - 1)
+        seconds_plan, pooled = time.monotonic() - begin, run.pooled_counts(population)
+        virtual_clock = self._virtual_clock(population)
+        cursors = Cursors(plan, seed=self.sampler.seed, epoch=server_round - 1)
+        with Epoch(run.recorder, server_round, plan, seconds_plan=seconds_plan, pooled=pooled) as epoch:
             for index, step in enumerate(plan):
-                record, class_counts = self._train_step(run, server_round, cursors.orders(index, step))
+                orders, waits = cursors.orders(index, step), self._waits(virtual_clock, step)
+                record, class_counts = self._train_step(run, server_round, orders, waits)
                 cursors.advance(step)
-                epoch.add(record, class_counts)
+                simulated = virtual_clock.advance(step.clients, step.quotas) if virtual_clock else None
+                epoch.add(replace(record, seconds_simulated=simulated), class_counts)
                 run.progress.step(server_round, index + 1, len(plan), record.loss, record.accuracy)
             record_of_round = epoch.summary()
         run.remember_pooled_counts(population, epoch.pooled())
         _log_round(record_of_round, plan)
         return record_of_round
 
-    def _train_step(self, run: _Run, server_round: int, orders: list[WorkOrder]) -> tuple[StepRecord, IntArray | None]:
+    def _train_step(
+        self, run: _Run, server_round: int, orders: list[WorkOrder], waits: Mapping[int, float]
+    ) -> tuple[StepRecord, IntArray | None]:
         """Forward on the clients, forward and backward on the server, backward on the clients, one optimizer step."""
         begin, trainer, step = time.monotonic(), run.trainer, orders[0].step
         with trainer.transaction():
             weights = trainer.weights()
-            batch, forward_answers = self._forward(run, server_round, orders, weights)
+            batch, forward_answers = self._forward(run, server_round, orders, weights, waits)
             outcome = trainer.forward_backward(batch, step_seed(orders[0].seed, orders[0].epoch, step))
             gradients, backward_answers = self._backward(run, server_round, orders, weights, outcome.cut_gradients)
             trainer.commit(gradients)
-        answers = [*forward_answers, *backward_answers]
+        self._measure(orders, forward_answers, backward_answers)
+        answers = [*forward_answers.values(), *backward_answers.values()]
         record = StepRecord(
             round=server_round,
             step=step,
@@ -252,13 +282,20 @@ class ParallelSplitLearning(Strategy):
         return record, outcome.class_counts
 
     def _forward(
-        self, run: _Run, server_round: int, orders: list[WorkOrder], weights: Weights
-    ) -> tuple[dict[int, Activations], Iterable[Answer]]:
-        requests: dict[int, Request] = {o.client: ForwardRequest(o, weights, run.train_config) for o in orders}
+        self,
+        run: _Run,
+        server_round: int,
+        orders: list[WorkOrder],
+        weights: Weights,
+        waits: Mapping[int, float],
+    ) -> tuple[dict[int, Activations], dict[int, Answer]]:
+        requests: dict[int, Request] = {
+            o.client: ForwardRequest(o, weights, run.train_config, waits.get(o.client, 0.0)) for o in orders
+        }
         answers = run.clients.exchange(requests, run.timeout)
         accepted, failures = run.door.activations(answers, {o.client: o.count for o in orders}, orders[0].step)
         _refuse(failures, server_round, orders, "forward")
-        return accepted, answers.values()
+        return accepted, answers
 
     def _backward(
         self,
@@ -267,14 +304,14 @@ class ParallelSplitLearning(Strategy):
         orders: list[WorkOrder],
         weights: Weights,
         cut_gradients: Mapping[int, tuple[torch.Tensor | None, ...]],
-    ) -> tuple[Iterable[Gradients], Iterable[Answer]]:
+    ) -> tuple[Iterable[Gradients], dict[int, Answer]]:
         requests: dict[int, Request] = {
             o.client: BackwardRequest(o, weights, cut_gradients[o.client], run.train_config) for o in orders
         }
         answers = run.clients.exchange(requests, run.timeout)
         accepted, failures = run.door.gradients(answers, weights.parameters, orders[0].step)
         _refuse(failures, server_round, orders, "backward")
-        return accepted.values(), answers.values()
+        return accepted.values(), answers
 
     def _evaluate_in_clients(self, run: _Run, server_round: int, result: Result) -> dict[str, Any]:
         if not self.evaluate_every or server_round % self.evaluate_every:
@@ -293,6 +330,31 @@ class ParallelSplitLearning(Strategy):
         result.evaluate_metrics_clientapp[server_round] = metrics
         log.info("round %d  clients' test data: %s", server_round, _shown(metrics))
         return dict(metrics)
+
+    # --- stragglers --------------------------------------------------------------------------------------------------
+    def _with_delays(self, population: Population) -> Population:
+        if self._delays is None:
+            return population
+        return replace(population, delays=self._delays.delays(population.client_ids))
+
+    def _virtual_clock(self, population: Population) -> VirtualClock | None:
+        if self._simulated is None:
+            return None
+        return VirtualClock(population.client_ids, self._simulated.delays(population.client_ids))
+
+    def _waits(self, virtual_clock: VirtualClock | None, step: PlanStep) -> dict[int, float]:
+        """Return how many seconds each client of a step really waits."""
+        if virtual_clock is None or not self._sleep:
+            return {}
+        times = virtual_clock.reply_times(step.clients, step.quotas)
+        return dict(zip(step.clients.tolist(), times.tolist(), strict=True))
+
+    def _measure(self, orders: list[WorkOrder], forward: Mapping[int, Answer], backward: Mapping[int, Answer]) -> None:
+        """Let an estimator see how long each client worked on a committed step."""
+        if isinstance(self._delays, DelayEstimator):
+            for order in orders:
+                seconds = forward[order.client].seconds + backward[order.client].seconds
+                self._delays.observe(order.client, order.count, seconds)
 
     # --- its parts ---------------------------------------------------------------------------------------------------
     def _trainer(self, state: Mapping[str, torch.Tensor]) -> SplitTrainer:
@@ -315,6 +377,9 @@ class ParallelSplitLearning(Strategy):
                 "num_rounds": num_rounds,
                 "cut": self.cut,
                 "sampler": repr(self.sampler),
+                "delays": repr(self._delays),
+                "simulated_delays": repr(self._simulated),
+                "sleep": self._sleep,
                 "device": str(self._device),
                 "min_available_nodes": self.min_available_nodes,
                 "evaluate_every": self.evaluate_every,
@@ -390,6 +455,12 @@ class _Run:
         self._pooled = None if counts is None else (population, counts)
 
 
+def _check_delays(model: DelayModel | None, name: str) -> DelayModel | None:
+    if model is not None and not callable(getattr(model, "delays", None)):
+        raise ConfigError(f"{name} must be a delay model of psl_flower.stragglers, got {model!r:.80}")
+    return model
+
+
 def _evaluate_on_server(
     evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result
 ) -> dict[str, Any]:
@@ -413,17 +484,11 @@ def _refuse(failures: dict[int, str], server_round: int, orders: list[WorkOrder]
 def _log_round(record: RoundRecord, plan: BatchPlan) -> None:
     deviation = "" if record.deviation_mean is None else f", batch deviation {record.deviation_mean:.3f}"
     accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.3f}"
+    simulated = "" if record.seconds_simulated is None else f", {record.seconds_simulated:.1f} simulated seconds"
     log.info(
-        "round %d  %d steps, loss %.4f%s%s, %.1f of %d clients a step",
-        *(
-            record.round,
-            record.num_steps,
-            record.loss,
-            accuracy,
-            deviation,
-            record.clients_per_step,
-            len(plan.population),
-        ),
+        "round %d  %d steps, loss %.4f%s%s, %.1f of %d clients a step%s",
+        *(record.round, record.num_steps, record.loss, accuracy, deviation),
+        *(record.clients_per_step, len(plan.population), simulated),
     )
 
 
