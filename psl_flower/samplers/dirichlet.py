@@ -88,7 +88,7 @@ class LatentDirichletSampler(Sampler):
         sample_size = min(self.sample_size, total - 1)
         shares = population.sizes / total  # r
         label_shares = counts / population.sizes[:, None]  # beta, (K, C)
-        prior = shares * self.c * (sample_size * (total - 1) / (total - sample_size) - 1)  # alpha
+        prior = shares * self.c * prior_strength(sample_size, total)  # alpha
         if self.delta and population.delays is not None:
             scores = standardised_delays(population.delays, self.batch_size)
             prior = prior * np.exp(np.minimum(self.delta * scores, _MAX_EXPONENT))
@@ -128,6 +128,11 @@ class LatentDirichletSampler(Sampler):
 
     def __repr__(self) -> str:
         return f"LatentDirichletSampler(batch_size={self.batch_size}, seed={self.seed}, delta={self.delta}, c={self.c})"
+
+
+def prior_strength(sample_size: int, total: int) -> float:
+    """Return Z: the shares of S examples drawn without replacement from N vary as a Dirichlet(r * Z) does."""
+    return sample_size * (total - 1) / (total - sample_size) - 1
 
 
 def standardised_delays(delays: Delays, batch_size: int) -> FloatArray:

@@ -251,10 +251,19 @@ class TestEstimator:
         estimator = DelayEstimator()
         for i in range(32):
             estimator.observe(0, 1 + i, 10.0 - 0.1 * i)  # less for more
-            estimator.observe(1, 1 + i, max(0.0, i - 8.0))  # would have a negative latency
+        for quota, seconds in ((6, 0.4), (11, 1.9), (9, 1.7)):  # a line through (6, 0.4) with a negative intercept
+            estimator.observe(1, quota, seconds)
         delays = estimator.delays([0, 1])
-        assert (delays.latency >= 0).all()
-        assert (delays.per_sample >= 0).all()
+        assert delays.per_sample[0] == pytest.approx(0, abs=0.01)
+        assert delays.latency[1] == 0
+
+    def test_a_window_not_yet_full_is_enough(self):
+        estimator = DelayEstimator()
+        for quota in (2, 14, 4, 12, 6, 10, 8):
+            estimator.observe(0, quota, 1.0 + 0.1 * quota)
+        delays = estimator.delays([0])
+        assert delays.latency[0] == pytest.approx(1.0, rel=0.03)
+        assert delays.per_sample[0] == pytest.approx(0.1, rel=0.03)
 
     def test_slow_first_reply_is_forgotten_at_the_second(self):
         estimator = DelayEstimator()

@@ -14,6 +14,7 @@ from psl_flower.samplers.dirichlet import (
     capped_multinomial,
     clients_alike,
     map_mixture,
+    prior_strength,
     standardised_delays,
 )
 from psl_flower.stragglers import SlowFractionDelays, step_times
@@ -257,6 +258,14 @@ class TestMapMixture:
         assert shares[0] < shares[-1]
 
 
+@pytest.mark.parametrize(("sample_size", "total"), [(1000, 50_000), (5, 12), (1, 7), (11, 12)])
+def test_prior_varies_as_a_draw_without_replacement(sample_size, total):
+    strength, share = prior_strength(sample_size, total), 0.25
+    dirichlet = share * (1 - share) / (strength + 1)
+    hypergeometric = share * (1 - share) / sample_size * (total - sample_size) / (total - 1)
+    assert dirichlet == pytest.approx(hypergeometric)
+
+
 class TestStandardisedDelays:
     def test_is_the_formula(self):
         delays = Delays([1.0, 2.0, 3.0, 6.0], [0.5, 0.0, 0.25, 0.0])
@@ -292,7 +301,8 @@ class TestCappedMultinomial:
     def test_shortfall_goes_to_the_others_in_proportion(self):
         pi, room = np.array([0.8, 0.15, 0.05]), np.array([10, 100, 100])
         rng = np.random.default_rng(0)
-        draws = np.array([capped_multinomial(rng, 50, pi, room, pi) for _ in range(2000)])
+        fallback = np.array([0.1, 0.1, 0.8])  # has no say while kinds of positive probability have room
+        draws = np.array([capped_multinomial(rng, 50, pi, room, fallback) for _ in range(2000)])
         assert (draws.sum(axis=1) == 50).all()
         assert (draws[:, 0] == 10).all()
         assert draws[:, 1].mean() == pytest.approx(30, abs=0.3)
