@@ -15,7 +15,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators for a while, and put them back."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        if device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too, for good
+        else:
+            torch.manual_seed(seed)
         yield
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import Subset, TensorDataset, default_collate
 
 from psl_flower.client.worker import Graph, Half, Worker
 from psl_flower.devices import seeded
@@ -60,8 +60,8 @@ class SplitClient:
         config: Config | None = None,
         device: torch.device | None = None,
     ) -> None:
-        for dataset, name in ((train, "training"), (test, "test")):
-            if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        for dataset, name in ((train, "training"), (() if test is None else test, "test")):
+            if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
                 raise ConfigError(
                     f"the {name} data must be a map-style dataset (len and indexing), got {dataset!r:.80}"
                 )
@@ -88,17 +88,17 @@ class SplitClient:
         else:
             fetch = getattr(dataset, "__getitems__", None)
             examples = fetch(indices.tolist()) if fetch else [dataset[i] for i in indices.tolist()]
-            inputs, labels = default_collate(examples)
+            inputs, labels = default_collate([_pair(example) for example in examples])
         return inputs, labels
 
     def labels(self, dataset: Any) -> IntArray:
         """Return the class of every example, (n,) int64: the dataset's `targets` or `labels` if it has them."""
-        if isinstance(dataset, TensorDataset):
-            found: Any = dataset.tensors[-1]
-        else:
-            found = getattr(dataset, "targets", getattr(dataset, "labels", None))
-            if found is None:
-                found = self.batch(dataset, np.arange(len(dataset)))[1] if len(dataset) else []
+        found = _listed_labels(dataset)
+        if found is None:
+            rows = [np.arange(i, min(i + _READ_ROWS, len(dataset))) for i in range(0, len(dataset), _READ_ROWS)]
+            with seeded(0, torch.device("cpu")):  # reading an example may augment it
+                parts = [np.asarray(self.batch(dataset, some)[1]) for some in rows]
+            found = np.concatenate(parts) if parts else []
         array = np.asarray(found)
         if array.shape != (len(dataset),) or (len(array) and not np.issubdtype(array.dtype, np.integer)):
             raise ConfigError(
@@ -202,6 +202,29 @@ class SplitClient:
         if self._labels is None:
             self._labels = self.labels(self.train)
         return self._labels
+
+
+# Examples read at once where only their labels are wanted.
+_READ_ROWS = 256
+
+
+def _listed_labels(dataset: Any) -> Any:
+    """Return the labels a dataset lists apart from its examples, or None."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[-1]
+    if isinstance(dataset, Subset):
+        found = _listed_labels(dataset.dataset)
+        return None if found is None else np.asarray(found)[np.asarray(dataset.indices, dtype=np.int64)]
+    return getattr(dataset, "targets", getattr(dataset, "labels", None))
+
+
+def _pair(example: Any) -> Any:
+    if isinstance(example, tuple | list) and len(example) == 2:
+        return example
+    kind = type(example).__name__ + (f" of {len(example)}" if isinstance(example, tuple | list) else "")
+    raise ConfigError(
+        f"examples must be pairs (input, label), got a {kind}: convert them in data_fn, or override SplitClient.batch"
+    )
 
 
 def _to(inputs: Any, device: torch.device) -> Any:

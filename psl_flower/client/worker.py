@@ -92,8 +92,8 @@ class Worker:
     def __init__(self, half: nn.Module, device: torch.device) -> None:
         self.device = device
         self._half = half.to(device)
-        self._names = {name for name, _ in half.named_parameters()}
         self._buffers = {name for name, _ in half.named_buffers()}
+        self._shapes = {name: t.shape for name, t in (*half.named_parameters(), *half.named_buffers())}
 
     @contextmanager
     def bound(self, weights: Weights, *, training: bool) -> Iterator[tuple[Half, dict[str, Tensor]]]:
@@ -102,16 +102,16 @@ class Worker:
         Raises
         ------
         ConfigError
-            If the weights are not this half's, or its forward pass changes a buffer (the change would be lost, for
-            clients keep no state).
+            If the weights are not this half's, or its forward pass changes a buffer or parameter (the change would be
+            lost, for clients keep no state).
         """
         parameters = {name: self._leaf(t, training) for name, t in weights.parameters.items()}
         constants = {name: t.to(self.device) for name, t in weights.constants.items()}
-        self._check(parameters, constants)
+        self._check({**parameters, **constants})
         # a buffer may be a view of the immutable bytes it came in: a forward pass that writes must not reach them
         buffers = {name: t.clone() for name, t in constants.items() if name in self._buffers}
         state = {**constants, **parameters, **buffers}
-        versions = {name: t._version for name, t in buffers.items()}
+        before = {name: (t, t._version) for name, t in state.items()}
 
         def half(*inputs: Tensor) -> tuple[Tensor, ...]:
             outputs: Any = functional_call(self._half, state, inputs)
@@ -120,21 +120,30 @@ class Worker:
         self._half.train(training)
         with torch.set_grad_enabled(training):
             yield half, parameters
-        changed = [name for name, t in buffers.items() if t._version != versions[name]]
-        if changed and training:
+        # written to in place, or (functional_call tells by changing `state`) another tensor put in its place
+        changed = {name for name, (t, version) in before.items() if state[name] is not t or t._version != version}
+        if not training:
+            changed -= self._buffers  # evaluation needs no state afterwards
+        if changed:
+            name = min(changed)
+            kind = "buffer" if name in self._buffers else "parameter"
             raise ConfigError(
-                f"the client half's forward pass changes its buffer {changed[0]!r}, but clients keep no state between "
+                f"the client half's forward pass changes its {kind} {name!r}, but clients keep no state between "
                 "steps: replace that layer (see replace_batch_norm), or cut the model before it"
             )
 
     def _leaf(self, tensor: Tensor, training: bool) -> Tensor:
         return tensor.to(self.device).detach().requires_grad_(training)
 
-    def _check(self, parameters: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
-        given, own = set(parameters) | set(constants), self._names | self._buffers
-        if different := sorted(given ^ own):
+    def _check(self, given: Mapping[str, Tensor]) -> None:
+        rule = "server and client must cut the same model in the same place"
+        if different := sorted(given.keys() ^ self._shapes.keys()):
             where = "the server's" if different[0] in given else "the client's"
             raise ConfigError(
-                f"server and client must cut the same model in the same place: {len(different)} names of the client "
-                f"half differ, {different[0]!r} is only in {where}"
+                f"{rule}: {len(different)} names of the client half differ, {different[0]!r} is only in {where}"
             )
+        for name, shape in self._shapes.items():
+            if (other := given[name].shape) != shape:
+                raise ConfigError(
+                    f"{rule}: shape of {name!r}: the client's is {tuple(shape)}, the server's {tuple(other)}"
+                )

@@ -180,7 +180,7 @@ def decode_request(message_type: str, content: RecordDict) -> Request:
         start, count = _get(header, "start", int), _get(header, "count", int)
         return EvaluateRequest(start, count, weights, config, dict(_config(content, "evaluate-config")))
     if message_type == FORWARD:
-        return ForwardRequest(_decode_order(header), weights, config, _get(header, "delay", float))
+        return ForwardRequest(_decode_order(header), weights, config, _get_seconds(header, "delay"))
     gradients = decode_tensors(_arrays(content, "gradients"))
     if not all(_POSITION.fullmatch(name) for name in gradients):
         raise ProtocolError(f"gradients must be named by position, got {', '.join(gradients):.80}")
@@ -252,10 +252,7 @@ def decode_seconds(content: RecordDict) -> float:
     ProtocolError
         If it does not say, or says nonsense.
     """
-    seconds = _get(_config(content, "reply"), "seconds", float)
-    if not 0 <= seconds < math.inf:
-        raise ProtocolError(f"expected 'seconds' to be finite and not negative, got {seconds}")
-    return seconds
+    return _get_seconds(_config(content, "reply"), "seconds")
 
 
 def decode_reply(request: Request, content: RecordDict) -> Reply:
@@ -316,6 +313,13 @@ def _get(header: ConfigRecord, name: str, kind: type[T]) -> T:
     if type(value) is not kind or (kind is int and not _fits(header[name])):
         raise ProtocolError(f"expected {name!r} to be of type {kind.__name__}, got {value!r:.80}")
     return value
+
+
+def _get_seconds(header: ConfigRecord, name: str) -> float:
+    seconds = _get(header, name, float)
+    if not 0 <= seconds < math.inf:
+        raise ProtocolError(f"expected {name!r} to be finite and not negative, got {seconds}")
+    return seconds
 
 
 def _integers(header: ConfigRecord, name: str) -> IntArray | None:

@@ -1,0 +1,225 @@
+"""Membership: who the clients are, when the answers and the nodes come and go as they like."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from psl_flower.errors import MembershipError
+from psl_flower.exchange import Answer, Carrier, Clients, clients
+from psl_flower.protocol import MAX_CLASSES, MAX_EXAMPLES, Activations, DescribeRequest, Description
+
+
+class FakeCarrier(Carrier):
+    """Nodes by id; `looks` are the nodes connected at each look, the last of them for ever."""
+
+    def __init__(self, nodes, looks=None):
+        self.nodes, self.looks, self.asked = nodes, list(looks or []), []
+
+    def node_ids(self):
+        if len(self.looks) > 1:
+            return self.looks.pop(0)
+        return self.looks[0] if self.looks else list(self.nodes)
+
+    def exchange(self, requests, timeout):
+        self.asked.append((dict(requests), timeout))
+        return {n: self.nodes[n] if isinstance(self.nodes[n], Answer) else answer(self.nodes[n]) for n in requests}
+
+
+def answer(reply):
+    return Answer(reply, None, 0.1)
+
+
+def described(partition, size=10, test=0, counts=None):
+    labels = None if counts is None else np.array(list(counts), dtype=np.int64)
+    numbers = None if counts is None else np.array(list(counts.values()), dtype=np.int64)
+    return Description(partition, size, test, labels, numbers)
+
+
+def refreshed(nodes, *, label_counts=False, min_nodes=1, config=None):
+    members = Clients(FakeCarrier(nodes), label_counts=label_counts, config=config)
+    members.refresh(min_nodes, 5.0)
+    return members
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now, sleeps = 0.0, []
+
+        def monotonic(self):
+            return self.now
+
+        def sleep(self, seconds):
+            assert seconds >= 0
+            self.sleeps.append(seconds)
+            self.now += seconds
+
+    clock = Clock()
+    clock.sleeps = []
+    monkeypatch.setattr(clients, "time", clock)
+    return clock
+
+
+def test_clients_are_in_ascending_id_whatever_their_nodes():
+    members = refreshed({70: described(2, 12), 50: described(0, 10), 60: described(1, 11)})
+    assert list(members.members) == [0, 1, 2]
+    assert [m.node for m in members.members.values()] == [50, 60, 70]
+    population = members.population()
+    np.testing.assert_array_equal(population.client_ids, [0, 1, 2])
+    np.testing.assert_array_equal(population.sizes, [10, 11, 12])
+    assert population.label_counts is None
+
+
+def test_the_question_carries_the_config():
+    members = refreshed({5: described(0)}, config={"data": "mnist"})
+    ((requests, timeout),) = members._carrier.asked
+    assert isinstance(requests[5], DescribeRequest)
+    assert (requests[5].label_counts, requests[5].config, timeout) == (False, {"data": "mnist"}, 5.0)
+
+
+def test_duplicate_ids_are_refused():
+    message = "partition-id must be unique, nodes 5 and 9 both report 3: give each node a partition of its own"
+    with pytest.raises(MembershipError, match=message):
+        refreshed({5: described(3), 7: described(1), 9: described(3)})
+
+
+def test_a_mixture_of_present_and_absent_ids_is_refused():
+    with pytest.raises(
+        MembershipError, match=r"all nodes or none .*1 of 3 do not \(the first is node 7\).*--node-config"
+    ):
+        refreshed({5: described(3), 7: described(None), 9: described(1)})
+
+
+def test_without_ids_clients_are_numbered_by_node_and_a_warning_says_so_once(caplog):
+    carrier = FakeCarrier({90: described(None, 9), 20: described(None, 2), 50: described(None, 5)})
+    members = Clients(carrier, label_counts=False)
+    with caplog.at_level(logging.WARNING, "flwr.psl_flower"):
+        members.refresh(1, 5.0)
+        members.refresh(1, 5.0)
+    assert [(m.client, m.node) for m in members.members.values()] == [(0, 20), (1, 50), (2, 90)]
+    assert caplog.text.count("No node reports a partition-id") == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ({5: Answer(None, "no reply within 5 s", 5.0)}, "node 5: no reply within 5 s"),
+        ({5: Answer(Activations((), np.zeros(1)), None, 0.1)}, "node 5: not a description"),
+        ({5: described(-1)}, "node 5: partition-id must not be negative, got -1"),
+        ({5: described(0, -3)}, "node 5: sizes must not be negative, got -3 and 0"),
+        ({5: described(0, 3, -1)}, "sizes must not be negative, got 3 and -1"),
+        ({5: described(0, MAX_EXAMPLES + 1)}, "num_examples must be at most 1000000000, got 1000000001"),
+    ],
+)
+def test_a_node_that_does_not_describe_itself_is_named(nodes, message):
+    with pytest.raises(MembershipError, match=message):
+        refreshed({4: described(9), **nodes})
+
+
+def test_all_that_failed_are_named():
+    with pytest.raises(MembershipError, match=r"node 4: left\n  node 6: crashed"):
+        refreshed({4: Answer(None, "left", 0.0), 5: described(0), 6: Answer(None, "crashed", 0.0)})
+
+
+# --- label counts ----------------------------------------------------------------------------------------------------
+def test_population_with_label_counts():
+    nodes = {5: described(0, 10, counts={0: 4, 3: 6}), 6: described(1, 0, counts={}), 7: described(2, 2, counts={1: 2})}
+    population = refreshed(nodes, label_counts=True).population()
+    np.testing.assert_array_equal(population.label_counts, [[4, 0, 0, 6], [0, 0, 0, 0], [0, 2, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        (described(0, 3), "expected one count for each label"),
+        (Description(0, 3, 0, np.array([0, 1]), np.array([3])), "expected one count for each label"),
+        (Description(0, 3, 0, np.array([[0]]), np.array([[3]])), "expected one count for each label"),
+        (described(0, 3, counts={-1: 3}), "must not be negative"),
+        (described(0, 3, counts={0: 4, 1: -1}), "must not be negative"),
+        (described(0, 3, counts={MAX_CLASSES: 3}), f"labels must be below {MAX_CLASSES}, got {MAX_CLASSES}"),
+        (Description(0, 4, 0, np.array([1, 1]), np.array([2, 2])), "labels must be unique"),
+        (described(0, 3, counts={0: 1, 1: 1}), "label counts add up to 2, num_examples is 3"),
+        (described(0, 4, counts=dict.fromkeys(range(4), 2**62) | {5: 4}), "label counts add up to"),
+    ],
+)
+def test_impossible_label_counts_are_refused(description, message):
+    with pytest.raises(MembershipError, match=message):
+        refreshed({5: description}, label_counts=True)
+
+
+def test_label_counts_that_were_not_asked_for_are_ignored():
+    assert refreshed({5: described(0, 3, counts={0: 99})}).population().label_counts is None
+
+
+def test_clients_without_any_data_are_no_population():
+    with pytest.raises(MembershipError, match="none of the 2 clients holds a training example"):
+        refreshed({5: described(0, 0), 6: described(1, 0)}).population()
+
+
+# --- coming and going ------------------------------------------------------------------------------------------------
+def test_waits_for_nodes_with_growing_pauses(clock):
+    carrier = FakeCarrier({n: described(n) for n in range(3)}, looks=[[], [0], [0], [0, 1], [0, 1, 2]])
+    members = Clients(carrier, label_counts=False)
+    members.refresh(2, 30.0)
+    assert list(members.members) == [0, 1]
+    assert clock.sleeps == [0.001, 0.002, 0.004]
+
+
+def test_gives_up_waiting_at_the_timeout(clock, caplog):
+    members = Clients(FakeCarrier({1: described(0)}), label_counts=False)
+    with (
+        caplog.at_level(logging.INFO, "flwr.psl_flower"),
+        pytest.raises(MembershipError, match="min_available_nodes is 2, 1 connected within 30 s: start more nodes"),
+    ):
+        members.refresh(2, 30.0)
+    assert clock.now == pytest.approx(30.0)
+    assert len(clock.sleeps) < 50
+    assert caplog.text.count("Waiting for nodes to connect: 1 connected (minimum required: 2)") in (3, 4)
+
+
+def test_enough_nodes_at_once_do_not_wait(clock):
+    refreshed({1: described(0), 2: described(1)}, min_nodes=2)
+    assert clock.sleeps == []
+
+
+def test_only_new_nodes_are_described():
+    carrier = FakeCarrier({n: described(n) for n in range(3)}, looks=[[0, 1], [0, 1], [0, 1, 2]])
+    members = Clients(carrier, label_counts=False)
+    for _ in range(3):
+        members.refresh(1, 5.0)
+    assert [set(requests) for requests, _ in carrier.asked] == [{0, 1}, set(), {2}]
+    assert list(members.members) == [0, 1, 2]
+
+
+def test_a_client_that_left_is_reported_and_may_come_back(caplog):
+    carrier = FakeCarrier({n: described(n + 10) for n in range(3)}, looks=[[0, 1, 2], [0, 2], [0, 1, 2]])
+    members = Clients(carrier, label_counts=False)
+    members.refresh(1, 5.0)
+    members.refresh(1, 5.0)
+    assert list(members.members) == [10, 12]
+    assert "clients that left: 11" in caplog.text
+    np.testing.assert_array_equal(members.population().client_ids, [10, 12])
+    members.refresh(1, 5.0)
+    assert list(members.members) == [10, 11, 12]
+    assert sum(map(len, (requests for requests, _ in carrier.asked))) == 3  # its description is still known
+
+
+def test_a_replaced_node_takes_over_the_id_of_one_that_left():
+    carrier = FakeCarrier({5: described(0, 7), 6: described(0, 8)}, looks=[[5], [6]])
+    members = Clients(carrier, label_counts=False)
+    members.refresh(1, 5.0)
+    members.refresh(1, 5.0)
+    assert members.members[0].node == 6
+    assert members.population().num_examples == 8
+
+
+# --- exchange --------------------------------------------------------------------------------------------------------
+def test_exchange_speaks_of_clients_and_answers_in_ascending_id():
+    members = refreshed({70: described(0), 60: described(1), 50: described(2)})
+    request = DescribeRequest(False)
+    answers = members.exchange({2: request, 0: request}, 9.0)
+    assert list(answers) == [0, 2]
+    requests, timeout = members._carrier.asked[-1]
+    assert (set(requests), timeout) == ({70, 50}, 9.0)
+    assert answers[2].reply.partition_id == 2

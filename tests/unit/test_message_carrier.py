@@ -1,0 +1,294 @@
+"""The message carrier against a grid that does everything a grid may do, on a clock that never really waits."""
+
+import pytest
+import torch
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from psl_flower.exchange import MessageCarrier, messages
+from psl_flower.exchange.codec import encode_reply, num_bytes
+from psl_flower.flower import become_server
+from psl_flower.protocol import (
+    DESCRIBE,
+    FORWARD,
+    Activations,
+    DescribeRequest,
+    Description,
+    ForwardRequest,
+    Weights,
+    WorkOrder,
+)
+
+
+class Clock:
+    """Stands in for the time module: sleeping moves it on, and so does every pull."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.sleeps = []
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        assert seconds >= 0
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+
+class FakeGrid(Grid):
+    """Answers each message after the delay given for its node; None: never."""
+
+    def __init__(self, clock, delays, *, ids=lambda ids: ids, numbered=False, reply=None, pull_seconds=0.0):
+        self.clock, self.delays, self.change_ids, self.numbered = clock, delays, ids, numbered
+        self.reply = reply or (lambda message: Message(description(message.metadata.dst_node_id), reply_to=message))
+        self.pull_seconds = pull_seconds
+        self.pushed, self.due, self.pulls, self.extra = {}, {}, 0, []
+        become_server(1, 1)
+
+    def push_messages(self, messages):
+        for message in messages:
+            message_id = f"m{len(self.pushed)}"
+            message.metadata.__dict__["_message_id"] = message_id
+            self.pushed[message_id] = message
+            delay = self.delays.get(message.metadata.dst_node_id, 0.0)
+            if delay is not None:
+                self.due[message_id] = self.clock.now + delay
+        ids = self.change_ids(list(self.pushed))
+        if not self.numbered:
+            for message in self.pushed.values():
+                message.metadata.__dict__["_message_id"] = ""
+        return ids
+
+    def pull_messages(self, message_ids):
+        self.pulls += 1
+        self.clock.now += self.pull_seconds
+        assert len(set(message_ids)) == len(message_ids)
+        ready = [i for i in message_ids if self.due.get(i, float("inf")) <= self.clock.now]
+        replies, self.extra = self.extra, []
+        for message_id in ready:
+            del self.due[message_id]
+            message = self.pushed[message_id]
+            message.metadata.__dict__["_message_id"] = message_id
+            replies.append(self.reply(message))
+        return replies
+
+    def get_node_ids(self):
+        return [5, 3, 4]
+
+    def send_and_receive(self, messages, *, timeout=None):
+        raise AssertionError("send_and_receive sleeps for seconds: never on the step path")
+
+    def create_message(self, *args, **kwargs):
+        raise AssertionError("deprecated")
+
+    def set_run(self, run):
+        pass
+
+    @property
+    def run(self):
+        return None
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(messages, "time", clock)
+    return clock
+
+
+def description(size, seconds=1e9):
+    """Return a reply; by default it claims to have been worked on for ages."""
+    return encode_reply(Description(None, size, 0), seconds)
+
+
+NODES = [3, 4, 5]
+REQUESTS = dict.fromkeys(NODES, DescribeRequest(False))
+
+
+def exchange(grid, timeout=10.0, requests=REQUESTS):
+    with MessageCarrier(grid) as carrier:
+        return carrier.exchange(requests, timeout)
+
+
+def sizes(answers):
+    return {node: a.reply.num_examples for node, a in answers.items() if a.reply is not None}
+
+
+def failures(answers):
+    assert all((a.reply is None) == (a.failure is not None) for a in answers.values())
+    return {node: a.failure for node, a in answers.items() if a.failure is not None}
+
+
+def test_all_answer_at_once(clock):
+    grid = FakeGrid(clock, {})
+    answers = exchange(grid)
+    assert sizes(answers) == {3: 3, 4: 4, 5: 5}
+    assert (grid.pulls, clock.sleeps) == (1, [])
+
+
+def test_messages_are_what_the_protocol_says(clock):
+    grid = FakeGrid(clock, {})
+    exchange(grid, timeout=7.5)
+    for node, message in zip(NODES, grid.pushed.values(), strict=True):
+        assert (message.metadata.dst_node_id, message.metadata.message_type) == (node, DESCRIBE)
+        assert message.metadata.ttl == 7.5
+        assert message.metadata.group_id == "psl_flower"
+
+
+def test_nothing_to_ask_asks_nothing(clock):
+    grid = FakeGrid(clock, {})
+    assert exchange(grid, requests={}) == {}
+    assert (grid.pushed, grid.pulls) == ({}, 0)
+
+
+def test_answers_carry_the_seconds_clients_worked(clock):
+    grid = FakeGrid(clock, {3: 5.0}, reply=lambda message: Message(description(1, 2.5), reply_to=message))
+    assert exchange(grid, requests={3: REQUESTS[3]})[3].seconds == 2.5
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_nonsense_seconds_are_a_bad_reply(clock, seconds):
+    grid = FakeGrid(clock, {}, reply=lambda message: Message(description(1, seconds), reply_to=message))
+    assert set(failures(exchange(grid)).values()) == {
+        f"bad reply: expected 'seconds' to be finite and not negative, got {seconds}"
+    }
+
+
+def test_no_client_worked_longer_than_it_was_waited_for(clock):
+    answers = exchange(FakeGrid(clock, {3: 2.0, 4: 0.5, 5: 1.0}))
+    assert sizes(answers) == {3: 3, 4: 4, 5: 5}
+    for node, due in ((3, 2.0), (4, 0.5), (5, 1.0)):
+        assert due <= answers[node].seconds <= due * 1.06 + 0.001
+
+
+@pytest.mark.parametrize("delay", [0.01, 0.1, 1.0, 10.0, 60.0, 3000.0])
+def test_waiting_costs_little_and_pulls_stay_bounded(clock, delay):
+    grid = FakeGrid(clock, dict.fromkeys(NODES, delay), pull_seconds=0.0002)
+    answers = exchange(grid, timeout=3600)
+    assert len(sizes(answers)) == 3
+    assert clock.now <= delay * 1.06 + 0.0015  # at most a twentieth late
+    assert grid.pulls <= 150 + delay / 0.25
+    assert max(clock.sleeps) <= 0.25
+    assert min(clock.sleeps) >= 0.001
+
+
+def test_silence_ends_at_the_timeout(clock):
+    grid = FakeGrid(clock, {3: None, 4: 0.1, 5: 8.0})
+    answers = exchange(grid, timeout=5.0)
+    assert sizes(answers) == {4: 4}
+    assert failures(answers) == dict.fromkeys(
+        (3, 5), "no reply within 5 s: raise timeout, or see whether the client still runs"
+    )
+    assert answers[3].seconds == 5.0
+    assert clock.now == pytest.approx(5.0)
+
+
+def test_a_reply_at_the_last_moment_counts(clock):
+    assert sizes(exchange(FakeGrid(clock, {3: 5.0, 4: 4.99}), timeout=5.0)) == {3: 3, 4: 4, 5: 5}
+
+
+def test_a_timeout_shorter_than_a_pull_still_pulls_once(clock):
+    grid = FakeGrid(clock, {}, pull_seconds=1.0)
+    assert len(sizes(exchange(grid, timeout=0.01))) == 3
+    assert grid.pulls == 1
+
+
+@pytest.mark.parametrize("ids", [lambda ids: None, lambda ids: [], lambda ids: ["", None, ""]])
+def test_a_grid_that_accepts_nothing(clock, ids):
+    grid = FakeGrid(clock, {}, ids=ids)
+    answers = exchange(grid)
+    assert list(failures(answers)) == NODES
+    assert all("did not accept" in f for f in failures(answers).values())
+    assert (grid.pulls, clock.sleeps) == (0, [])
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_id_marks_the_message_that_was_refused(clock, empty):
+    answers = exchange(FakeGrid(clock, {}, ids=lambda ids: [ids[0], empty, ids[2]]))
+    assert sizes(answers) == {3: 3, 5: 5}
+    assert "did not accept" in failures(answers)[4]
+
+
+@pytest.mark.parametrize("ids", [lambda ids: ids[1:], lambda ids: [None, *ids[2:]], lambda ids: (i for i in ids[:2])])
+def test_fewer_ids_where_messages_are_numbered(clock, ids):
+    grid = FakeGrid(clock, {}, ids=ids, numbered=True)
+    accepted = {int(i[1]) + 3 for i in ids(["m0", "m1", "m2"]) if i}
+    answers = exchange(grid)
+    assert sizes(answers) == {node: node for node in accepted}
+    assert set(failures(answers)) == set(NODES) - accepted
+
+
+@pytest.mark.parametrize("ids", [lambda ids: ids[1:], lambda ids: [*ids, "m9"]])
+def test_ids_that_do_not_say_which_message_they_are_of(clock, ids):
+    grid = FakeGrid(clock, {}, ids=ids)
+    count = len(ids(["m0", "m1", "m2"]))
+    assert failures(exchange(grid)) == dict.fromkeys(
+        NODES, f"Flower accepted {count} of 3 messages and does not say which"
+    )
+    assert grid.pulls == 0
+
+
+def test_error_replies_name_code_and_reason(clock):
+    def reply(message):
+        if message.metadata.dst_node_id == 4:
+            return Message(Error(0, "ValueError: no data"), reply_to=message)
+        return Message(description(1), reply_to=message)
+
+    answers = exchange(FakeGrid(clock, {}, reply=reply))
+    assert failures(answers) == {4: "error 0: ValueError: no data"}
+    assert answers[4].bytes_received == 0
+
+
+def test_undecodable_replies_fail_their_client_only(clock):
+    def reply(message):
+        bad = message.metadata.dst_node_id == 3
+        return Message(RecordDict() if bad else description(1), reply_to=message)
+
+    answers = exchange(FakeGrid(clock, {}, reply=reply))
+    assert failures(answers) == {3: "bad reply: expected a ConfigRecord named 'reply', got none"}
+
+
+def test_duplicate_and_unknown_replies_are_ignored(clock):
+    grid = FakeGrid(clock, {3: 0.0, 4: 0.5, 5: 1.0})
+    strangers = []
+
+    def reply(message):
+        answer = Message(description(message.metadata.dst_node_id), reply_to=message)
+        grid.extra.append(Message(description(99), reply_to=message))  # the same reply again, with the next pull
+        if not strangers:
+            stranger = Message(description(98), reply_to=message)
+            stranger.metadata.__dict__["_reply_to_message_id"] = "never sent"
+            strangers.append(stranger)
+            grid.extra.append(stranger)
+        return answer
+
+    grid.reply = reply
+    assert sizes(exchange(grid)) == {3: 3, 4: 4, 5: 5}
+
+
+def test_replies_of_an_earlier_exchange_are_ignored(clock):
+    grid = FakeGrid(clock, {3: 20.0})
+    carrier = MessageCarrier(grid)
+    assert "no reply within" in failures(carrier.exchange({3: DescribeRequest(False)}, 1.0))[3]
+    late = Message(description(77), reply_to=grid.pushed["m0"])
+    late.metadata.__dict__["_reply_to_message_id"] = "m0"
+    grid.delays, grid.extra = {3: 0.1}, [late]
+    grid.change_ids = lambda ids: ids[-1:]
+    assert sizes(carrier.exchange({3: DescribeRequest(False)}, 1.0)) == {3: 3}
+
+
+def test_bytes_count_tensors_both_ways(clock):
+    order = WorkOrder(client=0, seed=0, epoch=0, step=0, start=0, count=2)
+    request = ForwardRequest(order, Weights({"w": torch.ones(3, 4)}, {"b": torch.ones(2)}, "v"))
+    content = encode_reply(Activations((torch.ones(2, 5),), torch.tensor([0, 1]), 0))
+    grid = FakeGrid(clock, {4: None}, reply=lambda message: Message(content, reply_to=message))
+    answers = exchange(grid, 1.0, {3: request, 4: request})
+    assert next(iter(grid.pushed.values())).metadata.message_type == FORWARD
+    assert (answers[3].bytes_sent, answers[3].bytes_received) == (3 * 4 * 4 + 2 * 4, num_bytes(content))
+    assert num_bytes(content) == 2 * 5 * 4 + 2 * 8
+    assert (answers[4].bytes_sent, answers[4].bytes_received) == (56, 0)
+
+
+def test_node_ids_are_the_grids(clock):
+    assert list(MessageCarrier(FakeGrid(clock, {})).node_ids()) == [5, 3, 4]

@@ -1,0 +1,369 @@
+"""The client: which examples it draws, from every kind of dataset, and what it says of them."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from psl_flower import SplitClient
+from psl_flower.errors import ConfigError
+from psl_flower.protocol import BackwardRequest, DescribeRequest, EvaluateRequest, ForwardRequest, Weights, WorkOrder
+
+N, CLASSES = 23, 4
+IMAGES = torch.arange(N * 6, dtype=torch.float32).reshape(N, 6)
+LABELS = torch.from_numpy(np.random.default_rng(0).integers(0, CLASSES - 1, N))  # the last class has no example
+LABELS[5] = CLASSES - 2
+
+
+class GetBatch:
+    """Offers the fastest way; reading it one by one is an error."""
+
+    def __init__(self):
+        self.targets = LABELS.tolist()
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        raise AssertionError("get_batch is there to be used")
+
+    def get_batch(self, indices):
+        assert isinstance(indices, np.ndarray)
+        return IMAGES[torch.from_numpy(indices)], LABELS[torch.from_numpy(indices)]
+
+
+class GetItems(Dataset):
+    """Offers torch's batched fetch."""
+
+    labels = LABELS.numpy()
+
+    def __len__(self):
+        return N
+
+    def __getitems__(self, indices):
+        assert all(type(i) is int for i in indices)
+        return [(IMAGES[i], int(LABELS[i])) for i in indices]
+
+
+class OneByOne(Dataset):
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        assert type(index) is int
+        return IMAGES[index], int(LABELS[index])
+
+
+DATASETS = {
+    "get_batch": GetBatch(),
+    "TensorDataset": TensorDataset(IMAGES, LABELS),
+    "__getitems__": GetItems(),
+    "map-style": OneByOne(),
+    "list of tuples": [(x, int(y)) for x, y in zip(IMAGES, LABELS, strict=True)],
+    "list of numpy": [(x.numpy(), np.int64(y)) for x, y in zip(IMAGES, LABELS, strict=True)],
+    "Subset without labels listed": Subset(OneByOne(), range(N)),
+    "Subset": Subset(TensorDataset(IMAGES.flip(0), LABELS.flip(0)), range(N - 1, -1, -1)),
+}
+
+
+def half():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(6, 5)
+
+
+def weights(module=None, version="v"):
+    return Weights({n: p.detach() for n, p in (module or half()).named_parameters()}, {}, version)
+
+
+def order(start=0, count=1, *, seed=11, epoch=3, step=2, client=6, by_class=None):
+    starts, counts = (None, None) if by_class is None else (np.array(part) for part in by_class)
+    count = count if counts is None else int(counts.sum())
+    return WorkOrder(
+        client=client,
+        seed=seed,
+        epoch=epoch,
+        step=step,
+        start=start,
+        count=count,
+        class_starts=starts,
+        class_counts=counts,
+    )
+
+
+def client(train=DATASETS["TensorDataset"], test=None, cls=SplitClient, **options):
+    return cls(half(), train, test, **options)
+
+
+def epoch_order(seed=11, epoch=3, k=6):
+    """The rule of the protocol, written out."""
+    return np.random.default_rng([seed, epoch, k]).permutation(N)
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+def test_draws_a_slice_of_the_epochs_permutation():
+    drawn = client().draw(order(5, 7))
+    np.testing.assert_array_equal(drawn, epoch_order()[5:12])
+    assert drawn.dtype == np.int64
+
+
+@pytest.mark.parametrize("other", [{"seed": 12}, {"epoch": 4}, {"client": 7}])
+def test_seed_epoch_and_client_each_give_another_permutation(other):
+    one = client()
+    before = one.draw(order(0, N)).copy()
+    after = one.draw(order(0, N, **other))
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(one.draw(order(0, N)), before)  # and back: no state
+    assert sorted(after) == list(range(N))
+
+
+def test_the_step_does_not_change_the_permutation():
+    np.testing.assert_array_equal(client().draw(order(2, 4, step=0)), client().draw(order(2, 4, step=9)))
+
+
+def test_draws_by_class_follow_the_class_subsequences():
+    one, used = client(), np.zeros(CLASSES, dtype=int)
+    of_class = {c: [i for i in epoch_order() if LABELS[i] == c] for c in range(CLASSES)}
+    sizes = [len(of_class[c]) for c in range(CLASSES)]
+    assert sizes[-1] == 0
+    assert min(sizes[:-1]) > 2
+    drawn = []
+    for counts in ([2, 0, 1, 0], [0, 3, 1, 0], np.array(sizes) - [2, 3, 2, 0]):
+        counts = np.array(counts)
+        batch = one.draw(order(by_class=(used, counts)))
+        expected = [i for c in range(CLASSES) for i in of_class[c][used[c] : used[c] + counts[c]]]
+        np.testing.assert_array_equal(batch, expected)
+        drawn += batch.tolist()
+        used = used + counts
+    assert sorted(drawn) == list(range(N))
+
+
+def test_classes_the_client_does_not_hold_may_be_named_with_nothing_asked():
+    batch = client().draw(order(by_class=([0] * 9, [1, 1, 0, 0, 0, 0, 0, 0, 0])))
+    assert LABELS[batch].tolist() == [0, 1]
+    assert LABELS[client().draw(order(by_class=([0], [2])))].tolist() == [0, 0]  # fewer than it holds
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, N + 1), (N, 1), (N - 1, 2), (0, 0), (3, -1), (-1, 1)])
+def test_asking_for_more_than_there_is(start, count):
+    with pytest.raises(ConfigError, match=f"asked for {count} examples from {start} on, of {N}"):
+        client().draw(order(start, count))
+
+
+@pytest.mark.parametrize(
+    ("starts", "counts", "message"),
+    [
+        ([0, 0, 0, 0], [0, 0, 0, 1], "asked for 1 examples of class 3 from 0 on, of 0"),
+        ([0, 99, 0, 0], [1, 1, 0, 0], "asked for 1 examples of class 1 from 99 on, of "),
+        ([0, 0, 0, 0], [2, -1, 0, 0], "asked for -1 examples of class 1"),
+        ([-1, 0, 0, 0], [1, 0, 0, 0], "asked for 1 examples of class 0 from -1"),
+        ([0] * 6, [0, 0, 0, 0, 0, 1], "class 5 from 0 on, of 0"),
+    ],
+)
+def test_asking_for_more_of_a_class_than_there_is(starts, counts, message):
+    with pytest.raises(ConfigError, match=message):
+        client().draw(order(by_class=(starts, counts)))
+
+
+def test_class_counts_must_add_up():
+    wrong = WorkOrder(
+        client=0, seed=0, epoch=0, step=0, start=0, count=3, class_starts=np.zeros(2, int), class_counts=np.ones(2, int)
+    )
+    with pytest.raises(ConfigError, match="2 in all classes, 3 in the order"):
+        client().draw(wrong)
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", DATASETS)
+def test_every_kind_of_dataset_gives_the_same_batch(kind):
+    graph = client(DATASETS[kind]).run_forward(ForwardRequest(order(4, 6), weights()))
+    rows = epoch_order()[4:10]
+    torch.testing.assert_close(graph.activations[0], half()(IMAGES[rows]))
+    assert graph.labels.tolist() == LABELS[rows].tolist()
+    assert graph.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_every_kind_of_dataset_tells_its_labels(kind):
+    one = client(DATASETS[kind])
+    np.testing.assert_array_equal(one.labels(one.train), LABELS)
+    description = one.describe(DescribeRequest(True))
+    np.testing.assert_array_equal(description.labels, np.unique(LABELS))
+    np.testing.assert_array_equal(description.counts, np.bincount(LABELS)[np.unique(LABELS)])
+    description.check(DescribeRequest(True))
+
+
+def test_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+
+        def forward(self, a, b):
+            return self.linear(a) + b
+
+    module, extra = Two(), torch.randn(N, 5)
+    rows = epoch_order()[:3]
+    for dataset in (
+        TensorDataset(IMAGES, extra, LABELS),
+        [((IMAGES[i], extra[i]), int(LABELS[i])) for i in range(N)],
+    ):
+        graph = SplitClient(Two(), dataset).run_forward(ForwardRequest(order(0, 3), weights(module)))
+        torch.testing.assert_close(graph.activations[0], module(IMAGES[rows], extra[rows]))
+        assert graph.labels.tolist() == LABELS[rows].tolist()
+
+
+@pytest.mark.parametrize("data", [None, 3, iter([1]), (x for x in [])])
+def test_what_is_no_dataset_is_refused(data):
+    with pytest.raises(ConfigError, match=r"training data must be a map-style dataset \(len and indexing\)"):
+        client(data)
+    if data is not None:
+        with pytest.raises(ConfigError, match="test data must be a map-style dataset"):
+            client(test=data)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([{"img": IMAGES[i], "label": 0} for i in range(N)], r"must be pairs \(input, label\), got a dict"),
+        ([{"img": IMAGES[i], "label": 0, "id": i} for i in range(N)], r"must be pairs \(input, label\), got a dict"),
+        ([(IMAGES[i], 0, i) for i in range(N)], r"must be pairs \(input, label\), got a tuple of 3"),
+        ([IMAGES[i] for i in range(N)], r"must be pairs \(input, label\), got a Tensor"),
+        ([("text", 0)] * N, "inputs must be a tensor or a tuple of tensors, got str"),
+        ([({"x": IMAGES[0]}, 0)] * N, "inputs must be a tensor or a tuple of tensors, got dict"),
+    ],
+)
+def test_examples_of_another_form_are_refused(dataset, message):
+    with pytest.raises(ConfigError, match=message):
+        client(dataset).run_forward(ForwardRequest(order(0, 2), weights()))
+
+
+@pytest.mark.parametrize(
+    "labels", [LABELS.float(), torch.stack([LABELS, LABELS], dim=1), LABELS[:-1].tolist(), ["cat"] * N]
+)
+def test_labels_that_are_no_classes_are_refused_where_classes_are_needed(labels):
+    dataset = GetBatch()
+    dataset.targets = labels
+    assert client(dataset).describe(DescribeRequest(False)).labels is None
+    with pytest.raises(ConfigError, match="this sampler plans by class: expected one whole number a label"):
+        client(dataset).describe(DescribeRequest(True))
+
+
+def test_negative_labels_are_refused_where_classes_are_needed():
+    dataset = GetBatch()
+    dataset.targets = [-1] * N
+    with pytest.raises(ConfigError, match="labels must not be negative, got -1"):
+        client(dataset).describe(DescribeRequest(True))
+
+
+def test_reading_labels_leaves_torchs_generator_alone():
+    class Noisy(OneByOne):
+        def __getitem__(self, index):
+            return IMAGES[index] + torch.randn(6), int(LABELS[index])
+
+    state = torch.get_rng_state()
+    client(Noisy()).describe(DescribeRequest(True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- describe --------------------------------------------------------------------------------------------------------
+def test_description_says_what_was_asked_for_and_no_more():
+    description = client(test=TensorDataset(IMAGES[:4], LABELS[:4]), partition_id=6).describe(DescribeRequest(False))
+    assert (description.partition_id, description.num_examples, description.num_test_examples) == (6, N, 4)
+    assert description.labels is description.counts is None
+
+
+def test_a_client_without_data_describes_itself():
+    description = client([], partition_id=0).describe(DescribeRequest(True))
+    assert (description.num_examples, description.num_test_examples) == (0, 0)
+    assert description.labels.tolist() == description.counts.tolist() == []
+    description.check(DescribeRequest(True))
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+class Augmented(OneByOne):
+    """Every fetch is another draw from torch's generator."""
+
+    def __getitem__(self, index):
+        return IMAGES[index] + torch.randn(6), int(LABELS[index])
+
+
+def test_augmentation_follows_the_order_alone():
+    made = [client(Augmented()).run_forward(ForwardRequest(order(0, 4), weights())) for _ in range(2)]
+    assert torch.equal(made[0].activations[0], made[1].activations[0])
+    plain = client().run_forward(ForwardRequest(order(0, 4), weights()))
+    assert not torch.equal(made[0].activations[0], plain.activations[0])
+    for other in ({"seed": 12}, {"epoch": 4}, {"step": 3}, {"client": 7}):
+        noise = client(Augmented()).run_forward(ForwardRequest(order(0, 4, **other), weights())).activations[0]
+        clean = client().run_forward(ForwardRequest(order(0, 4, **other), weights())).activations[0]
+        assert not torch.allclose(noise - clean, made[0].activations[0] - plain.activations[0], atol=1e-3), other
+
+
+def test_torchs_generator_is_left_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one = client(Augmented(), Augmented())
+    one.run_forward(ForwardRequest(order(0, 4), weights()))
+    one.evaluate(EvaluateRequest(0, 4, weights()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_backward_answers_for_the_step():
+    one, g = client(), torch.randn(4, 5)
+    graph = one.run_forward(ForwardRequest(order(0, 4), weights()))
+    gradients = one.run_backward(BackwardRequest(order(0, 4), weights(), (g,)), graph)
+    assert (gradients.step, gradients.unused) == (2, ())
+    torch.testing.assert_close(gradients.tensors["weight"], g.T @ IMAGES[epoch_order()[:4]])
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+def test_evaluation_takes_test_examples_in_their_own_order():
+    module = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5))
+    one = SplitClient(module, DATASETS["TensorDataset"], TensorDataset(IMAGES[10:], LABELS[10:]))
+    reply = one.evaluate(EvaluateRequest(2, 5, weights(module)))
+    assert reply.labels.tolist() == LABELS[12:17].tolist()
+    torch.testing.assert_close(reply.tensors[0], module[0](IMAGES[12:17]))
+    assert reply.step is None
+    assert not reply.tensors[0].requires_grad
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 5), (4, 1), (-1, 2), (0, 0)])
+def test_asking_for_test_examples_that_are_not_there(start, count):
+    with pytest.raises(ConfigError, match=f"asked for {count} test examples from {start} on, of 4"):
+        client(test=TensorDataset(IMAGES[:4], LABELS[:4])).evaluate(EvaluateRequest(start, count, weights()))
+    with pytest.raises(ConfigError, match="of 0"):
+        client().evaluate(EvaluateRequest(0, 1, weights()))
+
+
+# --- subclassing -----------------------------------------------------------------------------------------------------
+class Negative(SplitClient):
+    """Makes its own batches and runs its own forward pass."""
+
+    def batch(self, dataset, indices):
+        images, labels = super().batch(dataset, indices)
+        return -images, labels + 1
+
+    def forward(self, half, inputs):
+        (one,) = half(inputs)
+        (two,) = half(inputs * 2)
+        return one, two
+
+    def labels(self, dataset):
+        return np.asarray(LABELS) + 1
+
+
+def test_a_subclass_overrides_batch_labels_and_forward():
+    one, rows = client(cls=Negative), epoch_order()[:3]
+    graph = one.run_forward(ForwardRequest(order(0, 3), weights()))
+    torch.testing.assert_close(graph.activations[0], half()(-IMAGES[rows]))
+    torch.testing.assert_close(graph.activations[1], half()(-2 * IMAGES[rows]))
+    assert graph.labels.tolist() == (LABELS[rows] + 1).tolist()
+    assert one.describe(DescribeRequest(True)).labels[0] == 1
+    g = torch.ones(3, 5)
+    gradients, _ = graph.backward([g, g])
+    torch.testing.assert_close(gradients["weight"], -3 * g.T @ IMAGES[rows])
+
+
+def test_a_subclass_sees_its_config():
+    assert client(config={"lr": 1}, cls=Negative).config == {"lr": 1}
