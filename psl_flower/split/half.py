@@ -1,0 +1,184 @@
+"""A half of a model that torch.fx traced, and what holds for every half."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import itertools
+import linecache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from psl_flower.errors import ConfigError, CutError
+from psl_flower.split.trace import Trace
+
+
+class TracedHalf(nn.Module):
+    """The part of a traced model that some graphs use, under the names it has in the whole model.
+
+    Modules, parameters and buffers are those of `root` (not copies), at the same qualified names. Where the model does
+    one thing in training and another in evaluation, the half holds a program for each and follows its ``training``
+    flag. Works with ``torch.func.functional_call``, deepcopy and pickle.
+
+    Parameters
+    ----------
+    root : nn.Module
+        The traced model.
+    graphs : dict[bool, fx.Graph]
+        What to run for each value of ``training``.
+    trace : Trace
+        Where the graphs come from.
+    """
+
+    def __init__(self, root: nn.Module, graphs: Mapping[bool, fx.Graph], trace: Trace) -> None:
+        super().__init__()
+        called, read = (
+            {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == op}
+            for op in ("call_module", "get_attr")
+        )
+        for name in itertools.chain(sorted(called), sorted(read)):  # a module before its parts
+            self._graft(root, name)
+        self._graft_aliases(root)
+        self.training = root.training
+        names = {name for name, _ in self.named_modules()}
+        self._psl_pinned = {mode: sorted(pinned & names) for mode, pinned in trace.pinned.items()}
+        self._psl_sources = {mode: _source(graph) for mode, graph in graphs.items()}
+        self._psl_programs = {mode: _compile(*source) for mode, source in self._psl_sources.items()}
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the program for the present mode."""
+        return self._psl_programs[self.training](self, *inputs)
+
+    def train(self, mode: bool = True) -> TracedHalf:
+        """Set the mode, leaving out the submodules that the model's own ``train`` leaves out."""
+        super().train(mode)
+        for name in self._psl_pinned[mode]:
+            self.get_submodule(name).training = not mode
+        return self
+
+    def _graft(self, root: nn.Module, name: str) -> None:
+        """Put the module, parameter, buffer or constant of `root` called `name` into this half, unless it is there."""
+        *path, leaf = name.split(".")
+        source: nn.Module = root
+        target: nn.Module = self
+        for part in path:
+            source = source.get_submodule(part)
+            if part not in target._modules:
+                container = nn.Module()
+                container.training = source.training
+                target.add_module(part, container)
+            target = target.get_submodule(part)
+        if leaf in target._modules or leaf in target._parameters or leaf in target._buffers:
+            return
+        value = getattr(source, leaf)
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            # a constant (a tensor that is no buffer of the model) becomes a buffer that state_dict leaves out
+            persistent = leaf in source._buffers and leaf not in source._non_persistent_buffers_set
+            target.register_buffer(leaf, value, persistent=persistent)
+        else:
+            setattr(target, leaf, value)
+
+    def _graft_aliases(self, root: nn.Module) -> None:
+        """Add the other names under which the model holds what is in this half, so that its state dict has them."""
+        held = {id(value) for value in itertools.chain(self.modules(), self.parameters(), self.buffers())}
+        named: Iterable[tuple[str, Any]] = itertools.chain(
+            root.named_modules(remove_duplicate=False),
+            root.named_parameters(remove_duplicate=False),
+            root.named_buffers(remove_duplicate=False),
+        )
+        for name, value in list(named):
+            if id(value) in held and (isinstance(value, torch.Tensor) or value.state_dict()):
+                self._graft(root, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        del state["_psl_programs"]
+        state["_psl_sources"] = {
+            mode: (code, {key: _ByName(v.__name__) if isinstance(v, ModuleType) else v for key, v in names.items()})
+            for mode, (code, names) in self._psl_sources.items()
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._psl_sources = {
+            mode: (code, {k: importlib.import_module(v) if isinstance(v, _ByName) else v for k, v in names.items()})
+            for mode, (code, names) in self._psl_sources.items()
+        }
+        self._psl_programs = {mode: _compile(*source) for mode, source in self._psl_sources.items()}
+
+
+class _ByName(str):
+    """The name of a module, standing for it in a pickle."""
+
+
+def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    """Return a graph as Python source of a function ``forward(self, ...)``, and the globals it needs."""
+    code = graph.python_code("self")
+    return code.src, dict(code.globals)
+
+
+def _compile(code: str, names: Mapping[str, Any]) -> Callable[..., Any]:
+    filename = f"<psl_flower half {hash(code):x}>"
+    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # readable tracebacks
+    namespace = dict(names)
+    exec(compile(code, filename, "exec"), namespace)
+    program: Callable[..., Any] = namespace["forward"]
+    return program
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model.
+
+    Raises
+    ------
+    ConfigError
+        If it has lazy layers that have seen no data yet.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
+    if lazy is not None:
+        raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
+    return copy.deepcopy(model)
+
+
+def as_activations(values: Any, inputs: Sequence[Any], names: Sequence[str] = ()) -> tuple[torch.Tensor, ...]:
+    """Return what a client half computed as a tuple of tensors, each with one row an example.
+
+    Parameters
+    ----------
+    values : Tensor or sequence of Tensor
+    inputs : sequence
+        What the client half was given; the first tensor in it says how many examples there are.
+    names : sequence of str
+        What to call the values in an error; by default their positions.
+
+    Raises
+    ------
+    CutError
+        If a value is not a tensor, or its first dimension is not the batch: the server could not put the batches of
+        several clients together.
+    """
+    activations = tuple(values) if isinstance(values, list | tuple) else (values,)
+    if not activations:
+        raise CutError("nothing crosses the cut: the client half must return at least one tensor")
+    names = names or [f"number {position}" for position in range(len(activations))]
+    for name, value in zip(names, activations, strict=True):
+        if not isinstance(value, torch.Tensor):
+            raise CutError(
+                f"only tensors can cross the cut, value {name} is a {type(value).__name__}: cut elsewhere, or cut by "
+                f"hand so that the client half returns a tensor or a tuple of tensors"
+            )
+    batch = next(value.shape[:1] for value in (*inputs, *activations) if isinstance(value, torch.Tensor))
+    for name, value in zip(names, activations, strict=True):
+        if value.dim() == 0 or value.shape[:1] != batch:
+            raise CutError(
+                f"every tensor that crosses the cut must have the batch as its first dimension, value {name} has shape "
+                f"{tuple(value.shape)} for a batch of {', '.join(map(str, batch))}: cut elsewhere, or cut by hand: "
+                f"SplitModel(client=..., server=...)"
+            )
+    return activations

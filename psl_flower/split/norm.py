@@ -1,0 +1,109 @@
+"""Batch statistics have no place in a client half: finding such layers, and replacing them.
+
+A layer that normalises over its batch would see one client's quota instead of the global batch, and its running
+averages would drift apart between clients. Group normalisation works example by example, so with it parallel split
+learning computes what centralised training computes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from psl_flower.errors import ConfigError
+from psl_flower.split.cut import listing
+from psl_flower.split.half import copy_model
+from psl_flower.split.model import SplitModel, cut_model
+
+_MOST_GROUPS = 32
+
+
+class FeatureGroupNorm(nn.GroupNorm):
+    """Group normalisation for inputs (N, C, ...) and also (N, C).
+
+    Without positions, a group of one channel would normalise the signal away, and gcd(32, C) groups are often that
+    small; all C features of an example form one group there.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise (N, C, ...), keeping the shape."""
+        groups = 1 if input.dim() == 2 else self.num_groups
+        return F.group_norm(input, groups, self.weight, self.bias, self.eps)
+
+
+def batch_statistics_layers(module: nn.Module) -> list[str]:
+    """Return the names of the layers that keep statistics over examples: batch norms and tracking instance norms."""
+    return [name for name, layer in module.named_modules() if _has_batch_statistics(layer)]
+
+
+def check_client_half(half: nn.Module) -> None:
+    """Refuse a client half with batch statistics.
+
+    Raises
+    ------
+    ConfigError
+        Naming the layers and the remedy.
+    """
+    layers = batch_statistics_layers(half)
+    if layers:
+        raise ConfigError(
+            f"the client half must treat examples one by one, but {listing(layers)} normalise "
+            f"over the batch: use replace_batch_norm(model, before=cut) (before='server' for a SplitModel) where the "
+            f"model is made, on the server and in model_fn"
+        )
+
+
+def replace_batch_norm(model: nn.Module, before: str | None = None) -> nn.Module:
+    """Return a copy of a model with group normalisation in place of layers with batch statistics.
+
+    A layer over C channels becomes a GroupNorm of gcd(32, C) groups with the same scale, shift and eps; running
+    averages are dropped. (After BatchNorm1d on inputs (N, C), the C features form one group.)
+
+    Parameters
+    ----------
+    model : nn.Module or SplitModel
+        Left untouched.
+    before : str, optional
+        Replace only in the client half of this cut; for a SplitModel, "server". By default replace everywhere.
+
+    Raises
+    ------
+    ConfigError
+        If `before` is not "server" for a SplitModel, or a lazy layer has seen no data yet.
+    CutError
+        If the model cannot be cut at `before`.
+    """
+    part = model
+    if before is not None:
+        if isinstance(model, SplitModel) and before != "server":
+            raise ConfigError(f"before must be 'server' for a SplitModel, got {before!r}")
+        part = cut_model(model, None if isinstance(model, SplitModel) else before).client
+    names = batch_statistics_layers(part)
+    model = copy_model(model)
+    replacements = {layer: _group_norm(layer) for layer in map(model.get_submodule, names)}
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child in replacements:
+                setattr(module, name, replacements[child])
+    return replacements.get(model, model)
+
+
+def _has_batch_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) or (isinstance(layer, _InstanceNorm) and layer.track_running_stats)
+
+
+def _group_norm(layer: nn.Module) -> nn.GroupNorm:
+    """Return the group normalisation that takes the place of `layer`."""
+    assert isinstance(layer, _BatchNorm | _InstanceNorm)
+    channels = layer.num_features
+    kind = nn.GroupNorm if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d | _InstanceNorm) else FeatureGroupNorm
+    norm = kind(math.gcd(_MOST_GROUPS, channels), channels, eps=layer.eps, affine=layer.affine)
+    if layer.affine:
+        # the layer's own (copied) parameters: device, dtype and requires_grad come with them
+        norm.weight, norm.bias = layer.weight, layer.bias
+    return norm.train(layer.training)
