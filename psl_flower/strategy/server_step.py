@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from psl_flower.devices import seeded
-from psl_flower.errors import ConfigError, StepError
+from psl_flower.errors import ConfigError, PSLError, StepError
 from psl_flower.protocol import Activations, Gradients, Weights
 from psl_flower.samplers.base import IntArray
 
@@ -83,8 +83,10 @@ class SplitTrainer:
             **{n: p for n, p in self.client.named_parameters() if not p.requires_grad},
             **dict(self.client.named_buffers()),
         }
-        trainable = {**self._client_parameters, **dict(self.server.named_parameters())}
-        parameters = [trainable[name] for name in order if name in trainable and trainable[name].requires_grad]
+        # all names of tied parameters: a half may know one by another name first than the whole model does
+        halves = (self.client, self.server)
+        named = {name: p for half in halves for name, p in half.named_parameters(remove_duplicate=False)}
+        parameters = [named[name] for name in order if name in named and named[name].requires_grad]
         if not parameters:
             raise ConfigError("the model has no parameter to train: set requires_grad on some")
         self.optimizer = optimizer(parameters)
@@ -120,7 +122,7 @@ class SplitTrainer:
         try:
             yield
         except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._clear_gradients()
             with torch.no_grad():
                 for name, t in self.server.named_buffers():
                     t.copy_(before[name])
@@ -139,24 +141,21 @@ class SplitTrainer:
         Raises
         ------
         StepError
-            If labels are no class indices, or the loss is not finite.
+            If the server half cannot take the activations, labels are no class indices, or the loss is not finite.
         """
-        counts = [len(part.labels) for part in batch.values()]
+        counts = {client: len(part.labels) for client, part in batch.items()}
         inputs = [self._leaf(parts) for parts in zip(*(part.tensors for part in batch.values()), strict=True)]
-        labels = torch.cat([part.labels for part in batch.values()]).to(self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        labels = self._labels(batch.values())
+        self._clear_gradients()
         self.server.train()
         with seeded(seed, self.device):
-            outputs = self.server(*inputs)
-            classes = self._check_labels(outputs, labels, dict(zip(batch, counts, strict=True)))
-            loss = self._loss(outputs, labels)
-            if loss.ndim:
-                raise ConfigError(f"the loss must be the mean over the batch, got shape {tuple(loss.shape)}")
+            outputs, loss, classes = self._finish(inputs, labels, counts)
             value = loss.item()
             if not torch.isfinite(loss):
                 raise StepError(f"the loss is {value}: training diverges, lower the learning rate")
             torch.autograd.backward(loss)
-        sliced = [[None] * len(counts) if x.grad is None else torch.split(x.grad, counts) for x in inputs]
+        sizes = list(counts.values())
+        sliced = [[None] * len(sizes) if x.grad is None else torch.split(x.grad, sizes) for x in inputs]
         return StepOutcome(
             loss=value,
             correct=int((outputs.argmax(dim=1) == labels).sum()) if classes else None,
@@ -181,6 +180,11 @@ class SplitTrainer:
         self._version += 1
         self._weights = None
 
+    def _clear_gradients(self) -> None:
+        # of all parameters, also of those the optimizer leaves out
+        self.client.zero_grad(set_to_none=True)
+        self.server.zero_grad(set_to_none=True)
+
     def _leaf(self, parts: tuple[Tensor, ...]) -> Tensor:
         tensor = torch.cat(parts).to(self.device)
         return tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex())
@@ -200,18 +204,40 @@ class SplitTrainer:
             Predictions made.
         """
         self.server.eval()
-        labels = part.labels.to(self.device)
-        outputs = self.server(*(t.to(self.device) for t in part.tensors))
-        classes = self._check_labels(outputs, labels, {client: len(labels)})
-        loss = float(self._loss(outputs, labels)) * len(labels)
+        inputs, labels = [t.to(self.device) for t in part.tensors], self._labels([part])
+        outputs, loss, classes = self._finish(inputs, labels, {client: len(labels)})
         correct = int((outputs.argmax(dim=1) == labels).sum()) if classes else None
-        return loss, correct, labels.numel()
+        return loss.item() * len(labels), correct, labels.numel()
+
+    # --- both --------------------------------------------------------------------------------------------------------
+    def _labels(self, parts: Iterable[Activations]) -> Tensor:
+        labels = torch.cat([part.labels for part in parts]).to(self.device)
+        # losses take class indices as int64 only
+        return labels.long() if self._classification and _is_integer(labels) else labels
+
+    def _finish(self, inputs: list[Tensor], labels: Tensor, counts: Mapping[int, int]) -> tuple[Tensor, Tensor, int]:
+        """Return the server half's outputs, the loss, and the number of classes (0 unless it is classification)."""
+        try:
+            outputs = self.server(*inputs)
+            classes = self._check_labels(outputs, labels, counts)
+            loss = self._loss(outputs, labels)
+        except PSLError:
+            raise
+        except Exception as exc:
+            spec = Activations(tuple(inputs), labels).spec()
+            raise StepError(
+                f"the server half failed on activations {spec} with labels {tuple(labels.shape)}: "
+                f"{type(exc).__name__}: {exc}"
+            ) from exc
+        if loss.ndim:
+            raise ConfigError(f"the loss must be the mean over the batch, got shape {tuple(loss.shape)}")
+        return outputs, loss, classes
 
     def _check_labels(self, outputs: Tensor, labels: Tensor, counts: Mapping[int, int]) -> int:
         """Return the number of classes (0 unless it is classification), or raise StepError naming the clients."""
         if not self._classification:
             return 0
-        if outputs.ndim < 2 or labels.is_floating_point() or labels.dtype == torch.bool:
+        if outputs.ndim < 2 or not _is_integer(labels):
             raise ConfigError(
                 "classification needs outputs (batch, classes, ...) and integer labels, got outputs "
                 f"{tuple(outputs.shape)} and {labels.dtype} labels: pass classification=False for other losses"
@@ -225,3 +251,7 @@ class SplitTrainer:
             if wrong.numel():
                 failures[client] = f"labels: expected integers from 0 to {classes - 1}, got {int(wrong[0])}"
         raise StepError("labels must be class indices", failures)
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
