@@ -72,11 +72,7 @@ T = TypeVar("T")
 # --- tensors ---------------------------------------------------------------------------------------------------------
 def encode_tensor(tensor: Tensor) -> Array:
     """Return a tensor (of any device and layout) as a Flower Array of raw bytes."""
-    if tensor.dtype not in _NAMES:
-        raise ProtocolError(f"tensors of dtype {tensor.dtype} cannot be sent; allowed: {', '.join(_DTYPES)}")
-    flat = tensor.detach().to_dense().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return Array(_NAMES[tensor.dtype], tuple(tensor.shape), RAW, data)
+    return Array(dtype_name(tensor), tuple(tensor.shape), RAW, raw_bytes(tensor).tobytes())
 
 
 def decode_tensor(array: Array) -> Tensor:
@@ -87,18 +83,43 @@ def decode_tensor(array: Array) -> Tensor:
     ProtocolError
         If the dtype is unknown, the shape is impossible, or the number of bytes does not fit both.
     """
-    dtype = _DTYPES.get(array.dtype)
-    if array.stype != RAW or dtype is None:
+    if array.stype != RAW or array.dtype not in _DTYPES:
         raise ProtocolError(f"expected raw bytes of a known dtype, got {array.stype!r} of {array.dtype!r}")
-    shape = tuple(array.shape)
+    return from_raw_bytes(array.dtype, tuple(array.shape), array.data)
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return how a tensor's dtype is called on the wire."""
+    if tensor.dtype not in _NAMES:
+        raise ProtocolError(f"tensors of dtype {tensor.dtype} cannot be sent; allowed: {', '.join(_DTYPES)}")
+    return _NAMES[tensor.dtype]
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's elements, row-major, as bytes: a view if it lies so in memory already."""
+    flat = tensor.detach().to_dense().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def from_raw_bytes(dtype_name: str, shape: tuple[int, ...], data: bytes | memoryview) -> Tensor:
+    """Return the tensor that raw bytes hold, as a view of them.
+
+    Raises
+    ------
+    ProtocolError
+        If the dtype is unknown, the shape is impossible, or the number of bytes does not fit both.
+    """
+    dtype = _DTYPES.get(dtype_name)
+    if dtype is None:
+        raise ProtocolError(f"expected raw bytes of a known dtype, got {dtype_name!r:.80}")
     if len(shape) > _MAX_DIMENSIONS or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ProtocolError(f"expected at most {_MAX_DIMENSIONS} dimensions, none negative, got {shape}")
+        raise ProtocolError(f"expected at most {_MAX_DIMENSIONS} dimensions, none negative, got {shape!r:.80}")
     if math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
-        raise ProtocolError(f"expected a shape of at most {_MAX_ELEMENTS} elements, got {shape}: too large")
+        raise ProtocolError(f"expected a shape of at most {_MAX_ELEMENTS} elements, got {shape!r:.80}: too large")
     expected = math.prod(shape) * dtype.itemsize
-    if len(array.data) != expected:
-        raise ProtocolError(f"expected {expected} bytes for {array.dtype} {shape}, got {len(array.data)}")
-    return torch.frombuffer(array.data, dtype=dtype).reshape(shape) if expected else torch.empty(shape, dtype=dtype)
+    if len(data) != expected:
+        raise ProtocolError(f"expected {expected} bytes for {dtype_name} {shape}, got {len(data)}")
+    return torch.frombuffer(data, dtype=dtype).reshape(shape) if expected else torch.empty(shape, dtype=dtype)
 
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -116,7 +137,8 @@ def decode_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 
 def num_bytes(content: RecordDict) -> int:
     """Return the bytes of all tensors in a message's content."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    records = (record for record in content.values() if isinstance(record, ArrayRecord))
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -221,7 +243,7 @@ def _decode_order(header: ConfigRecord) -> WorkOrder:
 def encode_reply(reply: Reply, seconds: float = 0.0) -> RecordDict:
     """Return a reply's content; `seconds` is how long the client worked on it."""
     content = _encode_reply(reply)
-    content.config_records["reply"]["seconds"] = seconds
+    _config(content, "reply")["seconds"] = seconds
     return content
 
 
@@ -295,17 +317,21 @@ def decode_reply(request: Request, content: RecordDict) -> Reply:
 
 # --- fields ----------------------------------------------------------------------------------------------------------
 def _config(content: RecordDict, name: str) -> ConfigRecord:
-    return _record(content.config_records, name, "a ConfigRecord")
+    return _record(content, name, ConfigRecord)
 
 
 def _arrays(content: RecordDict, name: str) -> ArrayRecord:
-    return _record(content.array_records, name, "an ArrayRecord")
+    return _record(content, name, ArrayRecord)
 
 
-def _record(records: Mapping[str, T], name: str, kind: str) -> T:
-    if name not in records:
-        raise ProtocolError(f"expected {kind} named {name!r}, got {_listed(records)}")
-    return records[name]
+def _record(content: RecordDict, name: str, kind: type[T]) -> T:
+    # not through ``content.array_records`` and the like: each makes a checked dictionary anew
+    record = content.get(name)
+    if not isinstance(record, kind):
+        held = [key for key, value in content.items() if isinstance(value, kind)]
+        article = "an" if kind is ArrayRecord else "a"
+        raise ProtocolError(f"expected {article} {kind.__name__} named {name!r}, got {_listed(held)}")
+    return record
 
 
 def _get(header: ConfigRecord, name: str, kind: type[T]) -> T:

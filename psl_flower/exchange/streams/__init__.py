@@ -1,0 +1,1 @@
+"""The stream carrier: one gRPC stream a client process, opened from one Flower message a client and run."""

@@ -1,0 +1,221 @@
+"""Frames: what a stream carries, cut into chunks of bounded size. Pure bytes; nothing is pickled.
+
+Note [Frame layout]: a frame is a JSON header and raw buffers. It travels as chunks, one gRPC message each::
+
+    chunk   := prefix body
+    prefix  := magic "PSLF", version u8, 3 zero bytes, frame number u32, chunk index u32       (16 bytes, little-endian)
+    frame   := header length u32, 4 zero bytes, payload length u64, header, padding, payload   (all chunks' bodies)
+    payload := the buffers, each padded to a multiple of 64 bytes
+
+The first chunk holds the header whole. Frames are numbered from 0 and their chunks follow each other in order, so what
+is lost, repeated, cut short or made up is noticed at once. The header says how long each buffer is.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from psl_flower.errors import ProtocolError
+
+Buffer = memoryview  # of bytes, contiguous
+
+# Small enough that TLS, the socket and the copies of two chunks overlap, large enough that Python's share is small.
+CHUNK_BYTES = 256 * 2**10
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_FRAME_BYTES = 2**31
+# What gRPC must accept: a first chunk is as long as the header it holds. Anything longer never reaches Python.
+MAX_CHUNK_BYTES = MAX_HEADER_BYTES + CHUNK_BYTES
+
+_PREFIX = struct.Struct("<4sB3xII")
+_LENGTHS = struct.Struct("<I4xQ")
+_MAGIC = b"PSLF"
+_VERSION = 1
+_ALIGNMENT = 64
+_PADDING = bytes(_ALIGNMENT)
+_MAX_BUFFERS = 2**16
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A header and raw buffers.
+
+    Parameters
+    ----------
+    header : dict
+        What JSON can say.
+    buffers : sequence of (sequence of memoryview)
+        Each buffer in pieces, which are joined on the way; a decoded frame has one piece a buffer.
+    """
+
+    header: Mapping[str, Any]
+    buffers: Sequence[Sequence[Buffer]] = ()
+
+    def num_bytes(self) -> int:
+        """Return the bytes of all buffers."""
+        return sum(piece.nbytes for pieces in self.buffers for piece in pieces)
+
+
+def encode(frame: Frame, number: int) -> Iterator[bytes]:
+    """Cut a frame into chunks, one at a time: no more than a chunk of it is ever copied ahead of the network.
+
+    Parameters
+    ----------
+    number : int
+        How many frames went before on this stream.
+    """
+    lengths = [sum(piece.nbytes for piece in pieces) for pieces in frame.buffers]
+    header = json.dumps([lengths, frame.header], separators=(",", ":"), allow_nan=False).encode()
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(header)} bytes is too long, the most is {MAX_HEADER_BYTES}")
+    payload = sum(map(_padded, lengths))
+    first = [_LENGTHS.pack(len(header), payload), header, _PADDING[: -(_LENGTHS.size + len(header)) % _ALIGNMENT]]
+    for index, body in enumerate(_bodies(first, _pieces(frame.buffers, lengths))):
+        yield b"".join([_PREFIX.pack(_MAGIC, _VERSION, number & 0xFFFFFFFF, index), *body])
+
+
+def _pieces(buffers: Sequence[Sequence[Buffer]], lengths: Sequence[int]) -> Iterator[Buffer]:
+    for pieces, length in zip(buffers, lengths, strict=True):
+        for piece in pieces:
+            if piece.nbytes:
+                yield piece.cast("B")
+        if padding := -length % _ALIGNMENT:
+            yield memoryview(_PADDING)[:padding]
+
+
+def _bodies(first: list[bytes], pieces: Iterator[Buffer]) -> Iterator[list[Any]]:
+    """Yield the parts of each chunk's body: the first with the header, then up to `CHUNK_BYTES` each."""
+    body: list[Any] = [*first]
+    room = CHUNK_BYTES
+    for piece in pieces:
+        while len(piece) > room:
+            yield [*body, piece[:room]]
+            piece, body, room = piece[room:], [], CHUNK_BYTES
+        body.append(piece)
+        room -= len(piece)
+    yield body
+
+
+class Decoder:
+    """Puts the chunks of one stream together again.
+
+    Parameters
+    ----------
+    max_frame_bytes : int
+        Payload of the largest frame let in.
+    """
+
+    def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._max = max_frame_bytes
+        self._number = 0
+        self._open: _Open | None = None
+
+    def feed(self, chunk: bytes) -> Frame | None:
+        """Take the next chunk; return the frame it completes, if it does.
+
+        Raises
+        ------
+        ProtocolError
+            If it is not what has to come next. The stream is of no use any more.
+        """
+        if len(chunk) < _PREFIX.size:
+            raise ProtocolError(f"a chunk needs at least {_PREFIX.size} bytes, got {len(chunk)}")
+        magic, version, number, index = _PREFIX.unpack_from(chunk)
+        if magic != _MAGIC or version != _VERSION:
+            raise ProtocolError(f"not a frame of version {_VERSION}: it starts with {chunk[:5].hex(' ')}")
+        expected = (self._number & 0xFFFFFFFF, 0 if self._open is None else self._open.chunks)
+        if (number, index) != expected:
+            raise ProtocolError(f"out of order: expected frame {expected[0]} chunk {expected[1]}, got {number} {index}")
+        body = memoryview(chunk)[_PREFIX.size :]
+        if self._open is None:
+            self._open = self._begin(body)
+        else:
+            self._open.add(body)
+        if self._open.missing():
+            return None
+        frame, self._open = self._open.frame(), None
+        self._number += 1
+        return frame
+
+    def _begin(self, body: memoryview) -> _Open:
+        if len(body) < _LENGTHS.size:
+            raise ProtocolError(f"a first chunk is at least {_LENGTHS.size} bytes long, got {len(body)}")
+        header_length, payload_length = _LENGTHS.unpack_from(body)
+        if header_length > MAX_HEADER_BYTES:
+            raise ProtocolError(f"a header of {header_length} bytes is too long, the most is {MAX_HEADER_BYTES}")
+        if payload_length > self._max:
+            raise ProtocolError(f"a frame of {payload_length} bytes is too long, the most is {self._max}")
+        start = _LENGTHS.size + header_length
+        if len(body) < start:
+            raise ProtocolError(f"the header is cut short: {len(body) - _LENGTHS.size} of {header_length} bytes")
+        lengths, header = _parse(bytes(body[_LENGTHS.size : start]))
+        if sum(map(_padded, lengths)) != payload_length:
+            raise ProtocolError(f"buffers of {sum(lengths)} bytes do not make a payload of {payload_length}")
+        return _Open(header, lengths, payload_length, body[start + -start % _ALIGNMENT :])
+
+
+class _Open:
+    """A frame some chunks of which are there."""
+
+    def __init__(self, header: dict[str, Any], lengths: list[int], length: int, body: memoryview) -> None:
+        self._header, self._lengths, self._length = header, lengths, length
+        self.chunks = 1
+        self._filled = len(body)
+        self._check()
+        # not zeroed: a claim of many bytes costs none before they arrive
+        self._payload = body if self._filled == length else memoryview(np.empty(length, np.uint8).data)
+        if self._payload is not body:
+            self._payload[: len(body)] = body
+
+    def add(self, body: memoryview) -> None:
+        """Add the next chunk's bytes."""
+        if not body:
+            raise ProtocolError("a chunk in the middle of a frame must not be empty")
+        begin, self._filled = self._filled, self._filled + len(body)
+        self._check()
+        self._payload[begin : self._filled] = body
+        self.chunks += 1
+
+    def missing(self) -> int:
+        """Return the bytes that are not there yet."""
+        return self._length - self._filled
+
+    def frame(self) -> Frame:
+        """Return the frame; its buffers are views."""
+        buffers, begin = [], 0
+        for length in self._lengths:
+            buffers.append((self._payload[begin : begin + length],))
+            begin += _padded(length)
+        return Frame(self._header, buffers)
+
+    def _check(self) -> None:
+        if self._filled > self._length:
+            raise ProtocolError(f"a frame of {self._length} bytes has {self._filled} or more")
+
+
+def _parse(text: bytes) -> tuple[list[int], dict[str, Any]]:
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"the header is not JSON: {exc!s:.80}") from exc
+    if not isinstance(content, list) or len(content) != 2 or not isinstance(content[1], dict):
+        raise ProtocolError("the header must be a pair: lengths of the buffers, and an object")
+    lengths, header = content
+    if not isinstance(lengths, list) or len(lengths) > _MAX_BUFFERS:
+        raise ProtocolError(f"the header must name the lengths of at most {_MAX_BUFFERS} buffers")
+    if any(type(n) is not int or not 0 <= n <= 2**62 for n in lengths):
+        raise ProtocolError("lengths of buffers must be whole numbers, not negative")
+    return lengths, header
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _padded(length: int) -> int:
+    return length + -length % _ALIGNMENT
