@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from psl_flower.checks import check_choice, check_float, check_int
+from psl_flower.checks import check_choice, check_float, check_int, check_options
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.registry import make_sampler
+from psl_flower.samplers.base import Sampler
+from psl_flower.samplers.registry import SAMPLERS, make_sampler
+from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
 
 AUGMENTATIONS = ("none", "crop-flip")
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100")
@@ -19,6 +23,9 @@ PARTITIONS = ("iid", "mild", "severe")
 
 # (classes a client, Dirichlet concentration) of the label-skewed splits, METHOD section 5
 _LABEL_SKEW = {"mild": (5, 3.0), "severe": (2, 3.0)}
+
+# An option of the sampler's or the delay model's class, by its name there: defaults and checks are the class's own.
+Option = float | str  # "": not given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,7 @@ class RunConfig:
     Raises
     ------
     ConfigError
-        If a value is of the wrong type, out of range or not one of the allowed ones.
+        If a value is of the wrong type, out of range, not one of the allowed ones, or does not go with the others.
     """
 
     num_server_rounds: int = 5  # a round is one epoch of the pooled data
@@ -39,7 +46,30 @@ class RunConfig:
 
     sampler: str = "ugs"
     batch_size: int = 64  # examples in a step's global batch, over all clients
-    seed: int = 0  # of the model's first weights, the data split and every epoch's batches
+    seed: int = 0  # of the model's first weights, the data split, every epoch's batches and who is slow
+
+    # options of the sampler, explained in the docstring of its class
+    sampler_delta: Option = ""  # lds: how hard stragglers are favoured
+    sampler_c: Option = ""  # lds: confidence in the prior
+    sampler_sample_size: Option = ""  # lds: labels the posterior counts as seen
+    sampler_method: str = ""  # lb: "auto", "flow" or "greedy"
+    sampler_targets: str = ""  # lb, aligned: "random" or "stratified"
+    sampler_tilt: Option = ""  # aligned: how far slow steps may lean toward slow clients' classes
+    sampler_order: str = ""  # lds, lb, aligned: "shuffled" or "natural"
+
+    delays: str = "none"  # how slow clients are: a model of psl_flower.stragglers; simulated, unless "measured"
+    delays_fraction: Option = ""  # slow-fraction: share of slow clients
+    delays_latency: Option = ""  # seconds a step of a fast client (slow-fraction), the median (lognormal)
+    delays_latency_factor: Option = ""  # slow-fraction: how many times as much a slow client takes
+    delays_latency_sigma: Option = ""  # lognormal: standard deviation of the logarithm
+    delays_per_sample: Option = ""  # seconds an example; the rest as for the latency
+    delays_per_sample_factor: Option = ""
+    delays_per_sample_sigma: Option = ""
+    delays_path: str = ""  # csv: file with the columns client_id, latency, per_sample, read by the ServerApp
+    simulated_delays: str = (
+        ""  # with delays "measured": how slow the clients are made to look; delays-* are its numbers
+    )
+    sleep: bool = False  # whether clients really wait for their simulated delays
 
     dataset: str = "digits"
     data_path: str = ""  # folder with the dataset's idx or parquet files; "": scikit-learn's or torchvision's copy
@@ -68,7 +98,8 @@ class RunConfig:
             object.__setattr__(self, name, check_int(getattr(self, name), _key(name), least=least))
         for name, allowed in _ALLOWED.items():
             check_choice(getattr(self, name), _key(name), allowed)
-        make_sampler(self.sampler, self.batch_size, self.seed)  # refuses an unknown name
+        if not isinstance(self.sleep, bool):
+            raise ConfigError(f"sleep must be true or false, got {self.sleep!r}")
         if self.augment:
             check_choice(self.augment, "augment", AUGMENTATIONS)
         object.__setattr__(self, "learning_rate", check_float(self.learning_rate, "learning-rate", above=0.0))
@@ -83,10 +114,13 @@ class RunConfig:
                 "classes-per-client and dirichlet-alpha shape the partitions 'mild' and 'severe', got "
                 f"{self.classes_per_client} and {self.dirichlet_alpha} with partition 'iid': choose another partition"
             )
-        if self.data_path and not Path(self.data_path).expanduser().is_absolute():
-            raise ConfigError(
-                f"data-path must be absolute, got {self.data_path!r}: every process has a working directory of its own"
-            )
+        for name in ("data_path", "delays_path"):
+            path = getattr(self, name)
+            if path and not Path(path).expanduser().is_absolute():
+                raise ConfigError(
+                    f"{_key(name)} must be absolute, got {path!r}: every process has a working directory of its own"
+                )
+        self._check_delays(self.make_sampler())
 
     @classmethod
     def read(cls, run_config: Mapping[str, Any]) -> RunConfig:
@@ -112,6 +146,100 @@ class RunConfig:
             return None
         classes, alpha = _LABEL_SKEW[self.partition]
         return self.classes_per_client or classes, self.dirichlet_alpha or alpha
+
+    # --- samplers and delays -----------------------------------------------------------------------------------------
+    def make_sampler(self) -> Sampler:
+        """Make the configured sampler."""
+        kind = type(make_sampler(self.sampler, self.batch_size, self.seed))  # refuses an unknown name
+        options = self._options("sampler", f"sampler {self.sampler!r}", kind, SAMPLERS)
+        with _naming("sampler"):
+            return make_sampler(self.sampler, self.batch_size, self.seed, **options)
+
+    def make_delays(self) -> tuple[DelayModel | None, DelayModel | None]:
+        """Make the delays that the sampler plans with, and the simulated ones; None where there are none.
+
+        Raises
+        ------
+        ConfigError
+            If the file with the delays cannot be read.
+        """
+        name, options = self._simulation()
+        with _naming("delays"):
+            simulated = None if name == "none" else delay_model(name, **options)
+        return delay_model("measured") if self.delays == "measured" else simulated, simulated
+
+    def _simulation(self) -> tuple[str, dict[str, Any]]:
+        """Return the model of the simulated delays by name, and its options."""
+        name = (self.simulated_delays or "none") if self.delays == "measured" else self.delays
+        kind, key = DELAY_MODELS[name], "simulated-delays" if self.delays == "measured" else "delays"
+        models = {other: model for other, model in DELAY_MODELS.items() if other != "measured"}
+        options = self._options("delays", f"{key} {name!r}", kind, models)
+        if "path" in options:
+            options["path"] = Path(options["path"]).expanduser()
+        if "seed" in _parameters(kind):
+            options["seed"] = self.seed
+        with _naming("delays"):
+            check_options(options, kind, f"{key} {name!r}")
+        return name, options
+
+    def _options(
+        self, group: str, chosen: str, kind: Callable[..., Any], others: Mapping[str, Callable[..., Any]]
+    ) -> dict[str, Any]:
+        """Return the options in this group of keys, for `kind`, what was chosen; refuse those of others."""
+        options = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not field.name.startswith(f"{group}_") or value == "":
+                continue
+            option = field.name.removeprefix(f"{group}_")
+            if option not in _parameters(kind):
+                takers = [repr(other) for other, its in others.items() if option in _parameters(its)]
+                raise ConfigError(
+                    f"{_key(field.name)} is for {group} {' and '.join(takers)}, got {value!r} with {chosen}: leave it "
+                    f"empty, or choose one of those"
+                )
+            options[option] = value
+        return options
+
+    def _check_delays(self, sampler: Sampler) -> None:
+        """Refuse what does not go together."""
+        check_choice(self.delays, "delays", DELAY_MODELS)
+        if self.simulated_delays:
+            check_choice(self.simulated_delays, "simulated-delays", [n for n in DELAY_MODELS if n != "measured"])
+            if self.delays != "measured":
+                raise ConfigError(
+                    f"simulated-delays goes with delays 'measured', got {self.simulated_delays!r} with delays "
+                    f"{self.delays!r}: other delays are simulated themselves, leave one out"
+                )
+        if sampler.needs_delays and self.delays == "none":
+            names = ", ".join(repr(name) for name in DELAY_MODELS if name != "none")
+            raise ConfigError(
+                f"sampler {self.sampler!r} plans with delays, got delays 'none': set delays to one of {names}"
+            )
+        simulated, _ = self._simulation()
+        if simulated != "csv":  # that file is the ServerApp's to read: clients may not have it
+            self.make_delays()
+        if self.sleep and simulated == "none":
+            key = "simulated-delays" if self.delays == "measured" else "delays"
+            raise ConfigError(f"sleep needs simulated delays to wait for, got none: set {key}, or leave sleep out")
+        if self.delays == "measured" and simulated != "none" and not self.sleep:
+            raise ConfigError(
+                f"delays are measured where clients take them, got simulated-delays {simulated!r} without sleep: set "
+                f"sleep to true, or delays to {simulated!r}"
+            )
+
+
+@contextmanager
+def _naming(group: str) -> Iterator[None]:
+    """Say in a refusal which keys the refused option may come from."""
+    try:
+        yield
+    except ConfigError as exc:
+        raise ConfigError(f"the keys {group}-*: {exc}") from exc
+
+
+def _parameters(kind: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind).parameters
 
 
 _LEAST = {

@@ -12,7 +12,6 @@ from flwr.serverapp import Grid, ServerApp
 
 from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer
 from psl_flower.config import RunConfig
-from psl_flower.samplers.registry import make_sampler
 from psl_flower.strategy import ParallelSplitLearning
 
 log = logging.getLogger("flwr.psl_flower")
@@ -20,26 +19,33 @@ log = logging.getLogger("flwr.psl_flower")
 app = ServerApp()
 
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Train the configured model with parallel split learning."""
-    config = RunConfig.read(context.run_config)
-    torch.set_num_threads(config.threads)
-    model = make_model(config)
-    strategy = ParallelSplitLearning(
-        model,
+def make_strategy(config: RunConfig) -> ParallelSplitLearning:
+    """Make the strategy of a run; its model is `make_model`'s."""
+    delays, simulated_delays = config.make_delays()
+    return ParallelSplitLearning(
+        make_model(config),
         cut=cut_of(config),
-        sampler=make_sampler(config.sampler, config.batch_size, config.seed),
+        sampler=config.make_sampler(),
         optimizer=partial(make_optimizer, config),
+        delays=delays,
+        simulated_delays=simulated_delays,
+        sleep=config.sleep,
         device=config.device,
         min_available_nodes=config.min_available_nodes,
         evaluate_every=config.evaluate_every,
         output_dir=config.output_dir,
         run_config=config.as_run_config(),
     )
-    strategy.start(
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train the configured model with parallel split learning."""
+    config = RunConfig.read(context.run_config)
+    torch.set_num_threads(config.threads)
+    make_strategy(config).start(
         grid,
-        ArrayRecord(model.state_dict()),
+        ArrayRecord(make_model(config).state_dict()),
         num_rounds=config.num_server_rounds,
         evaluate_fn=central_test(config),
     )
