@@ -13,6 +13,9 @@ Every message names the rule, the value found and the remedy. Errors of other li
 onto this tree with ``raise ... from exc``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PSLError(Exception):
     """Base of all errors raised by psl_flower."""
@@ -46,6 +49,16 @@ class StepError(PSLError, RuntimeError):
     """
 
     def __init__(self, message: str, failures: dict[int, str] | None = None) -> None:
+        self.message = message
         self.failures = dict(failures or {})
         details = "".join(f"\n  client {client}: {why}" for client, why in sorted(self.failures.items()))
         super().__init__(message + details)
+
+    @classmethod
+    @contextmanager
+    def located(cls, where: str) -> Iterator[None]:
+        """Put `where` in front of the message of every StepError raised inside."""
+        try:
+            yield
+        except StepError as error:
+            raise cls(f"{where}: {error.message}", error.failures) from error.__cause__

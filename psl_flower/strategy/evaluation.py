@@ -56,7 +56,7 @@ def split_evaluate(
         requests = {c: EvaluateRequest(done[c], n, weights, config, evaluate_config) for c, n in counts.items()}
         accepted, failures = door.activations(clients.exchange(requests, timeout), counts)
         if failures:
-            raise StepError("evaluation failed", failures)
+            raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
         for client, part in accepted.items():
             part_loss, part_correct, part_predictions = trainer.evaluate(part, client)
             loss += part_loss

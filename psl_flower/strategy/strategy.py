@@ -260,11 +260,11 @@ class ParallelSplitLearning(Strategy):
     ) -> tuple[StepRecord, IntArray | None]:
         """Forward on the clients, forward and backward on the server, backward on the clients, one optimizer step."""
         begin, trainer, step = time.monotonic(), run.trainer, orders[0].step
-        with trainer.transaction():
+        with StepError.located(f"round {server_round}, step {step}"), trainer.transaction():
             weights = trainer.weights()
-            batch, forward_answers = self._forward(run, server_round, orders, weights, waits)
+            batch, forward_answers = self._forward(run, orders, weights, waits)
             outcome = trainer.forward_backward(batch, step_seed(orders[0].seed, orders[0].epoch, step))
-            gradients, backward_answers = self._backward(run, server_round, orders, weights, outcome.cut_gradients)
+            gradients, backward_answers = self._backward(run, orders, weights, outcome.cut_gradients)
             trainer.commit(gradients)
         self._measure(orders, forward_answers, backward_answers)
         answers = [*forward_answers.values(), *backward_answers.values()]
@@ -284,7 +284,6 @@ class ParallelSplitLearning(Strategy):
     def _forward(
         self,
         run: _Run,
-        server_round: int,
         orders: list[WorkOrder],
         weights: Weights,
         waits: Mapping[int, float],
@@ -294,13 +293,12 @@ class ParallelSplitLearning(Strategy):
         }
         answers = run.clients.exchange(requests, run.timeout)
         accepted, failures = run.door.activations(answers, {o.client: o.count for o in orders}, orders[0].step)
-        _refuse(failures, server_round, orders, "forward")
+        _refuse(failures, orders, "forward")
         return accepted, answers
 
     def _backward(
         self,
         run: _Run,
-        server_round: int,
         orders: list[WorkOrder],
         weights: Weights,
         cut_gradients: Mapping[int, tuple[torch.Tensor | None, ...]],
@@ -310,21 +308,22 @@ class ParallelSplitLearning(Strategy):
         }
         answers = run.clients.exchange(requests, run.timeout)
         accepted, failures = run.door.gradients(answers, weights.parameters, orders[0].step)
-        _refuse(failures, server_round, orders, "backward")
+        _refuse(failures, orders, "backward")
         return accepted.values(), answers
 
     def _evaluate_in_clients(self, run: _Run, server_round: int, result: Result) -> dict[str, Any]:
         if not self.evaluate_every or server_round % self.evaluate_every:
             return {}
-        metrics = split_evaluate(
-            run.clients,
-            run.trainer,
-            run.evaluation_door,
-            batch_size=self.evaluate_batch_size,
-            timeout=run.timeout,
-            config=run.train_config,
-            evaluate_config=run.evaluate_config,
-        )
+        with StepError.located(f"round {server_round}, evaluation"):
+            metrics = split_evaluate(
+                run.clients,
+                run.trainer,
+                run.evaluation_door,
+                batch_size=self.evaluate_batch_size,
+                timeout=run.timeout,
+                config=run.train_config,
+                evaluate_config=run.evaluate_config,
+            )
         if metrics is None:
             return {}
         result.evaluate_metrics_clientapp[server_round] = metrics
@@ -472,13 +471,9 @@ def _evaluate_on_server(
     return dict(metrics)
 
 
-def _refuse(failures: dict[int, str], server_round: int, orders: list[WorkOrder], exchange: str) -> None:
+def _refuse(failures: dict[int, str], orders: list[WorkOrder], exchange: str) -> None:
     if failures:
-        raise StepError(
-            f"round {server_round}, step {orders[0].step}: {len(failures)} of {len(orders)} clients failed in the "
-            f"{exchange} exchange",
-            failures,
-        )
+        raise StepError(f"{len(failures)} of {len(orders)} clients failed in the {exchange} exchange", failures)
 
 
 def _log_round(record: RoundRecord, plan: BatchPlan) -> None:

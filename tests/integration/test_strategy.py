@@ -1,0 +1,902 @@
+"""The whole strategy on InProcessGrid: FedAvg's contract, what a run leaves behind, what happens when clients fail."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import FedAvg, Strategy
+from safetensors.torch import load_file
+from support import (
+    CUT,
+    NUM_CLASSES,
+    client_data,
+    client_sizes,
+    largest_difference,
+    load_partition,
+    load_partition_with_test,
+    planned_batches,
+    population,
+    sgd,
+    tiny_resnet,
+    train_centralised,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from psl_flower import (
+    InProcessGrid,
+    ParallelSplitLearning,
+    SplitClient,
+    SplitModel,
+    UniformGlobalSampler,
+    split_client_app,
+)
+from psl_flower.errors import ConfigError, MembershipError, StepError
+from psl_flower.exchange.codec import decode_tensor, encode_tensor
+from psl_flower.protocol import BACKWARD, EVALUATE, FORWARD
+from psl_flower.strategy import result as result_module
+from psl_flower.strategy import strategy as strategy_module
+
+K = 3
+SAMPLER = UniformGlobalSampler(16, seed=3)
+STEPS = len(SAMPLER.plan(population(K)))
+
+
+def make(
+    model=None, model_fn=tiny_resnet, cut=CUT, data_fn=load_partition, num_nodes=K, client_class=SplitClient, **options
+):
+    """Return a strategy and the grid it runs on."""
+    app = split_client_app(model_fn, cut=cut, data_fn=data_fn, client_class=client_class)
+    strategy = ParallelSplitLearning(
+        model or model_fn(),
+        cut=cut,
+        **{"sampler": SAMPLER, "optimizer": sgd, "min_available_nodes": num_nodes, **options},
+    )
+    return strategy, InProcessGrid(app, num_nodes)
+
+
+def run(model=None, *, model_fn=tiny_resnet, arrays=None, num_rounds=1, start=None, **options):
+    strategy, grid = make(model, model_fn, **options)
+    arrays = arrays or ArrayRecord((model or model_fn()).state_dict())
+    return strategy.start(grid, arrays, num_rounds=num_rounds, **(start or {}))
+
+
+def state_of(result):
+    return result.arrays.to_torch_state_dict()
+
+
+# --- FedAvg's contract -----------------------------------------------------------------------------------------------
+def test_is_a_strategy_with_fedavgs_start():
+    import inspect
+
+    assert issubclass(ParallelSplitLearning, Strategy)
+    ours = inspect.signature(ParallelSplitLearning.start).parameters
+    theirs = inspect.signature(FedAvg.start).parameters
+    assert {n: (p.kind, p.default) for n, p in ours.items()} == {n: (p.kind, p.default) for n, p in theirs.items()}
+
+
+def test_result_has_the_fields_of_every_round():
+    result = run(num_rounds=2, data_fn=load_partition_with_test)
+    assert list(result.train_metrics_clientapp) == [1, 2]
+    assert list(result.evaluate_metrics_clientapp) == [1, 2]
+    assert result.evaluate_metrics_serverapp == {}
+    metrics = result.train_metrics_clientapp[1]
+    assert isinstance(metrics, MetricRecord)
+    assert metrics["num_examples"] == sum(client_sizes(K))
+    assert (metrics["num_steps"], metrics["num_clients"]) == (STEPS, K)
+    assert 0 <= metrics["accuracy"] <= 1
+    assert metrics["loss"] > result.train_metrics_clientapp[2]["loss"]  # it learns
+    assert metrics["bytes_sent"] > 0
+    assert metrics["bytes_received"] > 0
+    str(result)  # Flower prints it
+
+
+def test_arrays_out_are_the_models_state_dict():
+    result, template = run(), tiny_resnet().state_dict()
+    state = state_of(result)
+    assert list(state) == list(template)
+    assert {n: (t.dtype, t.shape) for n, t in state.items()} == {n: (t.dtype, t.shape) for n, t in template.items()}
+    assert state["layer2.norm1.num_batches_tracked"] == STEPS
+    assert not torch.equal(state["layer2.norm1.running_mean"], template["layer2.norm1.running_mean"])
+    tiny_resnet().load_state_dict(state)
+
+
+def test_evaluate_fn_is_called_before_the_first_round_and_after_each():
+    calls = []
+
+    def evaluate(server_round, arrays):
+        calls.append((server_round, arrays.to_torch_state_dict()))
+        return MetricRecord({"accuracy": server_round / 10}) if server_round != 1 else None
+
+    initial = ArrayRecord(tiny_resnet(seed=5).state_dict())
+    result = run(arrays=initial, num_rounds=2, start={"evaluate_fn": evaluate})
+    assert [r for r, _ in calls] == [0, 1, 2]
+    assert largest_difference(calls[0][1], initial.to_torch_state_dict()) == 0
+    assert largest_difference(calls[2][1], state_of(result)) == 0
+    assert largest_difference(calls[1][1], calls[2][1]) > 0
+    assert {r: dict(m) for r, m in result.evaluate_metrics_serverapp.items()} == {
+        0: {"accuracy": 0.0},
+        2: {"accuracy": 0.2},
+    }
+
+
+def test_training_starts_from_the_arrays_given():
+    model = tiny_resnet(seed=9)
+    result = run(tiny_resnet(seed=1), arrays=ArrayRecord(model.state_dict()))
+    batches = planned_batches(SAMPLER.plan(population(K)), K, seed=3, epoch=0, dtype=torch.float32)
+    assert largest_difference(state_of(result), train_centralised(model, batches, sgd)) < 1e-5
+
+
+def test_a_strategy_can_be_started_again():
+    strategy, grid = make()
+    arrays = ArrayRecord(tiny_resnet().state_dict())
+    first, second = (strategy.start(grid, arrays, num_rounds=1) for _ in range(2))
+    assert largest_difference(state_of(first), state_of(second)) == 0
+    on_another_grid = strategy.start(make()[1], arrays, num_rounds=1)
+    assert largest_difference(state_of(first), state_of(on_another_grid)) == 0
+
+
+def test_the_model_given_and_torchs_generator_are_left_alone():
+    model = tiny_resnet()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    run(model, data_fn=load_partition_with_test)
+    assert largest_difference(model.state_dict(), before) == 0
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("configure_train", (1, ArrayRecord(), ConfigRecord(), None)),
+        ("aggregate_train", (1, [])),
+        ("configure_evaluate", (1, ArrayRecord(), ConfigRecord(), None)),
+        ("aggregate_evaluate", (1, [])),
+    ],
+)
+def test_message_based_methods_name_start(method, arguments):
+    with pytest.raises(ConfigError, match=r"call strategy\.start\(grid, initial_arrays, num_rounds=\.\.\.\) instead"):
+        getattr(make()[0], method)(*arguments)
+
+
+def without(name):
+    state = tiny_resnet().state_dict()
+    del state[name]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (without("stem.weight"), "1 names differ: 'stem.weight' is missing from the arrays"),
+        ({**tiny_resnet().state_dict(), "more": torch.ones(1)}, "1 names differ: 'more' is not in the model"),
+        (
+            {**tiny_resnet().state_dict(), "head.bias": torch.ones(5)},
+            r"'head.bias' must have shape \(4,\), got \(5,\)",
+        ),
+    ],
+)
+def test_arrays_of_another_model_are_refused(state, message):
+    with pytest.raises(ConfigError, match=f"initial_arrays.*{message}"):
+        run(arrays=ArrayRecord(state))
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"num_rounds": 0}, "num_rounds must be at least 1, got 0"),
+        ({"timeout": 0}, "timeout must be greater than 0, got 0"),
+        ({"timeout": float("nan")}, "timeout must be finite, got nan"),
+    ],
+)
+def test_arguments_of_start_are_checked(start, message):
+    strategy, grid = make()
+    with pytest.raises(ConfigError, match=message):
+        strategy.start(grid, ArrayRecord(tiny_resnet().state_dict()), **start)
+
+
+def batch_norm_in_front():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, NUM_CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "ugs"}, "sampler must be a psl_flower Sampler, got 'ugs'"),
+        ({"optimizer": 0.1}, "optimizer must be callable, got 0.1"),
+        ({"loss": None}, "loss must be callable, got None"),
+        ({"min_available_nodes": 0}, "min_available_nodes must be at least 1"),
+        ({"evaluate_every": -1}, "evaluate_every must be at least 0"),
+        ({"device": "tpu9"}, "device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got 'tpu9'"),
+        ({"cut": "layer9"}, "layer9"),
+        ({"model_fn": batch_norm_in_front, "cut": "3"}, "replace_batch_norm"),
+    ],
+)
+def test_arguments_are_checked_at_construction(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**options)
+
+
+def test_too_few_nodes():
+    with pytest.raises(MembershipError, match=r"min_available_nodes is 5, 3 connected within 0\.01 s"):
+        run(min_available_nodes=5, start={"timeout": 0.01})
+
+
+def test_a_batch_larger_than_the_data():
+    with pytest.raises(ConfigError, match="batch_size must not exceed the number of examples, got 1000"):
+        run(sampler=UniformGlobalSampler(1000))
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+class WithExtras(nn.Module):
+    """A TinyResNet with a layer that is never used, a frozen one in each half, and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_resnet()
+        self.unused = nn.Linear(2, 2)
+        self.net.stem.weight.requires_grad_(False)
+        self.net.head.bias.requires_grad_(False)
+        self.register_buffer("note", torch.tensor(3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_unused_and_frozen_parameters_pass_through_unchanged():
+    model = WithExtras()
+    initial = {n: t + 1 if n.startswith(("unused", "note")) else t for n, t in model.state_dict().items()}
+    state = state_of(run(WithExtras(), model_fn=WithExtras, cut="net.layer2", arrays=ArrayRecord(initial)))
+    assert list(state) == list(initial)
+    changed = {name for name in state if not torch.equal(state[name], initial[name])}
+    fixed = {"unused.weight", "unused.bias", "note", "net.stem.weight", "net.head.bias"}
+    assert fixed.isdisjoint(changed)
+    assert {"net.stem.bias", "net.head.weight", "net.layer1.conv1.weight"} <= changed
+
+
+def by_hand():
+    torch.manual_seed(0)
+    client = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.GroupNorm(2, 4))
+    server = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, NUM_CLASSES))
+    return SplitModel(client=client, server=server)
+
+
+def test_a_model_cut_by_hand():
+    model = by_hand()
+    result = run(by_hand(), model_fn=by_hand, cut=None)
+    state = state_of(result)
+    assert {name.split(".")[0] for name in state} == {"client", "server"}
+    batches = planned_batches(SAMPLER.plan(population(K)), K, seed=3, epoch=0, dtype=torch.float32)
+    assert largest_difference(state, train_centralised(model, batches, sgd)) < 1e-5
+
+
+def tiny_resnet_16():
+    return tiny_resnet().bfloat16()
+
+
+def load_partition_16(context):
+    images, labels = load_partition(context).tensors
+    return TensorDataset(images.bfloat16(), labels)
+
+
+def test_a_bfloat16_model():
+    initial = ArrayRecord(
+        {n: t.float() if t.is_floating_point() else t for n, t in tiny_resnet_16().state_dict().items()}
+    )
+    result = run(model_fn=tiny_resnet_16, data_fn=load_partition_16, arrays=initial, num_rounds=2)
+    state = state_of(result)
+    assert all(t.dtype == torch.float32 for t in state.values() if t.is_floating_point())
+    assert all(torch.equal(t, t.bfloat16().float()) for t in state.values() if t.is_floating_point())
+    losses = [m["loss"] for m in result.train_metrics_clientapp.values()]
+    assert losses[1] < losses[0]
+
+
+class Dropping(nn.Module):
+    """Functional dropout in both halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(36, 20), nn.Linear(20, NUM_CLASSES)
+
+    def forward(self, x):
+        x = F.dropout(torch.relu(self.stem(x.flatten(1))), 0.5, training=self.training)
+        return self.head(F.dropout(x, 0.3, training=self.training))
+
+
+class Augmenting(TensorDataset):
+    """Random noise, drawn from torch's generator at every fetch."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image + 0.1 * torch.randn(image.shape), label
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+class FetchesOneByOne(SplitClient):
+    def batch(self, dataset, indices):
+        images, labels = zip(*(dataset[i] for i in indices.tolist()), strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+
+def dropping():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Dropping()
+
+
+def load_augmented(context):
+    return Augmenting(*load_partition(context).tensors)
+
+
+def test_dropout_and_augmentation_repeat_exactly():
+    options = {"model_fn": dropping, "cut": "head", "data_fn": load_augmented, "client_class": FetchesOneByOne}
+    torch.manual_seed(1)
+    first = run(**options, num_rounds=2)
+    torch.manual_seed(2)
+    second = run(**options, num_rounds=2)
+    assert largest_difference(state_of(first), state_of(second)) == 0
+    other = run(**options, num_rounds=2, sampler=UniformGlobalSampler(16, seed=4))
+    assert largest_difference(state_of(first), state_of(other)) > 1e-3
+
+
+def test_functional_dropout_is_on_in_training_and_off_in_evaluation():
+    batches = list(planned_batches(SAMPLER.plan(population(K)), K, seed=3, epoch=0, dtype=torch.float32))
+    without_dropout = train_centralised(dropping().eval(), [], sgd)
+    model = dropping()
+    optimizer = sgd(model.parameters())
+    model.eval()
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    without_dropout = model.state_dict()
+    result = run(model_fn=dropping, cut="head", data_fn=load_partition_with_test)
+    assert largest_difference(state_of(result), without_dropout) > 1e-3
+    expected = evaluate_merged(dropping(), result)
+    assert result.evaluate_metrics_clientapp[1]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_a_regression():
+    def regressor():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def load(context):
+        images, labels = load_partition(context).tensors
+        targets = labels[:, None].float()
+        return TensorDataset(images, targets), TensorDataset(images[:5], targets[:5])
+
+    options = {"loss": F.mse_loss, "classification": False, "model_fn": regressor, "cut": "3", "data_fn": load}
+    result = run(**options, num_rounds=3)
+    metrics = list(result.train_metrics_clientapp.values())
+    assert metrics[2]["loss"] < metrics[0]["loss"]
+    assert "accuracy" not in metrics[0]
+    assert "deviation_mean" not in metrics[0]
+    assert set(result.evaluate_metrics_clientapp[1]) == {"loss", "num_examples"}
+
+
+def test_a_scheduler_steps_after_every_round():
+    rates = []
+
+    def scheduler(optimizer):
+        class Recording(torch.optim.lr_scheduler.StepLR):
+            def step(self, *arguments):
+                super().step(*arguments)
+                rates.append(optimizer.param_groups[0]["lr"])
+
+        return Recording(optimizer, step_size=1, gamma=0.5)
+
+    run(num_rounds=3, scheduler=scheduler)
+    assert rates[-3:] == [0.01, 0.005, 0.0025]  # torch steps once itself, at construction
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+def test_data_of_all_test_sets():
+    images, labels = zip(*(test_data(k).tensors for k in range(K)), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_data(k):
+    whole = client_data(k, K).tensors
+    return TensorDataset(*(t[: len(t) // 2] for t in whole))
+
+
+test_data_of_all_test_sets.__test__ = test_data.__test__ = False
+
+
+def evaluate_merged(model, result):
+    model.load_state_dict(state_of(result))
+    x, y = test_data_of_all_test_sets()
+    with torch.no_grad():
+        outputs = model.eval()(x)
+    return {
+        "loss": F.cross_entropy(outputs, y).item(),
+        "num_examples": len(y),
+        "accuracy": (outputs.argmax(1) == y).float().mean().item(),
+    }
+
+
+@pytest.mark.parametrize("evaluate_batch_size", [1, 7, 1024])
+def test_split_evaluation_equals_evaluating_the_merged_model(evaluate_batch_size):
+    result = run(data_fn=load_partition_with_test, evaluate_batch_size=evaluate_batch_size)
+    metrics = dict(result.evaluate_metrics_clientapp[1])
+    assert metrics == pytest.approx(evaluate_merged(tiny_resnet(), result), rel=1e-5)
+
+
+def test_evaluation_does_not_change_training():
+    with_evaluation = run(data_fn=load_partition_with_test, num_rounds=2)
+    without_evaluation = run(num_rounds=2)
+    assert largest_difference(state_of(with_evaluation), state_of(without_evaluation)) == 0
+
+
+@pytest.mark.parametrize(("every", "rounds"), [(0, []), (1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3])])
+def test_evaluate_every(every, rounds):
+    result = run(data_fn=load_partition_with_test, num_rounds=4, evaluate_every=every, sampler=UniformGlobalSampler(60))
+    assert list(result.evaluate_metrics_clientapp) == rounds
+
+
+def test_clients_without_test_data_are_left_out():
+    def load(context):
+        k = context.node_config["partition-id"]
+        return load_partition_with_test(context) if k == 1 else load_partition(context)
+
+    result = run(data_fn=load)
+    assert result.evaluate_metrics_clientapp[1]["num_examples"] == client_sizes(K)[1] // 2
+    assert run().evaluate_metrics_clientapp == {}
+
+
+# --- configuration of the clients ------------------------------------------------------------------------------------
+SEEN = []
+
+
+class Recording(SplitClient):
+    def run_forward(self, request):
+        SEEN.append(("forward", dict(self.config), dict(request.config)))
+        return super().run_forward(request)
+
+    def run_backward(self, request, graph):
+        SEEN.append(("backward", dict(self.config), dict(request.config)))
+        return super().run_backward(request, graph)
+
+    def evaluate(self, request):
+        SEEN.append(("evaluate", dict(self.config), {**request.config, **request.evaluate_config}))
+        return super().evaluate(request)
+
+
+def recording_data(context, config):
+    SEEN.append(("data", dict(config)))
+    return load_partition_with_test(context)
+
+
+def test_train_config_reaches_data_and_handlers():
+    SEEN.clear()
+    config, more = {"augment": True, "size": 6}, {"tta": 2}
+    start = {"train_config": ConfigRecord(config), "evaluate_config": ConfigRecord(more)}
+    run(data_fn=recording_data, client_class=Recording, start=start, num_rounds=2)
+    assert SEEN.count(("data", config)) == K  # once a client, not once a message or a round
+    assert ("forward", config, config) in SEEN
+    assert ("backward", config, config) in SEEN
+    assert ("evaluate", config, {**config, **more}) in SEEN
+    assert {entry[1:] == (config,) or entry[1] == config for entry in SEEN} == {True}
+
+
+# --- what a run leaves behind ----------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return a folder for the results; the picture, which takes longer than the run, is left out."""
+    monkeypatch.setattr(result_module, "save_curves", lambda path, steps, rounds: None)
+    return tmp_path
+
+
+def read_metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [m for m in lines if m["kind"] == "step"], [m for m in lines if m["kind"] == "round"]
+
+
+def expected_deviations(plan, epoch):
+    pooled = np.bincount(np.concatenate([client_data(k, K).tensors[1] for k in range(K)]), minlength=NUM_CLASSES)
+    batches = planned_batches(plan, K, seed=3, epoch=epoch, dtype=torch.float32)
+    counts = np.array([np.bincount(y, minlength=NUM_CLASSES) for _, y in batches])
+    return np.abs(counts / counts.sum(axis=1, keepdims=True) - pooled / pooled.sum()).sum(axis=1)
+
+
+class AsksForLabels(UniformGlobalSampler):
+    needs_label_counts = True
+
+
+@pytest.mark.parametrize("sampler_class", [UniformGlobalSampler, AsksForLabels])
+def test_metrics_of_every_step_and_round_are_written(folder, sampler_class):
+    folder, sampler = folder / "new" / "folder", sampler_class(16, seed=3)
+    options = {"output_dir": folder, "data_fn": load_partition_with_test, "sampler": sampler}
+    evaluate = {"evaluate_fn": lambda server_round, arrays: MetricRecord({"accuracy": 0.5, "loss": 1.0})}
+    result = run(**options, num_rounds=2, start=evaluate)
+    steps, rounds = read_metrics(folder)
+    assert [(s["round"], s["step"]) for s in steps] == [(r, t) for r in (1, 2) for t in range(STEPS)]
+    assert [r["round"] for r in rounds] == [1, 2]
+    for epoch, of_round in enumerate(rounds):
+        plan = sampler.plan(population(K, label_counts=sampler.needs_label_counts), epoch)
+        mine = [s for s in steps if s["round"] == epoch + 1]
+        assert [s["batch_size"] for s in mine] == plan.batch_sizes().tolist()
+        assert [s["clients"] for s in mine] == plan.active_clients().tolist()
+        deviations = expected_deviations(plan, epoch)
+        np.testing.assert_allclose([s["deviation"] for s in mine], deviations)
+        assert of_round["deviation_mean"] == pytest.approx(deviations.mean())
+        assert of_round["deviation_p95"] == pytest.approx(np.percentile(deviations, 95))
+        weights = plan.batch_sizes()
+        assert of_round["deviation_weighted"] == pytest.approx(np.average(deviations, weights=weights))
+        for name in ("loss", "accuracy"):
+            assert of_round[name] == pytest.approx(np.average([s[name] for s in mine], weights=weights))
+        for name in ("bytes_sent", "bytes_received"):
+            assert of_round[name] == sum(s[name] for s in mine)
+        assert of_round["evaluate_clientapp"] == pytest.approx(dict(result.evaluate_metrics_clientapp[epoch + 1]))
+        assert of_round["evaluate_serverapp"] == {"accuracy": 0.5, "loss": 1.0}
+        assert of_round["seconds_real"] > 0
+
+
+def test_bytes_are_those_of_the_tensors(folder):
+    run(output_dir=folder)
+    steps, _ = read_metrics(folder)
+    half = sum(p.numel() * 4 for n, p in tiny_resnet().named_parameters() if n.startswith(("stem", "layer1")))
+    for step in steps:
+        activations = step["batch_size"] * 4 * 36 * 4  # 4 channels of 6x6, in float32
+        assert step["bytes_sent"] == 2 * step["clients"] * half + activations
+        assert step["bytes_received"] == activations + step["batch_size"] * 8 + step["clients"] * half
+
+
+def test_losses_are_those_of_centralised_training(folder):
+    run(output_dir=folder)
+    steps, _ = read_metrics(folder)
+    model, losses = tiny_resnet(), []
+    optimizer = sgd(model.parameters())
+    for x, y in planned_batches(SAMPLER.plan(population(K)), K, seed=3, epoch=0, dtype=torch.float32):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+    np.testing.assert_allclose([s["loss"] for s in steps], losses, rtol=1e-4)
+
+
+def test_model_curves_and_configuration_are_written(tmp_path):
+    result = run(output_dir=tmp_path, run_config={"dataset": "digits", "path": tmp_path})
+    saved = load_file(tmp_path / "model.safetensors")
+    state = state_of(result)
+    assert set(saved) == set(state)
+    assert largest_difference({n: saved[n] for n in state}, state) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dataset"] == "digits"
+    assert config["strategy"]["cut"] == CUT
+    assert config["strategy"]["num_rounds"] == 1
+    assert "UniformGlobalSampler(batch_size=16, seed=3)" in config["strategy"]["sampler"]
+
+
+def test_a_second_run_into_the_same_folder_replaces_the_first(folder):
+    run(output_dir=folder, num_rounds=2)
+    run(output_dir=folder)
+    _, rounds = read_metrics(folder)
+    assert len(rounds) == 1
+
+
+def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+class Watched(strategy_module.SplitTrainer):
+    """Remembers the state after every commit."""
+
+    latest = None
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        Watched.latest, self.committed = self, [self.everything()]
+
+    def commit(self, gradients):
+        super().commit(gradients)
+        self.committed.append(self.everything())
+
+    def everything(self):
+        optimizer = [
+            s["momentum_buffer"].clone() for s in self.optimizer.state.values() if s.get("momentum_buffer") is not None
+        ]
+        return self.state(), {n: b.clone() for n, b in self.server.named_buffers()}, optimizer
+
+
+class TamperingGrid(InProcessGrid):
+    """Changes one reply of one client on its way: the `at`-th of a message type (0-based)."""
+
+    def __init__(self, app, num_nodes, message_type, client, at, change):
+        super().__init__(app, num_nodes)
+        self.wanted, self.at, self.change, self.seen = (message_type, client), at, change, 0
+
+    def _answer(self, message, context):
+        reply = super()._answer(message, context)
+        if (message.metadata.message_type, context.node_config["partition-id"]) == self.wanted:
+            self.seen += 1
+            if self.seen == self.at + 1:
+                return self.change(reply)
+        return reply
+
+    def pull_messages(self, message_ids):
+        return [reply for reply in super().pull_messages(message_ids) if reply is not None]
+
+
+def change_array(record, name, change):
+    def tamper(reply):
+        arrays = reply.content[record]
+        arrays[name] = encode_tensor(change(decode_tensor(arrays[name]).clone()))
+        return reply
+
+    return tamper
+
+
+def change_header(**fields):
+    def tamper(reply):
+        reply.content["reply"].update(fields)
+        return reply
+
+    return tamper
+
+
+def drop_record(name):
+    def tamper(reply):
+        del reply.content[name]
+        return reply
+
+    return tamper
+
+
+def drop_array(record, name):
+    def tamper(reply):
+        del reply.content[record][name]
+        return reply
+
+    return tamper
+
+
+def poisoned(value):
+    def change(tensor):
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+FAULTS = {
+    "forward: missing": (FORWARD, lambda reply: None, "no reply within"),
+    "forward: no record": (
+        FORWARD,
+        drop_record("activations"),
+        "bad reply: expected an ArrayRecord named 'activations'",
+    ),
+    "forward: count": (
+        FORWARD,
+        change_array("activations", "0", lambda t: t[1:]),
+        r"activations\[0\]: shape: expected \(",
+    ),
+    "forward: shape": (
+        FORWARD,
+        change_array("activations", "0", lambda t: t[:, 1:]),
+        r"shape: expected .*4, 6, 6\), got .*3, 6, 6",
+    ),
+    "forward: dtype": (
+        FORWARD,
+        change_array("activations", "0", lambda t: t.double()),
+        "dtype: expected torch.float32, got torch.float64",
+    ),
+    "forward: NaN": (
+        FORWARD,
+        change_array("activations", "0", poisoned(float("nan"))),
+        "expected finite values, got 1 NaN or infinite",
+    ),
+    "forward: infinite": (FORWARD, change_array("activations", "0", poisoned(float("inf"))), "expected finite values"),
+    "forward: label": (
+        FORWARD,
+        change_array("labels", "labels", lambda t: t + 4),
+        "labels: expected integers from 0 to 3, got",
+    ),
+    "forward: negative label": (
+        FORWARD,
+        change_array("labels", "labels", lambda t: t - 9),
+        "labels: expected integers from 0 to 3, got -",
+    ),
+    "forward: label count": (FORWARD, change_array("labels", "labels", lambda t: t[1:]), "labels: shape: expected"),
+    "forward: label dtype": (
+        FORWARD,
+        change_array("labels", "labels", lambda t: t.float()),
+        "labels: dtype: expected torch.int64, got torch.float32",
+    ),
+    "forward: step": (FORWARD, change_header(step=77), "reply to another step: expected step 2, got 77"),
+    "forward: step type": (FORWARD, change_header(step="2"), "bad reply: expected 'step' to be of type int"),
+    "backward: missing": (BACKWARD, lambda reply: None, "no reply within"),
+    "backward: no record": (BACKWARD, drop_record("gradients"), "bad reply: expected an ArrayRecord named 'gradients'"),
+    "backward: count": (
+        BACKWARD,
+        drop_array("gradients", "stem.bias"),
+        "gradients: 1 missing, the first is 'stem.bias'",
+    ),
+    "backward: unknown": (
+        BACKWARD,
+        change_header(unused=["head.bias"]),
+        "1 of unknown parameters, the first is 'head.bias'",
+    ),
+    "backward: shape": (
+        BACKWARD,
+        change_array("gradients", "stem.bias", lambda t: t[1:]),
+        r"shape: expected \(4,\), got \(3,\)",
+    ),
+    "backward: dtype": (
+        BACKWARD,
+        change_array("gradients", "stem.bias", lambda t: t.half()),
+        "dtype: expected torch.float32",
+    ),
+    "backward: NaN": (
+        BACKWARD,
+        change_array("gradients", "stem.weight", poisoned(float("nan"))),
+        "gradient of 'stem.weight': expected finite values",
+    ),
+    "backward: step": (BACKWARD, change_header(step=1), "reply to another step: expected step 2, got 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_reply_ends_its_step_and_nothing_of_it_is_applied(fault, monkeypatch, tmp_path):
+    message_type, change, difference = FAULTS[fault]
+    monkeypatch.setattr(strategy_module, "SplitTrainer", Watched)
+    strategy, _ = make(output_dir=tmp_path)
+    grid = TamperingGrid(split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition), K, message_type, 1, 2, change)
+    with pytest.raises(StepError, match=f"round 1, step 2: (?s:.*)client 1: .*{difference}") as caught:
+        strategy.start(grid, ArrayRecord(tiny_resnet().state_dict()), num_rounds=1, timeout=0.3)
+    assert list(caught.value.failures) == [1]
+    trainer = Watched.latest
+    assert len(trainer.committed) == 3  # the first state, and after steps 0 and 1
+    now, before = trainer.everything(), trainer.committed[-1]
+    for mine, theirs in zip(now[:2], before[:2], strict=True):
+        assert largest_difference(mine, theirs) == 0
+    assert all(torch.equal(a, b) for a, b in zip(now[2], before[2], strict=True))
+    assert all(p.grad is None for half in (trainer.client, trainer.server) for p in half.parameters())
+    steps, rounds = read_metrics(tmp_path)
+    assert ([s["step"] for s in steps], rounds) == ([0, 1], [])
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+class Failing(SplitClient):
+    """Client 2 fails in the method and step named."""
+
+    where, step = "", 0
+
+    def fail(self, where, step):
+        if (where, self.step, self.partition_id) == (self.where, step, 2):
+            raise OSError("disk on fire")
+
+    def run_forward(self, request):
+        self.fail("forward", request.order.step)
+        return super().run_forward(request)
+
+    def run_backward(self, request, graph):
+        self.fail("backward", request.order.step)
+        return super().run_backward(request, graph)
+
+    def evaluate(self, request):
+        self.fail("evaluate", 1)
+        return super().evaluate(request)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("forward", "round 1, step 1: 1 of 3 clients failed in the forward exchange"),
+        ("backward", "round 1, step 1: 1 of 3 clients failed in the backward exchange"),
+        ("evaluate", "round 1, evaluation: 1 of 3 clients failed"),
+    ],
+)
+def test_a_client_that_raises_is_named_with_its_error(where, message, monkeypatch):
+    monkeypatch.setattr(strategy_module, "SplitTrainer", Watched)
+    monkeypatch.setattr(Failing, "where", where)
+    monkeypatch.setattr(Failing, "step", 1)
+    with pytest.raises(StepError, match=message + r"(?s:.*)client 2: error \d+: OSError: disk on fire") as caught:
+        run(client_class=Failing, data_fn=load_partition_with_test)
+    assert list(caught.value.failures) == [2]
+    committed = STEPS if where == "evaluate" else 1
+    assert len(Watched.latest.committed) == committed + 1
+    assert largest_difference(Watched.latest.state(), Watched.latest.committed[-1][0]) == 0
+
+
+EVALUATION_FAULTS = {
+    "missing": (lambda reply: None, "no reply within"),
+    "count": (change_array("activations", "0", lambda t: t[1:]), "shape: expected"),
+    "NaN": (change_array("activations", "0", poisoned(float("nan"))), "expected finite values"),
+    "label": (change_array("labels", "labels", lambda t: t + 4), "labels: expected integers from 0 to 3, got"),
+    "step": (change_header(step=0), "reply to another step: expected step None, got 0"),
+}
+
+
+@pytest.mark.parametrize("fault", EVALUATION_FAULTS)
+def test_a_bad_reply_in_evaluation_is_named(fault):
+    change, difference = EVALUATION_FAULTS[fault]
+    strategy, _ = make()
+    app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition_with_test)
+    grid = TamperingGrid(app, K, EVALUATE, 0, 0, change)
+    with pytest.raises(StepError, match=f"round 1, evaluation: (?s:.*)client 0: .*{difference}") as caught:
+        strategy.start(grid, ArrayRecord(tiny_resnet().state_dict()), num_rounds=1, timeout=0.3)
+    assert list(caught.value.failures) == [0]
+
+
+def test_several_failures_are_all_named():
+    class AllFail(SplitClient):
+        def run_forward(self, request):
+            raise ValueError(f"I am {self.partition_id}")
+
+    with pytest.raises(StepError) as caught:
+        run(client_class=AllFail)
+    assert set(caught.value.failures) == {0, 1, 2}
+    assert all(f"I am {k}" in why for k, why in caught.value.failures.items())
+
+
+def test_the_first_step_is_all_or_nothing_too(monkeypatch):
+    monkeypatch.setattr(strategy_module, "SplitTrainer", Watched)
+    monkeypatch.setattr(Failing, "where", "backward")
+    monkeypatch.setattr(Failing, "step", 0)
+    with pytest.raises(StepError):
+        run(client_class=Failing)
+    assert len(Watched.latest.committed) == 1
+    state, initial = Watched.latest.state(), tiny_resnet().state_dict()
+    assert set(state) == set(initial)
+    assert all(torch.equal(state[name], initial[name]) for name in initial)
+
+
+def test_diverging_training_names_the_step():
+    with pytest.raises(
+        StepError, match=r"round 1, step 0: the loss is nan: training diverges, lower the learning rate"
+    ):
+        run(loss=lambda outputs, labels: F.cross_entropy(outputs, labels) * float("nan"))
+
+
+def test_another_cut_on_the_client_is_refused():
+    app = split_client_app(tiny_resnet, cut="layer1", data_fn=load_partition)
+    strategy, _ = make()
+    with pytest.raises(
+        StepError, match=r"round 1, step 0: (?s:.*)server and client must cut the same model in the same place"
+    ):
+        strategy.start(InProcessGrid(app, K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=1)
+
+
+def test_batch_norm_in_the_clients_half_is_refused_by_the_client():
+    app = split_client_app(batch_norm_in_front, cut="3", data_fn=load_partition)
+    strategy, _ = make()
+    with pytest.raises(MembershipError, match=r"(?s)every client must describe itself.*replace_batch_norm"):
+        strategy.start(InProcessGrid(app, K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=1)
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+def linear_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def one_or_two_examples(context):
+    rng = np.random.default_rng(context.node_config["partition-id"])
+    size = 1 + context.node_config["partition-id"] % 2
+    return TensorDataset(
+        torch.tensor(rng.normal(size=(size, 5)), dtype=torch.float32), torch.tensor(rng.integers(0, 2, size))
+    )
+
+
+def test_an_epoch_with_a_thousand_clients():
+    sampler = UniformGlobalSampler(500, seed=0)
+    result = run(model_fn=linear_model, cut="2", data_fn=one_or_two_examples, num_nodes=1000, sampler=sampler)
+    metrics = result.train_metrics_clientapp[1]
+    assert (metrics["num_clients"], metrics["num_examples"], metrics["num_steps"]) == (1000, 1500, 3)
+    assert 400 < metrics["clients_per_step"] < 500
