@@ -14,9 +14,10 @@ from psl_flower.samplers.base import IntArray
 # that a random stretch would. Two things go wrong. A model forgets a class that stays away for tens of steps (LDS in
 # its natural order, the stragglers' classes all coming first, lost 10 points where they alone hold two classes; the
 # tail of FLS makes it collapse): any starved stretch of 20 steps counts. And steps in a random order that hold a class
-# in plenty or not at all still make for noisier gradients (the same LDS, shuffled, lost 0.8): if a third of the short
-# stretches is starved, that counts. Stretches are long enough for chance not to starve them: a Poisson count of mean
-# 30 falls below a quarter of it once in a million times, one of mean 8 once in seventy.
+# in plenty or not at all still make for noisier gradients (on the same data, LDS shuffled lost 0.8 points with the two
+# classes scarce in 45 % of the steps, Aligned up to 2 with 43 % at tilt 0.3, and nothing with 19 % at tilt 0.1): if a
+# third of the short stretches is starved, that counts. Stretches are long enough for chance not to starve them: a
+# Poisson count of mean 30 falls below a quarter of it once in a million times, one of mean 8 once in seventy.
 _STARVED = 0.25
 _LONG_STEPS, _LONG_EXPECTED = 20, 30
 _SHORT_STEPS, _SHORT_EXPECTED = 1, 8

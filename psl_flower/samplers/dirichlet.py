@@ -41,7 +41,8 @@ class LatentDirichletSampler(Sampler):
         Not negative.
     delta : float
         How hard stragglers are favoured, at least 0. 0 behaves like UGS and needs no delays; 0.25 to 1 trades deviation
-        for time; above 2 only raises deviation.
+        for time; above 2 only raises deviation. It helps against latency; where only the seconds an example differ,
+        quotas drawn in bulk from slow clients cost what they save.
     c : float
         Confidence in the prior, above 0. With 1 the prior's variance is that of drawing `sample_size` examples; less
         lets the labels decide more: lower deviation for the same delta, but fewer clients a step and a longer build.
