@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from flwr.common.constant import ErrorCode
@@ -34,3 +35,14 @@ def become_server(run_id: int, node_id: int) -> None:
     for name, value in values.items():
         if getattr(TaskIdentity, f"_{name}", None) is None:
             setattr(TaskIdentity, name, value)
+
+
+def outlives_messages() -> bool:
+    """Return whether this process goes on after the ClientApp has replied, as the simulation's Ray actors do.
+
+    A deployment starts a process for each message, and ends it with the reply.
+    """
+    ray = sys.modules.get("ray")  # a process of Ray's has imported it
+    if ray is None or not ray.is_initialized():
+        return False
+    return ray.get_runtime_context().get_actor_id() is not None

@@ -22,6 +22,7 @@ DESCRIBE = "query.describe"
 FORWARD = "train.forward"
 BACKWARD = "train.backward"
 EVALUATE = "evaluate.forward"
+ATTACH = "train.attach"  # opens a stream, over which the others then travel
 
 Config = Mapping[str, Any]
 

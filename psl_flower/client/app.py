@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from psl_flower.client.client import SplitClient
-from psl_flower.client.process import RunState, run_state
-from psl_flower.devices import pick_device
+from psl_flower.client.process import run_state
+from psl_flower.client.recipe import ClientRecipe, make_client
+from psl_flower.client.serving import answer
+from psl_flower.client.stream import attach_stream
 from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_request, encode_reply
-from psl_flower.protocol import (
-    BACKWARD,
-    DESCRIBE,
-    EVALUATE,
-    FORWARD,
-    Activations,
-    BackwardRequest,
-    Config,
-    DescribeRequest,
-    EvaluateRequest,
-    ForwardRequest,
-    Gradients,
-    Reply,
-)
-from psl_flower.split import check_client_half, cut_model
-
-
-@dataclass(frozen=True)
-class ClientRecipe:
-    """All that is needed to build a client in any process."""
-
-    model_fn: Callable[..., Any]
-    cut: str | Callable[..., str] | None
-    data_fn: Callable[..., Any]
-    device: str
-    client_class: Callable[..., SplitClient]
+from psl_flower.protocol import ATTACH, BACKWARD, DESCRIBE, EVALUATE, FORWARD, ForwardRequest
 
 
 def split_client_app(
@@ -77,7 +52,8 @@ def split_client_app(
     Returns
     -------
     ClientApp
-        With handlers for ``query.describe``, ``train.forward``, ``train.backward`` and ``evaluate.forward``.
+        With handlers for ``query.describe``, ``train.forward``, ``train.backward`` and ``evaluate.forward``, and for
+        ``train.attach``, which opens a stream that carries the same requests.
     """
     for function, name in ((model_fn, "model_fn"), (data_fn, "data_fn"), (client_class, "client_class")):
         if not callable(function):
@@ -102,6 +78,10 @@ def split_client_app(
     def evaluate(message: Message, context: Context) -> Message:
         return serve(recipe, message, context)
 
+    @app.train(_action(ATTACH), mods=mods)
+    def attach(message: Message, context: Context) -> Message:
+        return attach_stream(recipe, message, context)
+
     return app
 
 
@@ -112,61 +92,9 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
     if isinstance(request, ForwardRequest) and request.delay:
         time.sleep(request.delay)  # a simulated straggler
     state = run_state(context.run_id)
-    client = _client(recipe, state, context, request.config)
-    reply: Reply
-    if isinstance(request, DescribeRequest):
-        reply = client.describe(request)
-    elif isinstance(request, EvaluateRequest):
-        reply = client.evaluate(request)
-    else:
-        reply = _train(client, state, context.node_id, request)
+    client = make_client(recipe, state, context, request.config)
+    reply = answer(client, state, context.node_id, request)
     return Message(encode_reply(reply, time.monotonic() - begin), reply_to=message)
-
-
-def _train(
-    client: SplitClient, state: RunState, node_id: int, request: ForwardRequest | BackwardRequest
-) -> Activations | Gradients:
-    order = request.order
-    classes = None if order.class_counts is None else order.class_counts.tobytes()
-    # with the weights' version: a process may hold a graph whose backward pass went to another process
-    work = (request.weights.version, order.seed, order.epoch, order.step, order.start, order.count, classes)
-    if isinstance(request, BackwardRequest):
-        graph = state.graphs.pop(node_id, work)
-        if graph is None:  # another process ran the forward pass, or its graph had to make room
-            graph = client.run_forward(ForwardRequest(order, request.weights, request.config))
-        return client.run_backward(request, graph)
-    graph = client.run_forward(request)
-    state.graphs.put(node_id, work, graph)
-    return Activations(graph.activations, graph.labels, order.step)
-
-
-def _client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
-    key = (context.node_id, tuple(sorted((name, str(value)) for name, value in config.items())))
-    if key not in state.clients:
-        if state.half is None:
-            cut = _call(recipe.cut, context) if callable(recipe.cut) else recipe.cut
-            state.half = cut_model(_call(recipe.model_fn, context), cut).client
-            check_client_half(state.half)
-        data = _call(recipe.data_fn, context, config)
-        train, test = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
-        partition = context.node_config.get("partition-id")
-        if partition is not None and type(partition) is not int:
-            raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
-        state.clients[key] = recipe.client_class(
-            state.half, train, test, partition_id=partition, config=config, device=pick_device(recipe.device)
-        )
-    return state.clients[key]
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `function` with as many of `arguments` as it requires; parameters with a default keep it."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some callables written in C do not tell
-        return function()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = sum(p.kind in positional and p.default is p.empty for p in parameters)
-    return function(*arguments[:required])
 
 
 def _action(message_type: str) -> str:

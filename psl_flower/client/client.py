@@ -133,7 +133,7 @@ class SplitClient:
         with seeded(order.step_seed(), device):
             inputs, labels = self.batch(self.train, self.draw(order))
             with self.worker.bound(request.weights, training=True) as (half, parameters):
-                activations = self.forward(half, _to(inputs, device))
+                activations = self.forward(half, to_device(inputs, device))
         return Graph(activations, torch.as_tensor(labels), parameters)
 
     def run_backward(self, request: BackwardRequest, graph: Graph) -> Gradients:
@@ -149,7 +149,7 @@ class SplitClient:
         with seeded(0, self.worker.device):
             inputs, labels = self.batch(self.test, np.arange(request.start, request.start + request.count))
             with self.worker.bound(request.weights, training=False) as (half, _):
-                activations = self.forward(half, _to(inputs, self.worker.device))
+                activations = self.forward(half, to_device(inputs, self.worker.device))
         return Activations(activations, torch.as_tensor(labels))
 
     # --- the order of examples ---------------------------------------------------------------------------------------
@@ -227,9 +227,10 @@ def _pair(example: Any) -> Any:
     )
 
 
-def _to(inputs: Any, device: torch.device) -> Any:
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Return a batch's inputs on a device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Sequence) and not isinstance(inputs, str):
-        return tuple(_to(part, device) for part in inputs)
+        return tuple(to_device(part, device) for part in inputs)
     raise ConfigError(f"a batch's inputs must be a tensor or a tuple of tensors, got {type(inputs).__name__}")

@@ -26,15 +26,23 @@ _MAX_RUNS = 2
 
 
 class GraphCache:
-    """The last forward pass of each client, bounded by the bytes of activations; the oldest go first."""
+    """The last forward pass of each client, bounded by the bytes of activations; the oldest go first.
+
+    What identifies the work of a forward pass is a tuple, and its first item names the weights. A graph of other
+    weights than the latest can never be used again: it is dropped, however much room there is.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
+        self._weights: Hashable = None
         self._graphs: OrderedDict[Hashable, tuple[Hashable, Graph]] = OrderedDict()
 
-    def put(self, client: Hashable, work: Hashable, graph: Graph) -> None:
+    def put(self, client: Hashable, work: tuple[Hashable, ...], graph: Graph) -> None:
         """Keep the graph of a client's work in place of the client's previous one."""
+        if work[0] != self._weights:
+            self._weights, self._bytes = work[0], 0
+            self._graphs.clear()
         self.pop(client, work)
         self._graphs[client] = (work, graph)
         self._bytes += graph.num_bytes()
@@ -42,7 +50,7 @@ class GraphCache:
             _, (_, dropped) = self._graphs.popitem(last=False)
             self._bytes -= dropped.num_bytes()
 
-    def pop(self, client: Hashable, work: Hashable) -> Graph | None:
+    def pop(self, client: Hashable, work: tuple[Hashable, ...]) -> Graph | None:
         """Return the graph of a client's work if it is there, and forget whatever there is of that client."""
         found = self._graphs.pop(client, None)
         if found is None:

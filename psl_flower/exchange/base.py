@@ -18,7 +18,8 @@ class Answer:
     Parameters
     ----------
     reply : Reply or None
-        The decoded reply; its contents are not checked yet.
+        The decoded reply; its contents are not checked yet. Clients whose parameter gradients were summed on the way
+        share one `Gradients` object.
     failure : str or None
         Why there is none; exactly one of the two is set.
     seconds : float

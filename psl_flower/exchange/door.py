@@ -53,8 +53,32 @@ class Door:
     def gradients(
         self, answers: Mapping[int, Answer], parameters: Mapping[str, Tensor], step: int
     ) -> tuple[dict[int, Gradients], dict[int, str]]:
-        """Return the parameter gradients that pass, and what is wrong with the others."""
-        return _sort(answers, Gradients, lambda _, reply: reply.check(parameters, step))
+        """Return the parameter gradients that pass, and what is wrong with the others.
+
+        Clients whose gradients came as one sum share one object, which is checked once: see `distinct`.
+        """
+        verdicts: dict[int, str | None] = {}
+
+        def check(client: int, reply: Gradients) -> None:
+            if id(reply) not in verdicts:
+                verdicts[id(reply)] = _verdict(reply, parameters, step)
+            if verdict := verdicts[id(reply)]:
+                raise ProtocolError(verdict)
+
+        return _sort(answers, Gradients, check)
+
+
+def distinct(gradients: Mapping[int, Gradients]) -> list[Gradients]:
+    """Return the gradients of all clients, each sum once; by client id."""
+    return list({id(each): each for each in gradients.values()}.values())
+
+
+def _verdict(reply: Gradients, parameters: Mapping[str, Tensor], step: int) -> str | None:
+    try:
+        reply.check(parameters, step)
+    except ProtocolError as error:
+        return str(error)
+    return None
 
 
 def _most_common(answers: Mapping[int, Answer]) -> CutSpec | None:

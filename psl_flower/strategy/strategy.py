@@ -16,11 +16,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
-from psl_flower.checks import check_float, check_int
+from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, StepError
-from psl_flower.exchange import Answer, Clients, MessageCarrier
-from psl_flower.exchange.door import Door
+from psl_flower.exchange import Answer, Clients
+from psl_flower.exchange.door import Door, distinct
+from psl_flower.exchange.streams import StreamOptions
+from psl_flower.exchange.transport import TRANSPORTS, open_carrier
 from psl_flower.protocol import (
     Activations,
     BackwardRequest,
@@ -86,6 +88,10 @@ class ParallelSplitLearning(Strategy):
         How slow the clients are made to look, on a virtual clock. Default: `delays`, unless that measures.
     sleep : bool
         Whether the clients really wait for their simulated delays.
+    transport : str
+        "auto", "streams" or "messages": how requests travel, see `open_carrier`.
+    stream_options : StreamOptions, optional
+        Where the ServerApp listens for streams and in which precision tensors travel.
     device : str
         "auto" (the first GPU if there is one) or a torch device, for the server half.
     min_available_nodes : int
@@ -118,6 +124,8 @@ class ParallelSplitLearning(Strategy):
         delays: DelayModel | None = None,
         simulated_delays: DelayModel | None = None,
         sleep: bool = False,
+        transport: str = "auto",
+        stream_options: StreamOptions | None = None,
         device: str = "auto",
         min_available_nodes: int = 2,
         evaluate_every: int = 1,
@@ -144,6 +152,8 @@ class ParallelSplitLearning(Strategy):
         measured = isinstance(delays, DelayEstimator)
         self._simulated = _check_delays(simulated_delays, "simulated_delays") or (None if measured else delays)
         self._sleep = sleep
+        self.transport = check_choice(transport, "transport", TRANSPORTS)
+        self.stream_options = stream_options or StreamOptions()
         if sleep and self._simulated is None:
             raise ConfigError("sleep=True needs simulated_delays to wait for")
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
@@ -206,7 +216,7 @@ class ParallelSplitLearning(Strategy):
         arrays, result, begin = initial_arrays, Result(), time.monotonic()
         self.summary()
         with (
-            MessageCarrier(grid) as carrier,
+            open_carrier(grid, self.transport, self.stream_options) as carrier,
             RunRecorder(self._output_dir, self._configuration(num_rounds)) as recorder,
         ):
             run = _Run(
@@ -309,7 +319,7 @@ class ParallelSplitLearning(Strategy):
         answers = run.clients.exchange(requests, run.timeout)
         accepted, failures = run.door.gradients(answers, weights.parameters, orders[0].step)
         _refuse(failures, orders, "backward")
-        return accepted.values(), answers
+        return distinct(accepted), answers
 
     def _evaluate_in_clients(self, run: _Run, server_round: int, result: Result) -> dict[str, Any]:
         if not self.evaluate_every or server_round % self.evaluate_every:
@@ -379,6 +389,8 @@ class ParallelSplitLearning(Strategy):
                 "delays": repr(self._delays),
                 "simulated_delays": repr(self._simulated),
                 "sleep": self._sleep,
+                "transport": self.transport,
+                "stream_options": repr(self.stream_options),
                 "device": str(self._device),
                 "min_available_nodes": self.min_available_nodes,
                 "evaluate_every": self.evaluate_every,
@@ -392,6 +404,7 @@ class ParallelSplitLearning(Strategy):
         log.info("Parallel split learning:")
         log.info("\t├── Sampler: %r", self.sampler)
         log.info("\t├── Cut: %s (%s parameters on the client, %s on the server)", self.cut, *(f"{n:,}" for n in sizes))
+        log.info("\t├── Transport: %s", self.transport)
         log.info("\t├── Minimum available nodes: %d", self.min_available_nodes)
         log.info("\t└── Device of the server half: %s", self._device)
 

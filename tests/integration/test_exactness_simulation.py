@@ -1,4 +1,4 @@
-"""The same comparison with centralised training, over Flower messages in the Ray simulation."""
+"""The same comparison with centralised training, over messages and over streams in the Ray simulation."""
 
 import os
 from pathlib import Path
@@ -23,11 +23,17 @@ def superlink(tmp_path_factory):
 
 
 @pytest.mark.flower
-@pytest.mark.parametrize("num_clients", [1, 2, 16])
-def test_equals_centralised_training(superlink, num_clients, tmp_path):
-    superlink.run(
-        TESTS / "apps" / "exactness", num_supernodes=num_clients, run_config=[f"results='{tmp_path}'"], quiet=True
+@pytest.mark.parametrize(
+    ("transport", "num_clients"), [("messages", 1), ("messages", 16), ("streams", 1), ("streams", 2), ("streams", 16)]
+)
+def test_equals_centralised_training(superlink, transport, num_clients, tmp_path):
+    output = superlink.run(
+        TESTS / "apps" / "exactness",
+        num_supernodes=num_clients,
+        run_config=[f"results='{tmp_path}' transport='{transport}'"],
+        quiet=True,
     )
+    assert (f"{num_clients} clients are connected by" in output) == (transport == "streams")
     cases = exactness_cases(num_clients)
     assert len(cases) == 9
     for name, case in cases.items():

@@ -18,7 +18,12 @@ def main(grid, context):
     for name, case in support.exactness_cases(num_clients).items():
         model = support.tiny_resnet(case.dtype)
         strategy = ParallelSplitLearning(
-            model, cut=support.CUT, sampler=case.sampler, optimizer=case.optimizer, min_available_nodes=num_clients
+            model,
+            cut=support.CUT,
+            sampler=case.sampler,
+            optimizer=case.optimizer,
+            min_available_nodes=num_clients,
+            transport=str(context.run_config["transport"]),
         )
         result = strategy.start(
             grid,

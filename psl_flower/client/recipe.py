@@ -1,0 +1,58 @@
+"""How a client is built, in any process: from the recipe the ClientApp holds and a node's context."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Context
+
+from psl_flower.client.client import SplitClient
+from psl_flower.client.process import RunState
+from psl_flower.devices import pick_device
+from psl_flower.errors import ConfigError
+from psl_flower.protocol import Config
+from psl_flower.split import check_client_half, cut_model
+
+
+@dataclass(frozen=True)
+class ClientRecipe:
+    """All that is needed to build a client in any process."""
+
+    model_fn: Callable[..., Any]
+    cut: str | Callable[..., str] | None
+    data_fn: Callable[..., Any]
+    device: str
+    client_class: Callable[..., SplitClient]
+
+
+def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
+    """Return the client of a node, built at its first request and kept."""
+    key = (context.node_id, tuple(sorted((name, str(value)) for name, value in config.items())))
+    if key not in state.clients:
+        if state.half is None:
+            cut = _call(recipe.cut, context) if callable(recipe.cut) else recipe.cut
+            state.half = cut_model(_call(recipe.model_fn, context), cut).client
+            check_client_half(state.half)
+        data = _call(recipe.data_fn, context, config)
+        train, test = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+        partition = context.node_config.get("partition-id")
+        if partition is not None and type(partition) is not int:
+            raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
+        state.clients[key] = recipe.client_class(
+            state.half, train, test, partition_id=partition, config=config, device=pick_device(recipe.device)
+        )
+    return state.clients[key]
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function` with as many of `arguments` as it requires; parameters with a default keep it."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some callables written in C do not tell
+        return function()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = sum(p.kind in positional and p.default is p.empty for p in parameters)
+    return function(*arguments[:required])

@@ -1,0 +1,246 @@
+"""The client's end of a stream: one for each process, for all the clients it serves.
+
+Note [Resident processes]: a deployment starts a process for each message, so the handler of ``train.attach`` stays in
+that message until the run ends. In the simulation the process is a Ray actor and goes on after the reply: a thread of
+it keeps serving, and the clients whose attach messages come later join the stream that is there. Such a process can
+also take over clients of one that died, for all it needs of them is their node configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from psl_flower.client.client import SplitClient
+from psl_flower.client.group import GroupServer
+from psl_flower.client.process import run_state
+from psl_flower.client.recipe import ClientRecipe, make_client
+from psl_flower.errors import ProtocolError
+from psl_flower.exchange.streams.endpoint import CHANNEL_OPTIONS, METHOD, NODE, SESSION, TOKEN
+from psl_flower.exchange.streams.frames import Decoder, Frame, encode
+from psl_flower.exchange.streams.groups import REQUEST, decode_group, encode_group_reply
+from psl_flower.exchange.streams.security import PROCESS_ID, SERVER_NAME, Ticket
+from psl_flower.flower import outlives_messages
+from psl_flower.protocol import Config, Weights
+
+log = logging.getLogger("flwr.psl_flower")
+
+CONNECT_SECONDS = 20.0
+_JOIN_SECONDS = 30.0
+
+_residents: dict[str, StreamClient] = {}  # by session; see Note [Process state] in process.py for why it is here
+_residents_lock = threading.Lock()
+
+
+def attach_stream(recipe: ClientRecipe, message: Message, context: Context) -> Message:
+    """Answer a ``train.attach`` message: open the process's stream, or join it.
+
+    The reply comes at once from a process that goes on, else when the stream has ended. It names a `failure` if the
+    stream could not be opened.
+    """
+    record = message.content.config_records.get("attach")
+    if record is None:
+        raise ProtocolError("an attach message needs a ConfigRecord named 'attach'")
+    ticket = Ticket.decode(record)
+    # a server in this very process waits for the reply, so the handler must not wait for the server
+    resident = ticket.process == PROCESS_ID or outlives_messages()
+    reply = ConfigRecord({"resident": resident, "failure": ""})
+    try:
+        if resident:
+            _resident(recipe, ticket, context).join(ticket, context)
+        else:
+            reply["ended"] = StreamClient(recipe, ticket, context, resident=False).run()
+    except StreamError as error:
+        log.warning("No stream to the server: %s", error)
+        reply["failure"] = str(error)
+    return Message(RecordDict({"attach": reply}), reply_to=message)
+
+
+def _resident(recipe: ClientRecipe, ticket: Ticket, context: Context) -> StreamClient:
+    with _residents_lock:
+        client = _residents.get(ticket.session)
+        if client is None or client.ended:
+            client = _residents[ticket.session] = StreamClient(recipe, ticket, context, resident=True)
+            threading.Thread(target=_serve, args=(ticket.session, client), name="psl-resident", daemon=True).start()
+        return client
+
+
+def _serve(session: str, client: StreamClient) -> None:
+    try:
+        log.debug("stream ended: %s", client.run())
+    except StreamError as error:
+        log.warning("The stream to the server ended: %s", error)
+    finally:
+        with _residents_lock:
+            if _residents.get(session) is client:
+                del _residents[session]
+
+
+class StreamError(Exception):
+    """A stream could not be opened, or broke."""
+
+
+class StreamClient:
+    """One stream to the server, and the clients this process serves over it.
+
+    Parameters
+    ----------
+    recipe : ClientRecipe
+        How clients are built.
+    ticket : Ticket
+        That of the client which opens the stream.
+    context : Context
+        Of that client.
+    resident : bool
+        Whether the process outlives messages.
+
+    Raises
+    ------
+    StreamError
+        If the server cannot be reached.
+    """
+
+    def __init__(self, recipe: ClientRecipe, ticket: Ticket, context: Context, *, resident: bool) -> None:
+        self._recipe, self._ticket, self._resident = recipe, ticket, resident
+        self._first = context
+        self._contexts = {context.node_id: context}
+        self._outgoing: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._joining: dict[int, Future[None]] = {}
+        self._weights: Weights | None = None
+        self._server = GroupServer(run_state(context.run_id), self._client)
+        self.ended = False
+        self._channel = _connect(ticket)
+
+    # --- joining -----------------------------------------------------------------------------------------------------
+    def join(self, ticket: Ticket, context: Context) -> None:
+        """Join a client to the stream, and wait until the server has let it in; `run` runs in another thread.
+
+        Raises
+        ------
+        StreamError
+            If the server refuses it, or does not answer.
+        """
+        self._contexts[context.node_id] = context
+        answer = self._joining[context.node_id] = Future()
+        if self.ended:
+            raise StreamError("the stream has ended")
+        self._outgoing.put(self._join_frame(ticket, context))
+        try:
+            answer.result(_JOIN_SECONDS)
+        except TimeoutError as exc:
+            raise StreamError(f"the server did not answer within {_JOIN_SECONDS:g} s") from exc
+
+    def _join_frame(self, ticket: Ticket, context: Context) -> Frame:
+        # a node's configuration stays with it, unless other processes are to take it over
+        config = dict(context.node_config) if self._resident else {}
+        header = {"kind": "join", "session": ticket.session, "node": context.node_id, "token": ticket.token}
+        return Frame({**header, "resident": self._resident, "node-config": config})
+
+    # --- serving -----------------------------------------------------------------------------------------------------
+    def run(self) -> str:
+        """Serve until the stream ends, and return why it did.
+
+        Raises
+        ------
+        StreamError
+            If it ended otherwise than by the server's goodbye.
+        """
+        ticket, node = self._ticket, str(self._first.node_id)
+        if not self._resident:
+            self._outgoing.put(self._join_frame(ticket, self._first))
+        metadata = ((SESSION, ticket.session), (NODE, node), (TOKEN, ticket.token))
+        call = self._channel.stream_stream(METHOD)(self._chunks(), metadata=metadata)
+        decoder, why = Decoder(), StreamError("the server ended the stream")
+        try:
+            for chunk in call:
+                frame = decoder.feed(chunk)
+                if frame is not None and not self._handle(frame):
+                    return "the run is over"
+        except ProtocolError as error:
+            why = StreamError(f"the server sent something wrong: {error}")
+        except grpc.RpcError as error:
+            why = StreamError(f"{error.code().name}: {error.details()}")
+        finally:
+            self.ended = True
+            self._outgoing.put(None)
+            for answer in list(self._joining.values()):
+                if not answer.done():
+                    answer.set_exception(why)
+            call.cancel()
+            self._channel.close()
+        raise why
+
+    def _chunks(self) -> Iterator[bytes]:
+        number = 0
+        while (frame := self._outgoing.get()) is not None:
+            yield from encode(frame, number)
+            number += 1
+
+    def _handle(self, frame: Frame) -> bool:
+        """Do what a frame asks for; return whether the stream goes on."""
+        kind, node = frame.header.get("kind"), frame.header.get("node")
+        if kind == REQUEST:
+            number, wire_dtype, group = decode_group(frame, self._known_weights)
+            if group.weights is not None:
+                self._weights = group.weights
+            self._outgoing.put(encode_group_reply(number, self._server.answer(group), wire_dtype))
+        elif kind == "joined":
+            self._settle(node, None)
+        elif kind == "refused":
+            reason = StreamError(f"refused: {frame.header.get('reason')}")
+            self._settle(node, reason)
+            if not self._resident:
+                raise reason
+        elif kind == "adopt":
+            self._adopt(frame.header)
+        elif kind != "bye":
+            raise ProtocolError(f"a frame of unknown kind {kind!r:.80}")
+        return bool(kind != "bye")
+
+    def _settle(self, node: Any, error: StreamError | None) -> None:
+        answer = self._joining.pop(node, None)
+        if answer is None or answer.done():
+            return
+        if error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(error)
+
+    def _adopt(self, header: Any) -> None:
+        node, config = header.get("node"), header.get("node-config")
+        if type(node) is not int or not isinstance(config, dict):
+            raise ProtocolError("to adopt a client takes its node id and its node configuration")
+        first = self._first
+        self._contexts[node] = Context(first.run_id, node, dict(config), RecordDict(), first.run_config)
+
+    def _client(self, node: int, config: Config) -> SplitClient:
+        context = self._contexts.get(node)
+        if context is None:
+            raise ProtocolError(f"node {node} is not served by this process")
+        return make_client(self._recipe, run_state(context.run_id), context, config)
+
+    def _known_weights(self, version: str) -> Weights | None:
+        return self._weights if self._weights is not None and self._weights.version == version else None
+
+
+def _connect(ticket: Ticket) -> grpc.Channel:
+    """Return a channel that is connected, over TLS, to the holder of the ticket's certificate."""
+    options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", SERVER_NAME), ("grpc.enable_retries", 0)]
+    options.append(("grpc.use_local_subchannel_pool", 1))  # another run's connection has another certificate
+    channel = grpc.secure_channel(ticket.address, grpc.ssl_channel_credentials(ticket.certificate), options)
+    try:
+        grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+    except grpc.FutureTimeoutError as exc:
+        channel.close()
+        raise StreamError(
+            f"cannot connect to {ticket.address} within {CONNECT_SECONDS:g} s: is it reachable from this machine? "
+            "(a firewall, or the server advertises an address of its own network)"
+        ) from exc
+    return channel

@@ -1,0 +1,397 @@
+"""The stream carrier: an exchange takes milliseconds, once every client has opened its stream."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from psl_flower.errors import ProtocolError
+from psl_flower.exchange.base import Answer, Carrier
+from psl_flower.exchange.streams.endpoint import Closed, Connection, Endpoint, Event, Job, Joined, Received, Unsent
+from psl_flower.exchange.streams.frames import Frame
+from psl_flower.exchange.streams.groups import REPLY, Group, decode_group_reply, encode_group, group_requests
+from psl_flower.exchange.streams.options import StreamOptions
+from psl_flower.exchange.streams.security import Ticket, Tokens
+from psl_flower.protocol import ATTACH, Request
+
+log = logging.getLogger("flwr.psl_flower")
+
+# How long Flower keeps an attach message: it is answered when the run ends, in a deployment.
+_TTL = 30 * 24 * 3600.0
+# The reply of an attach message only matters if it fails: looking for it may not slow down what it waits for.
+_FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5  # seconds
+# A request that ended this many processes is not tried on another.
+_MAX_MOVES = 3
+
+
+@dataclass
+class _Home:
+    """Where a client is served, and what another process needs to take it over."""
+
+    connection: Connection
+    resident: bool
+    node_config: Mapping[str, object]
+
+
+@dataclass(eq=False)
+class _Exchange:
+    """One exchange under way."""
+
+    requests: Mapping[int, Request]
+    timeout: float
+    begin: float = field(default_factory=time.monotonic)
+    answers: dict[int, Answer] = field(default_factory=dict)
+    moves: Counter[int] = field(default_factory=Counter)
+    over: bool = False
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begin
+
+    def fail(self, nodes: Iterable[int], reason: str) -> None:
+        for node in nodes:
+            self.answers.setdefault(node, Answer(None, reason, self.elapsed()))
+
+    def open_nodes(self) -> list[int]:
+        return [node for node in self.requests if node not in self.answers]
+
+
+@dataclass(eq=False)
+class _Sent:
+    """A group on its way to a process."""
+
+    connection: Connection
+    group: Group
+    bytes_sent: int = 0
+
+
+class StreamCarrier(Carrier):
+    """Asks clients over streams they opened to this process; Flower's messages only carry the invitation.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    options : StreamOptions, optional
+    group_id : str
+        Marks the messages of a run.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot listen where the options say.
+    """
+
+    def __init__(self, grid: Grid, options: StreamOptions | None = None, group_id: str = "psl_flower") -> None:
+        self.options = options or StreamOptions()
+        self._grid, self._group_id = grid, group_id
+        self._tokens = Tokens()
+        self._endpoint = Endpoint(self.options, self._tokens)
+        self._homes: dict[int, _Home] = {}
+        self._homeless: dict[int, str] = {}  # clients whose process ended, and why no other has them yet
+        self._attaching: dict[int, str] = {}  # attach messages not known to have failed, by node
+        self._refused: dict[int, str] = {}  # what came of those that have
+        self._number = 0
+        self._sent: dict[int, _Sent] = {}
+        self._exchange: _Exchange | None = None
+
+    @property
+    def address(self) -> str:
+        """What clients connect to, ``host:port``."""
+        return self._endpoint.address
+
+    def node_ids(self) -> Iterable[int]:
+        """Return the ids of the nodes that are connected now."""
+        return self._grid.get_node_ids()
+
+    def close(self) -> None:
+        """End all streams and stop listening."""
+        self._endpoint.close()
+
+    # --- attaching ---------------------------------------------------------------------------------------------------
+    def attach(self, nodes: Iterable[int], timeout: float) -> dict[int, str]:
+        """Have clients open their streams, those that have none; return why the others did not.
+
+        Parameters
+        ----------
+        nodes : iterable of int
+        timeout : float
+            Seconds.
+        """
+        self._handle_waiting()
+        new = {node for node in nodes if node not in self._homes}
+        if not new:
+            return {}
+        end = time.monotonic() + timeout
+        self._invite([node for node in new if node not in self._attaching])
+        look = _FIRST_LOOK
+        while waiting := [node for node in new if node not in self._homes and node not in self._refused]:
+            left = end - time.monotonic()
+            if left <= 0:
+                reason = f"it opened no stream within {timeout:g} s: see whether its node still runs"
+                self._refused |= dict.fromkeys(waiting, reason)
+                break
+            if not self._next_event(min(look, left)):
+                self._look_for_refusals()
+                look = min(1.5 * look, _LONGEST_LOOK)
+        for node in new:
+            self._attaching.pop(node, None)
+        self._balance(new & self._homes.keys())
+        processes = len({home.connection for home in self._homes.values()})
+        log.info("%d clients are connected by %d streams to %s.", len(self._homes), processes, self.address)
+        return {node: self._refused.pop(node) for node in new if node in self._refused}
+
+    def attach_new(self, nodes: Iterable[int], timeout: float) -> dict[int, str]:
+        """Have those clients open their streams that never had one; who lost it is invited again by `exchange`."""
+        strangers = [node for node in nodes if node not in self._homes and node not in self._homeless]
+        return self.attach(strangers, min(timeout, self.options.attach_timeout)) if strangers else {}
+
+    def _invite(self, nodes: Iterable[int]) -> None:
+        """Send attach messages."""
+        messages = {}
+        for node in nodes:
+            token = self._tokens.issue(node)
+            ticket = Ticket(self.address, self._endpoint.certificate, self._tokens.session, token)
+            content = RecordDict({"attach": ticket.encode()})
+            messages[node] = Message(content, node, ATTACH, ttl=_TTL, group_id=self._group_id)
+            self._refused.pop(node, None)
+        if not messages:
+            return
+        ids = list(self._grid.push_messages(messages.values()) or ())
+        if len(ids) != len(messages):
+            known = {message.metadata.message_id: node for node, message in messages.items()}
+            self._attaching |= {known[i]: str(i) for i in ids if i in known}
+        else:
+            self._attaching |= {node: str(i) for node, i in zip(messages, ids, strict=True) if i}
+        for node in messages.keys() - self._attaching.keys():
+            self._refused[node] = "Flower did not accept a message to it: the node has left"
+
+    def _look_for_refusals(self) -> None:
+        """Read the replies to attach messages: in the simulation they come at once, in a deployment only to fail."""
+        node_of = {message_id: node for node, message_id in self._attaching.items()}
+        for message in self._grid.pull_messages(list(node_of)) if node_of else ():
+            node = node_of.get(message.metadata.reply_to_message_id)
+            if node is None:
+                continue
+            del self._attaching[node]
+            self._handle_waiting()  # a client that says it joined has joined
+            if node not in self._homes:
+                self._refused[node] = _refusal(message)
+
+    def _balance(self, nodes: Iterable[int]) -> None:
+        """Spread clients evenly over the resident processes; whichever was free took their attach messages."""
+        loads = Counter(dict.fromkeys(self._resident_connections(), 0))
+        loads.update(home.connection for home in self._homes.values() if home.connection in loads)
+        for node in sorted(nodes):
+            home = self._homes[node]
+            if not loads or home.connection not in loads:
+                continue
+            least = min(loads, key=lambda c: (loads[c], c.id))
+            if loads[home.connection] > loads[least] + 1 and self._adopt(node, least):
+                loads[least] += 1
+                loads[home.connection] -= 1
+
+    def _resident_connections(self) -> list[Connection]:
+        found = {home.connection for home in self._homes.values() if home.resident and home.connection.closing is None}
+        return sorted(found, key=lambda c: c.id)
+
+    def _adopt(self, node: int, connection: Connection) -> bool:
+        """Have another process serve a client from now on; False if it does not take any more."""
+        home = self._homes[node]
+        header = {"kind": "adopt", "node": node, "node-config": dict(home.node_config)}
+        if not connection.send(lambda: Frame(header)):
+            return False
+        self._homes[node] = _Home(connection, True, home.node_config)
+        return True
+
+    # --- exchanging --------------------------------------------------------------------------------------------------
+    def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
+        """Send a request to each node and wait until all are answered or `timeout` is over."""
+        current = _Exchange(requests, timeout)
+        for node, reason in self.attach_new(requests, timeout).items():
+            current.fail([node], reason)
+        self._exchange = current
+        try:
+            self._handle_waiting()
+            self._send(current.open_nodes())
+            self._wait(current)
+        finally:
+            current.over = True
+            self._exchange = None
+        return {node: current.answers[node] for node in requests}
+
+    def _wait(self, current: _Exchange) -> None:
+        look = _FIRST_LOOK
+        while current.open_nodes():
+            left = current.timeout - current.elapsed()
+            if left <= 0:
+                self._give_up(current)
+                return
+            # events are all there is to wait for, unless a client was invited anew
+            invited = any(node in self._homeless for node in current.open_nodes())
+            if self._next_event(min(look, left) if invited else left) or not invited:
+                continue
+            look = min(1.5 * look, _LONGEST_LOOK)
+            self._look_for_refusals()
+            if current.elapsed() > self.options.attach_timeout:
+                self._refused |= {n: f"{why}; it did not come back" for n, why in self._homeless.items()}
+            for node in [n for n in current.open_nodes() if n in self._homeless and n in self._refused]:
+                current.fail([node], self._refused.pop(node))
+                self._attaching.pop(node, None)
+
+    def _give_up(self, current: _Exchange) -> None:
+        """Answer for those that did not."""
+        late = current.open_nodes()
+        current.fail(
+            late, f"no reply within {current.timeout:g} s: raise timeout, or see whether the client still runs"
+        )
+        # a process that is stuck while others work would hold up every step: the others take over its clients
+        stuck = {s.connection for s in self._sent.values() if s.connection.closing is None}
+        others = set(self._resident_connections()) - stuck
+        self._sent.clear()
+        for connection in stuck if others else ():
+            if any(home.resident and home.connection is connection for home in self._homes.values()):
+                connection.close(f"it did not reply within {current.timeout:g} s")
+                self._lost(connection, connection.closing or "")
+
+    def _send(self, nodes: Iterable[int]) -> None:
+        """Send what the current exchange asks of `nodes` to where they are; invite those that are nowhere."""
+        current = self._exchange
+        if current is None:
+            return
+        by_connection: dict[Connection, dict[int, Request]] = {}
+        invited = []
+        for node in nodes:
+            if node in self._homes:
+                by_connection.setdefault(self._homes[node].connection, {})[node] = current.requests[node]
+            elif node in self._homeless and node not in self._attaching:
+                invited.append(node)
+        self._invite(invited)
+        for connection, requests in by_connection.items():
+            for group in group_requests(requests, separate=not self.options.sum_gradients):
+                self._number += 1
+                self._sent[self._number] = sent = _Sent(connection, group)
+                if not connection.send(self._job(self._number, sent, current)) and connection.closing is None:
+                    del self._sent[self._number]
+                    current.fail(group.nodes, "its process reads nothing any more")
+
+    def _job(self, number: int, sent: _Sent, current: _Exchange) -> Job:
+        """Return what makes the frame, in the thread that sends it, when those before it are out."""
+
+        def make() -> Frame | None:
+            if current.over:
+                return None
+            group, connection = sent.group, sent.connection
+            version = None if group.weights is None else group.weights.version
+            new = version is not None and version != connection.sent_weights
+            try:
+                frame = encode_group(group, number, with_weights=new, wire_dtype=self.options.wire_dtype)
+            except ProtocolError as error:
+                self._endpoint.events.put(Unsent(number, str(error)))
+                return None
+            sent.bytes_sent = frame.num_bytes()
+            if new:
+                connection.sent_weights = version
+            return frame
+
+        return make
+
+    # --- what happens ------------------------------------------------------------------------------------------------
+    def _next_event(self, timeout: float) -> bool:
+        """Handle the next event; False if none comes in time."""
+        try:
+            event = self._endpoint.events.get(timeout=max(timeout, 0.0))
+        except queue.Empty:
+            return False
+        self._handle(event)
+        return True
+
+    def _handle_waiting(self) -> None:
+        while not self._endpoint.events.empty():
+            self._handle(self._endpoint.events.get())
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Received):
+            self._received(event.connection, event.frame)
+        elif isinstance(event, Joined):
+            self._joined(event)
+        elif isinstance(event, Closed):
+            self._lost(event.connection, event.reason)
+        else:
+            sent = self._sent.pop(event.number, None)
+            if sent is not None and self._exchange is not None:
+                self._exchange.fail(sent.group.nodes, event.reason)
+
+    def _joined(self, event: Joined) -> None:
+        node = event.node
+        self._homes[node] = _Home(event.connection, event.resident, event.node_config)
+        self._homeless.pop(node, None)
+        self._refused.pop(node, None)
+        if self._exchange is not None and node in self._exchange.open_nodes():
+            self._send([node])
+
+    def _received(self, connection: Connection, frame: Frame) -> None:
+        number, kind = frame.header.get("number"), frame.header.get("kind")
+        sent = self._sent.get(number) if type(number) is int else None
+        if kind != REPLY or (sent is not None and sent.connection is not connection):
+            connection.close(f"it sent a frame of kind {kind!r:.40} that nobody asked for")
+            return
+        if sent is None or self._exchange is None or type(number) is not int:
+            return  # too late: its exchange is over
+        del self._sent[number]
+        current, nodes = self._exchange, sent.group.nodes
+        elapsed = current.elapsed()
+        try:
+            replies, failures, seconds = decode_group_reply(frame, sent.group)
+        except ProtocolError as error:
+            current.fail(nodes, f"bad reply: {error}")
+            return
+        ways = (sent.bytes_sent, frame.num_bytes())
+        for i, node in enumerate(nodes):
+            if node not in current.answers:
+                # bytes of a group are its clients' together; the sum over them is exact
+                out, back = (total // len(nodes) + (i < total % len(nodes)) for total in ways)
+                worked = seconds.get(node, elapsed)
+                current.answers[node] = Answer(replies.get(node), failures.get(node), worked, out, back)
+
+    def _lost(self, connection: Connection, reason: str) -> None:
+        """Find other homes for the clients of a process that is gone, and ask again what it was asked."""
+        lost = {node: home for node, home in self._homes.items() if home.connection is connection}
+        self._sent = {n: s for n, s in self._sent.items() if s.connection is not connection}
+        if not lost:
+            return
+        survivors = self._resident_connections()
+        survivors = [c for c in survivors if c is not connection]
+        log.warning(
+            "The process of %d clients is gone (%s)%s.",
+            *(len(lost), reason, ": the others take them over" if survivors else ""),
+        )
+        for i, (node, home) in enumerate(sorted(lost.items())):
+            if home.resident and survivors and self._adopt(node, survivors[i % len(survivors)]):
+                continue
+            del self._homes[node]
+            self._homeless[node] = f"its process is gone ({reason})"
+        current = self._exchange
+        if current is None:
+            return
+        again = [node for node in current.open_nodes() if node in lost]
+        current.moves.update(again)
+        tired = [node for node in again if current.moves[node] > _MAX_MOVES]
+        current.fail(tired, f"its process is gone ({reason}), for the {_MAX_MOVES + 1}th time in this exchange")
+        orphans = [n for n in again if n in self._homeless and lost[n].resident]
+        current.fail(orphans, f"its process is gone ({reason}), and no other is left to take it over")
+        self._send([node for node in current.open_nodes() if node in lost])
+
+
+def _refusal(message: Message) -> str:
+    """Return why an attach message did not lead to a stream."""
+    if message.has_error():
+        return f"error {message.error.code}: {message.error.reason}"
+    record = message.content.config_records.get("attach", ConfigRecord())
+    return str(record.get("failure") or record.get("ended") or "its reply names no reason")

@@ -1,0 +1,285 @@
+"""The server's end of the streams: a gRPC server with one bidirectional stream for each client process."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import grpc
+
+from psl_flower.errors import ConfigError, ProtocolError
+from psl_flower.exchange.streams.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
+from psl_flower.exchange.streams.options import StreamOptions
+from psl_flower.exchange.streams.security import Tokens, make_identity
+
+log = logging.getLogger("flwr.psl_flower")
+
+SERVICE = "psl_flower.Streams"
+METHOD = f"/{SERVICE}/Open"
+SESSION, NODE, TOKEN = "psl-session", "psl-node", "psl-token"  # keys of the metadata a stream is opened with
+
+# Both ends look after this time without a word whether the other is still there: a machine that was switched off or a
+# process that was stopped does not close its connections.
+_KEEPALIVE_MS = 20_000
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", MAX_CHUNK_BYTES),
+    ("grpc.max_send_message_length", MAX_CHUNK_BYTES),
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.optimization_target", "throughput"),
+]
+_SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+]
+_MAX_STREAMS = 1024  # client processes at once; each has two threads
+_MAX_WAITING = 16  # frames on their way to one process
+_CLOSE_SECONDS = 2.0
+_LOGGED_REFUSALS = 20  # then only every thousandth: who keeps knocking shall not fill the disk
+
+
+# --- what happens on the streams -------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """A client came in over a stream, with its own token."""
+
+    connection: Connection
+    node: int
+    resident: bool
+    node_config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """A frame arrived."""
+
+    connection: Connection
+    frame: Frame
+
+
+@dataclass(frozen=True, eq=False)
+class Unsent:
+    """A frame could not be made."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Closed:
+    """A stream ended; nothing more comes from it."""
+
+    connection: Connection
+    reason: str
+
+
+Event = Joined | Received | Unsent | Closed
+
+# Makes a frame when its turn has come; None if it is not wanted any more.
+Job = Callable[[], Frame | None]
+
+
+class Connection:
+    """One client process, as the server sees it. Safe for threads.
+
+    Parameters
+    ----------
+    peer : str
+        Its address, for the log.
+    """
+
+    _ids = count()
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.id = next(Connection._ids)
+        self.sent_weights: str | None = None  # version; read and written by the jobs, which run one after the other
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closing: str | None = None
+
+    def send(self, job: Job) -> bool:
+        """Have a frame sent after those before; False if the stream is closing, or the process does not read."""
+        with self._changed:
+            if self._closing is not None or len(self._jobs) >= _MAX_WAITING:
+                return False
+            self._jobs.append(job)
+            self._changed.notify()
+            return True
+
+    def close(self, reason: str) -> None:
+        """End the stream once what waits is sent."""
+        with self._changed:
+            if self._closing is None:
+                self._closing = reason
+            self._changed.notify()
+
+    @property
+    def closing(self) -> str | None:
+        """Why the stream is closing; None while it is open."""
+        return self._closing
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield what is to be sent, as it comes, until the stream closes."""
+        number = 0
+        while True:
+            with self._changed:
+                while not self._jobs and self._closing is None:
+                    self._changed.wait()
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+            frame = job()
+            if frame is not None:
+                yield from encode(frame, number)
+                number += 1
+
+
+@dataclass
+class _Refusals:
+    count: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, peer: str, reason: str) -> None:
+        with self.lock:
+            self.count += 1
+            if self.count <= _LOGGED_REFUSALS or self.count % 1000 == 0:
+                log.warning("Refused a stream from %s: %s (%d so far).", peer, reason, self.count)
+
+
+class Endpoint:
+    """Listens for client processes; a thread of its own for each tells what happens through `events`.
+
+    Parameters
+    ----------
+    options : StreamOptions
+    tokens : Tokens
+        Who may come in.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot listen there.
+    """
+
+    def __init__(self, options: StreamOptions, tokens: Tokens) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._options, self._tokens = options, tokens
+        self._refusals = _Refusals()
+        self._connections: set[Connection] = set()
+        self._lock = threading.Lock()
+        identity = make_identity()
+        self.certificate = identity.certificate
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(_MAX_STREAMS + 8, thread_name_prefix="psl-stream"),
+            handlers=[
+                grpc.method_handlers_generic_handler(
+                    SERVICE, {METHOD.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(self._serve)}
+                )
+            ],
+            options=_SERVER_OPTIONS,
+            maximum_concurrent_rpcs=_MAX_STREAMS,
+        )
+        credentials = grpc.ssl_server_credentials([(identity.key, identity.certificate)])
+        try:
+            port = self._server.add_secure_port(options.bind, credentials)
+        except RuntimeError as exc:
+            raise ConfigError(f"streams cannot listen on {options.bind}: is the port in use? ({exc})") from exc
+        self.address = options.address(port)
+        self._server.start()
+
+    def connections(self) -> list[Connection]:
+        """Return the streams that are open."""
+        with self._lock:
+            return list(self._connections)
+
+    def close(self) -> None:
+        """Say goodbye to all, and stop listening."""
+        for connection in self.connections():
+            connection.send(lambda: Frame({"kind": "bye"}))
+            connection.close("the run is over")
+        self._server.stop(_CLOSE_SECONDS).wait()
+
+    # --- one stream --------------------------------------------------------------------------------------------------
+    def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        peer = context.peer()
+        # before anything of the stream is read
+        if refusal := self._refusal(context):
+            self._refusals.add(peer, refusal)
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
+        connection = Connection(peer)
+        with self._lock:
+            self._connections.add(connection)
+        threading.Thread(
+            target=self._read, args=(connection, requests), name=f"psl-read-{connection.id}", daemon=True
+        ).start()
+        # called at once when the process is gone, even if nothing is being sent or read
+        if not context.add_callback(lambda: self._ended(connection, "its connection broke")):
+            self._ended(connection, "its connection broke")
+        yield from connection.chunks()
+        self._ended(connection, connection.closing or "")
+        if connection.closing and connection.closing.startswith(_REFUSED):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, connection.closing)
+
+    def _refusal(self, context: grpc.ServicerContext) -> str | None:
+        metadata = dict(context.invocation_metadata())
+        session, node, token = (str(metadata.get(key, "")) for key in (SESSION, NODE, TOKEN))
+        if not (session and node and token):
+            return "it showed no token"
+        if not (node.isascii() and node.isdigit() and len(node) <= 20):
+            return "its node id is not a number"
+        return self._tokens.refusal(session, int(node), token)
+
+    def _read(self, connection: Connection, chunks: Iterator[bytes]) -> None:
+        decoder = Decoder(self._options.max_frame_bytes)
+        reason = "it closed its stream"
+        try:
+            for chunk in chunks:
+                frame = decoder.feed(chunk)
+                if frame is None:
+                    continue
+                if frame.header.get("kind") == "join":
+                    self._join(connection, frame.header)
+                else:
+                    self.events.put(Received(connection, frame))
+        except ProtocolError as error:
+            reason = f"{_REFUSED}{error}"
+            self._refusals.add(connection.peer, str(error))
+        except Exception as exc:  # gRPC's iterator raises more than it documents; a thread that dies would go unseen
+            reason = f"its connection broke ({exc!s:.200})" if str(exc) else "its connection broke"
+        self._ended(connection, reason)
+
+    def _join(self, connection: Connection, header: Mapping[str, Any]) -> None:
+        node, token, config = header.get("node"), header.get("token"), header.get("node-config")
+        if type(node) is not int or not isinstance(token, str) or not isinstance(config, dict):
+            raise ProtocolError("a join needs a node, a token and a node configuration")
+        refusal = self._tokens.refusal(str(header.get("session")), node, token, use=True)
+        if refusal:
+            self._refusals.add(connection.peer, f"node {node}: {refusal}")
+            connection.send(lambda: Frame({"kind": "refused", "node": node, "reason": refusal}))
+            return
+        # the event first: who is told that it joined has joined
+        self.events.put(Joined(connection, node, header.get("resident") is True, config))
+        connection.send(lambda: Frame({"kind": "joined", "node": node}))
+
+    def _ended(self, connection: Connection, reason: str) -> None:
+        connection.close(reason)
+        with self._lock:
+            if connection not in self._connections:
+                return
+            self._connections.remove(connection)
+        self.events.put(Closed(connection, connection.closing or reason))
+
+
+_REFUSED = "refused: "

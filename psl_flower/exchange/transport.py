@@ -1,0 +1,90 @@
+"""Which carrier a run uses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from flwr.serverapp import Grid
+
+from psl_flower.checks import check_choice
+from psl_flower.errors import ConfigError
+from psl_flower.exchange.base import Answer, Carrier
+from psl_flower.exchange.messages import MessageCarrier
+from psl_flower.exchange.streams import StreamCarrier, StreamOptions
+from psl_flower.grid import InProcessGrid
+from psl_flower.protocol import Request
+
+log = logging.getLogger("flwr.psl_flower")
+
+TRANSPORTS = ("auto", "messages", "streams")
+
+
+def open_carrier(grid: Grid, transport: str = "auto", options: StreamOptions | None = None) -> Carrier:
+    """Open the carrier of a run.
+
+    Parameters
+    ----------
+    grid : Grid
+    transport : str
+        "streams": a step takes milliseconds, but clients must reach the ServerApp's address. "messages": works wherever
+        Flower does, at 0.1 s an exchange in the simulation and 5 s in a deployment. "auto": streams, and messages if a
+        client cannot open its stream.
+    options : StreamOptions, optional
+        Of streams.
+    """
+    check_choice(transport, "transport", TRANSPORTS)
+    if transport == "auto" and isinstance(grid, InProcessGrid):
+        log.info("Transport: messages, which cost nothing within one process.")
+        transport = "messages"
+    if transport == "messages":
+        return MessageCarrier(grid)
+    return StreamCarrier(grid, options) if transport == "streams" else AutoCarrier(grid, options)
+
+
+class AutoCarrier(Carrier):
+    """Streams; messages from the moment a client cannot open its stream.
+
+    The whole run changes over: a step takes as long as its slowest client, so one that needs messages makes all wait
+    for Flower's messages anyway. A client whose stream breaks later is another matter, and the stream carrier's.
+
+    Parameters
+    ----------
+    grid : Grid
+    options : StreamOptions, optional
+    """
+
+    def __init__(self, grid: Grid, options: StreamOptions | None = None) -> None:
+        self._grid = grid
+        self._options = options or StreamOptions()
+        self._streams: StreamCarrier | None = None
+        self._carrier: Carrier
+        try:
+            self._carrier = self._streams = StreamCarrier(grid, self._options)
+        except ConfigError as error:
+            self._fall_back(str(error))
+
+    def node_ids(self) -> Iterable[int]:
+        """Return the ids of the nodes that are connected now."""
+        return self._carrier.node_ids()
+
+    def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
+        """Send a request to each node and wait until all are answered or `timeout` is over."""
+        if self._streams is not None:
+            failures = self._streams.attach_new(requests, timeout)
+            if failures:
+                node, reason = next(iter(failures.items()))
+                more = f" ({len(failures)} of {len(requests)} clients failed so)" if len(failures) > 1 else ""
+                self._fall_back(f"node {node}: {reason}{more}")
+        return self._carrier.exchange(requests, timeout)
+
+    def close(self) -> None:
+        """Release what the carriers hold."""
+        self._carrier.close()
+
+    def _fall_back(self, reason: str) -> None:
+        log.warning("Transport: messages instead of streams, which will be slow: %s", reason)
+        if self._streams is not None:
+            self._streams.close()
+            self._streams = None
+        self._carrier = MessageCarrier(self._grid)
