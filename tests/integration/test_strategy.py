@@ -1,6 +1,7 @@
 """The whole strategy on InProcessGrid: FedAvg's contract, what a run leaves behind, what happens when clients fail."""
 
 import copy
+import inspect
 import json
 
 import numpy as np
@@ -71,8 +72,6 @@ def state_of(result):
 
 # --- FedAvg's contract -----------------------------------------------------------------------------------------------
 def test_is_a_strategy_with_fedavgs_start():
-    import inspect
-
     assert issubclass(ParallelSplitLearning, Strategy)
     ours = inspect.signature(ParallelSplitLearning.start).parameters
     theirs = inspect.signature(FedAvg.start).parameters
