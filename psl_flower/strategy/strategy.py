@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -367,11 +368,12 @@ class ParallelSplitLearning(Strategy):
 
     # --- its parts ---------------------------------------------------------------------------------------------------
     def _trainer(self, state: Mapping[str, torch.Tensor]) -> SplitTrainer:
-        for half in (self._halves.client, self._halves.server):
+        client, server = copy.deepcopy((self._halves.client, self._halves.server))  # `start` may be called again
+        for half in (client, server):
             half.load_state_dict({name: state[name] for name in half.state_dict()})
         return SplitTrainer(
-            self._halves.client,
-            self._halves.server,
+            client,
+            server,
             optimizer=self._optimizer,
             loss=self._loss,
             device=self._device,
