@@ -18,6 +18,7 @@ from psl_flower.protocol import Request
 _FIRST_WAIT = 0.001  # seconds
 _LONGEST_WAIT = 0.25  # seconds
 _WAIT_SHARE = 0.05
+_LONGEST_REASON = 4000  # characters of a client's error that are kept
 
 
 class MessageCarrier(Carrier):
@@ -88,7 +89,7 @@ class MessageCarrier(Carrier):
 
 def _answer(request: Request, message: Message, seconds: float, sent: int) -> Answer:
     if message.has_error():
-        return Answer(None, f"error {message.error.code}: {message.error.reason}", seconds, sent)
+        return Answer(None, f"error {message.error.code}: {message.error.reason}"[:_LONGEST_REASON], seconds, sent)
     received = num_bytes(message.content)
     try:
         # Time in Flower's queues says nothing of the client, so it is asked; it cannot claim more than has passed.
