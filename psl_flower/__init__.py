@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psl_flower.client import SplitClient, split_client_app
     from psl_flower.errors import ConfigError, CutError, MembershipError, ProtocolError, PSLError, StepError
+    from psl_flower.exchange.streams import StreamOptions
     from psl_flower.grid import InProcessGrid
     from psl_flower.partition import ExtendedDirichletPartitioner
     from psl_flower.samplers import (
+        AlignedSampler,
         BatchPlan,
         Delays,
         FixedLocalSampler,
         FixedProportionalSampler,
+        LatencyBudgetedSampler,
+        LatentDirichletSampler,
         PlanStep,
         Population,
         Sampler,
@@ -34,11 +38,15 @@ _HOME = {
     "errors": ["ConfigError", "CutError", "MembershipError", "PSLError", "ProtocolError", "StepError"],
     "grid": ["InProcessGrid"],
     "partition": ["ExtendedDirichletPartitioner"],
+    "exchange.streams": ["StreamOptions"],
     "samplers": [
+        "AlignedSampler",
         "BatchPlan",
         "Delays",
         "FixedLocalSampler",
         "FixedProportionalSampler",
+        "LatencyBudgetedSampler",
+        "LatentDirichletSampler",
         "PlanStep",
         "Population",
         "Sampler",
@@ -50,6 +58,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AlignedSampler",
     "BatchPlan",
     "ConfigError",
     "CutError",
@@ -58,6 +67,8 @@ __all__ = [
     "FixedLocalSampler",
     "FixedProportionalSampler",
     "InProcessGrid",
+    "LatencyBudgetedSampler",
+    "LatentDirichletSampler",
     "MembershipError",
     "PSLError",
     "ParallelSplitLearning",
@@ -68,6 +79,7 @@ __all__ = [
     "SplitClient",
     "SplitModel",
     "StepError",
+    "StreamOptions",
     "UniformGlobalSampler",
     "replace_batch_norm",
     "split_client_app",
