@@ -1,7 +1,7 @@
 """Parallel split learning for Flower: activations and gradients exchanged every mini-batch, batch quotas by the server.
 
-See README.md for the tour. Samplers, metrics and splits are pure numpy: ``psl_flower.samplers`` and its neighbours import
-neither torch nor flwr, and the names here are loaded on first use.
+See README.md for the tour. Samplers, metrics and splits are pure numpy: ``psl_flower.samplers`` and its neighbours
+import neither torch nor flwr, and the names here are loaded on first use.
 """
 
 from __future__ import annotations
