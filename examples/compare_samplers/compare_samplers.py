@@ -149,9 +149,10 @@ def save_picture(path: Path, trainings: Mapping[str, Sequence[Training]], option
     accuracy, deviation, size = figure.subplots(1, 3)
     for name, seeds in trainings.items():
         curves = 100 * np.array([training.accuracy for training in seeds])
-        epochs, mean, spread = np.arange(curves.shape[1]), curves.mean(axis=0), curves.std(axis=0, ddof=int(len(seeds) > 1))
+        epochs, mean = np.arange(curves.shape[1]), curves.mean(axis=0)
         accuracy.plot(epochs, mean, label=label(name), ms=5, **STYLES[name])
         if len(seeds) > 1:
+            spread = curves.std(axis=0, ddof=1)
             accuracy.fill_between(epochs, mean - spread, mean + spread, color=STYLES[name]["color"], alpha=0.15, lw=0)
         last = seeds[0].steps[-1]["round"]
         steps = [step for step in seeds[0].steps if step["round"] == last]

@@ -211,12 +211,13 @@ def save_picture(
     goal = 100 * np.mean([target(training) for training in trainings[REFERENCE]])
     for name, seeds in trainings.items():
         curves = 100 * np.array([training.accuracy for training in seeds])
-        mean, spread = curves.mean(axis=0), curves.std(axis=0, ddof=int(len(seeds) > 1))
+        mean, color = curves.mean(axis=0), STYLES[name]["color"]
         minutes = np.mean([minutes_of(training) for training in seeds], axis=0)
         for axes, x in ((by_time, minutes), (by_epoch, np.arange(len(mean)))):
             axes.plot(x, mean, ms=5, label=name, **STYLES[name])
             if len(seeds) > 1:
-                axes.fill_between(x, mean - spread, mean + spread, color=STYLES[name]["color"], alpha=0.15, lw=0)
+                spread = curves.std(axis=0, ddof=1)
+                axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.15, lw=0)
         point = [np.mean([line[column] for line in results[name]]) for column in ("vs UGS", "deviation")]
         trade_off.plot(*point, ms=10, mfc="none", mew=2.2, **STYLES[name] | {"linestyle": ""})
     for axes in (by_time, by_epoch):
