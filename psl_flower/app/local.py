@@ -59,11 +59,9 @@ class LocalSuperLink:
         """Start it and wait until it answers."""
         self.home.mkdir(parents=True, exist_ok=True)
         port, control_port = free_ports(2)
-        config = (
-            f'[superlink]\ndefault = "{_NAME}"\n\n[superlink.{_NAME}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-        )
-        (self.home / "config.toml").write_text(config, encoding="utf-8")
-        command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+        config = f'[superlink]\ndefault = "{_NAME}"\n\n[superlink.{_NAME}]\naddress = "127.0.0.1:{port}"\n'
+        (self.home / "config.toml").write_text(config + self._connection_config(), encoding="utf-8")
+        command = ["flower-superlink", *self._superlink_options(), "--isolation", "subprocess"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control_port}"]
         with (self.home / "superlink.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -77,11 +75,23 @@ class LocalSuperLink:
             )
         try:
             self._wait_until_open(port)
+            self._start_nodes(f"127.0.0.1:{port}")
         except BaseException:
             self.stop()
             raise
         return self
 
+    # --- what a deployment does otherwise ----------------------------------------------------------------------------
+    def _superlink_options(self) -> list[str]:
+        return ["--insecure", "--simulation"]
+
+    def _connection_config(self) -> str:
+        return "insecure = true\n"
+
+    def _start_nodes(self, address: str) -> None:
+        """Start what answers for the clients; in a simulation, the SuperLink does."""
+
+    # --- running -----------------------------------------------------------------------------------------------------
     def _wait_until_open(self, port: int) -> None:
         end = time.monotonic() + _START_TIMEOUT
         while self._process is not None and self._process.poll() is None and time.monotonic() < end:
@@ -91,14 +101,16 @@ class LocalSuperLink:
             time.sleep(0.1)
         raise RuntimeError(f"the SuperLink did not start: see {self.home / 'superlink.log'}")
 
-    def run(self, app: str | Path, *, num_supernodes: int, run_config: Sequence[str] = (), quiet: bool = False) -> str:
+    def run(
+        self, app: str | Path, *, num_supernodes: int | None = None, run_config: Sequence[str] = (), quiet: bool = False
+    ) -> str:
         """Run an app to its end, with its log on standard output.
 
         Parameters
         ----------
         app : path
             The folder with the app's pyproject.toml.
-        num_supernodes : int
+        num_supernodes : int, optional
             Virtual clients.
         run_config : sequence of str
             Overrides as ``flwr run -c`` takes them.
@@ -116,7 +128,8 @@ class LocalSuperLink:
             If the run did not complete.
         """
         command = ["flwr", "run", str(Path(app).resolve()), _NAME, "--stream"]
-        command += ["--federation-config", f"num-supernodes={num_supernodes} client-resources-num-cpus=1"]
+        if num_supernodes is not None:
+            command += ["--federation-config", f"num-supernodes={num_supernodes} client-resources-num-cpus=1"]
         if run_config:
             command += ["-c", " ".join(run_config)]
         lines = []
@@ -160,16 +173,7 @@ class LocalSuperLink:
         """Stop it and everything it started."""
         if self._process is None:
             return
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, how)
-            except ProcessLookupError:
-                break
-            try:
-                self._process.wait(_STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                continue
-        self._process.wait()
+        stop_group(self._process)
         self._process = None
 
     def __enter__(self) -> Self:
@@ -179,6 +183,20 @@ class LocalSuperLink:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process that leads a group of its own, and all of the group."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(_STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
 
 
 def free_ports(count: int) -> list[int]:

@@ -34,7 +34,8 @@ def split_client_app(
     ----------
     model_fn : callable
         ``model_fn()`` or ``model_fn(context)`` returns the model the server trains, an ``nn.Module`` or a `SplitModel`.
-        Its initial weights do not matter. It is given `context` if it has a parameter without a default.
+        Its initial weights do not matter. It is given `context` if it has a parameter without a default, or of that
+        name.
     cut : str or callable, optional
         Qualified name of the first server-side submodule, the server's; ``cut(context)``, if it is callable. None for a
         `SplitModel`.

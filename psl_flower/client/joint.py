@@ -52,8 +52,10 @@ def joint_forward(
         If a joint pass is not what single passes are.
     """
     batches = []
-    for client, order in zip(clients, orders, strict=True):
-        with seeded(order.step_seed(), client.worker.device):
+    device = clients[0].worker.device
+    with seeded(0, device):  # puts the generators back once, not once a client: that would take longer than the model
+        for client, order in zip(clients, orders, strict=True):
+            _seed(order.step_seed(), device)
             batches.append(client.batch(client.train, client.draw(order)))
     return _pass(clients, batches, weights, training=True, verify=verify)
 
@@ -63,8 +65,10 @@ def joint_evaluate(
 ) -> Graph:
     """Run the client half once, in evaluation mode, on the test examples `rows` of several clients."""
     batches = []
-    for client, some in zip(clients, rows, strict=True):
-        with seeded(0, client.worker.device):
+    device = clients[0].worker.device
+    with seeded(0, device):
+        for client, some in zip(clients, rows, strict=True):
+            _seed(0, device)
             batches.append(client.batch(client.test, some))
     return _pass(clients, batches, weights, training=False, verify=verify)
 
@@ -112,6 +116,13 @@ def _same(joint: Tensor, alone: Tensor) -> bool:
     # rounding is some multiples of eps, what batch statistics do is far above its root
     tolerance = torch.finfo(some.dtype).eps ** 0.5 * alone.abs().max().item() if alone.numel() else 0.0
     return bool(((some - alone).abs() <= tolerance).all())
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)  # as manual_seed does, which then looks at every other kind of device
+    else:
+        torch.manual_seed(seed)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -33,10 +33,10 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
     key = (context.node_id, tuple(sorted((name, str(value)) for name, value in config.items())))
     if key not in state.clients:
         if state.half is None:
-            cut = _call(recipe.cut, context) if callable(recipe.cut) else recipe.cut
-            state.half = cut_model(_call(recipe.model_fn, context), cut).client
+            cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
+            state.half = cut_model(_call(recipe.model_fn, context=context), cut).client
             check_client_half(state.half)
-        data = _call(recipe.data_fn, context, config)
+        data = _call(recipe.data_fn, context=context, config=config)
         train, test = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
         partition = context.node_config.get("partition-id")
         if partition is not None and type(partition) is not int:
@@ -47,12 +47,20 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
     return state.clients[key]
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `function` with as many of `arguments` as it requires; parameters with a default keep it."""
+def _call(function: Callable[..., Any], **offered: Any) -> Any:
+    """Call `function` with what it asks for of `offered`.
+
+    Parameters without a default get the offered values in order, whatever their names; one with a default gets the
+    value of its name, or keeps its default. So a model class with options is as good a `model_fn` as a function of
+    `context`.
+    """
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # some callables written in C do not tell
         return function()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = sum(p.kind in positional and p.default is p.empty for p in parameters)
-    return function(*arguments[:required])
+    given = dict(list(offered.items())[:required])
+    optional = [p for p in parameters if p.kind is not p.POSITIONAL_ONLY and p.default is not p.empty]
+    named = {p.name: offered[p.name] for p in optional if p.name in offered and p.name not in given}
+    return function(*given.values(), **named)

@@ -26,6 +26,7 @@ from psl_flower.stragglers.delays import DELAY_MODELS, delay_model
 # the default app's stream for the split of training data (psl_flower.app.task): same seed, same split
 _SPLIT_STREAM = (3, 0)
 _REFERENCE = "ugs"
+_RECOMMENDED = ("aligned:targets=stratified,tilt=0.1",)
 _SEEDED_DELAYS = ("slow-fraction", "lognormal")
 
 _DESCRIPTION = """\
@@ -111,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     plans.add_argument(
         "--samplers",
         nargs="+",
-        default=list(SAMPLERS),
+        default=[*SAMPLERS, *_RECOMMENDED],
         metavar="NAME[:OPTION=VALUE,...]",
-        help=f"{', '.join(SAMPLERS)} (default: all)",
+        help=f"{', '.join(SAMPLERS)} (default: all, and {', '.join(_RECOMMENDED)})",
     )
     plans.add_argument("--batch-size", type=int, default=128, metavar="B", help="(default: 128)")
     plans.add_argument("--epochs", type=int, default=1, help="epochs averaged over (default: 1)")
@@ -121,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     plans.add_argument("--seed", type=int, default=0, help="the first seed; its first epoch is drawn (default: 0)")
     parser.add_argument(
         "--output", type=Path, default=Path("plan.png"), metavar="FILE", help="picture (default: plan.png)"
+    )
+    parser.add_argument(
+        "--no-bound", action="store_true", help="skip the least time possible with a sampler's class targets"
     )
     parser.add_argument("--no-picture", action="store_true", help="print the table only")
     return parser
@@ -145,7 +149,8 @@ def _compare(options: argparse.Namespace) -> None:
                 if sampler.needs_label_counts and population.label_counts is None:
                     left_out[spec] = None
                 else:
-                    runs.setdefault(spec, []).append(plan_epoch(sampler, population, epoch))
+                    bound = epoch == 0 and not options.no_bound
+                    runs.setdefault(spec, []).append(plan_epoch(sampler, population, epoch, bound=bound))
     if not runs:
         raise ConfigError("none of the samplers can plan without knowing the clients' classes: give counts a class")
     print(format_table([summarize_epochs(spec, epochs, reference) for spec, epochs in runs.items()]))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from psl_flower.checks import check_choice, check_options
+from psl_flower.samplers.aligned import AlignedSampler
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.fixed import FixedLocalSampler, FixedProportionalSampler
+from psl_flower.samplers.latency import LatencyBudgetedSampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -15,6 +17,8 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "fpls": FixedProportionalSampler,
     "ugs": UniformGlobalSampler,
     "lds": LatentDirichletSampler,
+    "lb": LatencyBudgetedSampler,
+    "aligned": AlignedSampler,
 }
 
 _LONG_NAMES = {
@@ -22,6 +26,7 @@ _LONG_NAMES = {
     "fixed-proportional": "fpls",
     "uniform-global": "ugs",
     "latent-dirichlet": "lds",
+    "latency-budgeted": "lb",
 }
 
 
@@ -31,8 +36,8 @@ def make_sampler(name: str, batch_size: int, seed: int = 0, **options: Any) -> S
     Parameters
     ----------
     name : str
-        "fls", "fpls", "ugs", "lds", or the long form: "fixed-local", "fixed-proportional", "uniform-global",
-        "latent-dirichlet".
+        "fls", "fpls", "ugs", "lds", "lb", "aligned", or the long form: "fixed-local", "fixed-proportional",
+        "uniform-global", "latent-dirichlet", "latency-budgeted".
     batch_size : int
         Global batch size B.
     seed : int

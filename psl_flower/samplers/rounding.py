@@ -50,3 +50,28 @@ def round_to_sum(weights: ArrayLike, total: int, rng: np.random.Generator) -> In
     order = np.lexsort((rng.random(len(values)), -fractions))
     result[order[: total - int(result.sum())]] += 1
     return result
+
+
+def spread_evenly(room: IntArray, total: int, rng: np.random.Generator) -> IntArray:
+    """Spread `total` over places in proportion to their room, in whole numbers, none more than its room (systematic).
+
+    Parameters
+    ----------
+    room : (n,) int64
+        Not negative. Its sum times `total` must fit in 64 bits.
+    total : int
+        From 0 to the sum of `room`.
+    rng : numpy.random.Generator
+        Where the pattern begins.
+
+    Returns
+    -------
+    (n,) int64
+        Within 1 of ``total * room / room.sum()``, and so is the sum over any stretch of neighbouring places.
+    """
+    ends = np.cumsum(room)
+    if not total:
+        return np.zeros_like(room)
+    shares = (ends * total + rng.integers(ends[-1])) // ends[-1]
+    result: IntArray = np.diff(shares, prepend=0)
+    return result

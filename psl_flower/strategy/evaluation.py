@@ -52,11 +52,11 @@ def split_evaluate(
     left = {c: m.description.num_test_examples for c, m in clients.members.items() if m.description.num_test_examples}
     if not left:
         return None
-    share = max(1, batch_size // len(left))
     done = dict.fromkeys(left, 0)
     loss, correct, predictions, examples = 0.0, 0, 0, 0
     scored = True
     while left:
+        share = max(1, batch_size // len(left))
         counts = {client: min(share, n) for client, n in left.items()}
         weights = trainer.weights()
         requests = {c: EvaluateRequest(done[c], n, weights, config, evaluate_config) for c, n in counts.items()}

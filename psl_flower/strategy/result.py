@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -173,7 +174,7 @@ class RunRecorder:
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.write(json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n")
             self._file.flush()
 
     def __enter__(self) -> Self:
@@ -184,3 +185,10 @@ class RunRecorder:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -103,9 +103,7 @@ class StepRunner:
         while batch and sum(ordered[client].count for client in batch) >= enough:
             try:
                 with self.trainer.transaction():
-                    with self._computing():
-                        seed = step_seed(orders[0].seed, orders[0].epoch, orders[0].step)
-                        outcome = self.trainer.forward_backward(batch, seed)
+                    outcome = self._on_server(batch, step_seed(orders[0].seed, orders[0].epoch, orders[0].step))
                     cut_gradients = outcome.cut_gradients
                     gradients = self._backward({c: ordered[c] for c in batch}, weights, cut_gradients, attempt)
                     with self._computing():
@@ -141,6 +139,14 @@ class StepRunner:
         self._refuse(failures, len(orders), "forward")
         attempt.lost |= failures
         return accepted
+
+    def _on_server(self, batch: Mapping[int, Activations], seed: int) -> StepOutcome:
+        try:
+            with self._computing():
+                return self.trainer.forward_backward(batch, seed)
+        except StepError as error:
+            self._summary.refuse(error.failures)  # labels that are no classes
+            raise
 
     def _backward(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -277,7 +279,9 @@ class ParallelSplitLearning(Strategy):
                 for server_round in range(first_round, num_rounds + 1):
                     record = self._train_epoch(run, server_round)
                     if scheduler:
-                        scheduler.step()
+                        with warnings.catch_warnings():  # a round that is resumed at its end has no step here
+                            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                            scheduler.step()
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = record.metrics()
                     in_clients = self._evaluate_in_clients(run, server_round, result)
@@ -475,11 +479,12 @@ class ParallelSplitLearning(Strategy):
 
     # --- its parts ---------------------------------------------------------------------------------------------------
     def _trainer(self, state: Mapping[str, torch.Tensor]) -> SplitTrainer:
-        for half in (self._halves.client, self._halves.server):
+        client, server = copy.deepcopy((self._halves.client, self._halves.server))  # `start` may be called again
+        for half in (client, server):
             half.load_state_dict({name: state[name] for name in half.state_dict()})
         return SplitTrainer(
-            self._halves.client,
-            self._halves.server,
+            client,
+            server,
             optimizer=self._optimizer,
             loss=self._loss,
             device=self._device,

@@ -1,6 +1,7 @@
 """The whole strategy on InProcessGrid: FedAvg's contract, what a run leaves behind, what happens when clients fail."""
 
 import copy
+import inspect
 import json
 
 import numpy as np
@@ -73,8 +74,6 @@ def state_of(result):
 
 # --- FedAvg's contract -----------------------------------------------------------------------------------------------
 def test_is_a_strategy_with_fedavgs_start():
-    import inspect
-
     assert issubclass(ParallelSplitLearning, Strategy)
     ours = inspect.signature(ParallelSplitLearning.start).parameters
     theirs = inspect.signature(FedAvg.start).parameters
@@ -140,6 +139,36 @@ def test_a_strategy_can_be_started_again():
     assert largest_difference(state_of(first), state_of(second)) == 0
     on_another_grid = strategy.start(make()[1], arrays, num_rounds=1)
     assert largest_difference(state_of(first), state_of(on_another_grid)) == 0
+
+
+class CountsForItself(nn.Module):
+    """Its server half keeps a buffer that is not part of the state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_resnet()
+        self.out = ScaledByCalls()
+
+    def forward(self, x):
+        return self.out(self.net(x))
+
+
+class ScaledByCalls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.ones(1), persistent=False)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        self.calls += self.training
+        return x * self.scale / self.calls
+
+
+def test_nothing_of_a_run_is_left_for_the_next():
+    strategy, grid = make(model_fn=CountsForItself, cut="net.layer2")
+    arrays = ArrayRecord(CountsForItself().state_dict())
+    first, second = (strategy.start(grid, arrays, num_rounds=1) for _ in range(2))
+    assert largest_difference(state_of(first), state_of(second)) == 0
 
 
 def test_the_model_given_and_torchs_generator_are_left_alone():
@@ -431,6 +460,21 @@ def test_split_evaluation_equals_evaluating_the_merged_model(evaluate_batch_size
     result = run(data_fn=load_partition_with_test, evaluate_batch_size=evaluate_batch_size)
     metrics = dict(result.evaluate_metrics_clientapp[1])
     assert metrics == pytest.approx(evaluate_merged(tiny_resnet(), result), rel=1e-5)
+
+
+def test_evaluation_gives_the_share_of_those_that_are_done_to_the_others():
+    def load(context):
+        k = context.node_config["partition-id"]
+        return client_data(k, K), TensorDataset(*(t[: [10, 2, 2][k]] for t in client_data(k, K).tensors))
+
+    class Counting(SplitClient):
+        def evaluate(self, request):
+            asked.append((self.partition_id, request.start, request.count))
+            return super().evaluate(request)
+
+    asked = []
+    run(data_fn=load, client_class=Counting, evaluate_batch_size=12)
+    assert asked == [(0, 0, 4), (1, 0, 2), (2, 0, 2), (0, 4, 6)]
 
 
 def test_evaluation_does_not_change_training():

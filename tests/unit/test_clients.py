@@ -62,9 +62,9 @@ def clock(monkeypatch):
 
 
 def test_clients_are_in_ascending_id_whatever_their_nodes():
-    members = refreshed({70: described(2, 12), 50: described(0, 10), 60: described(1, 11)})
+    members = refreshed({70: described(1, 11), 50: described(2, 12), 60: described(0, 10)})
     assert list(members.members) == [0, 1, 2]
-    assert [m.node for m in members.members.values()] == [50, 60, 70]
+    assert [m.node for m in members.members.values()] == [60, 70, 50]
     population = members.population()
     np.testing.assert_array_equal(population.client_ids, [0, 1, 2])
     np.testing.assert_array_equal(population.sizes, [10, 11, 12])

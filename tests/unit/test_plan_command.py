@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from psl_flower.errors import ConfigError
+from psl_flower.metrics import schedule_lower_bound
 from psl_flower.plan import (
     balanced_labels,
     format_table,
@@ -21,7 +22,7 @@ from psl_flower.plan import (
 from psl_flower.plan.command import main, parse_spec
 from psl_flower.plan.picture import mean_quotas
 from psl_flower.plan.table import format_seconds
-from psl_flower.samplers import BatchPlan, Delays, FixedLocalSampler, Population, UniformGlobalSampler
+from psl_flower.samplers import AlignedSampler, BatchPlan, Delays, FixedLocalSampler, Population, UniformGlobalSampler
 
 SMALL = ["--num-clients", "8", "--num-examples", "2000", "--batch-size", "32", "--no-picture"]
 
@@ -64,7 +65,16 @@ class TestCommand:
         )  # fmt: skip
         # quotas 2 and 6 in each of 5 steps: 2 + 0.5 * 6 = 5 s a step, batches exactly as the whole
         assert rows_of(output)["fpls"][:3] == ["5", "8-8", "25.0 s"]
-        assert rows_of(output)["fpls"][4:9] == ["0.000", "0.000", "0.000", "0.000", "2.0"]
+        assert rows_of(output)["fpls"][4:10] == ["-", "0.000", "0.000", "0.000", "0.000", "2.0"]
+
+    def test_tells_the_least_time_possible_with_a_sampler_s_class_targets(self, capsys):
+        _, output, _ = run(capsys, *SMALL, "--samplers", "ugs", "lb", "aligned")
+        rows = rows_of(output)
+        assert rows["ugs"][4] == "-"
+        for name in ("lb", "aligned"):
+            assert 0.1 < float(rows[name][4]) <= float(rows[name][3])
+        _, output, _ = run(capsys, *SMALL, "--samplers", "lb", "--no-bound")
+        assert rows_of(output)["lb"][4] == "-"
 
     def test_average_over_seeds_and_epochs_is_theirs(self, capsys):
         ratios = []
@@ -99,9 +109,11 @@ class TestCommand:
             capsys, "--sizes", tmp_path / "sizes.csv", "--delays", f"csv:path={tmp_path / 'delays.csv'}",
             "--batch-size", 64, "--no-picture",
             "--samplers", "lds:delta=2", "lds:delta=2,order=natural", "lds:delta=0.1",
+            "aligned:targets=stratified,tilt=0.5", "aligned:targets=stratified,tilt=0.1", "aligned", "lb",
         )  # fmt: skip
         warnings = [line for line in output.splitlines() if line.startswith("warning:")]
-        assert [line.split(": ")[1] for line in warnings] == ["lds:delta=2", "lds:delta=2,order=natural"]
+        starving = ["lds:delta=2", "lds:delta=2,order=natural", "aligned:targets=stratified,tilt=0.5"]
+        assert [line.split(": ")[1] for line in warnings] == starving
         assert "of the steps" in warnings[0]
         assert "in a row" in warnings[1]
         assert "lower delta or tilt" in warnings[0]
@@ -283,6 +295,16 @@ class TestMeasure:
         assert epoch.deviation.tolist() == [0.5, 0.5, 0.5]
         assert epoch.build_seconds > 0
 
+    def test_bound_is_that_of_the_plan_s_class_targets(self):
+        sampler = AlignedSampler(4)
+        epoch = plan_epoch(sampler, self.POPULATION, 0, bound=True)
+        targets = [step.class_quotas.sum(axis=0) for step in epoch.plan]
+        assert epoch.bound == pytest.approx(schedule_lower_bound(self.POPULATION, targets))
+        assert epoch.bound <= epoch.times.sum() + 1e-9
+        summary = summarize_epochs("aligned", [epoch, plan_epoch(sampler, self.POPULATION, 1)], [16.0, 8.0])
+        assert summary.relative_bound == pytest.approx(epoch.bound / 16)  # over the epochs that have one
+        assert plan_epoch(UniformGlobalSampler(4), self.POPULATION, 0, bound=True).bound is None
+
     def test_summary_averages_epochs(self):
         epochs = [plan_epoch(FixedLocalSampler(size), self.POPULATION, 0) for size in (4, 8)]
         summary = summarize_epochs("fls", epochs, [16.0, 5.0])
@@ -301,7 +323,7 @@ class TestMeasure:
         assert summary.relative_time is None
         assert summary.deviation is summary.deviation_p95 is summary.deviation_weighted is None
         cells = rows_of(format_table([summary]))["x"]
-        assert cells == ["2", "2-2", "0 ms", *"----", "0.000", "1.0", format_seconds(summary.build_seconds)]
+        assert cells == ["2", "2-2", "0 ms", *"-----", "0.000", "1.0", format_seconds(summary.build_seconds)]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from psl_flower.samplers.registry import SAMPLERS
         ("fpls", "fixed-proportional", samplers.FixedProportionalSampler),
         ("ugs", "uniform-global", samplers.UniformGlobalSampler),
         ("lds", "latent-dirichlet", samplers.LatentDirichletSampler),
+        ("lb", "latency-budgeted", samplers.LatencyBudgetedSampler),
+        ("aligned", "aligned", samplers.AlignedSampler),
     ],
 )
 def test_short_and_long_names(short, long, cls):

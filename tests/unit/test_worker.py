@@ -1,11 +1,13 @@
 """The client half at work: gradients against plain autograd, and the halves it must refuse."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from psl_flower.client.worker import Worker
+from psl_flower.client.worker import Graph, Worker
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_tensors, encode_tensors
@@ -40,8 +42,6 @@ def run(half, weights, *inputs, training=True, worker=None):
 
 
 def graph(half, weights, *inputs):
-    from psl_flower.client.worker import Graph
-
     activations, parameters = run(half, weights, *inputs)
     return Graph(activations, torch.zeros(len(inputs[0])), parameters)
 
@@ -273,6 +273,20 @@ def test_a_half_that_changes_its_buffers_is_refused(how):
         run(half, weights_of(half), torch.randn(5, 3))
     run(half, weights_of(half), torch.randn(5, 3), training=False)
     assert half.calls == 0
+
+
+def count_call(module, inputs):
+    module.calls += 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_bytes_a_buffer_came_in_stay_as_they_are(training):
+    half = CountsCalls("in place")
+    half.register_forward_pre_hook(count_call)
+    weights = weights_of(half)
+    with contextlib.suppress(ConfigError):
+        run(half, weights, torch.randn(5, 3), training=training)
+    assert weights.constants["calls"] == 0
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.BatchNorm1d(3, affine=False)])

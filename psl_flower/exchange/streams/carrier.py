@@ -16,7 +16,7 @@ from psl_flower.errors import ProtocolError
 from psl_flower.exchange.base import Answer, Carrier
 from psl_flower.exchange.streams.endpoint import Closed, Connection, Endpoint, Event, Job, Joined, Received, Unsent
 from psl_flower.exchange.streams.frames import Frame
-from psl_flower.exchange.streams.groups import REPLY, Group, decode_group_reply, encode_group, group_requests
+from psl_flower.exchange.streams.groups import Group, decode_group_reply, encode_group, group_requests
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Ticket, Tokens
 from psl_flower.protocol import ATTACH, Request
@@ -337,13 +337,10 @@ class StreamCarrier(Carrier):
             self._send([node])
 
     def _received(self, connection: Connection, frame: Frame) -> None:
-        number, kind = frame.header.get("number"), frame.header.get("kind")
+        number = frame.header.get("number")
         sent = self._sent.get(number) if type(number) is int else None
-        if kind != REPLY or (sent is not None and sent.connection is not connection):
-            connection.close(f"it sent a frame of kind {kind!r:.40} that nobody asked for")
-            return
-        if sent is None or self._exchange is None or type(number) is not int:
-            return  # too late: its exchange is over
+        if type(number) is not int or sent is None or sent.connection is not connection or self._exchange is None:
+            return  # too late, its exchange is over; or nobody asked this process
         del self._sent[number]
         current, nodes = self._exchange, sent.group.nodes
         elapsed = current.elapsed()

@@ -16,6 +16,7 @@ import grpc
 
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.streams.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
+from psl_flower.exchange.streams.groups import REPLY
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
 
@@ -181,8 +182,9 @@ class Endpoint:
         self._lock = threading.Lock()
         identity = make_identity()
         self.certificate = identity.certificate
+        self._threads = futures.ThreadPoolExecutor(_MAX_STREAMS + 8, thread_name_prefix="psl-stream")
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(_MAX_STREAMS + 8, thread_name_prefix="psl-stream"),
+            self._threads,
             handlers=[
                 grpc.method_handlers_generic_handler(
                     SERVICE, {METHOD.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(self._serve)}
@@ -210,6 +212,7 @@ class Endpoint:
             connection.send(lambda: Frame({"kind": "bye"}))
             connection.close("the run is over")
         self._server.stop(_CLOSE_SECONDS).wait()
+        self._threads.shutdown(wait=False)
 
     # --- one stream --------------------------------------------------------------------------------------------------
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -249,10 +252,13 @@ class Endpoint:
                 frame = decoder.feed(chunk)
                 if frame is None:
                     continue
-                if frame.header.get("kind") == "join":
+                kind = frame.header.get("kind")
+                if kind == "join":
                     self._join(connection, frame.header)
-                else:
+                elif kind == REPLY:
                     self.events.put(Received(connection, frame))
+                else:
+                    raise ProtocolError(f"a client sends joins and replies, got a frame of kind {kind!r:.80}")
         except ProtocolError as error:
             reason = f"{_REFUSED}{error}"
             self._refusals.add(connection.peer, str(error))

@@ -1,0 +1,107 @@
+"""Whose examples fill the places of an epoch whose steps have their durations: slow clients' first, evenly spread."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psl_flower.samplers.base import FloatArray, IntArray
+from psl_flower.samplers.outline import Outline
+from psl_flower.samplers.rounding import spread_evenly
+from psl_flower.samplers.supply import Assignment, Supply
+
+
+def fill(supply: Supply, targets: IntArray, outline: Outline, rng: np.random.Generator) -> Assignment:
+    """Fill every place of every step.
+
+    Clients come from the slowest down. Each delivers in each level what the outline has it deliver there; then what is
+    left, wherever there are places and time; and what is still left wherever there are places, in the steps that this
+    prolongs least.
+
+    Parameters
+    ----------
+    supply : Supply
+        K clients.
+    targets : (T, C) int64
+        Places for each class; columns add up to the clients' examples.
+    outline : Outline
+        Durations of the steps, and the work of each level.
+    rng : np.random.Generator
+        Orders equally slow clients, and decides where evenly spread examples begin.
+    """
+    most = int(targets.sum(axis=1).max())
+    places = targets.copy()
+    seconds = outline.seconds[outline.level]
+    all_steps = np.arange(len(targets))
+    steps_of = [np.flatnonzero(outline.level == g) for g in range(len(outline.seconds))]
+    planned = np.floor(outline.work + 1e-6).astype(np.int64)
+    clients, labels = supply.pairs
+    first_pair = np.searchsorted(clients, np.arange(len(supply.sizes) + 1))
+    left = supply.counts[clients, labels]
+    parts: list[tuple[IntArray, int, int, IntArray]] = []
+    for client in np.lexsort((rng.random(len(supply.sizes)), -supply.per_sample, -supply.first_reply)):
+        pairs = np.arange(first_pair[client], first_pair[client + 1])
+        loads = np.zeros(len(targets), dtype=np.int64)
+        for g in np.flatnonzero(planned[:, pairs].any(axis=1))[::-1]:
+            steps = steps_of[g]
+            room = supply.capacity_of(client, outline.seconds[g], most) - loads[steps]
+            for pair in pairs[planned[g, pairs] > 0]:
+                free = np.minimum(places[steps, labels[pair]], room)
+                count = min(int(planned[g, pair]), int(left[pair]), int(free.sum()))
+                taken = spread_evenly(free, count, rng)
+                room -= taken
+                loads[steps] += taken
+                places[steps, labels[pair]] -= taken
+                left[pair] -= count
+                parts.append((steps, client, labels[pair], taken))
+
+        pairs = pairs[left[pairs] > 0]
+        if not len(pairs):
+            continue
+        room = (supply.capacity_of(client, seconds, most) - loads).clip(0)
+        spare = np.minimum(places[:, labels[pairs]], room[:, None]).sum(axis=0) - left[pairs]
+        for pair in pairs[np.argsort(spare, kind="stable")]:  # the class that has least to choose from goes first
+            free = np.minimum(places[:, labels[pair]], room)
+            taken = spread_evenly(free, min(int(left[pair]), int(free.sum())), rng)
+            loads += taken
+            vacant = places[:, labels[pair]] - taken
+            prolong(supply, client, loads, vacant, seconds, taken, int(left[pair] - taken.sum()))
+            room = (supply.capacity_of(client, seconds, most) - loads).clip(0)
+            places[:, labels[pair]] = vacant
+            parts.append((all_steps, client, labels[pair], taken))
+    return Assignment.joined(parts)
+
+
+def prolong(
+    supply: Supply, client: int, loads: IntArray, places: IntArray, seconds: FloatArray, taken: IntArray, count: int
+) -> None:
+    """Put `count` more examples of a client where they prolong steps least, an example; changes its array arguments.
+
+    Parameters
+    ----------
+    supply : Supply
+        K clients.
+    client : int
+        Row of the client.
+    loads : (T,) int64
+        What it delivers in each step already; raised.
+    places : (T,) int64
+        Free places of the class, at least `count` in all; lowered.
+    seconds : (T,) float64
+        Duration of each step; raised.
+    taken : (T,) int64
+        What it delivers of the class; raised.
+    count : int
+        How many more.
+    """
+    while count > 0:
+        more = np.arange(1, min(count, int(places.max())) + 1)
+        replies = supply.latency[client] + supply.per_sample[client] * (loads[:, None] + more)
+        extra = (replies - seconds[:, None]).clip(0) / more
+        extra[more > places[:, None]] = np.inf
+        step, index = np.unravel_index(np.argmin(extra), extra.shape)
+        moved = int(more[index])
+        seconds[step] = max(seconds[step], replies[step, index])
+        loads[step] += moved
+        places[step] -= moved
+        taken[step] += moved
+        count -= moved

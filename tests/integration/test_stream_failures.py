@@ -1,0 +1,164 @@
+"""Processes that are killed or stopped in the middle of a step: the run goes on, and every example is used once."""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from process_grid import ProcessGrid
+from support import (
+    CUT,
+    ExactnessCase,
+    largest_difference,
+    load_partition_64,
+    sampler_for_20_steps,
+    sgd,
+    tiny_resnet,
+    tiny_resnet_64,
+)
+
+from psl_flower import ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower.errors import StepError
+from psl_flower.exchange.streams import StreamCarrier, StreamOptions
+from psl_flower.protocol import DescribeRequest, Description
+
+CLIENTS = 6
+
+
+class Deadly:
+    """A dataset; the first process to read a batch while the file `trap` is there takes it away, and dies."""
+
+    def __init__(self, data, trap):
+        self.data, self.trap = data, trap
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.data[index]
+
+    def get_batch(self, indices):
+        with contextlib.suppress(FileNotFoundError):  # no trap, or another process was faster
+            self.trap.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.data[torch.from_numpy(indices)]
+
+
+def load(trap, context):
+    return Deadly(load_partition_64(context), trap)
+
+
+def make_app(trap):
+    return split_client_app(tiny_resnet_64, cut=CUT, data_fn=functools.partial(load, trap))
+
+
+class Trapped(torch.optim.SGD):
+    """Sets the trap after some steps: the next forward exchange is the one it goes off in."""
+
+    def __init__(self, parameters, trap, at):
+        super().__init__(parameters, lr=0.02, momentum=0.9)
+        self.trap, self.left = trap, list(at)
+        self.done = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.done += 1
+        if self.left and self.done == self.left[0]:
+            self.left.pop(0)
+            self.trap.touch()
+
+
+def train(grid, trap, at, timeout=60):
+    model = tiny_resnet(torch.float64)
+    case = ExactnessCase(sampler_for_20_steps(UniformGlobalSampler, CLIENTS), sgd, torch.float64, 1e-9)
+    strategy = ParallelSplitLearning(
+        model,
+        cut=CUT,
+        sampler=case.sampler,
+        optimizer=lambda parameters: Trapped(parameters, trap, at),
+        min_available_nodes=CLIENTS,
+        transport="streams",
+        device="cpu",
+    )
+    result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1, timeout=timeout)
+    assert not trap.exists()  # it did go off
+    assert largest_difference(result.arrays.to_torch_state_dict(), case.reference(CLIENTS)) < case.tolerance
+
+
+def test_surviving_processes_take_over_the_clients_of_a_dead_one(tmp_path, caplog):
+    trap = Path(tmp_path / "trap")
+    with ProcessGrid(functools.partial(make_app, trap), CLIENTS, num_processes=3) as grid:
+        with caplog.at_level(logging.INFO, "flwr.psl_flower"):
+            train(grid, trap, at=[5, 9])
+        assert sum(each.process.is_alive() for each in grid.resident) == 1
+    assert caplog.text.count("the others take them over") == 2
+    assert f"{CLIENTS} clients are connected by 3 streams" in caplog.text
+
+
+def test_without_a_survivor_the_run_ends_and_says_why(tmp_path):
+    trap = Path(tmp_path / "trap")
+    with (
+        ProcessGrid(functools.partial(make_app, trap), CLIENTS, num_processes=1) as grid,
+        pytest.raises(StepError, match=r"its process is gone .* and no other is left to take it over"),
+    ):
+        train(grid, trap, at=[3])
+
+
+def test_in_a_deployment_the_client_is_attached_again(tmp_path):
+    trap = Path(tmp_path / "trap")
+    with ProcessGrid(functools.partial(make_app, trap), CLIENTS) as grid:
+        train(grid, trap, at=[4])
+        assert len(grid.started) == CLIENTS + 1
+        for each in grid.started:  # goodbye ends the others
+            each.process.join(10)
+        assert not any(each.process.is_alive() for each in grid.started)
+
+
+def processes(carrier, nodes):
+    """Return the node ids of each process."""
+    homes = {}
+    for node in nodes:
+        homes.setdefault(carrier._homes[node].connection, set()).add(node)
+    return list(homes.values())
+
+
+def test_a_stopped_process_costs_the_others_one_timeout_and_is_taken_over(tmp_path):
+    ask = dict.fromkeys(range(100, 100 + CLIENTS), DescribeRequest(False, {}))
+    with (
+        ProcessGrid(functools.partial(make_app, tmp_path / "trap"), CLIENTS, num_processes=2) as grid,
+        StreamCarrier(grid) as carrier,
+    ):
+        assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
+        assert sorted(map(len, processes(carrier, ask))) == [3, 3]  # balanced
+        stopped = grid.resident[0].process.pid
+        os.kill(stopped, signal.SIGSTOP)
+        answers = carrier.exchange(ask, 3)
+        failed = {node for node, a in answers.items() if a.failure}
+        assert len(failed) == 3
+        assert all("no reply within 3 s" in answers[node].failure for node in failed)
+        again = carrier.exchange(ask, 60)
+        assert all(isinstance(a.reply, Description) for a in again.values())
+        assert {n: a.reply.partition_id for n, a in again.items()} == {n: n - 100 for n in ask}
+        os.kill(stopped, signal.SIGCONT)
+        assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
+
+
+def test_in_a_deployment_a_stopped_process_only_fails_itself(tmp_path):
+    ask = dict.fromkeys((100, 101), DescribeRequest(False, {}))
+    with (
+        ProcessGrid(functools.partial(make_app, tmp_path / "trap"), 2) as grid,
+        StreamCarrier(grid, StreamOptions(attach_timeout=60)) as carrier,
+    ):
+        assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
+        stopped = grid.started[0].process.pid
+        os.kill(stopped, signal.SIGSTOP)
+        for _ in range(20):  # more than wait in line: what is not read must not pile up
+            answers = carrier.exchange(ask, 0.2)
+            assert sorted(a.failure is None for a in answers.values()) == [False, True]
+        os.kill(stopped, signal.SIGCONT)
+        assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
