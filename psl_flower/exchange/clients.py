@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +61,10 @@ class Clients:
         """The clients by id, ascending."""
         return self._members
 
-    def refresh(self, min_nodes: int, timeout: float) -> None:
+    def refresh(self, min_nodes: int, timeout: float, given_up: Collection[int] = ()) -> None:
         """Read the connected nodes anew and describe those not known yet.
+
+        Where faults are tolerated, a client whose node has left stays a member, who may be back any moment.
 
         Parameters
         ----------
@@ -70,6 +72,8 @@ class Clients:
             Nodes to wait for.
         timeout : float
             Seconds, for the waiting and for the describing each.
+        given_up : collection of int
+            Clients that have not been back for long: they do not stay.
 
         Raises
         ------
@@ -86,12 +90,17 @@ class Clients:
         for failure in failures:
             log.warning("going on without it: %s", failure)
         known = self._without_ghosts({node: self._descriptions[node] for node in nodes})
-        before = set(self._members)
-        self._members = {m.client: m for m in sorted(_members(known), key=lambda m: m.client)}
+        before, here = self._members, {m.client: m for m in _members(known)}
+        left = {client: member for client, member in before.items() if client not in here}
+        if self._tolerate:
+            stay = {c: m for c, m in left.items() if m.description.partition_id is not None and c not in given_up}
+            self._silent |= {member.node for member in stay.values()}
+            here |= stay
+        self._members = dict(sorted(here.items()))
         if any(self._descriptions[node].partition_id is None for node in new if node in self._descriptions):
             log.warning("No node reports a partition-id: clients are numbered by the order of their node ids.")
-        if left := before - set(self._members):
-            log.warning("clients that left: %s", _listed(left))
+        if left:
+            log.warning("clients that left: %s", _listed(set(left)))
 
     def look_again(self, timeout: float) -> list[int]:
         """Look for nodes that have connected since the last look; return the clients that were no members before.

@@ -40,6 +40,7 @@ class Run:
     recorder: RunRecorder
     progress: Progress
     summary: RunSummary
+    policy: FaultPolicy
     checkpoints: Checkpoints | None
     saved: dict[str, Any] | None
     state: dict[str, torch.Tensor]  # of the whole model
@@ -52,6 +53,7 @@ class Run:
         self.evaluation_door = Door()
         self.absences = Absences()
         self.given_up: set[int] = set()  # clients that owed examples at the end of the last epoch they were in
+        self.missing: set[int] = set()  # those of them that gave nothing at all
         self.committed = False  # a step, in this process
         self._pooled: tuple[Population, IntArray] | None = None
 
@@ -70,10 +72,6 @@ class Run:
         """Return the clients to go on with: those that owe and are not left out; all, if there are none."""
         kept = np.array([client for client in owing if client not in self.absences.left_out()], dtype=np.int64)
         return kept if len(kept) else owing
-
-    def patience(self, owing: IntArray, policy: FaultPolicy) -> float:
-        """Return how long to wait for an epoch's clients: not again for those it was in vain for."""
-        return 0.0 if set(owing.tolist()) <= self.given_up else policy.patience
 
     def attempt(self, orders: list[WorkOrder], waits: Mapping[int, float]) -> Attempt:
         """Try a step, and remember who failed."""
@@ -100,23 +98,38 @@ class Run:
             summary.examples_redone += sum(examples[client] for client in attempt.lost)
         return attempt
 
-    def give_up(self, attempt: Attempt, stall: Stall, *, of: int, committed: int) -> bool:
+    def give_up(self, attempt: Attempt, agenda: Agenda, stall: Stall, *, committed: bool) -> bool:
         """Return whether to give up the rest of an epoch after an attempt that nothing came of; else wait a little.
+
+        Parameters
+        ----------
+        attempt : Attempt
+        agenda : Agenda
+            The epoch's.
+        stall : Stall
+            The epoch's; told of the attempt.
+        committed : bool
+            Whether the epoch has a step.
 
         Raises
         ------
         StepError
             If nothing can be done: nobody has ever completed a step, or the epoch has none.
         """
-        if len(attempt.lost) == of and (not self.committed and (of > 1 or len(self.clients.members) == 1)):
-            raise StepError(f"all {of} clients failed, and no step has been completed before", attempt.lost)
-        if stall.hopeless():
+        all_failed = attempt.lost.keys() == attempt.answers.keys()
+        if all_failed and not self.committed and (len(attempt.lost) > 1 or len(self.clients.members) == 1):
+            raise StepError(f"all {len(attempt.lost)} clients failed, before any step was completed", attempt.lost)
+        # no waiting for those again for whom an earlier epoch has waited in vain
+        known = set(agenda.owing().tolist()) <= self.given_up
+        patience = 0.0 if known else self.policy.patience
+        if stall.hopeless(patience):
             if not committed:
                 raise StepError("no step could be completed", attempt.lost)
             return True
-        pause = stall.pause() if len(attempt.lost) == of else 0.0
-        self.summary.seconds_waiting += pause
-        time.sleep(pause)
+        if all_failed:
+            pause = stall.pause(patience)
+            self.summary.seconds_waiting += pause
+            time.sleep(pause)
         return False
 
     def close_epoch(self, server_round: int, agenda: Agenda) -> int:
@@ -126,6 +139,8 @@ class Run:
         self.summary.replans += agenda.replans
         self.summary.examples_unseen.update(unseen)
         self.given_up |= unseen.keys()
+        held = dict(zip(agenda.population.client_ids.tolist(), agenda.population.sizes.tolist(), strict=True))
+        self.missing = {client for client, n in unseen.items() if n == held[client]}
         for client, n in unseen.items():
             log.warning("round %d went without %d examples of client %d", server_round, n, client)
         return sum(unseen.values())

@@ -262,6 +262,7 @@ class ParallelSplitLearning(Strategy):
                 recorder=recorder,
                 progress=Progress(num_rounds, (first_round - 1) / num_rounds),
                 summary=summary,
+                policy=self.faults,
                 checkpoints=checkpoints,
                 saved=saved,
                 state=state,
@@ -299,7 +300,7 @@ class ParallelSplitLearning(Strategy):
         """Use every example of every client once."""
         agenda, epoch = self._open_epoch(run, server_round)
         virtual_clock = self._virtual_clock(agenda.population)
-        stall, skips = Stall(run.patience(agenda.owing(), self.faults)), 0
+        stall, skips = Stall(), 0
         with epoch:
             while len(agenda.owing()):
                 self._look_for_clients(run, agenda, epoch, virtual_clock)
@@ -311,7 +312,7 @@ class ParallelSplitLearning(Strategy):
                     attempt = run.attempt(orders, waits)
                     if attempt.outcome is None and not attempt.skipped:
                         agenda.lost()
-                        if run.give_up(attempt, stall, of=len(orders), committed=len(epoch)):
+                        if run.give_up(attempt, agenda, stall, committed=len(epoch) > 0):
                             break
                     skips = skips + 1 if attempt.skipped else 0
                     _check_skips(skips)
@@ -339,7 +340,7 @@ class ParallelSplitLearning(Strategy):
 
     def _open_epoch(self, run: Run, server_round: int) -> tuple[Agenda, Epoch]:
         """Return what there is to do in an epoch, and its bookkeeping: a new one, or the one to be resumed."""
-        run.clients.refresh(self.min_available_nodes, run.timeout)
+        run.clients.refresh(self.min_available_nodes, run.timeout, run.missing)
         people, saved = run.clients.population(), run.take_saved()
         begin = time.monotonic()
         if saved is None:

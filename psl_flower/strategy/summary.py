@@ -109,7 +109,7 @@ class RunSummary:
     def refuse(self, failures: Mapping[int, str]) -> None:
         """Count failures; texts by client."""
         self.refused.update(map(reason_of, failures.values()))
-        self.failures.update(failures)
+        self.failures.update(failures.keys())
 
     def slowest(self) -> dict[int, float]:
         """Return seconds per example of the slowest clients, the slowest first."""

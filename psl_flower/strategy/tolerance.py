@@ -120,30 +120,23 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds
 
 
 class Stall:
-    """Attempts in a row that nothing came of, and when to give up.
+    """Attempts in a row that nothing came of, and when to give up."""
 
-    Parameters
-    ----------
-    patience : float
-        Seconds since the first of them.
-    """
-
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
+    def __init__(self) -> None:
         self._tries, self._begin = 0, 0.0
 
     def over(self) -> None:
         """Forget them: something came of an attempt."""
         self._tries = 0
 
-    def hopeless(self) -> bool:
-        """Count another attempt, and return whether it is time to give up."""
+    def hopeless(self, patience: float) -> bool:
+        """Count another attempt, and return whether it is time to give up, `patience` seconds after the first."""
         self._tries += 1
         if self._tries == 1:
             self._begin = time.monotonic()
-        return self._tries >= LEAST_TRIES and time.monotonic() - self._begin >= self._patience
+        return self._tries >= LEAST_TRIES and time.monotonic() - self._begin >= patience
 
-    def pause(self) -> float:
+    def pause(self, patience: float) -> float:
         """Return how many seconds to wait before the next attempt: twice as long each time, within the patience."""
-        left = self._begin + self._patience - time.monotonic()
+        left = self._begin + patience - time.monotonic()
         return max(0.0, min(FIRST_PAUSE * 2.0 ** (self._tries - 1), LONGEST_PAUSE, left))
