@@ -11,6 +11,8 @@ from typing import Any
 
 from psl_flower.checks import check_choice, check_float, check_int, check_options
 from psl_flower.errors import ConfigError
+from psl_flower.exchange.streams import StreamOptions
+from psl_flower.exchange.transport import TRANSPORTS
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
 from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
@@ -71,6 +73,11 @@ class RunConfig:
     )
     sleep: bool = False  # whether clients really wait for their simulated delays
 
+    transport: str = "auto"  # how requests travel: "streams", "messages", or streams where clients can open them
+    stream_bind: str = "127.0.0.1:0"  # where the ServerApp listens for streams; port 0: any free one
+    stream_address: str = ""  # host or host:port that clients connect to; "": that of stream-bind
+    wire_dtype: str = "float32"  # of activations and their gradients on streams: float16, bfloat16, int8 save bytes
+
     dataset: str = "digits"
     data_path: str = ""  # folder with the dataset's idx or parquet files; "": scikit-learn's or torchvision's copy
     augment: str = ""  # "": crop-flip for cifar10 and cifar100, none for the others
@@ -107,6 +114,7 @@ class RunConfig:
         object.__setattr__(self, "momentum", check_float(self.momentum, "momentum", least=0.0))
         if self.momentum >= 1:
             raise ConfigError(f"momentum must be below 1, got {self.momentum}")
+        self.stream_options()  # refuses addresses without a port, and unknown dtypes
         if not self.output_dir:
             raise ConfigError("output-dir must name a folder, got an empty string")
         if self.partition == "iid" and (self.classes_per_client or self.dirichlet_alpha):
@@ -139,6 +147,10 @@ class RunConfig:
     def as_run_config(self) -> dict[str, str | int | float]:
         """Return every key with its value, as `read` takes them."""
         return {_key(field.name): getattr(self, field.name) for field in fields(self)}
+
+    def stream_options(self) -> StreamOptions:
+        """Return how streams are configured."""
+        return StreamOptions(bind=self.stream_bind, advertise=self.stream_address, wire_dtype=self.wire_dtype)
 
     def label_skew(self) -> tuple[int, float] | None:
         """Return (classes a client, Dirichlet alpha) of the data split, or None for IID."""
@@ -252,6 +264,7 @@ _LEAST = {
     "threads": 1,
 }
 _ALLOWED = {
+    "transport": TRANSPORTS,
     "dataset": DATASETS,
     "partition": PARTITIONS,
     "model": MODELS,

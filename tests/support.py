@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from psl_flower.samplers import (
+    AlignedSampler,
     BatchPlan,
     FixedLocalSampler,
     FixedProportionalSampler,
+    LatencyBudgetedSampler,
+    LatentDirichletSampler,
     Population,
     Sampler,
     UniformGlobalSampler,
 )
+from psl_flower.stragglers import SlowFractionDelays
 
 NUM_CLASSES = 4
 SIDE = 6  # pixels
@@ -102,11 +106,15 @@ def load_partition_with_test(context):
     return client_data(k, num), TensorDataset(*(t[: len(t) // 2] for t in test.tensors))
 
 
-def population(num_clients: int, *, label_counts: bool = False) -> Population:
-    """Return what the server learns of these clients."""
+def population(num_clients: int, sampler: Sampler | type[Sampler] = UniformGlobalSampler) -> Population:
+    """Return what the server learns of these clients for a sampler."""
     data = [client_data(k, num_clients) for k in range(num_clients)]
-    counts = [np.bincount(d.tensors[1].numpy(), minlength=NUM_CLASSES) for d in data] if label_counts else None
-    return Population(np.arange(num_clients), [len(d) for d in data], counts)
+    ids, counts, delays = np.arange(num_clients), None, None
+    if sampler.needs_label_counts:
+        counts = [np.bincount(d.tensors[1].numpy(), minlength=NUM_CLASSES) for d in data]
+    if sampler.needs_delays:
+        delays = DELAYS.delays(ids)
+    return Population(ids, [len(d) for d in data], counts, delays)
 
 
 def planned_batches(
@@ -177,16 +185,29 @@ class ExactnessCase:
     dtype: torch.dtype
     tolerance: float
 
+    @property
+    def delays(self) -> SlowFractionDelays | None:
+        """What the strategy's `delays` must be."""
+        return DELAYS if self.sampler.needs_delays else None
+
     def reference(self, num_clients: int) -> dict[str, Tensor]:
         """Return the weights of centralised training on the same batches."""
-        people = population(num_clients, label_counts=self.sampler.needs_label_counts)
+        people = population(num_clients, self.sampler)
         plan = self.sampler.plan(people, 0)
         batches = list(planned_batches(plan, num_clients, seed=self.sampler.seed, epoch=0, dtype=self.dtype))
         assert len(batches) >= 20
         return train_centralised(tiny_resnet(self.dtype), batches, self.optimizer)
 
 
-SAMPLERS = (FixedLocalSampler, FixedProportionalSampler, UniformGlobalSampler)
+DELAYS = SlowFractionDelays(fraction=0.25)
+SAMPLERS = (
+    FixedLocalSampler,
+    FixedProportionalSampler,
+    UniformGlobalSampler,
+    LatentDirichletSampler,
+    LatencyBudgetedSampler,
+    AlignedSampler,
+)
 
 
 def exactness_cases(num_clients: int) -> dict[str, ExactnessCase]:
@@ -197,7 +218,8 @@ def exactness_cases(num_clients: int) -> dict[str, ExactnessCase]:
         name = sampler_class.__name__
         cases[f"{name}-sgd-64"] = ExactnessCase(sampler, sgd, torch.float64, 1e-9)
         cases[f"{name}-adam-64"] = ExactnessCase(sampler, adam, torch.float64, 1e-9)
-        cases[f"{name}-sgd-32"] = ExactnessCase(sampler, sgd, torch.float32, 1e-5)
+        if not sampler.needs_delays:
+            cases[f"{name}-sgd-32"] = ExactnessCase(sampler, sgd, torch.float32, 1e-5)
     return cases
 
 
@@ -206,10 +228,9 @@ def sampler_for_20_steps(sampler_class: type[Sampler], num_clients: int) -> Samp
 
     None of its batches is tiny: batch norm over two or three examples amplifies rounding beyond any tolerance.
     """
-    people = population(num_clients, label_counts=sampler_class.needs_label_counts)
-    for batch_size in range(people.num_examples // 8, 1, -1):
+    for batch_size in range(sum(client_sizes(num_clients)) // 8, 1, -1):
         sampler = sampler_class(batch_size, seed=3)
-        plan = sampler.plan(people, 0)
+        plan = sampler.plan(population(num_clients, sampler), 0)
         if len(plan) >= 20 and plan.batch_sizes().min() >= 5:
             return sampler
     raise ValueError(f"no batch size makes 20 steps of {sampler_class.__name__} with {num_clients} clients")

@@ -30,6 +30,8 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         delays=delays,
         simulated_delays=simulated_delays,
         sleep=config.sleep,
+        transport=config.transport,
+        stream_options=config.stream_options(),
         device=config.device,
         min_available_nodes=config.min_available_nodes,
         evaluate_every=config.evaluate_every,

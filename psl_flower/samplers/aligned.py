@@ -40,10 +40,10 @@ class AlignedSampler(Sampler):
         See `psl_flower.samplers.targets.class_targets`. Random targets let the program choose steps that suit the slow
         clients' classes: faster. Stratified ones deviate least, and with a little tilt are as fast.
     tilt : float
-        How far (L1 distance, from 0 to 2) the class distribution of a long step may lean from its target toward the
-        slow clients' classes. The shortest steps make up for it, however much they must: where slow clients hold nearly
-        all of some class, the others lose it. Look at the plan before using more than 0.1, see
-        `psl_flower.metrics.starvation`.
+        How far (L1 distance, from 0 to 2) the class distribution of a step may lean from its target, long steps toward
+        the slow clients' classes, shorter ones away from them. The shortest make up for the rest and may lean further:
+        with two durations, however far they must, so if slow clients hold all of a class, the short steps lose it. Look
+        at the plan before using more than 0.1, see `psl_flower.metrics.starvation`.
     order : {"shuffled", "natural"}
         "shuffled" (default) mixes the finished steps, at no cost; "natural" is the order in which targets were drawn.
     max_durations : int

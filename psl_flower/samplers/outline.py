@@ -68,7 +68,8 @@ def make_outline(supply: Supply, targets: IntArray, lean: int, most_levels: int,
     targets : (T, C) int64
         Columns add up to the clients' examples of each class.
     lean : int
-        How many of its examples a step may exchange for ones of other classes, in all levels but the shortest.
+        How many of its examples a step may exchange for ones of other classes. If there are but two levels, the short
+        steps have no limit of their own: they make up for the long ones.
     most_levels : int
         Greatest number of durations, at least 2.
     rng : np.random.Generator
@@ -86,7 +87,7 @@ def make_outline(supply: Supply, targets: IntArray, lean: int, most_levels: int,
         rough = solve_mix(pool, mean[None, :], num_steps, levels, lean + choice)
         levels = _refined(pool, levels, rough, even, most_levels)
     sample, scale = _sampled(targets, len(levels), rng)
-    mix = solve_mix(pool, sample, scale, levels, lean, shortest_leans_freely=True)
+    mix = solve_mix(pool, sample, scale, levels, lean, shortest_leans_freely=len(levels) == 2)
     if len(sample) == num_steps:
         # the more of a step is in a level or longer ones, the sooner it is chosen for it
         urgency = mix.share[:, ::-1].cumsum(axis=1)[:, ::-1]

@@ -93,7 +93,10 @@ def leaned_targets(
         wanted = spread_evenly(wanted, int(vacated.sum()), rng)
         _add(result, steps, vacated, wanted, rng)
         owed += result[steps].sum(axis=0) - before
-    vacated = _remove(result, reserve, owed.clip(0), int(targets.sum(axis=1).max()), rng)
+    # as evenly as possible, but all of it
+    vacated = _remove(result, reserve, owed.clip(0), -(-int(owed.clip(0).sum()) // len(reserve)), rng)
+    still_owed = (owed - (targets[reserve] - result[reserve]).sum(axis=0)).clip(0)
+    vacated += _remove(result, reserve, still_owed, int(targets.sum(axis=1).max()), rng)
     _add(result, reserve, vacated, (-owed).clip(0), rng)
     return result
 

@@ -99,7 +99,7 @@ class SlowFractionDelays:
 class LognormalDelays:
     """Latency and per-example time are lognormal and independent ("lognormal"): a crowd near the median, a long tail.
 
-    A client's delays depend on the seed and its own id alone.
+    A client's delays depend on the seed and its own id alone. The defaults reproduce METHOD's "lognormal both".
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class LognormalDelays:
     """
 
     latency: float = 1.0
-    per_sample: float = 0.1
+    per_sample: float = 0.03
     latency_sigma: float = 1.0
     per_sample_sigma: float = 1.0
     seed: int = 0

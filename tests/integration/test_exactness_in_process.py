@@ -21,12 +21,14 @@ from support import (
 from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
 
 
-def train_split(sampler, optimizer, num_clients, dtype, num_rounds=1):
+def train_split(sampler, optimizer, num_clients, dtype, num_rounds=1, delays=None):
     double = dtype == torch.float64
     model_fn, data_fn = (tiny_resnet_64, load_partition_64) if double else (tiny_resnet, load_partition)
     grid = InProcessGrid(split_client_app(model_fn, cut=CUT, data_fn=data_fn), num_nodes=num_clients)
     model = tiny_resnet(dtype)
-    strategy = ParallelSplitLearning(model, cut=CUT, sampler=sampler, optimizer=optimizer, min_available_nodes=1)
+    strategy = ParallelSplitLearning(
+        model, cut=CUT, sampler=sampler, optimizer=optimizer, delays=delays, min_available_nodes=1
+    )
     result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=num_rounds)
     return result.arrays.to_torch_state_dict()
 
@@ -35,7 +37,7 @@ def train_split(sampler, optimizer, num_clients, dtype, num_rounds=1):
 @pytest.mark.parametrize("name", list(exactness_cases(2)))
 def test_equals_centralised_training(name, num_clients):
     case = exactness_cases(num_clients)[name]
-    split = train_split(case.sampler, case.optimizer, num_clients, case.dtype)
+    split = train_split(case.sampler, case.optimizer, num_clients, case.dtype, delays=case.delays)
     assert largest_difference(split, case.reference(num_clients)) < case.tolerance
     assert largest_difference(split, tiny_resnet(case.dtype).state_dict()) > 1e-2  # it did train
 

@@ -24,7 +24,7 @@ def superlink(tmp_path_factory):
 
 @pytest.mark.flower
 @pytest.mark.parametrize(
-    ("transport", "num_clients"), [("messages", 1), ("messages", 16), ("streams", 1), ("streams", 2), ("streams", 16)]
+    ("transport", "num_clients"), [(transport, k) for transport in ("messages", "streams") for k in (1, 2, 16)]
 )
 def test_equals_centralised_training(superlink, transport, num_clients, tmp_path):
     output = superlink.run(
@@ -35,8 +35,25 @@ def test_equals_centralised_training(superlink, transport, num_clients, tmp_path
     )
     assert (f"{num_clients} clients are connected by" in output) == (transport == "streams")
     cases = exactness_cases(num_clients)
-    assert len(cases) == 9
+    assert len(cases) == 15
     for name, case in cases.items():
         weights = load_file(tmp_path / f"{num_clients}-{name}.safetensors")
         reference = case.reference(num_clients)
         assert largest_difference({key: weights[key] for key in reference}, reference) < case.tolerance, name
+
+
+@pytest.mark.flower
+def test_an_actor_that_dies_in_the_middle_of_a_step_changes_nothing(superlink, tmp_path):
+    trap = tmp_path / "trap"
+    output = superlink.run(
+        TESTS / "apps" / "exactness",
+        num_supernodes=16,
+        run_config=[f"results='{tmp_path}' transport='streams' trap='{trap}'"],
+        quiet=True,
+    )
+    assert not trap.exists()
+    assert "the others take them over" in output
+    name = "UniformGlobalSampler-sgd-64"
+    reference = exactness_cases(16)[name].reference(16)
+    weights = load_file(tmp_path / f"16-{name}.safetensors")
+    assert largest_difference({key: weights[key] for key in reference}, reference) < 1e-9

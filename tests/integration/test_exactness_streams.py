@@ -29,6 +29,7 @@ def train(case, num_clients, client_class=SplitClient, **options):
         cut=CUT,
         sampler=case.sampler,
         optimizer=case.optimizer,
+        delays=case.delays,
         min_available_nodes=1,
         transport="streams",
         stream_options=StreamOptions(**options),

@@ -568,7 +568,7 @@ def test_metrics_of_every_step_and_round_are_written(folder, sampler_class):
     assert [(s["round"], s["step"]) for s in steps] == [(r, t) for r in (1, 2) for t in range(STEPS)]
     assert [r["round"] for r in rounds] == [1, 2]
     for epoch, of_round in enumerate(rounds):
-        plan = sampler.plan(population(K, label_counts=sampler.needs_label_counts), epoch)
+        plan = sampler.plan(population(K, sampler), epoch)
         mine = [s for s in steps if s["round"] == epoch + 1]
         assert [s["batch_size"] for s in mine] == plan.batch_sizes().tolist()
         assert [s["clients"] for s in mine] == plan.active_clients().tolist()

@@ -1,6 +1,5 @@
 """Processes that are killed or stopped in the middle of a step: the run goes on, and every example is used once."""
 
-import contextlib
 import functools
 import logging
 import os
@@ -21,6 +20,7 @@ from support import (
     tiny_resnet,
     tiny_resnet_64,
 )
+from traps import Deadly, Trapped
 
 from psl_flower import ParallelSplitLearning, UniformGlobalSampler, split_client_app
 from psl_flower.errors import StepError
@@ -30,47 +30,12 @@ from psl_flower.protocol import DescribeRequest, Description
 CLIENTS = 6
 
 
-class Deadly:
-    """A dataset; the first process to read a batch while the file `trap` is there takes it away, and dies."""
-
-    def __init__(self, data, trap):
-        self.data, self.trap = data, trap
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        return self.data[index]
-
-    def get_batch(self, indices):
-        with contextlib.suppress(FileNotFoundError):  # no trap, or another process was faster
-            self.trap.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.data[torch.from_numpy(indices)]
-
-
 def load(trap, context):
     return Deadly(load_partition_64(context), trap)
 
 
 def make_app(trap):
     return split_client_app(tiny_resnet_64, cut=CUT, data_fn=functools.partial(load, trap))
-
-
-class Trapped(torch.optim.SGD):
-    """Sets the trap after some steps: the next forward exchange is the one it goes off in."""
-
-    def __init__(self, parameters, trap, at):
-        super().__init__(parameters, lr=0.02, momentum=0.9)
-        self.trap, self.left = trap, list(at)
-        self.done = 0
-
-    def step(self, closure=None):
-        super().step(closure)
-        self.done += 1
-        if self.left and self.done == self.left[0]:
-            self.left.pop(0)
-            self.trap.touch()
 
 
 def train(grid, trap, at, timeout=60):

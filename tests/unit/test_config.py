@@ -1,3 +1,4 @@
+import inspect
 import tomllib
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from psl_flower.app.datasets import SPECS
 from psl_flower.app.models import default_cut
 from psl_flower.config import DATASETS, MODELS, RunConfig
 from psl_flower.errors import ConfigError
+from psl_flower.samplers.registry import SAMPLERS
+from psl_flower.stragglers import DELAY_MODELS, CsvDelays, DelayEstimator, LognormalDelays, SlowFractionDelays
 
 
 def test_pyproject_lists_every_key_with_its_default():
@@ -87,3 +90,147 @@ def test_data_path_may_start_at_home():
 )
 def test_label_skew_comes_from_the_partitions_name_unless_its_numbers_are_given(values, skew):
     assert RunConfig.read(values).label_skew() == skew
+
+
+# --- samplers and delays ---------------------------------------------------------------------------------------------
+def options_of(kind):
+    return set(inspect.signature(kind).parameters) - {"batch_size", "seed"}
+
+
+def test_every_option_that_changes_a_schedule_or_a_delay_has_a_key_and_every_such_key_an_option():
+    keys = set(RunConfig().as_run_config())
+    numerics = {"tolerance", "max_durations"}  # cost time, change next to nothing
+    of_samplers = set().union(*map(options_of, SAMPLERS.values())) - numerics
+    assert {k for k in keys if k.startswith("sampler-")} == {f"sampler-{o.replace('_', '-')}" for o in of_samplers}
+    of_delays = set().union(*(options_of(model) for name, model in DELAY_MODELS.items() if name != "measured"))
+    assert {k for k in keys if k.startswith("delays-")} == {f"delays-{o.replace('_', '-')}" for o in of_delays}
+
+
+def test_options_reach_the_sampler():
+    config = {"sampler": "lds", "batch-size": 32, "seed": 7, "delays": "lognormal"}
+    lds = RunConfig.read(
+        {**config, "sampler-delta": 0, "sampler-c": 0.5, "sampler-sample-size": 10, "sampler-order": "natural"}
+    ).make_sampler()
+    assert type(lds) is SAMPLERS["lds"]
+    assert (lds.batch_size, lds.seed, lds.delta, lds.c, lds.sample_size, lds.order) == (32, 7, 0, 0.5, 10, "natural")
+    assert RunConfig.read(config).make_sampler().delta == SAMPLERS["lds"](32).delta
+    lb = RunConfig.read(
+        {"sampler": "lb", "delays": "lognormal", "sampler-method": "flow", "sampler-targets": "stratified"}
+    ).make_sampler()
+    assert (lb.method, lb.targets) == ("flow", "stratified")
+    aligned = RunConfig.read({"sampler": "aligned", "delays": "lognormal", "sampler-tilt": 0.1}).make_sampler()
+    assert (aligned.tilt, aligned.targets) == (0.1, "random")
+
+
+@pytest.mark.parametrize(
+    ("values", "model"),
+    [
+        (
+            {"delays": "slow-fraction", "delays-fraction": 0.2, "delays-latency": 0, "delays-latency-factor": 2}
+            | {"delays-per-sample": 0.5, "delays-per-sample-factor": 3, "seed": 4},
+            SlowFractionDelays(fraction=0.2, latency=0, latency_factor=2, per_sample=0.5, per_sample_factor=3, seed=4),
+        ),
+        (
+            {"delays": "lognormal", "delays-latency": 2, "delays-latency-sigma": 0.5, "delays-per-sample": 0.25}
+            | {"delays-per-sample-sigma": 0},
+            LognormalDelays(latency=2, latency_sigma=0.5, per_sample=0.25, per_sample_sigma=0, seed=0),
+        ),
+        ({"delays": "lognormal"}, LognormalDelays()),
+    ],
+)
+@pytest.mark.parametrize("measured", [False, True])
+def test_numbers_reach_the_delay_model_planned_with_or_only_simulated(values, model, measured):
+    if measured:
+        values = {**values, "delays": "measured", "simulated-delays": values["delays"], "sleep": True}
+    planned, simulated = RunConfig.read(values).make_delays()
+    assert simulated == model
+    assert isinstance(planned, DelayEstimator) if measured else planned is simulated
+
+
+def test_without_delays_there_is_no_virtual_clock():
+    assert RunConfig().make_delays() == (None, None)
+    planned, simulated = RunConfig(delays="measured").make_delays()
+    assert isinstance(planned, DelayEstimator)
+    assert simulated is None
+
+
+def test_only_the_server_needs_the_file_with_the_delays(tmp_path):
+    path = tmp_path / "delays.csv"
+    config = RunConfig(delays="csv", delays_path=str(path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        config.make_delays()
+    path.write_text("client_id,latency,per_sample\n0,1,0\n1,5,0.5\n")
+    planned, simulated = config.make_delays()
+    assert isinstance(planned, CsvDelays)
+    assert planned is simulated
+    assert planned.delays([1, 0]).latency.tolist() == [5, 1]
+
+
+def test_the_delays_file_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "delays.csv").write_text("client_id,latency,per_sample\n0,3,0\n")
+    planned, _ = RunConfig(delays="csv", delays_path="~/delays.csv").make_delays()
+    assert planned.delays([0]).latency.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sampler-delta": 0.5}, r"sampler-delta is for sampler 'lds', got 0\.5 with sampler 'ugs': leave it empty"),
+        ({"sampler-delta": 0}, "sampler-delta is for sampler 'lds', got 0 with sampler 'ugs'"),
+        (
+            {"sampler": "lds", "delays": "lognormal", "sampler-targets": "random"},
+            "sampler-targets is for sampler 'lb' and 'aligned', got 'random' with sampler 'lds'",
+        ),
+        (
+            {"sampler": "lds", "delays": "lognormal", "sampler-delta": -1},
+            r"sampler-\*: delta must be at least 0, got -1",
+        ),
+        ({"sampler": "lds", "delays": "lognormal", "sampler-delta": "1"}, r"delta must be a number, got '1'"),
+        ({"sampler": "lb", "delays": "lognormal", "sampler-method": "flows"}, r"did you mean 'flow'"),
+        ({"sampler": "lb", "delays": "lognormal", "sampler-method": 1}, "sampler-method must be a string, got 1"),
+        (
+            {"sampler": "lds"},
+            "sampler 'lds' plans with delays, got delays 'none': set delays to one of 'slow-fraction'",
+        ),
+        ({"sampler": "aligned"}, "sampler 'aligned' plans with delays"),
+        ({"delays": "slow"}, r"delays must be one of .*'slow-fraction'.*got 'slow'"),
+        ({"delays-latency": 2.0}, "delays-latency is for delays 'slow-fraction' and 'lognormal', got 2.0 with delays"),
+        ({"delays": "lognormal", "delays-fraction": 0.5}, "delays-fraction is for delays 'slow-fraction', got 0.5"),
+        ({"delays": "slow-fraction", "delays-fraction": 2}, r"keys delays-\*: fraction must be at most 1, got 2"),
+        ({"delays": "slow-fraction", "delays-path": "/a.csv"}, "delays-path is for delays 'csv', got '/a.csv'"),
+        ({"delays": "csv"}, r"delays-\*: delays 'csv' needs the option 'path'"),
+        ({"delays": "csv", "delays-path": "a.csv"}, "delays-path must be absolute, got 'a.csv'"),
+        ({"delays": "measured", "delays-latency": 1.0}, "got 1.0 with simulated-delays 'none'"),
+        (
+            {"delays": "lognormal", "simulated-delays": "lognormal"},
+            "simulated-delays goes with delays 'measured', got 'lognormal' with delays 'lognormal'",
+        ),
+        ({"delays": "measured", "simulated-delays": "measured"}, "simulated-delays must be one of 'none', 'slow-"),
+        (
+            {"delays": "measured", "simulated-delays": "lognormal"},
+            "got simulated-delays 'lognormal' without sleep: set sleep to true, or delays to 'lognormal'",
+        ),
+        ({"sleep": True}, "sleep needs simulated delays to wait for, got none: set delays"),
+        ({"sleep": True, "delays": "measured"}, "set simulated-delays, or leave sleep out"),
+        ({"sleep": 1}, "sleep must be true or false, got 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_remedy(values, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.read(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sampler": "lds", "sampler-delta": 0.0},  # does not look at delays
+        {"delays": "slow-fraction", "sleep": True},
+        {"sampler": "lds", "delays": "csv", "delays-path": "/not/here.csv", "sleep": True},
+        {"sampler": "lds", "delays": "measured"},
+        {"delays": "measured", "simulated-delays": "none"},
+    ],
+)
+def test_what_goes_together_is_accepted_and_survives_the_way_to_the_clients(values):
+    config = RunConfig.read(values)
+    assert RunConfig.read(config.as_run_config()) == config

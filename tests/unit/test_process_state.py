@@ -14,6 +14,7 @@ from psl_flower.client.worker import Graph
 from psl_flower.exchange.codec import RequestEncoder, decode_reply
 from psl_flower.flower import become_server
 from psl_flower.protocol import BackwardRequest, DescribeRequest, ForwardRequest, Weights, WorkOrder
+from psl_flower.samplers import LatencyBudgetedSampler
 from psl_flower.split import cut_model
 
 
@@ -261,7 +262,7 @@ def test_describe_answers_for_the_partition(wire):
     for k in range(2):
         description = wire.ask(DescribeRequest(True), partition=k)
         assert (description.partition_id, description.num_examples) == (k, client_sizes(2)[k])
-        counts = population(2, label_counts=True).label_counts[k]
+        counts = population(2, LatencyBudgetedSampler).label_counts[k]
         assert dict(zip(description.labels, description.counts, strict=True)) == {
             c: n for c, n in enumerate(counts) if n
         }

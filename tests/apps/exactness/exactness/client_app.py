@@ -1,14 +1,19 @@
 """The clients: double precision unless the strategy asks for single."""
 
+from pathlib import Path
+
 import support
 import torch
+from traps import Deadly
 
 from psl_flower import split_client_app
 
 
 def load_partition(context, config):
     client, num_clients = context.node_config["partition-id"], context.node_config["num-partitions"]
-    return support.client_data(client, num_clients, getattr(torch, config["dtype"]))
+    data = support.client_data(client, num_clients, getattr(torch, config["dtype"]))
+    trap = str(context.run_config["trap"])
+    return Deadly(data, Path(trap)) if trap else data
 
 
 # The dtype of the half follows from the weights the server sends; model_fn's own are never read.
