@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psl_flower.client import SplitClient, split_client_app
     from psl_flower.errors import ConfigError, CutError, MembershipError, ProtocolError, PSLError, StepError
+    from psl_flower.faults import FaultPolicy
     from psl_flower.grid import InProcessGrid
     from psl_flower.partition import ExtendedDirichletPartitioner
     from psl_flower.samplers import (
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _HOME = {
     "client": ["SplitClient", "split_client_app"],
     "errors": ["ConfigError", "CutError", "MembershipError", "PSLError", "ProtocolError", "StepError"],
+    "faults": ["FaultPolicy"],
     "grid": ["InProcessGrid"],
     "partition": ["ExtendedDirichletPartitioner"],
     "samplers": [
@@ -55,6 +57,7 @@ __all__ = [
     "CutError",
     "Delays",
     "ExtendedDirichletPartitioner",
+    "FaultPolicy",
     "FixedLocalSampler",
     "FixedProportionalSampler",
     "InProcessGrid",

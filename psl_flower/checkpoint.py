@@ -95,7 +95,7 @@ class Checkpoints:
         """Write a checkpoint; return where it is."""
         path = self.folder / f"round-{server_round:05}-step-{step:07}.safetensors"
         write(path, {"version": VERSION, **tree})
-        for old in self.all()[: -self._keep]:
+        for old in [*self.all()[: -self._keep], *self.folder.glob("*.unfinished")]:
             old.unlink()
         return path
 

@@ -16,6 +16,7 @@ from psl_flower.checkpoint import Checkpoints
 from psl_flower.errors import StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.door import Door
+from psl_flower.faults import FaultPolicy
 from psl_flower.protocol import Config, WorkOrder
 from psl_flower.samplers.base import IntArray, Population
 from psl_flower.strategy.agenda import Agenda
@@ -24,7 +25,7 @@ from psl_flower.strategy.result import RunRecorder
 from psl_flower.strategy.server_step import SplitTrainer
 from psl_flower.strategy.step import Attempt, StepRunner
 from psl_flower.strategy.summary import RunSummary
-from psl_flower.strategy.tolerance import Absences, FaultPolicy, Stall
+from psl_flower.strategy.tolerance import Absences, Stall
 
 log = logging.getLogger("flwr.psl_flower")
 

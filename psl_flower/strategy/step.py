@@ -13,6 +13,7 @@ import torch
 from psl_flower.errors import DivergenceError, StepError
 from psl_flower.exchange import Answer, Clients
 from psl_flower.exchange.door import Door, distinct
+from psl_flower.faults import FaultPolicy
 from psl_flower.protocol import (
     Activations,
     BackwardRequest,
@@ -26,7 +27,6 @@ from psl_flower.protocol import (
 )
 from psl_flower.strategy.server_step import SplitTrainer, StepOutcome
 from psl_flower.strategy.summary import RunSummary
-from psl_flower.strategy.tolerance import FaultPolicy
 
 log = logging.getLogger("flwr.psl_flower")
 

@@ -25,6 +25,7 @@ from psl_flower.errors import ConfigError, StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
+from psl_flower.faults import FaultPolicy
 from psl_flower.samplers.base import PlanStep, Population, Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import check_client_half, cut_model
@@ -39,7 +40,7 @@ from psl_flower.strategy.run import Run
 from psl_flower.strategy.server_step import Loss, OptimizerFn, SplitTrainer
 from psl_flower.strategy.step import Attempt, StepRunner
 from psl_flower.strategy.summary import RunSummary
-from psl_flower.strategy.tolerance import FaultPolicy, Stall
+from psl_flower.strategy.tolerance import Stall
 
 log = logging.getLogger("flwr.psl_flower")
 

@@ -33,10 +33,11 @@ from torch.nn import functional as F
 from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, UniformGlobalSampler, split_client_app
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange import clients, messages
+from psl_flower.faults import FaultPolicy
 from psl_flower.protocol import BACKWARD, FORWARD
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.stragglers import DelayEstimator, delay_model
-from psl_flower.strategy import FaultPolicy, run, tolerance
+from psl_flower.strategy import run, tolerance
 from psl_flower.strategy import strategy as strategy_module
 
 K = 6

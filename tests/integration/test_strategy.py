@@ -38,8 +38,8 @@ from psl_flower import (
 )
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.codec import decode_tensor, encode_tensor
+from psl_flower.faults import FaultPolicy
 from psl_flower.protocol import BACKWARD, EVALUATE, FORWARD
-from psl_flower.strategy import FaultPolicy
 from psl_flower.strategy import result as result_module
 from psl_flower.strategy import strategy as strategy_module
 
