@@ -1,7 +1,7 @@
 """Parallel split learning for Flower: activations and gradients exchanged every mini-batch, batch quotas by the server.
 
-See README.md for the tour. Samplers, metrics and splits are pure numpy: ``psl_flower.samplers`` and its neighbours import
-neither torch nor flwr, and the names here are loaded on first use.
+See README.md for the tour. Samplers, metrics and splits are pure numpy: ``psl_flower.samplers`` and its neighbours
+import neither torch nor flwr, and the names here are loaded on first use.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psl_flower.client import SplitClient, split_client_app
     from psl_flower.errors import ConfigError, CutError, MembershipError, ProtocolError, PSLError, StepError
+    from psl_flower.exchange.streams import StreamOptions
     from psl_flower.faults import FaultPolicy
     from psl_flower.grid import InProcessGrid
     from psl_flower.partition import ExtendedDirichletPartitioner
     from psl_flower.samplers import (
+        AlignedSampler,
         BatchPlan,
         Delays,
         FixedLocalSampler,
         FixedProportionalSampler,
+        LatencyBudgetedSampler,
+        LatentDirichletSampler,
         PlanStep,
         Population,
         Sampler,
@@ -36,11 +40,15 @@ _HOME = {
     "faults": ["FaultPolicy"],
     "grid": ["InProcessGrid"],
     "partition": ["ExtendedDirichletPartitioner"],
+    "exchange.streams": ["StreamOptions"],
     "samplers": [
+        "AlignedSampler",
         "BatchPlan",
         "Delays",
         "FixedLocalSampler",
         "FixedProportionalSampler",
+        "LatencyBudgetedSampler",
+        "LatentDirichletSampler",
         "PlanStep",
         "Population",
         "Sampler",
@@ -52,6 +60,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AlignedSampler",
     "BatchPlan",
     "ConfigError",
     "CutError",
@@ -61,6 +70,8 @@ __all__ = [
     "FixedLocalSampler",
     "FixedProportionalSampler",
     "InProcessGrid",
+    "LatencyBudgetedSampler",
+    "LatentDirichletSampler",
     "MembershipError",
     "PSLError",
     "ParallelSplitLearning",
@@ -71,6 +82,7 @@ __all__ = [
     "SplitClient",
     "SplitModel",
     "StepError",
+    "StreamOptions",
     "UniformGlobalSampler",
     "replace_batch_norm",
     "split_client_app",

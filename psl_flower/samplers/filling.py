@@ -33,7 +33,6 @@ def fill(supply: Supply, targets: IntArray, outline: Outline, rng: np.random.Gen
     seconds = outline.seconds[outline.level]
     all_steps = np.arange(len(targets))
     steps_of = [np.flatnonzero(outline.level == g) for g in range(len(outline.seconds))]
-    planned = np.floor(outline.work + 1e-6).astype(np.int64)
     clients, labels = supply.pairs
     first_pair = np.searchsorted(clients, np.arange(len(supply.sizes) + 1))
     left = supply.counts[clients, labels]
@@ -41,12 +40,17 @@ def fill(supply: Supply, targets: IntArray, outline: Outline, rng: np.random.Gen
     for client in np.lexsort((rng.random(len(supply.sizes)), -supply.per_sample, -supply.first_reply)):
         pairs = np.arange(first_pair[client], first_pair[client + 1])
         loads = np.zeros(len(targets), dtype=np.int64)
-        for g in np.flatnonzero(planned[:, pairs].any(axis=1))[::-1]:
+        # in whole examples, such that the client's sum in each level, or several in a row, is right within one
+        ends = np.floor(outline.work[:, pairs].cumsum().clip(0) + rng.random())
+        planned = np.diff(ends, prepend=0).astype(np.int64).clip(0).reshape(-1, len(pairs))
+        for g in np.flatnonzero(planned.any(axis=1))[::-1]:
             steps = steps_of[g]
             room = supply.capacity_of(client, outline.seconds[g], most) - loads[steps]
-            for pair in pairs[planned[g, pairs] > 0]:
+            for pair, wanted in zip(pairs, planned[g], strict=True):
                 free = np.minimum(places[steps, labels[pair]], room)
-                count = min(int(planned[g, pair]), int(left[pair]), int(free.sum()))
+                count = min(int(wanted), int(left[pair]), int(free.sum()))
+                if not count:
+                    continue
                 taken = spread_evenly(free, count, rng)
                 room -= taken
                 loads[steps] += taken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,25 +16,25 @@ log = logging.getLogger("flwr.psl_flower")
 
 _SLOWEST = 5  # clients shown
 
-# Kinds of refusals, by what their texts hold; the first that fits.
+# Kinds of failures, by what their texts hold; the first that fits. What a client raised comes first: it may say anything.
 _REASONS = {
+    "client error": r"^(error -?\d+|[\w.]*(Error|Exception|Interrupt)): ",
     "timeout": "no reply within",
+    "unreachable": "did not accept a message|not connected|process is gone|stream|reads nothing|did not come back",
     "another step": "reply to another step",
     "not finite": "expected finite values",
-    "label range": "labels: expected integers from",
+    "label range": "^labels: expected integers from",
     "shape": "shape:",
     "dtype": "dtype:",
-    "missing or unknown tensors": "gradients: ",
-    "number of tensors": "activations: expected",
-    "malformed": "bad reply",
-    "client error": "error ",
-    "unreachable": "",
+    "tensors missing or unknown": "^gradients: |^activations: expected",
+    "malformed": "^bad reply|^expected ",
+    "other": "",
 }
 
 
 def reason_of(failure: str) -> str:
     """Return what kind of failure a text describes, in a word or two."""
-    return next(reason for reason, text in _REASONS.items() if text in failure)
+    return next(reason for reason, text in _REASONS.items() if re.search(text, failure))
 
 
 @dataclass
