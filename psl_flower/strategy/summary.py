@@ -16,7 +16,8 @@ log = logging.getLogger("flwr.psl_flower")
 
 _SLOWEST = 5  # clients shown
 
-# Kinds of failures, by what their texts hold; the first that fits. What a client raised comes first: it may say anything.
+# Kinds of failures, by what their texts hold; the first that fits. What clients raised comes first, for it may say
+# anything.
 _REASONS = {
     "client error": r"^(error -?\d+|[\w.]*(Error|Exception|Interrupt)): ",
     "timeout": "no reply within",
