@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.samplers.supply import SAME_TIME, Assignment, Supply
 
-# Cells of the table that are looked at in all, some nanoseconds each: about a second. Schedules of 400 steps and 100
-# clients run out of gains before.
-_MOST_WORK = 3e8
+# Cells of the table that are looked at in all: half a second to a second. Schedules of 400 steps and 100 clients with
+# few classes each run out of gains before.
+_MOST_WORK = 1e8
 
 # Cells of the steps x (client, class) table that swaps are looked up in; larger schedules are left as they are.
 _MOST_CELLS = 1 << 22
@@ -83,7 +83,7 @@ class _Polisher:
             return False
         own = slice(self.first_pair[slowest], self.first_pair[slowest + 1])
         elsewhere = supply.latency[slowest] + supply.per_sample[slowest] * (self.table[:, own].sum(axis=1) + 1)
-        takes = elsewhere <= seconds * (1 + SAME_TIME)
+        takes = elsewhere <= seconds
         takes[step] = False
         steps = np.flatnonzero(takes)
         one_more = supply.latency + supply.per_sample * (loads + 1)

@@ -13,7 +13,7 @@ from psl_flower.samplers.supply import Supply
 
 # Note [What a lean costs]: exchanging examples takes no time, so without a small price the program would do it for no
 # gain, and would take all from one class. What several classes give up together hardly shows in the other steps: whole
-# numbers are off by about as much anyway (stratified, tilt 0.1, K = 64: deviation .040 instead of .053). So giving up
+# numbers are off by about as much anyway (stratified, tilt 0.1, K = 64: deviation .043 instead of .053). So giving up
 # much of one class has a higher price.
 _LEAN_COST = 1e-6
 

@@ -148,11 +148,10 @@ def test_aligned_is_within_three_percent_of_the_bound_where_lb_and_ugs_are_not(n
 
 
 def test_aligned_is_near_the_bound_where_all_clients_differ():
-    for num_clients, gap in [(64, 1.08), (128, 1.15)]:  # the bound knows no whole examples: it is loose here
-        population = severe_population(num_clients, "lognormal", seed=2)
-        plan = AlignedSampler(128, seed=2).plan(population)
-        bound = schedule_lower_bound(population, class_table(plan), max_groups=16)
-        assert bound <= step_times(plan).sum() <= gap * bound
+    population = severe_population(64, "lognormal", seed=2)
+    plan = AlignedSampler(128, seed=2).plan(population)
+    bound = schedule_lower_bound(population, class_table(plan))
+    assert bound <= step_times(plan).sum() <= 1.08 * bound  # the bound knows no whole examples: it is loose here
 
 
 # --- what it is built on ---------------------------------------------------------------------------------------------
