@@ -18,9 +18,11 @@ from support import (
 
 from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, UniformGlobalSampler, split_client_app
 from psl_flower.errors import ConfigError, MembershipError
+from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.stragglers import DelayEstimator, delay_model
 from psl_flower.strategy import result as result_module
+from psl_flower.strategy import strategy as strategy_module
 
 K = 5
 
@@ -270,3 +272,29 @@ def test_options_are_checked_at_construction(options, message, tmp_path):
 def test_a_path_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"resume_from: there is no checkpoint .*nowhere"):
         start(make(tmp_path, resume_from=tmp_path / "nowhere"))
+
+
+# --- the end of a run, however it comes ------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_whatever_ends_a_run_closes_the_carrier_and_leaves_a_valid_checkpoint(error, tmp_path, monkeypatch):
+    closed = []
+
+    class Watched(MessageCarrier):
+        def close(self):
+            closed.append(True)
+            super().close()
+
+    def evaluate(server_round, arrays):
+        if server_round == 1:
+            raise error
+
+    monkeypatch.setattr(strategy_module, "open_carrier", lambda grid, *options: Watched(grid))
+    with pytest.raises(error):
+        start(make(tmp_path / "cut"), evaluate_fn=evaluate)
+    assert closed == [True]
+    assert (tmp_path / "cut" / "summary.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(result_module, "save_curves", lambda path, steps, rounds: None)
+    resumed = start(make(tmp_path / "cut", resume_from="latest"))
+    whole = start(make(tmp_path / "whole"))
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0
