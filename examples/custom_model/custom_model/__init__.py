@@ -1,0 +1,1 @@
+"""Learn how fast things cool from temperature readings that stay on many sites."""
