@@ -115,7 +115,7 @@ class Run:
         Raises
         ------
         StepError
-            If nothing can be done: nobody has ever completed a step, or the epoch has none.
+            If nothing can be done: nobody has ever completed a step, the epoch has none, or all its clients fail.
         """
         all_failed = attempt.lost.keys() == attempt.answers.keys()
         if all_failed and not self.committed and (len(attempt.lost) > 1 or len(self.clients.members) == 1):
@@ -123,9 +123,11 @@ class Run:
         # no waiting for those again for whom an earlier epoch has waited in vain
         known = set(agenda.owing().tolist()) <= self.given_up
         patience = 0.0 if known else self.policy.patience
+        stall.failures = attempt.lost | stall.failures  # what began it says more than what followed
         if stall.hopeless(patience):
-            if not committed:
-                raise StepError("no step could be completed", attempt.lost)
+            people = agenda.population
+            if not committed or self.absences.failing().issuperset(people.client_ids[people.sizes > 0].tolist()):
+                raise StepError("no step could be completed, all clients fail", stall.failures)
             return True
         if all_failed:
             pause = stall.pause(patience)

@@ -54,14 +54,21 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds
 
 
 class Stall:
-    """Attempts in a row that nothing came of, and when to give up."""
+    """Attempts in a row that nothing came of, and when to give up.
+
+    Attributes
+    ----------
+    failures : dict of int to str
+        What went wrong, by client id.
+    """
 
     def __init__(self) -> None:
         self._tries, self._begin = 0, 0.0
+        self.failures: dict[int, str] = {}
 
     def over(self) -> None:
         """Forget them: something came of an attempt."""
-        self._tries = 0
+        self._tries, self.failures = 0, {}
 
     def hopeless(self, patience: float) -> bool:
         """Count another attempt, and return whether it is time to give up, `patience` seconds after the first."""

@@ -87,8 +87,7 @@ def lines(folder):
 
 
 def make_sampler(name):
-    sizes = population(K, label_counts=True)
-    return SAMPLERS[name](sizes.num_examples // 12, seed=3)
+    return SAMPLERS[name](population(K).num_examples // 12, seed=3)
 
 
 def options_for(name):
