@@ -53,7 +53,7 @@ SCRIPTS = commands("examples/")
 
 
 def test_there_are_no_commands_in_the_readmes_but_those_tested_here():
-    assert len(APPS) >= 6
+    assert len(APPS) >= 7
     assert len(SCRIPTS) >= 9
     tested = {PYTHON + command for _, command in APPS + SCRIPTS}
     for example in ("quickstart", "custom_model", "compare_samplers", "stragglers"):
@@ -112,7 +112,11 @@ def run_in_process(command):
     return place, config.get("partition")
 
 
-SHORTER = {"examples/quickstart/fedavg": {"num-server-rounds": 2}, "examples/custom_model": {"num-server-rounds": 2}}
+SHORTER = {
+    "examples/quickstart/fedavg": {"num-server-rounds": 2},
+    "examples/custom_model": {"num-server-rounds": 2},
+    ".": {"num-server-rounds": 2, "delays-latency": 0.0002},
+}
 # accuracy on the server's test data, both ends; of custom_model, the share of the variance explained
 SCORES = {
     ("examples/quickstart", "iid"): (0.93, 0.99),
@@ -120,7 +124,7 @@ SCORES = {
     ("examples/quickstart/fedavg", "iid"): (0.5, 0.95),
     ("examples/quickstart/fedavg", "skewed"): (0.05, 0.5),
     ("examples/custom_model", None): (0.45, 0.8),
-    (".", "severe"): (0.95, 0.999),
+    (".", "severe"): (0.9, 0.995),
 }
 
 

@@ -19,7 +19,8 @@ def main(grid, context):
     num_clients = len(list(grid.get_node_ids()))
     trap = str(context.run_config["trap"])
     some = str(context.run_config["cases"])
-    cases = {name: case for name, case in support.exactness_cases(num_clients).items() if some in name}
+    transport = str(context.run_config["transport"])
+    cases = {name: case for name, case in support.exactness_cases(num_clients, transport).items() if some in name}
     if trap:  # in this one, a process dies while it works on the 8th step
         name = "UniformGlobalSampler-sgd-64"
         cases = {name: replace(cases[name], optimizer=lambda p: Trapped(p, Path(trap), at=[7]))}
@@ -32,7 +33,7 @@ def main(grid, context):
             optimizer=case.optimizer,
             delays=case.delays,
             min_available_nodes=num_clients,
-            transport=str(context.run_config["transport"]),
+            transport=transport,
         )
         result = strategy.start(
             grid,
