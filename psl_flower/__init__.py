@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from psl_flower.client import SplitClient, split_client_app
     from psl_flower.errors import ConfigError, CutError, MembershipError, ProtocolError, PSLError, StepError
     from psl_flower.exchange.streams import StreamOptions
+    from psl_flower.faults import FaultPolicy
     from psl_flower.grid import InProcessGrid
     from psl_flower.partition import ExtendedDirichletPartitioner
     from psl_flower.samplers import (
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _HOME = {
     "client": ["SplitClient", "split_client_app"],
     "errors": ["ConfigError", "CutError", "MembershipError", "PSLError", "ProtocolError", "StepError"],
+    "faults": ["FaultPolicy"],
     "grid": ["InProcessGrid"],
     "partition": ["ExtendedDirichletPartitioner"],
     "exchange.streams": ["StreamOptions"],
@@ -64,6 +66,7 @@ __all__ = [
     "CutError",
     "Delays",
     "ExtendedDirichletPartitioner",
+    "FaultPolicy",
     "FixedLocalSampler",
     "FixedProportionalSampler",
     "InProcessGrid",

@@ -13,6 +13,7 @@ from psl_flower.checks import check_choice, check_float, check_int, check_option
 from psl_flower.errors import ConfigError
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS
+from psl_flower.faults import FaultPolicy
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
 from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
@@ -78,6 +79,19 @@ class RunConfig:
     stream_address: str = ""  # host or host:port that clients connect to; "": that of stream-bind
     wire_dtype: str = "float32"  # of activations and their gradients on streams: float16, bfloat16, int8 save bytes
 
+    # what to do about faults, explained in the docstring of psl_flower.FaultPolicy
+    tolerate_faults: bool = True  # whether a step goes on without clients that fail; false: they end the run
+    step_timeout: float = 0.0  # seconds clients have for one exchange of a step; 0: an hour, Flower's timeout
+    min_batch_fraction: float = 0.5  # of a step's examples; if fewer arrive, it is redone
+    patience: float = 30.0  # seconds without a completed step after which the rest of an epoch is given up
+    join: str = "epoch"  # when new clients enter: with the next "epoch", or the next "step"
+    non_finite_loss: str = "stop"  # or "skip" such steps
+    max_gradient_norm: float = 0.0  # of a client's mean gradient, larger ones are scaled down; 0: no limit
+
+    checkpoint_every: int = 0  # steps between two checkpoints within a round; 0: only at its end
+    keep_checkpoints: int = 2  # the last ones, in the output-dir; 0: none are written
+    resume_from: str = ""  # "latest" in the output-dir, or the path of a checkpoint
+
     dataset: str = "digits"
     data_path: str = ""  # folder with the dataset's idx or parquet files; "": scikit-learn's or torchvision's copy
     augment: str = ""  # "": crop-flip for cifar10 and cifar100, none for the others
@@ -105,8 +119,10 @@ class RunConfig:
             object.__setattr__(self, name, check_int(getattr(self, name), _key(name), least=least))
         for name, allowed in _ALLOWED.items():
             check_choice(getattr(self, name), _key(name), allowed)
-        if not isinstance(self.sleep, bool):
-            raise ConfigError(f"sleep must be true or false, got {self.sleep!r}")
+        for name in ("sleep", "tolerate_faults"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{_key(name)} must be true or false, got {getattr(self, name)!r}")
+        self.fault_policy()
         if self.augment:
             check_choice(self.augment, "augment", AUGMENTATIONS)
         object.__setattr__(self, "learning_rate", check_float(self.learning_rate, "learning-rate", above=0.0))
@@ -147,6 +163,21 @@ class RunConfig:
     def as_run_config(self) -> dict[str, str | int | float]:
         """Return every key with its value, as `read` takes them."""
         return {_key(field.name): getattr(self, field.name) for field in fields(self)}
+
+    def fault_policy(self) -> FaultPolicy:
+        """Return what to do about faults."""
+        try:
+            return FaultPolicy(
+                tolerate=self.tolerate_faults,
+                step_timeout=None if self.step_timeout == 0 else self.step_timeout,
+                min_batch_fraction=self.min_batch_fraction,
+                patience=self.patience,
+                join=self.join,
+                non_finite_loss=self.non_finite_loss,
+                max_gradient_norm=None if self.max_gradient_norm == 0 else self.max_gradient_norm,
+            )
+        except ConfigError as exc:
+            raise ConfigError(_key(str(exc))) from exc
 
     def stream_options(self) -> StreamOptions:
         """Return how streams are configured."""
@@ -262,6 +293,8 @@ _LEAST = {
     "seed": 0,
     "classes_per_client": 0,
     "threads": 1,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 0,
 }
 _ALLOWED = {
     "transport": TRANSPORTS,

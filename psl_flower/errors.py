@@ -8,6 +8,7 @@ The tree::
     ├── ProtocolError (ValueError)     a record from the wire breaks the protocol
     ├── MembershipError (RuntimeError) the clients at hand cannot form a population
     └── StepError (RuntimeError)       a training or evaluation step could not be completed
+        └── DivergenceError            its loss or gradients are NaN or infinite
 
 Every message names the rule, the value found and the remedy. Errors of other libraries are mapped
 onto this tree with ``raise ... from exc``.
@@ -61,4 +62,8 @@ class StepError(PSLError, RuntimeError):
         try:
             yield
         except StepError as error:
-            raise cls(f"{where}: {error.message}", error.failures) from error.__cause__
+            raise type(error)(f"{where}: {error.message}", error.failures) from error.__cause__
+
+
+class DivergenceError(StepError):
+    """The server half's loss or gradients are NaN or infinite."""

@@ -158,6 +158,11 @@ class Description:
     labels: IntArray | None = None
     counts: IntArray | None = None
 
+    def same_data(self, other: Description) -> bool:
+        """Return whether `other` speaks of as many training examples, of the same classes."""
+        mine, theirs = ((d.num_examples, _listed(d.labels), _listed(d.counts)) for d in (self, other))
+        return mine == theirs
+
     def check(self, request: DescribeRequest) -> None:
         """Raise ProtocolError if the numbers are impossible."""
         if self.num_examples < 0 or self.num_test_examples < 0:
@@ -286,6 +291,10 @@ class Gradients:
             if tensor.dtype != expected.dtype:
                 raise ProtocolError(f"gradient of {name!r}: dtype: expected {expected.dtype}, got {tensor.dtype}")
             _check_finite(tensor, f"gradient of {name!r}")
+
+
+def _listed(values: IntArray | None) -> list[int] | None:
+    return None if values is None else [int(v) for v in values]
 
 
 Reply = Description | Activations | Gradients

@@ -35,6 +35,10 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         device=config.device,
         min_available_nodes=config.min_available_nodes,
         evaluate_every=config.evaluate_every,
+        faults=config.fault_policy(),
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        resume_from=config.resume_from or None,
         output_dir=config.output_dir,
         run_config=config.as_run_config(),
     )

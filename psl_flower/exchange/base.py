@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -40,6 +42,11 @@ class Carrier(ABC):
 
     Nodes are Flower's node ids; which client lives on which node is the business of ``exchange.clients``.
     """
+
+    @cached_property
+    def ignored(self) -> Counter[str]:
+        """How many replies came that nobody waited for, by kind: "late" or "duplicate"."""
+        return Counter()
 
     @abstractmethod
     def node_ids(self) -> Iterable[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,21 +41,30 @@ class Clients:
         Whether clients are asked for the number of examples of each class.
     config : dict, optional
         Sent along with the question.
+    tolerate : bool
+        Whether to go on without nodes that do not describe themselves, as long as there are enough others.
     """
 
-    def __init__(self, carrier: Carrier, *, label_counts: bool, config: Config | None = None) -> None:
+    def __init__(
+        self, carrier: Carrier, *, label_counts: bool, config: Config | None = None, tolerate: bool = False
+    ) -> None:
         self._carrier = carrier
         self._request = DescribeRequest(label_counts, dict(config or {}))
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
+        self._tolerate = tolerate
+        self._silent: set[int] = set()  # nodes whose last answer was a failure
+        self._turned_away: set[int] = set()  # nodes that did not describe themselves since the last refresh
 
     @property
     def members(self) -> Mapping[int, Member]:
         """The clients by id, ascending."""
         return self._members
 
-    def refresh(self, min_nodes: int, timeout: float) -> None:
+    def refresh(self, min_nodes: int, timeout: float, given_up: Collection[int] = ()) -> None:
         """Read the connected nodes anew and describe those not known yet.
+
+        Where faults are tolerated, a client whose node has left stays a member, who may be back any moment.
 
         Parameters
         ----------
@@ -63,6 +72,8 @@ class Clients:
             Nodes to wait for.
         timeout : float
             Seconds, for the waiting and for the describing each.
+        given_up : collection of int
+            Clients that have not been back for long: they do not stay.
 
         Raises
         ------
@@ -71,22 +82,90 @@ class Clients:
         """
         nodes = self._wait_for_nodes(min_nodes, timeout)
         new = [node for node in nodes if node not in self._descriptions]
-        answers = self._carrier.exchange(dict.fromkeys(new, self._request), timeout)
+        self._turned_away.clear()
+        failures = self._describe(new, timeout)
+        nodes = [node for node in nodes if node in self._descriptions]
+        if failures and (not self._tolerate or len(nodes) < min_nodes):
+            raise MembershipError("every client must describe itself:\n  " + "\n  ".join(failures))
+        for failure in failures:
+            log.warning("going on without it: %s", failure)
+        known = self._without_ghosts({node: self._descriptions[node] for node in nodes})
+        before, here = self._members, {m.client: m for m in _members(known)}
+        left = {client: member for client, member in before.items() if client not in here}
+        if self._tolerate:
+            stay = {c: m for c, m in left.items() if m.description.partition_id is not None and c not in given_up}
+            self._silent |= {member.node for member in stay.values()}
+            here |= stay
+        self._members = dict(sorted(here.items()))
+        if any(self._descriptions[node].partition_id is None for node in new if node in self._descriptions):
+            log.warning("No node reports a partition-id: clients are numbered by the order of their node ids.")
+        if left:
+            log.warning("clients that left: %s", _listed(set(left)))
+
+    def look_again(self, timeout: float) -> list[int]:
+        """Look for nodes that have connected since the last look; return the clients that were no members before.
+
+        A client that comes back on another node, holding as many examples as before, is reached there from now on:
+        Flower gives a node that is restarted a new id.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds, for describing.
+        """
+        here = set(self._carrier.node_ids())
+        self._silent |= {m.node for m in self._members.values()} - here
+        new = sorted(here - self._descriptions.keys() - self._turned_away)
+        for failure in self._describe(new, timeout):
+            log.warning("it may try again next round: %s", failure)
+        at_home = {m.node for m in self._members.values()}
+        joined = []
+        for node in sorted(here & self._descriptions.keys() - at_home):
+            description = self._descriptions[node]
+            client = description.partition_id
+            member = None if client is None else self._members.get(client)
+            if client is None or (member is not None and member.node not in self._silent):
+                continue  # its number would change those of others, or its place is taken
+            if member is None:
+                joined.append(client)
+            elif not member.description.same_data(description):
+                log.warning("client %d is back on node %d with other data: it may enter next round", client, node)
+                continue
+            else:
+                log.warning("client %d is back, on node %d", client, node)
+            self._members[client] = Member(client, node, description)
+        self._members = dict(sorted(self._members.items()))
+        return joined
+
+    def _describe(self, nodes: Iterable[int], timeout: float) -> list[str]:
+        """Ask nodes who they are; return what is wrong with those that do not say."""
         failures = []
-        for node, answer in answers.items():
+        for node, answer in self._carrier.exchange(dict.fromkeys(nodes, self._request), timeout).items():
             try:
                 self._descriptions[node] = _description(answer, self._request)
             except ProtocolError as error:
                 failures.append(f"node {node}: {error}")
-        if failures:
-            raise MembershipError("every client must describe itself:\n  " + "\n  ".join(failures))
-        known = {node: self._descriptions[node] for node in nodes}
-        before = set(self._members)
-        self._members = {m.client: m for m in sorted(_members(known), key=lambda m: m.client)}
-        if new and any(self._descriptions[node].partition_id is None for node in new):
-            log.warning("No node reports a partition-id: clients are numbered by the order of their node ids.")
-        if left := before - set(self._members):
-            log.warning("clients that left: %s", _listed(left))
+                self._turned_away.add(node)
+        return failures
+
+    def _without_ghosts(self, described: Mapping[int, Description]) -> dict[int, Description]:
+        """Return the nodes without those that are silent and whose client is on another node by now."""
+        if not self._tolerate:
+            return dict(described)
+        homes = {m.client: m.node for m in self._members.values()}
+        best: dict[int | None, int] = {}  # where each client is: where it speaks, else where it was last
+        for node, d in described.items():
+            best.setdefault(d.partition_id, node)
+            if homes.get(-1 if d.partition_id is None else d.partition_id) == node:
+                best[d.partition_id] = node
+        for node, d in described.items():
+            if node not in self._silent and best[d.partition_id] in self._silent:
+                best[d.partition_id] = node
+        return {
+            node: d
+            for node, d in described.items()
+            if d.partition_id is None or node not in self._silent or best[d.partition_id] == node
+        }
 
     def _wait_for_nodes(self, min_nodes: int, timeout: float) -> list[int]:
         begin, told, wait = time.monotonic(), -np.inf, 0.001
@@ -135,9 +214,12 @@ class Clients:
         dict of int to Answer
             One for each request, in ascending client id.
         """
-        node_of = {client: self._members[client].node for client in sorted(requests)}
+        node_of = {client: self._members[client].node for client in sorted(requests) if client in self._members}
         answers = self._carrier.exchange({node: requests[client] for client, node in node_of.items()}, timeout)
-        return {client: answers[node] for client, node in node_of.items()}
+        for node, answer in answers.items():
+            (self._silent.add if answer.reply is None else self._silent.discard)(node)
+        absent = Answer(None, "it is not connected", 0.0)
+        return {c: answers[node_of[c]] if c in node_of else absent for c in sorted(requests)}
 
 
 def _description(answer: Answer, request: DescribeRequest) -> Description:

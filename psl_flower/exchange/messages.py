@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 
 from flwr.app import Message
@@ -18,6 +19,8 @@ from psl_flower.protocol import Request
 _FIRST_WAIT = 0.001  # seconds
 _LONGEST_WAIT = 0.25  # seconds
 _WAIT_SHARE = 0.05
+# Messages without a reply in time that are still asked for, to be counted.
+_MOST_LATE = 256
 _LONGEST_REASON = 4000  # characters of a client's error that are kept
 
 
@@ -36,6 +39,7 @@ class MessageCarrier(Carrier):
         self._grid = grid
         self._group_id = group_id
         self._encoder = RequestEncoder()
+        self._late: deque[str] = deque(maxlen=_MOST_LATE)  # messages whose replies are not waited for any more
 
     def node_ids(self) -> Iterable[int]:
         """Return the ids of the nodes that are connected now."""
@@ -52,11 +56,13 @@ class MessageCarrier(Carrier):
         accepted = set(waiting.values())
         answers = {node: Answer(None, refused, 0.0, sent[node]) for node in requests if node not in accepted}
         while waiting:
-            for message in self._grid.pull_messages(list(waiting)):
+            for message in self._grid.pull_messages([*waiting, *self._late]):
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:  # else: answered before
-                    seconds = time.monotonic() - begin
-                    answers[node] = _answer(requests[node], message, seconds, sent[node])
+                if node is None:
+                    self._ignore(message)
+                    continue
+                seconds = time.monotonic() - begin
+                answers[node] = _answer(requests[node], message, seconds, sent[node])
             elapsed = time.monotonic() - begin
             if elapsed >= timeout:
                 break
@@ -65,7 +71,18 @@ class MessageCarrier(Carrier):
         for node in waiting.values():
             reason = f"no reply within {timeout:g} s: raise timeout, or see whether the client still runs"
             answers[node] = Answer(None, reason, timeout, sent[node])
+        self._late.extend(waiting)
         return answers
+
+    def _ignore(self, message: Message) -> None:
+        """Count a reply nobody waits for."""
+        message_id = message.metadata.reply_to_message_id
+        if message_id not in self._late:
+            self.ignored["duplicate"] += 1
+            return
+        self._late.remove(message_id)
+        if not message.has_error():  # else: Flower says that it has dropped the message
+            self.ignored["late"] += 1
 
     def _message(self, node: int, request: Request, timeout: float) -> Message:
         message_type, content = self._encoder.encode(request)

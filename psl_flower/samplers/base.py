@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,13 @@ FloatArray = NDArray[np.float64]
 _SAMPLER_STREAM = 1
 
 
-def epoch_rng(seed: int, epoch: int) -> np.random.Generator:
-    """Return the generator a sampler uses for one epoch, independent of every client's order of examples."""
-    return np.random.default_rng(np.random.SeedSequence([seed, epoch], spawn_key=(_SAMPLER_STREAM,)))
+def epoch_rng(seed: int, epoch: int, replan: int = 0) -> np.random.Generator:
+    """Return the generator a sampler uses for an epoch's plan, independent of every client's order of examples.
+
+    Every new plan for the rest of the epoch (`replan` 1, 2, ...) has a stream of its own.
+    """
+    key = (_SAMPLER_STREAM, replan) if replan else (_SAMPLER_STREAM,)
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch], spawn_key=key))
 
 
 def as_int64(values: ArrayLike, name: str, *, copy: bool = True) -> IntArray:
@@ -408,7 +413,7 @@ class Sampler(ABC):
     batch_size : int
         Global batch size B, at least 1.
     seed : int
-        Not negative. A plan is a function of (seed, epoch, population) alone.
+        Not negative. A plan is a function of (seed, epoch, replan, population) alone.
 
     Attributes
     ----------
@@ -430,15 +435,18 @@ class Sampler(ABC):
         self.batch_size = check_int(batch_size, "batch_size", least=1)
         self.seed = check_int(seed, "seed", least=0)
 
-    def plan(self, population: Population, epoch: int = 0) -> BatchPlan:
+    def plan(self, population: Population, epoch: int = 0, *, replan: int = 0) -> BatchPlan:
         """Make the plan of one epoch: every example of every client exactly once.
 
         Parameters
         ----------
         population : Population
-            Clients without data are left out.
+            Clients without data are left out. To plan the rest of an epoch: what the clients have left.
         epoch : int
             0-based.
+        replan : int
+            0 plans the whole epoch. 1, 2, ... are new plans for the rest of it, after clients were lost or came back:
+            the rest may be less than a batch.
 
         Returns
         -------
@@ -450,8 +458,8 @@ class Sampler(ABC):
         ConfigError
             If the batch size exceeds the number of examples, or the sampler needs what the population lacks.
         """
-        epoch = check_int(epoch, "epoch", least=0)
-        if self.batch_size > population.num_examples:
+        epoch, replan = check_int(epoch, "epoch", least=0), check_int(replan, "replan", least=0)
+        if not replan and self.batch_size > population.num_examples:
             raise ConfigError(
                 f"batch_size must not exceed the number of examples, got {self.batch_size} for "
                 f"{population.num_examples} examples: lower batch_size"
@@ -459,7 +467,11 @@ class Sampler(ABC):
         for needed, field in ((self.needs_label_counts, "label_counts"), (self.needs_delays, "delays")):
             if needed and getattr(population, field) is None:
                 raise ConfigError(f"{type(self).__name__} needs the population's {field}, which are not given")
-        return self._plan(population.with_data(), epoch_rng(self.seed, epoch))
+        sampler = self
+        if self.batch_size > population.num_examples:  # the rest of an epoch: one short batch
+            sampler = copy.copy(self)
+            sampler.batch_size = population.num_examples
+        return sampler._plan(population.with_data(), epoch_rng(self.seed, epoch, replan))
 
     @abstractmethod
     def _plan(self, population: Population, rng: np.random.Generator) -> BatchPlan:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from psl_flower.metrics.deviation import batch_deviation, client_mix_deviation
-from psl_flower.samplers.base import BatchPlan, IntArray
+from psl_flower.samplers.base import BatchPlan, IntArray, PlanStep, Population
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
 
 
@@ -25,10 +26,8 @@ class Epoch:
         Not closed here.
     server_round : int
         1-based.
-    plan : BatchPlan
-        The epoch's schedule.
-    seconds_plan : float
-        How long it took to build.
+    population : Population
+        The epoch's clients with all they hold.
     pooled : (C,) int64, optional
         Class counts of all data, if known.
     """
@@ -37,20 +36,35 @@ class Epoch:
         self,
         recorder: RunRecorder,
         server_round: int,
-        plan: BatchPlan,
+        population: Population,
         *,
-        seconds_plan: float = 0.0,
         pooled: IntArray | None = None,
     ) -> None:
-        self._recorder = recorder
-        self._round, self._plan, self._seconds_plan = server_round, plan, seconds_plan
+        self._recorder, self._round = recorder, server_round
+        self.population = population
+        self.seconds_plan = 0.0
         self._pooled = pooled
         self._steps: list[StepRecord] = []
         self._class_counts: list[IntArray] = []
         self._waiting: list[StepRecord] = []
+        self._client_mix: list[float] = []
 
-    def add(self, record: StepRecord, class_counts: IntArray | None) -> None:
-        """Count a committed step in; `class_counts` (C,) are its batch's labels."""
+    def __len__(self) -> int:
+        return len(self._steps) + len(self._waiting)
+
+    def add(self, record: StepRecord, step: PlanStep, class_counts: IntArray | None) -> None:
+        """Count a committed step in.
+
+        Parameters
+        ----------
+        record : StepRecord
+        step : PlanStep
+            Who contributed how much.
+        class_counts : (C,) int64, optional
+            Its batch's labels.
+        """
+        alone = BatchPlan(self.population, np.array([0, len(step.clients)]), step.clients, step.quotas)
+        self._client_mix.append(float(client_mix_deviation(alone)[0]))
         if class_counts is None:
             self._keep(record)
             return
@@ -64,7 +78,24 @@ class Epoch:
         """Return the class counts of the examples used so far, (C,); those of all data once the epoch is over."""
         return _stack(self._class_counts).sum(axis=0) if self._class_counts else None
 
-    def summary(self) -> RoundRecord:
+    def state(self) -> dict[str, Any]:
+        """Return everything, for a checkpoint."""
+        return {
+            "steps": [asdict(record) for record in self._steps],
+            "waiting": [asdict(record) for record in self._waiting],
+            "class_counts": _stack(self._class_counts) if self._class_counts else None,
+            "client_mix": self._client_mix,
+            "seconds_plan": self.seconds_plan,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; what it has written is not written again."""
+        self._steps = [StepRecord(**values) for values in state["steps"]]
+        self._waiting = [StepRecord(**values) for values in state["waiting"]]
+        self._class_counts = [] if state["class_counts"] is None else list(state["class_counts"])
+        self._client_mix, self.seconds_plan = list(state["client_mix"]), state["seconds_plan"]
+
+    def summary(self, examples_unseen: int = 0) -> RoundRecord:
         """Write the steps still held back, and return the round's record."""
         pooled = self.pooled()
         if self._waiting and pooled is not None:
@@ -86,12 +117,13 @@ class Epoch:
             deviation_weighted=float(np.average(deviations, weights=sizes)) if known else None,
             num_examples=int(sizes.sum()),
             num_steps=len(steps),
-            num_clients=len(self._plan.population),
+            num_clients=int((self.population.sizes > 0).sum()),
             clients_per_step=float(np.mean([s.clients for s in steps])),
             bytes_sent=sum(s.bytes_sent for s in steps),
             bytes_received=sum(s.bytes_received for s in steps),
-            client_mix_mean=float(client_mix_deviation(self._plan).mean()),
-            seconds_plan=self._seconds_plan,
+            examples_unseen=examples_unseen,
+            client_mix_mean=float(np.mean(self._client_mix)),
+            seconds_plan=self.seconds_plan,
             seconds_real=float(sum(s.seconds_real for s in steps)),
             seconds_simulated=float(sum(simulated)) if simulated else None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from flwr.app import MetricRecord
@@ -11,6 +12,8 @@ from psl_flower.exchange import Clients
 from psl_flower.exchange.door import Door
 from psl_flower.protocol import Config, EvaluateRequest
 from psl_flower.strategy.server_step import SplitTrainer
+
+log = logging.getLogger("flwr.psl_flower")
 
 
 def split_evaluate(
@@ -22,6 +25,7 @@ def split_evaluate(
     timeout: float,
     config: Config,
     evaluate_config: Config,
+    tolerate: bool = False,
 ) -> MetricRecord | None:
     """Evaluate the model on the test data of all clients, without the data leaving them.
 
@@ -31,6 +35,8 @@ def split_evaluate(
         Examples an exchange, over all clients.
     timeout : float
         Seconds an exchange.
+    tolerate : bool
+        Whether to go on without clients that fail, as long as there are others.
 
     Returns
     -------
@@ -41,7 +47,7 @@ def split_evaluate(
     Raises
     ------
     StepError
-        If a client fails.
+        If a client fails and that is not tolerated, or all fail.
     """
     left = {c: m.description.num_test_examples for c, m in clients.members.items() if m.description.num_test_examples}
     if not left:
@@ -55,10 +61,20 @@ def split_evaluate(
         weights = trainer.weights()
         requests = {c: EvaluateRequest(done[c], n, weights, config, evaluate_config) for c, n in counts.items()}
         accepted, failures = door.activations(clients.exchange(requests, timeout), counts)
-        if failures:
-            raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
+        results = {}
         for client, part in accepted.items():
-            part_loss, part_correct, part_predictions = trainer.evaluate(part, client)
+            try:
+                results[client] = trainer.evaluate(part, client)
+            except StepError as error:
+                if client not in error.failures:
+                    raise
+                failures |= error.failures
+        if failures and (not tolerate or not (results or examples)):
+            raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
+        for client, why in failures.items():
+            log.warning("evaluation goes on without client %d: %s", client, why)
+            del left[client], counts[client]
+        for part_loss, part_correct, part_predictions in results.values():
             loss += part_loss
             scored &= part_correct is not None
             correct += part_correct or 0

@@ -17,12 +17,13 @@ class Progress:
     ----------
     num_rounds : int
         Rounds of the run.
+    share : float
+        Of them, what was done before: in the run that this one resumes.
     """
 
-    def __init__(self, num_rounds: int) -> None:
-        self._num_rounds = num_rounds
+    def __init__(self, num_rounds: int, share: float = 0.0) -> None:
+        self._num_rounds, self._share_before = num_rounds, share
         self._begin = self._told = time.monotonic()
-        self._steps_before = 0
 
     def step(self, server_round: int, done: int, of: int, loss: float, accuracy: float | None) -> None:
         """Count a step: the `done`-th `of` this round's."""
@@ -30,7 +31,7 @@ class Progress:
         if now - self._told >= _INTERVAL or done == of:
             self._told = now
             share = (server_round - 1 + done / of) / self._num_rounds
-            eta = (now - self._begin) * (1 - share) / share
+            eta = (now - self._begin) * (1 - share) / max(share - self._share_before, 1e-9)
             score = "" if accuracy is None else f"  accuracy {accuracy:.3f}"
             log.info(
                 "round %d/%d  step %*d/%d  loss %.4f%s  ETA %s",

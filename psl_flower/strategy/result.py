@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +22,9 @@ METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+
+log = logging.getLogger("flwr.psl_flower")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +67,9 @@ class RoundRecord:
 
     `deviation_mean` and `deviation_p95` are over steps (mean and 95th percentile), `deviation_weighted` is the mean
     over examples: tiny batches count little in it. `client_mix_mean` is the mean L1 distance of the steps' client
-    shares to the clients' shares of all data. `seconds_plan` is the time it took to build the schedule; `seconds_real`
-    and `seconds_simulated` add up the steps on the wall clock and on the virtual clock.
+    shares to the clients' shares of all data. `examples_unseen` are those of clients that could not be reached.
+    `seconds_plan` is the time it took to build the schedule; `seconds_real` and `seconds_simulated` add up the steps on
+    the wall clock and on the virtual clock.
     """
 
     round: int
@@ -78,6 +84,7 @@ class RoundRecord:
     clients_per_step: float
     bytes_sent: int
     bytes_received: int
+    examples_unseen: int = 0
     client_mix_mean: float
     seconds_plan: float
     seconds_real: float
@@ -100,18 +107,51 @@ class RunRecorder:
         Made if it is not there; files of an earlier run in it are replaced.
     config : dict
         The resolved configuration, written at once.
+    position : int, optional
+        Go on from here in the metrics of the run that this one resumes, a `position` of its recorder.
     """
 
-    def __init__(self, folder: str | Path | None, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path | None, config: Mapping[str, Any], position: int | None = None) -> None:
         self._folder = None if folder is None else Path(folder)
+        self.config = json.loads(json.dumps(dict(config), default=str))
         self._file: IO[str] | None = None
         self.steps: list[StepRecord] = []
         self.rounds: list[RoundRecord] = []
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(dict(config), indent=2, default=str)
+            text = json.dumps(self.config, indent=2)
             (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-            self._file = (self._folder / METRICS_FILE).open("w", encoding="utf-8")
+            if position is not None:
+                self._go_on(self._folder / METRICS_FILE, position)
+            self._file = (self._folder / METRICS_FILE).open("w" if position is None else "a", encoding="utf-8")
+
+    def _go_on(self, path: Path, position: int) -> None:
+        """Cut the metrics off behind `position`, and read those before it."""
+        if not path.exists() or path.stat().st_size < position:
+            log.warning("The metrics before the checkpoint are not in %s: it will hold those from now on.", path)
+            path.unlink(missing_ok=True)
+            return
+        os.truncate(path, position)
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if values.pop("kind") == "step":
+                self.steps.append(StepRecord(**values))
+            else:
+                self.rounds.append(RoundRecord(**values))
+
+    def position(self) -> int:
+        """Return how long the metrics are, in bytes; they are on the disk then."""
+        if self._file is None:
+            return 0
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary of faults and time."""
+        if self._folder is not None:
+            text = json.dumps(dict(summary), indent=2)
+            (self._folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
         """Write a step's line."""

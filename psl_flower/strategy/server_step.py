@@ -6,12 +6,13 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psl_flower.devices import seeded
-from psl_flower.errors import ConfigError, PSLError, StepError
+from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
 from psl_flower.protocol import Activations, Gradients, Weights
 from psl_flower.samplers.base import IntArray
 
@@ -110,6 +111,24 @@ class SplitTrainer:
         both = {**self.client.state_dict(), **self.server.state_dict()}
         return {name: t.detach().to("cpu", copy=True) for name, t in both.items()}
 
+    def saved(self) -> dict[str, Any]:
+        """Return what `restore` needs to go on from here: state, and the optimizer's."""
+        state = self.state()
+        passing = {name: t for name, t in self.server.named_buffers() if name not in state}  # not persistent
+        return {"state": state, "buffers": passing, "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `saved` returned."""
+        for half in (self.client, self.server):
+            half.load_state_dict({name: saved["state"][name] for name in half.state_dict()})
+        buffers = dict(self.server.named_buffers())
+        with torch.no_grad():
+            for name, t in saved["buffers"].items():
+                buffers[name].copy_(t)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self._version += 1
+        self._weights = None
+
     # --- training ----------------------------------------------------------------------------------------------------
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -141,7 +160,9 @@ class SplitTrainer:
         Raises
         ------
         StepError
-            If the server half cannot take the activations, labels are no class indices, or the loss is not finite.
+            If the server half cannot take the activations, or labels are no class indices.
+        DivergenceError
+            If the loss or its gradients at the cut are not finite.
         """
         counts = {client: len(part.labels) for client, part in batch.items()}
         inputs = [self._leaf(parts) for parts in zip(*(part.tensors for part in batch.values()), strict=True)]
@@ -152,8 +173,11 @@ class SplitTrainer:
             outputs, loss, classes = self._finish(inputs, labels, counts)
             value = loss.item()
             if not torch.isfinite(loss):
-                raise StepError(f"the loss is {value}: training diverges, lower the learning rate")
+                raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")
             torch.autograd.backward(loss)
+        for x in inputs:
+            if x.grad is not None and not torch.isfinite(x.grad).all():
+                raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
         sizes = list(counts.values())
         sliced = [[None] * len(sizes) if x.grad is None else torch.split(x.grad, sizes) for x in inputs]
         return StepOutcome(

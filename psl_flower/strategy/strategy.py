@@ -5,51 +5,49 @@ from __future__ import annotations
 import copy
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
+from psl_flower import checkpoint
+from psl_flower.checkpoint import Checkpoints, check_identity
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, StepError
-from psl_flower.exchange import Answer, Clients
-from psl_flower.exchange.door import Door, distinct
+from psl_flower.exchange import Clients
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
-from psl_flower.protocol import (
-    Activations,
-    BackwardRequest,
-    Config,
-    ForwardRequest,
-    Gradients,
-    Request,
-    Weights,
-    WorkOrder,
-    step_seed,
-)
-from psl_flower.samplers.base import BatchPlan, IntArray, PlanStep, Population, Sampler
+from psl_flower.faults import FaultPolicy
+from psl_flower.samplers.base import PlanStep, Population, Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import check_client_half, cut_model
 from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
+from psl_flower.strategy.agenda import Agenda, part, saved_population
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import split_evaluate
-from psl_flower.strategy.orders import Cursors
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
+from psl_flower.strategy.run import Run
 from psl_flower.strategy.server_step import Loss, OptimizerFn, SplitTrainer
+from psl_flower.strategy.step import Attempt, StepRunner
+from psl_flower.strategy.summary import RunSummary
+from psl_flower.strategy.tolerance import Stall
 
 log = logging.getLogger("flwr.psl_flower")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+# Steps in a row that may be left out because they are not finite.
+_MOST_SKIPS = 10
 
 
 def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -101,8 +99,16 @@ class ParallelSplitLearning(Strategy):
         Rounds between two split evaluations on the clients' test data; 0 for none.
     evaluate_batch_size : int
         Examples an exchange of split evaluation, over all clients.
+    faults : FaultPolicy, optional
+        What to do when clients fail. By default a step goes on without them.
+    checkpoint_every : int
+        Steps between two checkpoints within a round, 0 for none; there is always one at its end.
+    keep_checkpoints : int
+        How many of the last checkpoints are kept, in ``output_dir/checkpoints``; 0 writes none.
+    resume_from : path, optional
+        "latest": go on from the last checkpoint in `output_dir`, if there is one; or the path of a checkpoint.
     output_dir : path, optional
-        Where metrics, curves, model and configuration are written; None for nowhere.
+        Where metrics, curves, model, configuration and checkpoints are written; None for nowhere.
     run_config : dict, optional
         Written beside the results as the run's configuration.
 
@@ -131,6 +137,10 @@ class ParallelSplitLearning(Strategy):
         min_available_nodes: int = 2,
         evaluate_every: int = 1,
         evaluate_batch_size: int = 1024,
+        faults: FaultPolicy | None = None,
+        checkpoint_every: int = 0,
+        keep_checkpoints: int = 2,
+        resume_from: str | Path | None = None,
         output_dir: str | Path | None = None,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -155,6 +165,17 @@ class ParallelSplitLearning(Strategy):
         self._sleep = sleep
         self.transport = check_choice(transport, "transport", TRANSPORTS)
         self.stream_options = stream_options or StreamOptions()
+        self.faults = faults or FaultPolicy()
+        if self.faults.max_gradient_norm is not None:  # each client's share must be seen
+            self.stream_options = replace(self.stream_options, sum_gradients=False)
+        self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", least=0)
+        self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
+        self.resume_from = resume_from
+        if (checkpoint_every or resume_from == "latest") and (output_dir is None or not keep_checkpoints):
+            raise ConfigError(
+                "checkpoint_every and resume_from='latest' need an output_dir and keep_checkpoints of at least 1, got "
+                f"{output_dir!r} and {keep_checkpoints}"
+            )
         if sleep and self._simulated is None:
             raise ConfigError("sleep=True needs simulated_delays to wait for")
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
@@ -214,115 +235,144 @@ class ParallelSplitLearning(Strategy):
         state = arrays_to_state(initial_arrays, self._template)
         trainer = self._trainer(state)
         scheduler = self._scheduler(trainer.optimizer) if self._scheduler else None
-        arrays, result, begin = initial_arrays, Result(), time.monotonic()
+        checkpoints, saved = self._checkpoints(trainer, scheduler)
+        result, begin = Result() if saved is None else _result(saved["result"]), time.monotonic()
+        position, first_round = (None, 1) if saved is None else (saved["metrics_position"], saved["round"])
         self.summary()
         with (
             open_carrier(grid, self.transport, self.stream_options) as carrier,
-            RunRecorder(self._output_dir, self._configuration(num_rounds)) as recorder,
+            RunRecorder(self._output_dir, self._configuration(num_rounds), position) as recorder,
         ):
-            run = _Run(
+            tolerate = self.faults.tolerate
+            clients = Clients(
+                carrier, label_counts=self.sampler.needs_label_counts, config=train_config, tolerate=tolerate
+            )
+            summary = RunSummary.from_dict(saved["summary"]) if saved else RunSummary()
+            run = Run(
                 trainer=trainer,
-                clients=Clients(carrier, label_counts=self.sampler.needs_label_counts, config=train_config),
+                scheduler=scheduler,
+                clients=clients,
+                runner=StepRunner(
+                    trainer,
+                    clients,
+                    policy=self.faults,
+                    timeout=self.faults.step_timeout or timeout,
+                    config=dict(train_config or {}),
+                    summary=summary,
+                ),
                 recorder=recorder,
-                progress=Progress(num_rounds),
+                progress=Progress(num_rounds, (first_round - 1) / num_rounds),
+                summary=summary,
+                policy=self.faults,
+                checkpoints=checkpoints,
+                saved=saved,
+                state=state,
+                result=result,
                 timeout=timeout,
                 train_config=dict(train_config or {}),
                 evaluate_config=dict(evaluate_config or {}),
             )
-            _evaluate_on_server(evaluate_fn, 0, arrays, result)
-            for server_round in range(1, num_rounds + 1):
-                record = self._train_epoch(run, server_round)
-                if scheduler:
-                    scheduler.step()
-                state |= trainer.state()
-                arrays = result.arrays = state_to_arrays(state)
-                result.train_metrics_clientapp[server_round] = record.metrics()
-                in_clients = self._evaluate_in_clients(run, server_round, result)
-                on_server = _evaluate_on_server(evaluate_fn, server_round, arrays, result)
-                recorder.round(replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server))
-            recorder.finish(state)
+            try:
+                if saved is None:
+                    result.arrays = initial_arrays
+                    _evaluate_on_server(evaluate_fn, 0, initial_arrays, result)
+                else:
+                    self._restore(run, saved)
+                for server_round in range(first_round, num_rounds + 1):
+                    record = self._train_epoch(run, server_round)
+                    if scheduler:
+                        with warnings.catch_warnings():  # a round that is resumed at its end has no step here
+                            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                            scheduler.step()
+                    result.arrays = state_to_arrays(run.current_state())
+                    result.train_metrics_clientapp[server_round] = record.metrics()
+                    in_clients = self._evaluate_in_clients(run, server_round, result)
+                    on_server = _evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
+                    recorder.round(replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server))
+                recorder.finish(run.current_state())
+            finally:
+                summary.ignored.update(carrier.ignored)
+                recorder.summary(summary.report())
+            summary.log()
         log.info("Finished %d rounds in %s.", num_rounds, clock(time.monotonic() - begin))
         return result
 
-    def _train_epoch(self, run: _Run, server_round: int) -> RoundRecord:
+    def _train_epoch(self, run: Run, server_round: int) -> RoundRecord:
         """Use every example of every client once."""
-        run.clients.refresh(self.min_available_nodes, run.timeout)
-        population = self._with_delays(run.clients.population())
-        begin = time.monotonic()
-        plan = self.sampler.plan(population, epoch=server_round - 1)
-        seconds_plan, pooled = time.monotonic() - begin, run.pooled_counts(population)
-        virtual_clock = self._virtual_clock(population)
-        cursors = Cursors(plan, seed=self.sampler.seed, epoch=server_round - 1)
-        with Epoch(run.recorder, server_round, plan, seconds_plan=seconds_plan, pooled=pooled) as epoch:
-            for index, step in enumerate(plan):
-                orders, waits = cursors.orders(index, step), self._waits(virtual_clock, step)
-                record, class_counts = self._train_step(run, server_round, orders, waits)
-                cursors.advance(step)
-                simulated = virtual_clock.advance(step.clients, step.quotas) if virtual_clock else None
-                epoch.add(replace(record, seconds_simulated=simulated), class_counts)
-                run.progress.step(server_round, index + 1, len(plan), record.loss, record.accuracy)
-            record_of_round = epoch.summary()
-        run.remember_pooled_counts(population, epoch.pooled())
-        _log_round(record_of_round, plan)
+        agenda, epoch = self._open_epoch(run, server_round)
+        virtual_clock = self._virtual_clock(agenda.population)
+        stall, skips = Stall(), 0
+        with epoch:
+            while len(agenda.owing()):
+                self._look_for_clients(run, agenda, epoch, virtual_clock)
+                begin = time.monotonic()
+                step = agenda.step(run.at_hand(agenda.owing()))
+                epoch.seconds_plan += time.monotonic() - begin
+                orders, waits = agenda.orders(len(epoch), step), self._waits(virtual_clock, step)
+                with StepError.located(f"round {server_round}, step {len(epoch)}"):
+                    attempt = run.attempt(orders, waits)
+                    if attempt.outcome is None and not attempt.skipped:
+                        agenda.lost()
+                        if run.give_up(attempt, agenda, stall, committed=len(epoch) > 0):
+                            break
+                    skips = skips + 1 if attempt.skipped else 0
+                    _check_skips(skips)
+                if attempt.skipped:
+                    agenda.done(part(step, attempt.batch), _labels(attempt))
+                elif attempt.outcome is not None:
+                    step = part(step, attempt.batch)
+                    agenda.done(step, _labels(attempt))
+                    stall.over()
+                    self._measure(attempt)
+                    simulated = virtual_clock.advance(step.clients, step.quotas) if virtual_clock else None
+                    record = _step_record(server_round, len(epoch), attempt, time.monotonic() - begin, simulated)
+                    epoch.add(record, step, attempt.outcome.class_counts)
+                    done, of = len(epoch), len(epoch) + agenda.steps_left()
+                    run.progress.step(server_round, done, of, record.loss, record.accuracy)
+                    if self.checkpoint_every and done % self.checkpoint_every == 0 and agenda.steps_left():
+                        self._save(run, server_round, agenda, epoch)
+            self._save(run, server_round, agenda, epoch)
+            unseen = run.close_epoch(server_round, agenda)
+            record_of_round = epoch.summary(unseen)
+        if not unseen:
+            run.remember_pooled_counts(agenda.population, epoch.pooled())
+        _log_round(record_of_round)
         return record_of_round
 
-    def _train_step(
-        self, run: _Run, server_round: int, orders: list[WorkOrder], waits: Mapping[int, float]
-    ) -> tuple[StepRecord, IntArray | None]:
-        """Forward on the clients, forward and backward on the server, backward on the clients, one optimizer step."""
-        begin, trainer, step = time.monotonic(), run.trainer, orders[0].step
-        with StepError.located(f"round {server_round}, step {step}"), trainer.transaction():
-            weights = trainer.weights()
-            batch, forward_answers = self._forward(run, orders, weights, waits)
-            outcome = trainer.forward_backward(batch, step_seed(orders[0].seed, orders[0].epoch, step))
-            gradients, backward_answers = self._backward(run, orders, weights, outcome.cut_gradients)
-            trainer.commit(gradients)
-        self._measure(orders, forward_answers, backward_answers)
-        answers = [*forward_answers.values(), *backward_answers.values()]
-        record = StepRecord(
-            round=server_round,
-            step=step,
-            loss=outcome.loss,
-            accuracy=None if outcome.correct is None else outcome.correct / outcome.predictions,
-            batch_size=sum(order.count for order in orders),
-            clients=len(orders),
-            bytes_sent=sum(a.bytes_sent for a in answers),
-            bytes_received=sum(a.bytes_received for a in answers),
-            seconds_real=time.monotonic() - begin,
-        )
-        return record, outcome.class_counts
+    def _open_epoch(self, run: Run, server_round: int) -> tuple[Agenda, Epoch]:
+        """Return what there is to do in an epoch, and its bookkeeping: a new one, or the one to be resumed."""
+        run.clients.refresh(self.min_available_nodes, run.timeout, run.missing)
+        people, saved = run.clients.population(), run.take_saved()
+        begin = time.monotonic()
+        if saved is None:
+            agenda = Agenda(self.sampler, self._with_delays(people), server_round - 1)
+        else:
+            people = self._with_delays(saved_population(saved["agenda"], people))
+            agenda = Agenda.restored(self.sampler, people, server_round - 1, saved["agenda"])
+        seconds_plan = time.monotonic() - begin
+        epoch = Epoch(run.recorder, server_round, agenda.population, pooled=run.pooled_counts(agenda.population))
+        if saved is not None:
+            epoch.restore(saved["epoch"])
+        epoch.seconds_plan += seconds_plan
+        return agenda, epoch
 
-    def _forward(
-        self,
-        run: _Run,
-        orders: list[WorkOrder],
-        weights: Weights,
-        waits: Mapping[int, float],
-    ) -> tuple[dict[int, Activations], dict[int, Answer]]:
-        requests: dict[int, Request] = {
-            o.client: ForwardRequest(o, weights, run.train_config, waits.get(o.client, 0.0)) for o in orders
-        }
-        answers = run.clients.exchange(requests, run.timeout)
-        accepted, failures = run.door.activations(answers, {o.client: o.count for o in orders}, orders[0].step)
-        _refuse(failures, orders, "forward")
-        return accepted, answers
+    def _look_for_clients(self, run: Run, agenda: Agenda, epoch: Epoch, virtual_clock: VirtualClock | None) -> None:
+        """Find clients that failed before on the nodes where they are now, and let new ones in if they may enter."""
+        at_once = self.faults.join == "step"
+        if not self.faults.tolerate or not (at_once or run.absences.failing() & set(run.at_hand(agenda.owing()))):
+            return
+        joined = run.clients.look_again(run.timeout)
+        if not joined:
+            return
+        log.info("clients that joined%s: %s", "" if at_once else ", from the next round on", sorted(joined))
+        if at_once:
+            agenda.admit(self._with_delays(run.with_members(agenda.population, joined)))
+            epoch.population = agenda.population
+            if virtual_clock and self._simulated:
+                ids = agenda.population.client_ids
+                virtual_clock.update(ids, self._simulated.delays(ids))
 
-    def _backward(
-        self,
-        run: _Run,
-        orders: list[WorkOrder],
-        weights: Weights,
-        cut_gradients: Mapping[int, tuple[torch.Tensor | None, ...]],
-    ) -> tuple[Iterable[Gradients], dict[int, Answer]]:
-        requests: dict[int, Request] = {
-            o.client: BackwardRequest(o, weights, cut_gradients[o.client], run.train_config) for o in orders
-        }
-        answers = run.clients.exchange(requests, run.timeout)
-        accepted, failures = run.door.gradients(answers, weights.parameters, orders[0].step)
-        _refuse(failures, orders, "backward")
-        return distinct(accepted), answers
-
-    def _evaluate_in_clients(self, run: _Run, server_round: int, result: Result) -> dict[str, Any]:
+    def _evaluate_in_clients(self, run: Run, server_round: int, result: Result) -> dict[str, Any]:
         if not self.evaluate_every or server_round % self.evaluate_every:
             return {}
         with StepError.located(f"round {server_round}, evaluation"):
@@ -334,6 +384,7 @@ class ParallelSplitLearning(Strategy):
                 timeout=run.timeout,
                 config=run.train_config,
                 evaluate_config=run.evaluate_config,
+                tolerate=self.faults.tolerate,
             )
         if metrics is None:
             return {}
@@ -359,12 +410,74 @@ class ParallelSplitLearning(Strategy):
         times = virtual_clock.reply_times(step.clients, step.quotas)
         return dict(zip(step.clients.tolist(), times.tolist(), strict=True))
 
-    def _measure(self, orders: list[WorkOrder], forward: Mapping[int, Answer], backward: Mapping[int, Answer]) -> None:
-        """Let an estimator see how long each client worked on a committed step."""
+    def _measure(self, attempt: Attempt) -> None:
+        """Let an estimator see how long each client worked on a committed step: its forward and its last backward."""
         if isinstance(self._delays, DelayEstimator):
-            for order in orders:
-                seconds = forward[order.client].seconds + backward[order.client].seconds
-                self._delays.observe(order.client, order.count, seconds)
+            for client, batch in attempt.batch.items():
+                forward, *_, backward = attempt.answers[client]
+                self._delays.observe(client, len(batch.labels), forward.seconds + backward.seconds)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+    def _checkpoints(self, trainer: SplitTrainer, scheduler: Any) -> tuple[Checkpoints | None, dict[str, Any] | None]:
+        """Return where checkpoints go, and the one to resume from."""
+        checkpoints = None
+        if self._output_dir is not None and self.keep_checkpoints:
+            checkpoints = Checkpoints(Path(self._output_dir) / checkpoint.FOLDER, self.keep_checkpoints)
+            checkpoint.check({"optimizer": trainer.optimizer.state_dict(), "scheduler": _saved_scheduler(scheduler)})
+        saved = None
+        if self.resume_from == "latest" and checkpoints:
+            saved = checkpoints.latest()
+            if saved is None:
+                log.warning("There is no checkpoint in %s yet: starting from the beginning", checkpoints.folder)
+        elif self.resume_from:
+            saved = checkpoint.read(Path(self.resume_from))
+        if saved is not None:
+            check_identity(saved["identity"], self._identity(trainer))
+        elif checkpoints:
+            checkpoints.put_away()
+        return checkpoints, saved
+
+    def _identity(self, trainer: SplitTrainer) -> dict[str, Any]:
+        """Return what a checkpoint must share with a run that resumes from it."""
+        sampler = {k: v for k, v in vars(self.sampler).items() if v is None or isinstance(v, bool | int | float | str)}
+        return {
+            "model": {name: f"{t.dtype} {tuple(t.shape)}" for name, t in self._template.items()},
+            "cut": self.cut,
+            "sampler": {"class": type(self.sampler).__name__, **sampler},
+            "optimizer": type(trainer.optimizer).__name__,
+        }
+
+    def _save(self, run: Run, server_round: int, agenda: Agenda, epoch: Epoch) -> None:
+        """Write a checkpoint, within or at the end of a round's training."""
+        if run.checkpoints is None:
+            return
+        saved, result = run.trainer.saved(), run.result
+        tree = {
+            "identity": self._identity(run.trainer),
+            "configuration": run.recorder.config,
+            "round": server_round,
+            "trainer": {**saved, "state": run.current_state()},
+            "scheduler": _saved_scheduler(run.scheduler),
+            "agenda": agenda.state(),
+            "epoch": epoch.state(),
+            "pooled": run.saved_pooled(),
+            "delays": self._delays.to_dict() if isinstance(self._delays, DelayEstimator) else None,
+            "metrics_position": run.recorder.position(),
+            "summary": run.summary.to_dict(),
+            "result": {name: _plain(getattr(result, name)) for name in _RESULT_METRICS},
+        }
+        run.checkpoints.save(server_round, len(epoch), tree)
+
+    def _restore(self, run: Run, saved: Mapping[str, Any]) -> None:
+        run.trainer.restore(saved["trainer"])
+        run.state |= saved["trainer"]["state"]
+        if run.scheduler:
+            run.scheduler.load_state_dict(saved["scheduler"])
+        if saved["delays"] is not None and isinstance(self._delays, DelayEstimator):
+            self._delays = DelayEstimator.from_dict(saved["delays"])
+        run.restore_pooled(saved["pooled"])
+        run.summary.resumed += 1
+        log.info("Resumed in round %d, after step %d.", saved["round"], len(saved["epoch"]["steps"]))
 
     # --- its parts ---------------------------------------------------------------------------------------------------
     def _trainer(self, state: Mapping[str, torch.Tensor]) -> SplitTrainer:
@@ -397,6 +510,10 @@ class ParallelSplitLearning(Strategy):
                 "min_available_nodes": self.min_available_nodes,
                 "evaluate_every": self.evaluate_every,
                 "evaluate_batch_size": self.evaluate_batch_size,
+                "faults": repr(self.faults),
+                "checkpoint_every": self.checkpoint_every,
+                "keep_checkpoints": self.keep_checkpoints,
+                "resume_from": None if self.resume_from is None else str(self.resume_from),
             },
         }
 
@@ -440,33 +557,51 @@ class ParallelSplitLearning(Strategy):
         self._exchanges_in_start()
 
 
-@dataclass
-class _Run:
-    """What lives as long as one call of `start`."""
+_RESULT_METRICS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 
-    trainer: SplitTrainer
-    clients: Clients
-    recorder: RunRecorder
-    progress: Progress
-    timeout: float
-    train_config: Config
-    evaluate_config: Config
 
-    def __post_init__(self) -> None:
-        self.door, self.evaluation_door = Door(), Door()
-        self._pooled: tuple[Population, IntArray] | None = None
+def _plain(metrics: Mapping[int, MetricRecord]) -> dict[int, dict[str, Any]]:
+    return {server_round: dict(record) for server_round, record in metrics.items()}
 
-    def pooled_counts(self, population: Population) -> IntArray | None:
-        """Return the class counts of all data, (C,), if they are known for this population."""
-        if population.label_counts is not None:
-            return np.asarray(population.label_counts.sum(axis=0))
-        if self._pooled is None or not population.same_data(self._pooled[0]):
-            return None
-        return self._pooled[1]
 
-    def remember_pooled_counts(self, population: Population, counts: IntArray | None) -> None:
-        """Keep the class counts an epoch has shown."""
-        self._pooled = None if counts is None else (population, counts)
+def _result(saved: Mapping[str, Any]) -> Result:
+    """Return Flower's result as far as a checkpoint has it."""
+    result = Result()
+    for name in _RESULT_METRICS:
+        setattr(result, name, {r: MetricRecord(values) for r, values in saved[name].items()})
+    return result
+
+
+def _saved_scheduler(scheduler: Any) -> dict[str, Any]:
+    return dict(scheduler.state_dict()) if hasattr(scheduler, "state_dict") else {}
+
+
+def _labels(attempt: Attempt) -> dict[int, Any]:
+    return {client: part.labels.numpy() for client, part in attempt.batch.items()}
+
+
+def _check_skips(in_a_row: int) -> None:
+    if in_a_row >= _MOST_SKIPS:
+        raise StepError(f"{in_a_row} steps in a row are not finite: training diverges, lower the learning rate")
+
+
+def _step_record(
+    server_round: int, index: int, attempt: Attempt, seconds: float, simulated: float | None
+) -> StepRecord:
+    outcome, answers = attempt.outcome, [a for each in attempt.answers.values() for a in each]
+    assert outcome is not None
+    return StepRecord(
+        round=server_round,
+        step=index,
+        loss=outcome.loss,
+        accuracy=None if outcome.correct is None else outcome.correct / outcome.predictions,
+        batch_size=sum(len(part.labels) for part in attempt.batch.values()),
+        clients=len(attempt.batch),
+        bytes_sent=sum(a.bytes_sent for a in answers),
+        bytes_received=sum(a.bytes_received for a in answers),
+        seconds_real=seconds,
+        seconds_simulated=simulated,
+    )
 
 
 def _check_delays(model: DelayModel | None, name: str) -> DelayModel | None:
@@ -486,19 +621,14 @@ def _evaluate_on_server(
     return dict(metrics)
 
 
-def _refuse(failures: dict[int, str], orders: list[WorkOrder], exchange: str) -> None:
-    if failures:
-        raise StepError(f"{len(failures)} of {len(orders)} clients failed in the {exchange} exchange", failures)
-
-
-def _log_round(record: RoundRecord, plan: BatchPlan) -> None:
+def _log_round(record: RoundRecord) -> None:
     deviation = "" if record.deviation_mean is None else f", batch deviation {record.deviation_mean:.3f}"
     accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.3f}"
     simulated = "" if record.seconds_simulated is None else f", {record.seconds_simulated:.1f} simulated seconds"
     log.info(
         "round %d  %d steps, loss %.4f%s%s, %.1f of %d clients a step%s",
         *(record.round, record.num_steps, record.loss, accuracy, deviation),
-        *(record.clients_per_step, len(plan.population), simulated),
+        *(record.clients_per_step, record.num_clients, simulated),
     )
 
 

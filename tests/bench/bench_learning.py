@@ -90,7 +90,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     for epoch in range(options.epochs):
         if sampler:
             plan = make_sampler(sampler, options.batch_size, seed, **extra).plan(population, epoch)
-            cursors = Cursors(plan, seed=seed, epoch=epoch)
+            cursors = Cursors(plan.population.client_ids, seed=seed, epoch=epoch)
             batches, times = [], step_times(plan)
             for i, step in enumerate(plan):
                 orders = cursors.orders(i, step)

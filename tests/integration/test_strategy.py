@@ -38,11 +38,13 @@ from psl_flower import (
 )
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.codec import decode_tensor, encode_tensor
+from psl_flower.faults import FaultPolicy
 from psl_flower.protocol import BACKWARD, EVALUATE, FORWARD
 from psl_flower.strategy import result as result_module
 from psl_flower.strategy import strategy as strategy_module
 
 K = 3
+STRICT = FaultPolicy(tolerate=False)
 SAMPLER = UniformGlobalSampler(16, seed=3)
 STEPS = len(SAMPLER.plan(population(K)))
 
@@ -798,7 +800,7 @@ FAULTS = {
 def test_a_bad_reply_ends_its_step_and_nothing_of_it_is_applied(fault, monkeypatch, tmp_path):
     message_type, change, difference = FAULTS[fault]
     monkeypatch.setattr(strategy_module, "SplitTrainer", Watched)
-    strategy, _ = make(output_dir=tmp_path)
+    strategy, _ = make(output_dir=tmp_path, faults=STRICT)
     grid = TamperingGrid(split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition), K, message_type, 1, 2, change)
     with pytest.raises(StepError, match=f"round 1, step 2: (?s:.*)client 1: .*{difference}") as caught:
         strategy.start(grid, ArrayRecord(tiny_resnet().state_dict()), num_rounds=1, timeout=0.3)
@@ -850,7 +852,7 @@ def test_a_client_that_raises_is_named_with_its_error(where, message, monkeypatc
     monkeypatch.setattr(Failing, "where", where)
     monkeypatch.setattr(Failing, "step", 1)
     with pytest.raises(StepError, match=message + r"(?s:.*)client 2: error \d+: OSError: disk on fire") as caught:
-        run(client_class=Failing, data_fn=load_partition_with_test)
+        run(client_class=Failing, data_fn=load_partition_with_test, faults=STRICT)
     assert list(caught.value.failures) == [2]
     committed = STEPS if where == "evaluate" else 1
     assert len(Watched.latest.committed) == committed + 1
@@ -869,7 +871,7 @@ EVALUATION_FAULTS = {
 @pytest.mark.parametrize("fault", EVALUATION_FAULTS)
 def test_a_bad_reply_in_evaluation_is_named(fault):
     change, difference = EVALUATION_FAULTS[fault]
-    strategy, _ = make()
+    strategy, _ = make(faults=STRICT)
     app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition_with_test)
     grid = TamperingGrid(app, K, EVALUATE, 0, 0, change)
     with pytest.raises(StepError, match=f"round 1, evaluation: (?s:.*)client 0: .*{difference}") as caught:
@@ -893,7 +895,7 @@ def test_the_first_step_is_all_or_nothing_too(monkeypatch):
     monkeypatch.setattr(Failing, "where", "backward")
     monkeypatch.setattr(Failing, "step", 0)
     with pytest.raises(StepError):
-        run(client_class=Failing)
+        run(client_class=Failing, faults=STRICT)
     assert len(Watched.latest.committed) == 1
     state, initial = Watched.latest.state(), tiny_resnet().state_dict()
     assert set(state) == set(initial)

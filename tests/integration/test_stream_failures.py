@@ -22,7 +22,7 @@ from support import (
 )
 from traps import Deadly, Trapped
 
-from psl_flower import ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower import FaultPolicy, ParallelSplitLearning, UniformGlobalSampler, split_client_app
 from psl_flower.errors import StepError
 from psl_flower.exchange.streams import StreamCarrier, StreamOptions
 from psl_flower.protocol import DescribeRequest, Description
@@ -49,6 +49,7 @@ def train(grid, trap, at, timeout=60):
         min_available_nodes=CLIENTS,
         transport="streams",
         device="cpu",
+        faults=FaultPolicy(patience=0.0),
     )
     result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1, timeout=timeout)
     assert not trap.exists()  # it did go off

@@ -223,3 +223,94 @@ def test_exchange_speaks_of_clients_and_answers_in_ascending_id():
     requests, timeout = members._carrier.asked[-1]
     assert (set(requests), timeout) == ({70, 50}, 9.0)
     assert answers[2].reply.partition_id == 2
+
+
+# --- clients that fail, leave and come back ---------------------------------------------------------------------------
+SILENT = Answer(None, "no reply within 5 s", 5.0)
+
+
+def tolerant(nodes, looks):
+    carrier = FakeCarrier(nodes, looks)
+    members = Clients(carrier, label_counts=False, tolerate=True)
+    members.refresh(1, 5.0)
+    return members, carrier
+
+
+def test_a_node_that_does_not_describe_itself_is_left_out_until_the_next_refresh(caplog):
+    members, carrier = tolerant({1: described(0), 2: SILENT}, [[1, 2]])
+    assert list(members.members) == [0]
+    assert "going on without it: node 2: no reply within 5 s" in caplog.text
+    carrier.nodes[2] = described(1)
+    assert members.look_again(5.0) == []  # it has been asked
+    members.refresh(1, 5.0)
+    assert list(members.members) == [0, 1]
+
+
+def test_too_few_that_describe_themselves_are_refused():
+    members = Clients(FakeCarrier({1: described(0), 2: SILENT}), label_counts=False, tolerate=True)
+    with pytest.raises(MembershipError, match=r"every client must describe itself:\n  node 2: no reply within 5 s"):
+        members.refresh(2, 5.0)
+
+
+def test_a_client_back_on_another_node_is_found_there():
+    members, carrier = tolerant({1: described(0), 2: described(1), 9: described(1)}, [[1, 2], [1, 9]])
+    assert members.look_again(5.0) == []
+    assert [m.node for m in members.members.values()] == [1, 9]
+    carrier.looks = [[1, 2, 9]]
+    assert members.look_again(5.0) == []
+    assert members.members[1].node == 9  # it speaks, and the other one is old
+
+
+def test_a_client_is_not_taken_over_while_its_node_speaks():
+    members, carrier = tolerant({1: described(0), 9: described(0)}, [[1], [1, 9]])
+    members.look_again(5.0)
+    assert members.members[0].node == 1
+    carrier.nodes[1] = SILENT
+    members.exchange({0: DescribeRequest(False)}, 5.0)
+    members.look_again(5.0)
+    assert members.members[0].node == 9
+
+
+def test_a_client_back_with_other_data_waits_for_the_next_refresh(caplog):
+    members, _ = tolerant({1: described(0, 10), 2: described(1), 9: described(0, 11)}, [[1, 2], [2, 9]])
+    members.look_again(5.0)
+    assert members.members[0].node == 1
+    assert "client 0 is back on node 9 with other data" in caplog.text
+    members.refresh(1, 5.0)
+    assert members.population().sizes.tolist() == [11, 10]
+
+
+def test_those_that_join_are_named():
+    members, _ = tolerant({1: described(4), 2: described(7), 3: described(5)}, [[1], [1, 2, 3], [1, 2, 3]])
+    assert members.look_again(5.0) == [7, 5]
+    assert list(members.members) == [4, 5, 7]
+    assert members.look_again(5.0) == []
+
+
+def test_a_client_whose_node_left_stays_until_it_is_given_up():
+    members, _ = tolerant({1: described(0), 2: described(1)}, [[1, 2], [1]])
+    members.refresh(1, 5.0)
+    assert list(members.members) == [0, 1]
+    members.refresh(1, 5.0, given_up={1})
+    assert list(members.members) == [0]
+
+
+def test_the_ghost_of_a_restarted_node_is_no_duplicate():
+    nodes = {1: described(0), 2: described(1), 9: described(1)}
+    members, carrier = tolerant(nodes, [[1, 2]])
+    carrier.nodes[2] = SILENT
+    members.exchange({1: DescribeRequest(False)}, 5.0)
+    carrier.looks = [[1, 2, 9]]  # Flower takes a while to notice that node 2 is gone
+    members.refresh(1, 5.0)
+    assert [m.node for m in members.members.values()] == [1, 9]
+    carrier.nodes[9] = SILENT
+    members.exchange({1: DescribeRequest(False)}, 5.0)
+    members.refresh(1, 5.0)  # neither speaks: where it was last
+    assert [m.node for m in members.members.values()] == [1, 9]
+
+
+def test_a_client_that_is_no_member_gets_an_answer():
+    members, _ = tolerant({1: described(0)}, [[1]])
+    answers = members.exchange({0: DescribeRequest(False), 3: DescribeRequest(False)}, 5.0)
+    assert answers[0].reply is not None
+    assert answers[3].failure == "it is not connected"

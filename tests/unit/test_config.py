@@ -8,6 +8,7 @@ from psl_flower.app.datasets import SPECS
 from psl_flower.app.models import default_cut
 from psl_flower.config import DATASETS, MODELS, RunConfig
 from psl_flower.errors import ConfigError
+from psl_flower.faults import FaultPolicy
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.stragglers import DELAY_MODELS, CsvDelays, DelayEstimator, LognormalDelays, SlowFractionDelays
 
@@ -62,6 +63,16 @@ def test_every_dataset_and_model_that_may_be_named_exists():
         ("data-path", "some/where", "data-path must be absolute, got 'some/where'"),
         ("classes-per-client", 2, "choose another partition"),
         ("dirichlet-alpha", 0.1, "choose another partition"),
+        ("tolerate-faults", 1, "tolerate-faults must be true or false, got 1"),
+        ("step-timeout", -1.0, "step-timeout must be greater than 0"),
+        ("min-batch-fraction", 2.0, "min-batch-fraction must be at most 1, got 2.0"),
+        ("patience", -1.0, "patience must be at least 0"),
+        ("join", "round", "join must be one of 'epoch', 'step', got 'round'"),
+        ("non-finite-loss", "ignore", "non-finite-loss must be one of 'stop', 'skip'"),
+        ("max-gradient-norm", -1.0, "max-gradient-norm must be greater than 0"),
+        ("checkpoint-every", -1, "checkpoint-every must be at least 0"),
+        ("keep-checkpoints", 0.5, "keep-checkpoints must be a whole number"),
+        ("resume-from", 3, "resume-from must be a string, got 3"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key_and_the_rule(key, value, message):
@@ -72,6 +83,13 @@ def test_a_bad_value_is_refused_with_its_key_and_the_rule(key, value, message):
 def test_an_unknown_key_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"'batch_size' \(did you mean 'batch-size'\?\)"):
         RunConfig.read({"batch_size": 64})
+
+
+def test_the_policy_for_faults_is_that_of_the_library_unless_its_numbers_are_given():
+    assert RunConfig().fault_policy() == FaultPolicy()
+    given = {"tolerate-faults": False, "step-timeout": 5.0, "max-gradient-norm": 1.0, "join": "step"}
+    expected = FaultPolicy(tolerate=False, step_timeout=5.0, max_gradient_norm=1.0, join="step")
+    assert RunConfig.read(given).fault_policy() == expected
 
 
 def test_data_path_may_start_at_home():

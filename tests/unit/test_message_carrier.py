@@ -292,3 +292,24 @@ def test_bytes_count_tensors_both_ways(clock):
 
 def test_node_ids_are_the_grids(clock):
     assert list(MessageCarrier(FakeGrid(clock, {})).node_ids()) == [5, 3, 4]
+
+
+# --- replies nobody waits for ----------------------------------------------------------------------------------------
+def test_late_replies_and_duplicates_are_counted_and_dropped(clock):
+    grid = FakeGrid(clock, {3: 12.0, 4: 0.5})
+    with MessageCarrier(grid) as carrier:
+        first = carrier.exchange(REQUESTS, 10.0)
+        assert [node for node, answer in first.items() if answer.reply is None] == [3]
+        clock.now += 5.0  # the reply of node 3 comes now
+        grid.delays = {}
+        grid.change_ids = lambda ids: ids[3:]
+        second = carrier.exchange(REQUESTS, 10.0)
+        assert all(answer.reply is not None for answer in second.values())
+        assert carrier.ignored == {"late": 1}
+        grid.change_ids = lambda ids: ids[6:]
+        for message_id in ("m3", "m4"):  # answered before
+            message = grid.pushed[message_id]
+            message.metadata.__dict__["_message_id"] = message_id
+            grid.extra.append(grid.reply(message))
+        carrier.exchange(REQUESTS, 10.0)
+        assert carrier.ignored == {"late": 1, "duplicate": 2}

@@ -340,7 +340,8 @@ class StreamCarrier(Carrier):
         number = frame.header.get("number")
         sent = self._sent.get(number) if type(number) is int else None
         if type(number) is not int or sent is None or sent.connection is not connection or self._exchange is None:
-            return  # too late, its exchange is over; or nobody asked this process
+            self.ignored["late"] += 1  # its exchange is over; or nobody asked this process
+            return
         del self._sent[number]
         current, nodes = self._exchange, sent.group.nodes
         elapsed = current.elapsed()

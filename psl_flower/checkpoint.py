@@ -1,0 +1,200 @@
+"""Checkpoints: one file each, written atomically, read without running anything that is in it.
+
+A checkpoint is a tree of dicts, lists, tuples, numbers, strings, arrays and tensors. The tensors make a safetensors
+file; the rest of the tree is JSON in that file's metadata. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from psl_flower.errors import ConfigError
+
+log = logging.getLogger("flwr.psl_flower")
+
+VERSION = 1  # of what is in the tree; another one is refused
+FOLDER = "checkpoints"
+_NAME = re.compile(r"round-(\d+)-step-(\d+)\.safetensors")
+_TREE = "psl_flower"  # the metadata's key
+
+
+def write(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that it is there as a whole or not at all, even if the machine stops.
+
+    Raises
+    ------
+    ConfigError
+        If the tree holds something that is neither data nor a tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_encode(dict(tree), "", tensors))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    save_file(tensors, unfinished, metadata={_TREE: text})
+    _flush(unfinished)
+    os.replace(unfinished, path)
+    _flush(path.parent)
+
+
+def check(tree: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a checkpoint cannot hold this."""
+    _encode(dict(tree), "", {})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read what `write` wrote.
+
+    Raises
+    ------
+    ConfigError
+        If it is not there, or no checkpoint, or damaged.
+    """
+    if not path.is_file():
+        raise ConfigError(f"resume_from: there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tree = json.loads((file.metadata() or {})[_TREE])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        found: dict[str, Any] = _decode(tree, tensors)
+        if found["version"] != VERSION:
+            raise ConfigError(f"{path} is a checkpoint of version {found['version']}, this is version {VERSION}")
+    except ConfigError:
+        raise
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as exc:
+        raise ConfigError(f"{path} is no checkpoint, or damaged: {type(exc).__name__}: {exc}") from exc
+    return found
+
+
+class Checkpoints:
+    """The checkpoints of a run in a folder, of which the last few are kept.
+
+    Parameters
+    ----------
+    folder : path
+        Made with the first checkpoint.
+    keep : int
+        How many, at least 1.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self._keep = folder, keep
+
+    def save(self, server_round: int, step: int, tree: Mapping[str, Any]) -> Path:
+        """Write a checkpoint; return where it is."""
+        path = self.folder / f"round-{server_round:05}-step-{step:07}.safetensors"
+        write(path, {"version": VERSION, **tree})
+        for old in [*self.all()[: -self._keep], *self.folder.glob("*.unfinished")]:
+            old.unlink()
+        return path
+
+    def all(self) -> list[Path]:
+        """Return the checkpoints, the oldest first."""
+        found = [(match, path) for path in self.folder.glob("*") if (match := _NAME.fullmatch(path.name))]
+        return [path for match, path in sorted(found, key=lambda item: tuple(map(int, item[0].groups())))]
+
+    def latest(self) -> dict[str, Any] | None:
+        """Return the last one that can be read, or None."""
+        for path in reversed(self.all()):
+            try:
+                found = read(path)
+            except ConfigError as error:
+                log.warning("%s; going on to the one before", error)
+                continue
+            log.info("Resuming from %s", path)
+            return found
+        return None
+
+    def put_away(self) -> None:
+        """Move those of an earlier run to ``checkpoints.old``, so that nobody takes them for this run's."""
+        if not self.all():
+            return
+        old = self.folder.with_suffix(".old")
+        old.mkdir(exist_ok=True)
+        for path in Checkpoints(old, 1).all():
+            path.unlink()
+        for path in self.all():
+            os.replace(path, old / path.name)
+        log.warning("Checkpoints of an earlier run are moved to %s; to go on from them, set resume_from", old)
+
+
+def check_identity(found: Any, here: Any, where: str = "") -> None:
+    """Refuse a checkpoint of something else, naming the first difference.
+
+    Raises
+    ------
+    ConfigError
+        If the two, dicts of dicts and values, differ.
+    """
+    if isinstance(found, Mapping) and isinstance(here, Mapping):
+        for key in {**found, **here}:
+            if key not in found or key not in here:
+                has, lacks = ("the checkpoint", "this run") if key in found else ("this run", "the checkpoint")
+                raise ConfigError(f"the checkpoint is not of this run: {where}{key} is in {has}, not in {lacks}")
+            check_identity(found[key], here[key], f"{where}{key}: ")
+    elif found != here:
+        raise ConfigError(f"the checkpoint is not of this run: {where}the checkpoint has {found!r}, this run {here!r}")
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Values that JSON has not are lists whose first item tells what they are; so a list begins with its kind, too.
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        tensors[path] = torch.tensor(value)
+        return ["array", path]
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        return ["tensor", path]
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return [kind, *(_encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value))]
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _encode(v, f"{path}/{key}", tensors) for key, v in value.items()}
+        items = ([_encode(key, path, tensors), _encode(v, f"{path}/{key}", tensors)] for key, v in value.items())
+        return ["dict", *items]
+    raise ConfigError(
+        f"a checkpoint holds numbers, strings and tensors only, {path.lstrip('/')!r} is a {type(value).__name__}: "
+        "choose another optimizer or scheduler, or keep_checkpoints=0 for none"
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(v, tensors) for key, v in value.items()}
+    if not isinstance(value, list):
+        return value
+    kind, *items = value
+    if kind == "tensor":
+        return tensors[items[0]]
+    if kind == "array":
+        return tensors[items[0]].numpy()
+    if kind == "dict":
+        return {_decode(key, tensors): _decode(v, tensors) for key, v in items}
+    if kind not in ("list", "tuple"):
+        raise ValueError(f"unknown kind {kind!r:.40}")
+    decoded = [_decode(v, tensors) for v in items]
+    return decoded if kind == "list" else tuple(decoded)

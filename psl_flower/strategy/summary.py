@@ -1,0 +1,181 @@
+"""What went wrong in a run, and where its time went."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from psl_flower.exchange import Answer
+from psl_flower.strategy.progress import clock
+
+log = logging.getLogger("flwr.psl_flower")
+
+_SLOWEST = 5  # clients shown
+
+# Kinds of failures, by what their texts hold; the first that fits. What clients raised comes first, for it may say
+# anything.
+_REASONS = {
+    "client error": r"^(error -?\d+|[\w.]*(Error|Exception|Interrupt)): ",
+    "timeout": "no reply within",
+    "unreachable": "did not accept a message|not connected|process is gone|stream|reads nothing|did not come back",
+    "another step": "reply to another step",
+    "not finite": "expected finite values",
+    "label range": "^labels: expected integers from",
+    "shape": "shape:",
+    "dtype": "dtype:",
+    "tensors missing or unknown": "^gradients: |^activations: expected",
+    "malformed": "^bad reply|^expected ",
+    "other": "",
+}
+
+
+def reason_of(failure: str) -> str:
+    """Return what kind of failure a text describes, in a word or two."""
+    return next(reason for reason, text in _REASONS.items() if re.search(text, failure))
+
+
+@dataclass
+class RunSummary:
+    """Counts faults and adds up time, over a run and those that it resumes.
+
+    Parameters
+    ----------
+    steps_committed : int
+        Steps that changed the model.
+    steps_short : int
+        Of these, steps that some client was lost from.
+    steps_redone : int
+        Attempts that nothing came of, because too little arrived.
+    steps_recomputed : int
+        Times a step's forward and backward pass was repeated, without a client lost before its own backward pass.
+    steps_skipped, examples_skipped : int
+        Steps left out because they were not finite.
+    examples_redone : int
+        Examples that had to be asked for again.
+    examples_unseen : dict of int to int
+        By client: examples that an epoch went without, over all epochs.
+    failures : dict of int to int
+        By client: requests it did not answer as asked.
+    refused : dict of str to int
+        The same by kind.
+    ignored : dict of str to int
+        Replies nobody waited for: late ones, and duplicates.
+    clipped : int
+        Contributions of clients whose norm was too large.
+    replans : int
+        Times the rest of an epoch was planned anew.
+    resumed : int
+        Times the run went on from a checkpoint.
+    seconds_compute, seconds_clients, seconds_wire, seconds_waiting : float
+        The server half's own work; the slowest client's work, exchange by exchange; what exchanges took beyond it; and
+        waiting for nothing: failed attempts and pauses.
+    client_seconds, client_examples : dict of int to float, int
+        Work of each client, and examples it was about.
+    """
+
+    steps_committed: int = 0
+    steps_short: int = 0
+    steps_redone: int = 0
+    steps_recomputed: int = 0
+    steps_skipped: int = 0
+    examples_skipped: int = 0
+    examples_redone: int = 0
+    examples_unseen: Counter[int] = field(default_factory=Counter)
+    failures: Counter[int] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    clipped: int = 0
+    replans: int = 0
+    resumed: int = 0
+    seconds_compute: float = 0.0
+    seconds_clients: float = 0.0
+    seconds_wire: float = 0.0
+    seconds_waiting: float = 0.0
+    client_seconds: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    client_examples: Counter[int] = field(default_factory=Counter)
+
+    def exchanged(self, answers: Mapping[int, Answer], seconds: float, counts: Mapping[int, int]) -> None:
+        """Count an exchange that took `seconds`; `counts` are the examples asked of each client."""
+        replied = {client: a.seconds for client, a in answers.items() if a.reply is not None}
+        worked = min(max(replied.values(), default=0.0), seconds)
+        self.seconds_clients += worked
+        self.seconds_wire += seconds - worked
+        for client, its_seconds in replied.items():
+            self.client_seconds[client] += its_seconds
+            self.client_examples[client] += counts[client]
+
+    def refuse(self, failures: Mapping[int, str]) -> None:
+        """Count failures; texts by client."""
+        self.refused.update(map(reason_of, failures.values()))
+        self.failures.update(failures.keys())
+
+    def slowest(self) -> dict[int, float]:
+        """Return seconds per example of the slowest clients, the slowest first."""
+        speed = {k: s / n for k, s in self.client_seconds.items() if (n := self.client_examples[k])}
+        return dict(sorted(speed.items(), key=lambda item: -item[1])[:_SLOWEST])
+
+    def faultless(self) -> bool:
+        """Return whether nothing went wrong."""
+        skipped = self.steps_skipped + self.steps_redone + self.clipped
+        return not (skipped or self.refused or self.ignored or self.examples_unseen)
+
+    def report(self) -> dict[str, Any]:
+        """Return what ``summary.json`` holds."""
+        counts = {k: v for k, v in self.to_dict().items() if k not in ("client_seconds", "client_examples")}
+        return {**counts, "slowest_clients_seconds_per_example": {str(k): v for k, v in self.slowest().items()}}
+
+    def log(self) -> None:
+        """Log it."""
+        log.info(
+            "Time: %s server half, %s clients (the slowest of each exchange), %s wire, %s waiting",
+            *map(clock, (self.seconds_compute, self.seconds_clients, self.seconds_wire, self.seconds_waiting)),
+        )
+        if slowest := self.slowest():
+            shown = ", ".join(f"{k} ({1000 * s:.2f} ms an example)" for k, s in slowest.items())
+            log.info("Slowest clients: %s", shown)
+        if self.faultless():
+            log.info("Faults: none in %d steps", self.steps_committed)
+            return
+        log.warning(
+            "Faults: %d of %d steps went on without some client, %d attempts were redone, %d examples asked for again",
+            *(self.steps_short, self.steps_committed, self.steps_redone, self.examples_redone),
+        )
+        if self.refused:
+            worst = ", ".join(f"{k} ({n})" for k, n in self.failures.most_common(_SLOWEST))
+            log.warning("Failures: %s; clients that failed most: %s", _shown(self.refused), worst)
+        if self.ignored:
+            log.warning("Replies nobody waited for: %s", _shown(self.ignored))
+        if self.clipped:
+            log.warning("%d contributions of clients were scaled down to max_gradient_norm", self.clipped)
+        if self.steps_skipped:
+            log.warning("%d steps of %d examples were not finite", self.steps_skipped, self.examples_skipped)
+        if self.examples_unseen:
+            log.warning("Examples not seen, by client: %s", _shown(self.examples_unseen))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers and dicts with string keys (for JSON)."""
+        return {
+            name: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+            for name, value in vars(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> RunSummary:
+        """Return the summary that `to_dict` described."""
+        summary = cls()
+        for name, value in state.items():
+            if isinstance(value, Mapping):
+                key = str if name in ("refused", "ignored") else int
+                getattr(summary, name).update({key(k): v for k, v in value.items()})
+            else:
+                setattr(summary, name, value)
+        return summary
+
+
+def _shown(counts: Mapping[Any, int]) -> str:
+    items: Iterable[tuple[Any, int]] = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{key} {n}" for key, n in items)

@@ -1,0 +1,83 @@
+"""Which clients are left out until when, and when to give up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+# Attempts at a step that a client is left out of at most.
+LONGEST_ABSENCE = 64
+
+
+class Absences:
+    """Which clients are left out of the next attempt at a step: those that failed again and again.
+
+    After its first failure a client is tried again at once; after the second in a row it is left out of one attempt,
+    then of 2, 4, 8, ... A success forgets its failures.
+    """
+
+    def __init__(self) -> None:
+        self._attempt = 0
+        self._failures: dict[int, int] = {}  # in a row
+        self._until: dict[int, int] = {}  # the first attempt that it takes part in again
+
+    def next_attempt(self) -> None:
+        """Count an attempt at a step."""
+        self._attempt += 1
+
+    def failed(self, clients: Iterable[int]) -> None:
+        """Take note of failures in the attempt that was last counted."""
+        for client in clients:
+            failures = self._failures[client] = self._failures.get(client, 0) + 1
+            interval = 0 if failures == 1 else min(2 ** (failures - 2), LONGEST_ABSENCE)
+            self._until[client] = self._attempt + 1 + interval
+
+    def succeeded(self, clients: Iterable[int]) -> None:
+        """Forget the failures of clients."""
+        for client in clients:
+            self._failures.pop(client, None)
+            self._until.pop(client, None)
+
+    def left_out(self) -> set[int]:
+        """Return the clients that are left out of the next attempt."""
+        return {client for client, until in self._until.items() if until > self._attempt + 1}
+
+    def failing(self) -> set[int]:
+        """Return the clients whose last attempt failed."""
+        return set(self._failures)
+
+
+# Attempts before anything is given up, and how long to pause between them: so that a client that is restarted is found,
+# but nobody is asked a thousand times a second.
+LEAST_TRIES = 3
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds
+
+
+class Stall:
+    """Attempts in a row that nothing came of, and when to give up.
+
+    Attributes
+    ----------
+    failures : dict of int to str
+        What went wrong, by client id.
+    """
+
+    def __init__(self) -> None:
+        self._tries, self._begin = 0, 0.0
+        self.failures: dict[int, str] = {}
+
+    def over(self) -> None:
+        """Forget them: something came of an attempt."""
+        self._tries, self.failures = 0, {}
+
+    def hopeless(self, patience: float) -> bool:
+        """Count another attempt, and return whether it is time to give up, `patience` seconds after the first."""
+        self._tries += 1
+        if self._tries == 1:
+            self._begin = time.monotonic()
+        return self._tries >= LEAST_TRIES and time.monotonic() - self._begin >= patience
+
+    def pause(self, patience: float) -> float:
+        """Return how many seconds to wait before the next attempt: twice as long each time, within the patience."""
+        left = self._begin + patience - time.monotonic()
+        return max(0.0, min(FIRST_PAUSE * 2.0 ** (self._tries - 1), LONGEST_PAUSE, left))

@@ -1,0 +1,49 @@
+"""The server: writes down the work orders of every committed step."""
+
+import json
+from pathlib import Path
+
+import support
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import ServerApp
+
+from psl_flower import FaultPolicy, ParallelSplitLearning, UniformGlobalSampler
+from psl_flower.strategy.step import StepRunner
+
+app = ServerApp()
+
+
+COMMITTED = []
+
+
+class Recording(StepRunner):
+    """Notes the orders of what an attempt has applied."""
+
+    def attempt(self, orders, waits):
+        attempt = super().attempt(orders, waits)
+        applied = [o for o in orders if attempt.outcome is not None and o.client in attempt.batch]
+        COMMITTED.extend([o.client, o.epoch, o.step, o.start, o.count] for o in applied)
+        return attempt
+
+
+@app.main()
+def main(grid, context):
+    from psl_flower.strategy import strategy as module
+
+    module.StepRunner = Recording
+    config = context.run_config
+    model, folder = support.tiny_resnet(), Path(str(config["results"]))
+    strategy = ParallelSplitLearning(
+        model,
+        cut=support.CUT,
+        sampler=UniformGlobalSampler(32, seed=3),
+        optimizer=support.sgd,
+        min_available_nodes=len(list(grid.get_node_ids())),
+        transport=str(config["transport"]),
+        evaluate_every=0,
+        faults=FaultPolicy(step_timeout=float(config["step-timeout"])),
+        output_dir=folder,
+    )
+    told = {name: config[name] for name in ("results", "share", "deaths")}
+    strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=3, train_config=ConfigRecord(told))
+    (folder / "committed.json").write_text(json.dumps(COMMITTED))

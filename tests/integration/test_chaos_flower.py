@@ -1,0 +1,67 @@
+"""Chaos in the Ray simulation and in a deployment: every example is used once an epoch, and faults are counted."""
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from support import client_sizes
+
+from psl_flower.app.deployment import LocalDeployment
+from psl_flower.app.local import LocalSuperLink
+
+TESTS = Path(__file__).parents[1]
+K = 6
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("superlink")
+    link = LocalSuperLink(folder / "home", folder)
+    link.environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    with link:
+        yield link
+
+
+@pytest.mark.flower
+@pytest.mark.parametrize(("transport", "deaths"), [("messages", 0), ("streams", 1)])
+def test_nothing_is_lost_and_nothing_used_twice(superlink, transport, deaths, tmp_path):
+    output = superlink.run(
+        TESTS / "apps" / "chaos",
+        num_supernodes=K,
+        run_config=[f"results='{tmp_path}' transport='{transport}' deaths={deaths}"],
+        quiet=True,
+    )
+    assert ("is gone" in output) == bool(deaths)
+    assert_nothing_lost(tmp_path, K)
+
+
+@pytest.mark.flower
+def test_nothing_is_lost_in_a_deployment_whose_clientapps_die(tmp_path):
+    deployment = LocalDeployment(tmp_path / "home", 2, tmp_path)
+    deployment.environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    deployment.environment["OMP_NUM_THREADS"] = "1"
+    results = tmp_path / "results"
+    results.mkdir()
+    with deployment:
+        config = [f"results='{results}' transport='streams' deaths=2 share=0.1"]
+        output = deployment.run(TESTS / "apps" / "chaos", run_config=config, quiet=True)
+    assert output.count("The process of 1 clients is gone") == 2
+    assert_nothing_lost(results, 2, others=2)  # a client that dies may miss its exchange, and fail to attach at once
+
+
+def assert_nothing_lost(folder, num_clients, others=0):
+    poisoned = len(list((folder / "poisoned").iterdir()))
+    assert poisoned > 3
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["refused"].pop("not finite") == poisoned
+    assert sum(summary["refused"].values()) <= 2 * others
+    assert summary["examples_unseen"] == {}
+    used = defaultdict(list)
+    for client, epoch, *rest in json.loads((folder / "committed.json").read_text()):
+        name = "-".join(map(str, (client, epoch, *rest)))
+        used[epoch, client] += json.loads((folder / "drawn" / name).read_text())
+    for epoch in range(3):
+        for client, size in enumerate(client_sizes(num_clients)):
+            assert sorted(used[epoch, client]) == list(range(size))

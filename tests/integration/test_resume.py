@@ -1,0 +1,299 @@
+"""Checkpoints of whole runs: what a resumed run ends with is what an uninterrupted one does."""
+
+import json
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+from support import (
+    CUT,
+    NUM_CLASSES,
+    adam,
+    largest_difference,
+    load_partition_with_test,
+    population,
+    sgd,
+    tiny_resnet,
+)
+
+from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, UniformGlobalSampler, split_client_app
+from psl_flower.errors import ConfigError, MembershipError
+from psl_flower.exchange.messages import MessageCarrier
+from psl_flower.samplers.registry import SAMPLERS
+from psl_flower.stragglers import DelayEstimator, delay_model
+from psl_flower.strategy import result as result_module
+from psl_flower.strategy import strategy as strategy_module
+
+K = 5
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would: nothing handles it."""
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch):
+    monkeypatch.setattr(result_module, "save_curves", lambda path, steps, rounds: None)
+
+
+def make(folder, *, sampler=None, model=None, cut=CUT, optimizer=sgd, **options):
+    return ParallelSplitLearning(
+        model or tiny_resnet(),
+        cut=cut,
+        sampler=sampler or UniformGlobalSampler(16, seed=3),
+        optimizer=optimizer,
+        output_dir=folder,
+        min_available_nodes=K,
+        **options,
+    )
+
+
+def client_app(client_class=SplitClient):
+    return split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition_with_test, client_class=client_class)
+
+
+def start(strategy, *, num_rounds=2, grid=None, evaluate_fn=None):
+    arrays = ArrayRecord(tiny_resnet().state_dict())
+    return strategy.start(grid or InProcessGrid(client_app(), K), arrays, num_rounds, evaluate_fn=evaluate_fn)
+
+
+class KillingGrid(InProcessGrid):
+    """Ends the run at the `at`-th push of messages."""
+
+    def __init__(self, at, client_class=SplitClient):
+        super().__init__(client_app(client_class), K)
+        self.left = at
+
+    def push_messages(self, messages):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return super().push_messages(messages)
+
+
+def killed(strategy, at, **options):
+    with pytest.raises(Killed):
+        start(strategy, grid=KillingGrid(at), **options)
+
+
+def state_of(result):
+    return result.arrays.to_torch_state_dict()
+
+
+def lines(folder):
+    kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timing = {"seconds_real", "seconds_plan"}
+    return [{k: v for k, v in line.items() if k not in timing} for line in kept]
+
+
+def make_sampler(name):
+    return SAMPLERS[name](population(K).num_examples // 12, seed=3)
+
+
+def options_for(name):
+    return {"sampler": make_sampler(name), "delays": delay_model("slow-fraction", seed=1, fraction=0.4)}
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_a_resumed_run_ends_as_an_uninterrupted_one(name, tmp_path, caplog):
+    caplog.set_level("INFO", "flwr.psl_flower")
+    options = {**options_for(name), "optimizer": adam, "checkpoint_every": 3}
+    whole = start(make(tmp_path / "whole", **options))
+    steps = sum(line["kind"] == "step" and line["round"] == 1 for line in lines(tmp_path / "whole"))
+    # describing, a round, its evaluation and eight steps: in the second round, between two checkpoints
+    killed(make(tmp_path / "cut", **options), 1 + 2 * steps + 1 + 2 * 8)
+    resumed = start(make(tmp_path / "cut", **options, resume_from="latest"))
+    assert "Resumed in round 2, after step 6." in caplog.text
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert resumed.evaluate_metrics_clientapp == whole.evaluate_metrics_clientapp
+    assert list(resumed.train_metrics_clientapp) == [1, 2]
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert summary["resumed"] == 1
+    assert summary["steps_committed"] == sum(line["kind"] == "step" for line in lines(tmp_path / "whole"))
+
+
+def scheduler(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.3)
+
+
+def cosine(optimizer):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+
+
+@pytest.mark.parametrize("scheduler", [scheduler, cosine])
+def test_killed_again_and_again(scheduler, tmp_path):
+    options = {"checkpoint_every": 4, "scheduler": scheduler}
+    whole = start(make(tmp_path / "whole", **options))
+    for at in (9, 30, 12):
+        killed(make(tmp_path / "cut", **options, resume_from="latest"), at)
+    resumed = start(make(tmp_path / "cut", **options, resume_from="latest"))
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_an_error_in_evaluate_fn_loses_nothing(tmp_path):
+    def evaluate(server_round, arrays):
+        if server_round == 2:
+            raise OSError("disk full")
+        return MetricRecord({"accuracy": 0.5})
+
+    def evaluate_well(server_round, arrays):
+        assert server_round != 0  # was done before
+        return MetricRecord({"accuracy": 0.5})
+
+    with pytest.raises(OSError, match="disk full"):
+        start(make(tmp_path / "cut"), evaluate_fn=evaluate)
+    strategy = make(tmp_path / "cut", resume_from="latest")
+    grid = KillingGrid(10**6)
+    resumed = start(strategy, evaluate_fn=evaluate_well, grid=grid)
+    assert 10**6 - grid.left == 2  # describing and the clients' evaluation: nothing was trained again
+    whole = start(make(tmp_path / "whole"), evaluate_fn=lambda r, a: MetricRecord({"accuracy": 0.5}))
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0
+    assert resumed.evaluate_metrics_serverapp == whole.evaluate_metrics_serverapp
+    rounds = [line["round"] for line in lines(tmp_path / "cut") if line["kind"] == "round"]
+    assert rounds == [1, 2]
+
+
+def test_a_finished_run_can_be_prolonged(tmp_path):
+    start(make(tmp_path / "two"), num_rounds=2)
+    longer = start(make(tmp_path / "two", resume_from="latest"), num_rounds=3)
+    whole = start(make(tmp_path / "three"), num_rounds=3)
+    assert largest_difference(state_of(longer), state_of(whole)) == 0
+
+
+def test_from_a_path_into_another_folder(tmp_path, caplog):
+    whole = start(make(tmp_path / "a"), num_rounds=2)
+    first = start(make(tmp_path / "one"), num_rounds=1)
+    (path,) = (tmp_path / "one" / "checkpoints").iterdir()
+    resumed = start(make(tmp_path / "b", resume_from=path), num_rounds=2)
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0
+    assert largest_difference(state_of(first), state_of(whole)) > 0
+    assert "The metrics before the checkpoint are not in" in caplog.text
+
+
+def test_latest_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplog):
+    start(make(tmp_path, resume_from="latest"), num_rounds=1)
+    assert "There is no checkpoint in" in caplog.text
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_the_last_few_are_kept_and_a_new_run_puts_them_away(tmp_path, caplog):
+    start(make(tmp_path, checkpoint_every=2, keep_checkpoints=3), num_rounds=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert len(names) == 3
+    assert all(name.startswith("round-00002") for name in names)
+    start(make(tmp_path), num_rounds=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints.old").iterdir()) == names
+    assert [p.name[:11] for p in (tmp_path / "checkpoints").iterdir()] == ["round-00001"]
+    assert "Checkpoints of an earlier run are moved" in caplog.text
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):
+    options = {"checkpoint_every": 4}
+    whole = start(make(tmp_path / "whole", **options))
+    killed(make(tmp_path / "cut", **options), 30)
+    last = max((tmp_path / "cut" / "checkpoints").iterdir())
+    last.write_bytes(last.read_bytes()[:-100])
+    resumed = start(make(tmp_path / "cut", **options, resume_from="latest"))
+    assert f"{last} is no checkpoint, or damaged" in caplog.text
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_no_checkpoints_on_request(tmp_path):
+    start(make(tmp_path, keep_checkpoints=0), num_rounds=1)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def wider():
+    model = tiny_resnet()
+    model.head = torch.nn.Linear(4, NUM_CLASSES + 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"model": wider()}, r"model: head.weight: the checkpoint has 'torch.float32 \(4, 4\)', this run .*\(5, 4\)'"),
+        ({"cut": "layer1"}, "cut: the checkpoint has 'layer2', this run 'layer1'"),
+        ({"sampler": UniformGlobalSampler(8, seed=3)}, "sampler: batch_size: the checkpoint has 16, this run 8"),
+        ({"sampler": UniformGlobalSampler(16, seed=4)}, "sampler: seed: the checkpoint has 3, this run 4"),
+        ({"optimizer": adam}, "optimizer: the checkpoint has 'SGD', this run 'Adam'"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(options, difference, tmp_path):
+    start(make(tmp_path), num_rounds=1)
+    model = options.get("model") or tiny_resnet()
+    with pytest.raises(ConfigError, match=f"the checkpoint is not of this run: {difference}"):
+        make(tmp_path, **options, resume_from="latest").start(None, ArrayRecord(model.state_dict()), 2)
+    assert (tmp_path / "model.safetensors").exists()  # nothing was touched
+
+
+class Shrunk(SplitClient):
+    def __init__(self, half, train, test=None, **options):
+        super().__init__(half, torch.utils.data.Subset(train, range(7)), test, **options)
+
+
+def test_clients_with_other_data_are_refused(tmp_path):
+    killed(make(tmp_path, checkpoint_every=2), 9)
+    strategy = make(tmp_path, resume_from="latest")
+    with pytest.raises(MembershipError, match="client 0 held 80 examples when the checkpoint was written, now it hol"):
+        start(strategy, grid=InProcessGrid(client_app(Shrunk), K))
+
+
+def test_measured_delays_are_remembered(tmp_path):
+    killed(make(tmp_path, delays=DelayEstimator(window=1000), checkpoint_every=3), 15)
+    strategy = make(tmp_path, delays=DelayEstimator(window=1000), resume_from="latest")
+    start(strategy, num_rounds=1)
+    replies = sum(len(client["quotas"]) for client in strategy._delays.to_dict()["clients"].values())
+    assert replies == sum(line["clients"] for line in lines(tmp_path) if line["kind"] == "step")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
+        ({"keep_checkpoints": -1}, "keep_checkpoints must be at least 0"),
+        (
+            {"checkpoint_every": 5, "folder": None},
+            "keep_checkpoints of at least 1, got None and 2",
+        ),
+        ({"checkpoint_every": 5, "keep_checkpoints": 0}, "need an output_dir and keep_checkpoints of at least 1"),
+        ({"resume_from": "latest", "folder": None}, "need an output_dir"),
+    ],
+)
+def test_options_are_checked_at_construction(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        make(**{"folder": tmp_path, **options})
+
+
+def test_a_path_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"resume_from: there is no checkpoint .*nowhere"):
+        start(make(tmp_path, resume_from=tmp_path / "nowhere"))
+
+
+# --- the end of a run, however it comes ------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_whatever_ends_a_run_closes_the_carrier_and_leaves_a_valid_checkpoint(error, tmp_path, monkeypatch):
+    closed = []
+
+    class Watched(MessageCarrier):
+        def close(self):
+            closed.append(True)
+            super().close()
+
+    def evaluate(server_round, arrays):
+        if server_round == 1:
+            raise error
+
+    monkeypatch.setattr(strategy_module, "open_carrier", lambda grid, *options: Watched(grid))
+    with pytest.raises(error):
+        start(make(tmp_path / "cut"), evaluate_fn=evaluate)
+    assert closed == [True]
+    assert (tmp_path / "cut" / "summary.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(result_module, "save_curves", lambda path, steps, rounds: None)
+    resumed = start(make(tmp_path / "cut", resume_from="latest"))
+    whole = start(make(tmp_path / "whole"))
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0

@@ -1,0 +1,120 @@
+"""Who is left out until when, and when to give up."""
+
+from itertools import pairwise
+
+import pytest
+
+from psl_flower.strategy import tolerance
+from psl_flower.strategy.summary import RunSummary, reason_of
+from psl_flower.strategy.tolerance import Absences, Stall
+
+
+def attempts(absences, failing, number):
+    """Return the attempts (0-based) that client 7 takes part in; it fails in those that `failing` says."""
+    taken = []
+    for attempt in range(number):
+        out = absences.left_out()
+        absences.next_attempt()
+        if 7 in out:
+            continue
+        taken.append(attempt)
+        (absences.failed if failing(attempt) else absences.succeeded)([7])
+    return taken
+
+
+def test_intervals_grow_twofold_to_a_limit():
+    taken = attempts(Absences(), lambda attempt: True, 600)
+    gaps = [b - a - 1 for a, b in pairwise(taken)]
+    assert gaps[:9] == [0, 1, 2, 4, 8, 16, 32, 64, 64]
+    assert max(gaps) == 64
+
+
+def test_a_success_forgets_failures():
+    absences = Absences()
+    assert attempts(absences, lambda attempt: attempt in (0, 1, 4, 5), 9) == [0, 1, 3, 4, 5, 7, 8]
+    assert absences.failing() == set()
+
+
+def test_others_are_not_left_out():
+    absences = Absences()
+    for _ in range(5):
+        absences.next_attempt()
+        absences.failed([1, 2])
+        absences.succeeded([3])
+    assert absences.left_out() == {1, 2}
+    assert absences.failing() == {1, 2}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(tolerance, "time", clock)
+    return clock
+
+
+def test_patience_is_counted_from_the_first_of_the_attempts_in_vain(clock):
+    stall = Stall()
+    waited = 0.0
+    while not stall.hopeless(20.0):
+        pause = stall.pause(20.0)
+        assert 0 <= pause <= 5
+        waited += pause
+        clock.now += pause
+    assert waited == pytest.approx(20.0)
+    stall.over()
+    clock.now += 1000
+    assert not stall.hopeless(20.0)
+
+
+def test_without_patience_everyone_is_still_tried_thrice(clock):
+    stall = Stall()
+    assert [stall.hopeless(0.0) for _ in range(3)] == [False, False, True]
+    assert stall.pause(0.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("no reply within 5 s: raise timeout, or see whether the client still runs", "timeout"),
+        ("error 2: ValueError: shape: no reply within", "client error"),
+        ("OSError: disk on fire", "client error"),
+        ("torch.OutOfMemoryError: CUDA out of memory", "client error"),
+        ("activations[0]: shape: expected (3, 4), got (2, 4)", "shape"),
+        ("labels: shape: expected (3,), got (2,)", "shape"),
+        ("gradient of 'a': dtype: expected torch.float32, got torch.float64", "dtype"),
+        ("gradient of 'a': expected finite values, got 1 NaN or infinite", "not finite"),
+        ("reply to another step: expected step 2, got 77", "another step"),
+        ("labels: expected integers from 0 to 3, got 9", "label range"),
+        ("gradients: 1 missing, the first is 'stem.bias'", "tensors missing or unknown"),
+        ("activations: expected 1 tensors, got 2", "tensors missing or unknown"),
+        ("bad reply: expected an ArrayRecord named 'activations'", "malformed"),
+        ("expected Gradients, got Activations", "malformed"),
+        ("Flower did not accept a message to it: the node has left, or the message is too large", "unreachable"),
+        ("its process is gone (killed), and no other is left to take it over", "unreachable"),
+        ("it opened no stream within 5 s: see whether its node still runs", "unreachable"),
+        ("it is not connected", "unreachable"),
+        ("something new", "other"),
+    ],
+)
+def test_kinds_of_failures(failure, reason):
+    assert reason_of(failure) == reason
+
+
+def test_a_summary_goes_on_where_it_was():
+    summary = RunSummary(steps_committed=3, seconds_wire=0.25)
+    summary.refuse({3: "no reply within 5 s", 12: "OSError: x"})
+    summary.examples_unseen.update({3: 10})
+    summary.client_seconds[12] += 0.5
+    summary.client_examples[12] += 4
+    other = RunSummary.from_dict(summary.to_dict())
+    assert other == summary
+    other.refuse({3: "no reply within 5 s"})
+    assert other.refused == {"timeout": 2, "client error": 1}
+    assert other.failures == {3: 2, 12: 1}
+    assert other.slowest() == {12: 0.125}
