@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help run test lint types check bench format clean
+.PHONY: help run test slow lint types check bench format clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -14,6 +14,9 @@ run: $(READY) ## train the default app on 16 virtual clients; curves and model l
 
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+slow: $(READY) ## run the tests that take minutes each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ def test_nothing_is_lost_and_nothing_used_twice(superlink, transport, deaths, tm
 
 
 @pytest.mark.flower
+@pytest.mark.slow
 def test_nothing_is_lost_in_a_deployment_whose_clientapps_die(tmp_path):
     deployment = LocalDeployment(tmp_path / "home", 2, tmp_path)
     deployment.environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
