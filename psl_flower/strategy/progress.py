@@ -13,29 +13,33 @@ _INTERVAL = 5.0  # seconds
 class Progress:
     """Counts the steps of a run and says now and then how far it is.
 
+    The clock starts with the first step's end: connecting and loading data say nothing of how fast steps are.
+
     Parameters
     ----------
     num_rounds : int
         Rounds of the run.
-    share : float
-        Of them, what was done before: in the run that this one resumes.
     """
 
-    def __init__(self, num_rounds: int, share: float = 0.0) -> None:
-        self._num_rounds, self._share_before = num_rounds, share
-        self._begin = self._told = time.monotonic()
+    def __init__(self, num_rounds: int) -> None:
+        self._num_rounds = num_rounds
+        self._begin: tuple[float, float] | None = None  # when, and what share of the run was done
+        self._told = 0.0
 
     def step(self, server_round: int, done: int, of: int, loss: float, accuracy: float | None) -> None:
         """Count a step: the `done`-th `of` this round's."""
-        now = time.monotonic()
+        now, share = time.monotonic(), (server_round - 1 + done / of) / self._num_rounds
+        if self._begin is None:
+            self._begin, self._told = (now, share), now
         if now - self._told >= _INTERVAL or done == of:
             self._told = now
-            share = (server_round - 1 + done / of) / self._num_rounds
-            eta = (now - self._begin) * (1 - share) / max(share - self._share_before, 1e-9)
+            begin, share_before = self._begin
+            left = (now - begin) * (1 - share) / (share - share_before) if share > share_before else None
+            eta = "" if left is None else f"  ETA {clock(left)}"
             score = "" if accuracy is None else f"  accuracy {accuracy:.3f}"
             log.info(
-                "round %d/%d  step %*d/%d  loss %.4f%s  ETA %s",
-                *(server_round, self._num_rounds, len(str(of)), done, of, loss, score, clock(eta)),
+                "round %d/%d  step %*d/%d  loss %.4f%s%s",
+                *(server_round, self._num_rounds, len(str(of)), done, of, loss, score, eta),
             )
 
 

@@ -261,7 +261,7 @@ class ParallelSplitLearning(Strategy):
                     summary=summary,
                 ),
                 recorder=recorder,
-                progress=Progress(num_rounds, (first_round - 1) / num_rounds),
+                progress=Progress(num_rounds),
                 summary=summary,
                 policy=self.faults,
                 checkpoints=checkpoints,
