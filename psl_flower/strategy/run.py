@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from flwr.serverapp.strategy import Result
 
-from psl_flower.checkpoint import Checkpoints
 from psl_flower.errors import StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.door import Door
@@ -35,14 +34,12 @@ class Run:
     """What lives as long as one call of `start`."""
 
     trainer: SplitTrainer
-    scheduler: Any
     clients: Clients
     runner: StepRunner
     recorder: RunRecorder
     progress: Progress
     summary: RunSummary
     policy: FaultPolicy
-    checkpoints: Checkpoints | None
     saved: dict[str, Any] | None
     state: dict[str, torch.Tensor]  # of the whole model
     result: Result

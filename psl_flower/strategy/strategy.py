@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from psl_flower import checkpoint
-from psl_flower.checkpoint import Checkpoints, check_identity
+from psl_flower.checkpoint import Checkpoints
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, StepError
@@ -37,6 +37,7 @@ from psl_flower.strategy.evaluation import split_evaluate
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
 from psl_flower.strategy.run import Run
+from psl_flower.strategy.saving import Saver, saved_result
 from psl_flower.strategy.server_step import Loss, OptimizerFn, SplitTrainer
 from psl_flower.strategy.step import Attempt, StepRunner
 from psl_flower.strategy.summary import RunSummary
@@ -235,8 +236,9 @@ class ParallelSplitLearning(Strategy):
         state = arrays_to_state(initial_arrays, self._template)
         trainer = self._trainer(state)
         scheduler = self._scheduler(trainer.optimizer) if self._scheduler else None
-        checkpoints, saved = self._checkpoints(trainer, scheduler)
-        result, begin = Result() if saved is None else _result(saved["result"]), time.monotonic()
+        saver = self._saver(trainer, scheduler)
+        saved = saver.find(self.resume_from)
+        result, begin = Result() if saved is None else saved_result(saved), time.monotonic()
         position, first_round = (None, 1) if saved is None else (saved["metrics_position"], saved["round"])
         self.summary()
         with (
@@ -250,7 +252,6 @@ class ParallelSplitLearning(Strategy):
             summary = RunSummary.from_dict(saved["summary"]) if saved else RunSummary()
             run = Run(
                 trainer=trainer,
-                scheduler=scheduler,
                 clients=clients,
                 runner=StepRunner(
                     trainer,
@@ -264,7 +265,6 @@ class ParallelSplitLearning(Strategy):
                 progress=Progress(num_rounds),
                 summary=summary,
                 policy=self.faults,
-                checkpoints=checkpoints,
                 saved=saved,
                 state=state,
                 result=result,
@@ -277,9 +277,11 @@ class ParallelSplitLearning(Strategy):
                     result.arrays = initial_arrays
                     _evaluate_on_server(evaluate_fn, 0, initial_arrays, result)
                 else:
-                    self._restore(run, saved)
+                    saver.restore(run, saved)
+                    if saved["delays"] is not None and isinstance(self._delays, DelayEstimator):
+                        self._delays = DelayEstimator.from_dict(saved["delays"])
                 for server_round in range(first_round, num_rounds + 1):
-                    record = self._train_epoch(run, server_round)
+                    record = self._train_epoch(run, saver, server_round)
                     if scheduler:
                         with warnings.catch_warnings():  # a round that is resumed at its end has no step here
                             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -297,7 +299,7 @@ class ParallelSplitLearning(Strategy):
         log.info("Finished %d rounds in %s.", num_rounds, clock(time.monotonic() - begin))
         return result
 
-    def _train_epoch(self, run: Run, server_round: int) -> RoundRecord:
+    def _train_epoch(self, run: Run, saver: Saver, server_round: int) -> RoundRecord:
         """Use every example of every client once."""
         agenda, epoch = self._open_epoch(run, server_round)
         virtual_clock = self._virtual_clock(agenda.population)
@@ -330,8 +332,8 @@ class ParallelSplitLearning(Strategy):
                     done, of = len(epoch), len(epoch) + agenda.steps_left()
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
                     if self.checkpoint_every and done % self.checkpoint_every == 0 and agenda.steps_left():
-                        self._save(run, server_round, agenda, epoch)
-            self._save(run, server_round, agenda, epoch)
+                        saver.save(run, server_round, agenda, epoch, self._delays)
+            saver.save(run, server_round, agenda, epoch, self._delays)
             unseen = run.close_epoch(server_round, agenda)
             record_of_round = epoch.summary(unseen)
         if not unseen:
@@ -417,68 +419,6 @@ class ParallelSplitLearning(Strategy):
                 forward, *_, backward = attempt.answers[client]
                 self._delays.observe(client, len(batch.labels), forward.seconds + backward.seconds)
 
-    # --- checkpoints -------------------------------------------------------------------------------------------------
-    def _checkpoints(self, trainer: SplitTrainer, scheduler: Any) -> tuple[Checkpoints | None, dict[str, Any] | None]:
-        """Return where checkpoints go, and the one to resume from."""
-        checkpoints = None
-        if self._output_dir is not None and self.keep_checkpoints:
-            checkpoints = Checkpoints(Path(self._output_dir) / checkpoint.FOLDER, self.keep_checkpoints)
-            checkpoint.check({"optimizer": trainer.optimizer.state_dict(), "scheduler": _saved_scheduler(scheduler)})
-        saved = None
-        if self.resume_from == "latest" and checkpoints:
-            saved = checkpoints.latest()
-            if saved is None:
-                log.warning("There is no checkpoint in %s yet: starting from the beginning", checkpoints.folder)
-        elif self.resume_from:
-            saved = checkpoint.read(Path(self.resume_from))
-        if saved is not None:
-            check_identity(saved["identity"], self._identity(trainer))
-        elif checkpoints:
-            checkpoints.put_away()
-        return checkpoints, saved
-
-    def _identity(self, trainer: SplitTrainer) -> dict[str, Any]:
-        """Return what a checkpoint must share with a run that resumes from it."""
-        sampler = {k: v for k, v in vars(self.sampler).items() if v is None or isinstance(v, bool | int | float | str)}
-        return {
-            "model": {name: f"{t.dtype} {tuple(t.shape)}" for name, t in self._template.items()},
-            "cut": self.cut,
-            "sampler": {"class": type(self.sampler).__name__, **sampler},
-            "optimizer": type(trainer.optimizer).__name__,
-        }
-
-    def _save(self, run: Run, server_round: int, agenda: Agenda, epoch: Epoch) -> None:
-        """Write a checkpoint, within or at the end of a round's training."""
-        if run.checkpoints is None:
-            return
-        saved, result = run.trainer.saved(), run.result
-        tree = {
-            "identity": self._identity(run.trainer),
-            "configuration": run.recorder.config,
-            "round": server_round,
-            "trainer": {**saved, "state": run.current_state()},
-            "scheduler": _saved_scheduler(run.scheduler),
-            "agenda": agenda.state(),
-            "epoch": epoch.state(),
-            "pooled": run.saved_pooled(),
-            "delays": self._delays.to_dict() if isinstance(self._delays, DelayEstimator) else None,
-            "metrics_position": run.recorder.position(),
-            "summary": run.summary.to_dict(),
-            "result": {name: _plain(getattr(result, name)) for name in _RESULT_METRICS},
-        }
-        run.checkpoints.save(server_round, len(epoch), tree)
-
-    def _restore(self, run: Run, saved: Mapping[str, Any]) -> None:
-        run.trainer.restore(saved["trainer"])
-        run.state |= saved["trainer"]["state"]
-        if run.scheduler:
-            run.scheduler.load_state_dict(saved["scheduler"])
-        if saved["delays"] is not None and isinstance(self._delays, DelayEstimator):
-            self._delays = DelayEstimator.from_dict(saved["delays"])
-        run.restore_pooled(saved["pooled"])
-        run.summary.resumed += 1
-        log.info("Resumed in round %d, after step %d.", saved["round"], len(saved["epoch"]["steps"]))
-
     # --- its parts ---------------------------------------------------------------------------------------------------
     def _trainer(self, state: Mapping[str, torch.Tensor]) -> SplitTrainer:
         client, server = copy.deepcopy((self._halves.client, self._halves.server))  # `start` may be called again
@@ -493,6 +433,12 @@ class ParallelSplitLearning(Strategy):
             classification=self._classification,
             order=self._parameter_order,
         )
+
+    def _saver(self, trainer: SplitTrainer, scheduler: Any) -> Saver:
+        checkpoints = None
+        if self._output_dir is not None and self.keep_checkpoints:
+            checkpoints = Checkpoints(Path(self._output_dir) / checkpoint.FOLDER, self.keep_checkpoints)
+        return Saver(checkpoints, trainer, scheduler, template=self._template, cut=self.cut, sampler=self.sampler)
 
     def _configuration(self, num_rounds: int) -> dict[str, Any]:
         return {
@@ -555,25 +501,6 @@ class ParallelSplitLearning(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Refuse: use `start`."""
         self._exchanges_in_start()
-
-
-_RESULT_METRICS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
-
-
-def _plain(metrics: Mapping[int, MetricRecord]) -> dict[int, dict[str, Any]]:
-    return {server_round: dict(record) for server_round, record in metrics.items()}
-
-
-def _result(saved: Mapping[str, Any]) -> Result:
-    """Return Flower's result as far as a checkpoint has it."""
-    result = Result()
-    for name in _RESULT_METRICS:
-        setattr(result, name, {r: MetricRecord(values) for r, values in saved[name].items()})
-    return result
-
-
-def _saved_scheduler(scheduler: Any) -> dict[str, Any]:
-    return dict(scheduler.state_dict()) if hasattr(scheduler, "state_dict") else {}
 
 
 def _labels(attempt: Attempt) -> dict[int, Any]:

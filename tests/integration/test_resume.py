@@ -242,10 +242,12 @@ def test_clients_with_other_data_are_refused(tmp_path):
         start(strategy, grid=InProcessGrid(client_app(Shrunk), K))
 
 
-def test_measured_delays_are_remembered(tmp_path):
+def test_measured_delays_are_remembered(tmp_path, caplog):
     killed(make(tmp_path, delays=DelayEstimator(window=1000), checkpoint_every=3), 15)
     strategy = make(tmp_path, delays=DelayEstimator(window=1000), resume_from="latest")
+    caplog.set_level("INFO", "flwr.psl_flower")
     start(strategy, num_rounds=1)
+    assert "Resumed in round 1, after step 6." in caplog.text  # steps whose deviation is not known yet count, too
     replies = sum(len(client["quotas"]) for client in strategy._delays.to_dict()["clients"].values())
     assert replies == sum(line["clients"] for line in lines(tmp_path) if line["kind"] == "step")
 
