@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from psl_flower.callbacks.registry import check_loggers
 from psl_flower.checks import check_choice, check_float, check_int, check_options
 from psl_flower.errors import ConfigError
 from psl_flower.exchange.streams import StreamOptions
@@ -109,6 +110,7 @@ class RunConfig:
 
     device: str = "auto"  # of the server half: "auto", or a torch device such as "cuda:0"
     threads: int = 1  # torch threads of the ServerApp; more than one often slows a simulation down on the same machine
+    loggers: str = ""  # beside metrics.jsonl and CSV: "tensorboard", "wandb" or both, separated by a comma
     output_dir: str = "outputs"  # relative to the working directory of the SuperLink
 
     def __post_init__(self) -> None:
@@ -130,6 +132,7 @@ class RunConfig:
         object.__setattr__(self, "momentum", check_float(self.momentum, "momentum", least=0.0))
         if self.momentum >= 1:
             raise ConfigError(f"momentum must be below 1, got {self.momentum}")
+        check_loggers(self.loggers)
         self.stream_options()  # refuses addresses without a port, and unknown dtypes
         if not self.output_dir:
             raise ConfigError("output-dir must name a folder, got an empty string")

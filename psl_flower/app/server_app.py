@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer
+from psl_flower.callbacks import make_loggers
 from psl_flower.config import RunConfig
 from psl_flower.strategy import ParallelSplitLearning
 
@@ -39,6 +40,7 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         checkpoint_every=config.checkpoint_every,
         keep_checkpoints=config.keep_checkpoints,
         resume_from=config.resume_from or None,
+        callbacks=make_loggers(config.loggers, config.output_dir),
         output_dir=config.output_dir,
         run_config=config.as_run_config(),
     )

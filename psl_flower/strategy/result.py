@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from flwr.app import MetricRecord
 from safetensors.torch import save_file
 from torch import Tensor
 
+from psl_flower.callbacks.base import Callback, CallbackGroup
+from psl_flower.callbacks.csv_logger import CsvLogger
+from psl_flower.callbacks.jsonl import JsonlLogger
 from psl_flower.strategy.curves import save_curves
 
 METRICS_FILE = "metrics.jsonl"
@@ -98,6 +100,12 @@ class RoundRecord:
         return MetricRecord({k: v for k, v in asdict(self).items() if k not in skipped and v is not None})
 
 
+def read_metrics(path: Path) -> list[StepRecord | RoundRecord]:
+    """Read a ``metrics.jsonl``, in its order."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [{"step": StepRecord, "round": RoundRecord}[line.pop("kind")](**line) for line in lines]
+
+
 class RunRecorder:
     """Writes what a run leaves behind into a folder; without a folder it only keeps the rounds. A context manager.
 
@@ -109,59 +117,60 @@ class RunRecorder:
         The resolved configuration, written at once.
     position : int, optional
         Go on from here in the metrics of the run that this one resumes, a `position` of its recorder.
+    callbacks : iterable of Callback
+        Told of everything, what came before `position` included.
     """
 
-    def __init__(self, folder: str | Path | None, config: Mapping[str, Any], position: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        config: Mapping[str, Any],
+        position: int | None = None,
+        callbacks: Iterable[Callback] = (),
+    ) -> None:
         self._folder = None if folder is None else Path(folder)
         self.config = json.loads(json.dumps(dict(config), default=str))
-        self._file: IO[str] | None = None
         self.steps: list[StepRecord] = []
         self.rounds: list[RoundRecord] = []
+        self._summary: dict[str, Any] = {}
+        self._jsonl: JsonlLogger | None = None
+        self._listeners: list[Callback] = [CallbackGroup(callbacks)]
+        earlier: list[StepRecord | RoundRecord] = []
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.config, indent=2)
             (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            path = self._folder / METRICS_FILE
             if position is not None:
-                self._go_on(self._folder / METRICS_FILE, position)
-            self._file = (self._folder / METRICS_FILE).open("w" if position is None else "a", encoding="utf-8")
-
-    def _go_on(self, path: Path, position: int) -> None:
-        """Cut the metrics off behind `position`, and read those before it."""
-        if not path.exists() or path.stat().st_size < position:
-            log.warning("The metrics before the checkpoint are not in %s: it will hold those from now on.", path)
-            path.unlink(missing_ok=True)
-            return
-        os.truncate(path, position)
-        for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            if values.pop("kind") == "step":
-                self.steps.append(StepRecord(**values))
-            else:
-                self.rounds.append(RoundRecord(**values))
+                earlier = _cut_off(path, position)
+            self._jsonl = JsonlLogger(path, append=position is not None)
+            self._jsonl.on_run_start(self.config)
+            self._listeners.insert(0, CsvLogger(self._folder))
+        for listener in self._listeners:
+            listener.on_run_start(self.config)
+        for record in earlier:
+            self._tell(record)
+        if self._jsonl is not None:  # only now: it has what came before
+            self._listeners.insert(0, self._jsonl)
 
     def position(self) -> int:
         """Return how long the metrics are, in bytes; they are on the disk then."""
-        if self._file is None:
-            return 0
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        return 0 if self._jsonl is None else self._jsonl.position()
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Write the summary of faults and time."""
+        self._summary = dict(summary)
         if self._folder is not None:
-            text = json.dumps(dict(summary), indent=2)
+            text = json.dumps(self._summary, indent=2)
             (self._folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
-        """Write a step's line."""
-        self.steps.append(record)
-        self._write("step", asdict(record))
+        """Keep a step's record."""
+        self._tell(record)
 
     def round(self, record: RoundRecord) -> None:
-        """Write a round's line."""
-        self.rounds.append(record)
-        self._write("round", asdict(record))
+        """Keep a round's record."""
+        self._tell(record)
 
     def finish(self, state: Mapping[str, Tensor]) -> None:
         """Write the model and the curves."""
@@ -172,10 +181,15 @@ class RunRecorder:
         if self.rounds:
             save_curves(self._folder / CURVES_FILE, self.steps, self.rounds)
 
-    def _write(self, kind: str, values: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n")
-            self._file.flush()
+    def _tell(self, record: StepRecord | RoundRecord) -> None:
+        if isinstance(record, StepRecord):
+            self.steps.append(record)
+            for listener in self._listeners:
+                listener.on_step(record)
+        else:
+            self.rounds.append(record)
+            for listener in self._listeners:
+                listener.on_round(record)
 
     def __enter__(self) -> Self:
         return self
@@ -183,12 +197,15 @@ class RunRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        for listener in self._listeners:
+            listener.on_run_end({**self._summary, "completed": error is None})
 
 
-def _finite(value: Any) -> Any:
-    """Return `value` with None in place of NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _cut_off(path: Path, position: int) -> list[StepRecord | RoundRecord]:
+    """Cut the metrics off behind `position`, and read those before it."""
+    if not path.exists() or path.stat().st_size < position:
+        log.warning("The metrics before the checkpoint are not in %s: it will hold those from now on.", path)
+        path.unlink(missing_ok=True)
+        return []
+    os.truncate(path, position)
+    return read_metrics(path)

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from psl_flower import checkpoint
+from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import Checkpoints
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
@@ -108,6 +109,8 @@ class ParallelSplitLearning(Strategy):
         How many of the last checkpoints are kept, in ``output_dir/checkpoints``; 0 writes none.
     resume_from : path, optional
         "latest": go on from the last checkpoint in `output_dir`, if there is one; or the path of a checkpoint.
+    callbacks : iterable of Callback
+        Told of every step and round, see `psl_flower.callbacks`. One that raises is dropped with a warning.
     output_dir : path, optional
         Where metrics, curves, model, configuration and checkpoints are written; None for nowhere.
     run_config : dict, optional
@@ -142,6 +145,7 @@ class ParallelSplitLearning(Strategy):
         checkpoint_every: int = 0,
         keep_checkpoints: int = 2,
         resume_from: str | Path | None = None,
+        callbacks: Iterable[Callback] = (),
         output_dir: str | Path | None = None,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -182,6 +186,8 @@ class ParallelSplitLearning(Strategy):
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
         self._classification = classification
         self._device = pick_device(device)
+        self._callbacks = tuple(callbacks)
+        CallbackGroup(self._callbacks)  # refuses what is none
         self._output_dir = output_dir
         self._run_config = dict(run_config or {})
         self._halves = cut_model(model, cut)
@@ -243,7 +249,7 @@ class ParallelSplitLearning(Strategy):
         self.summary()
         with (
             open_carrier(grid, self.transport, self.stream_options) as carrier,
-            RunRecorder(self._output_dir, self._configuration(num_rounds), position) as recorder,
+            RunRecorder(self._output_dir, self._configuration(num_rounds), position, self._callbacks) as recorder,
         ):
             tolerate = self.faults.tolerate
             clients = Clients(
