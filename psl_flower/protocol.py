@@ -59,11 +59,16 @@ class WorkOrder:
 
     def epoch_rng(self) -> np.random.Generator:
         """Return the generator of the client's order of examples for the epoch."""
-        return np.random.default_rng([self.seed, self.epoch, self.client])
+        return client_epoch_rng(self.seed, self.epoch, self.client)
 
     def step_seed(self) -> int:
         """Return the seed of everything random in the client's step (augmentation, dropout)."""
         return step_seed(self.seed, self.epoch, self.step, self.client)
+
+
+def client_epoch_rng(seed: int, epoch: int, client: int) -> np.random.Generator:
+    """Return the generator of a client's order of examples for an epoch."""
+    return np.random.default_rng([seed, epoch, client])
 
 
 def step_seed(seed: int, epoch: int, step: int, client: int | None = None) -> int:

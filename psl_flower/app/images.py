@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +85,14 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         return list(zip(*self.get_batch(indices), strict=True))
 
 
+class Shifts(NamedTuple):
+    """How each image of a batch is augmented by `crop_flip`: its crop and its mirroring, (b,) each."""
+
+    top: Tensor  # int64, 0 to twice the padding
+    left: Tensor
+    mirrored: Tensor  # bool
+
+
 def crop_flip(images: Tensor, padding: int = 1) -> Tensor:
     """Shift each image by up to `padding` pixels (zeros move in) and mirror every other one, at random.
 
@@ -98,11 +108,22 @@ def crop_flip(images: Tensor, padding: int = 1) -> Tensor:
     (b, C, H, W) Tensor
         A copy; each image has a crop and a mirroring of its own.
     """
+    return shifted(images, draw_shifts(len(images), padding), padding)
+
+
+def draw_shifts(count: int, padding: int = 1, generator: torch.Generator | None = None) -> Shifts:
+    """Draw the augmentation of `count` images on the CPU, from torch's global generator unless another is given."""
+    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator)
+    return Shifts(top, left, torch.rand(count, generator=generator) < 0.5)
+
+
+def shifted(images: Tensor, shifts: Shifts, padding: int = 1) -> Tensor:
+    """Return the images as `shifts` say, which must be on their device; see `crop_flip`."""
     count, channels, height, width = images.shape
+    arange = partial(torch.arange, device=images.device)
     padded = functional.pad(images, (padding,) * 4)
-    top, left = torch.randint(2 * padding + 1, (2, count, 1))
-    mirrored = torch.rand(count, 1) < 0.5
-    rows = top + torch.arange(height)  # (b, H)
-    columns = left + torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width))  # (b, W)
-    image, channel = torch.arange(count).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
+    rows = shifts.top[:, None] + arange(height)  # (b, H)
+    there = arange(width)
+    columns = shifts.left[:, None] + torch.where(shifts.mirrored[:, None], there.flip(0), there)  # (b, W)
+    image, channel = arange(count).view(-1, 1, 1, 1), arange(channels).view(1, -1, 1, 1)
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

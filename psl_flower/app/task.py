@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
@@ -51,18 +52,22 @@ def make_optimizer(config: RunConfig, params: Iterable[Any]) -> torch.optim.Opti
     return torch.optim.SGD(params, lr=config.learning_rate, momentum=config.momentum)
 
 
+def augmentation(config: RunConfig) -> str:
+    """Return how training images are augmented: as configured, or as suits the dataset."""
+    return config.augment or ("crop-flip" if SPECS[config.dataset].mirrored else "none")
+
+
 def load_images(config: RunConfig, split: Split, indices: Rows | None = None) -> ImageSet:
     """Return the examples at `indices` (all, if not given) of a dataset's split; training data may be augmented."""
     spec = SPECS[config.dataset]
     images, labels = load_arrays(config.dataset, split, config.data_path)
-    augment = config.augment or ("crop-flip" if spec.mirrored else "none")
     return ImageSet(
         images,
         labels,
         mean=spec.mean,
         std=spec.std,
         indices=indices,
-        augment=crop_flip if split == "train" and augment == "crop-flip" else None,
+        augment=crop_flip if split == "train" and augmentation(config) == "crop-flip" else None,
     )
 
 
@@ -99,7 +104,11 @@ def _partition_of(context: Context) -> tuple[int, int]:
 @lru_cache(maxsize=4)
 def split_indices(config: RunConfig, split: Split, num_partitions: int) -> list[Rows]:
     """Return the examples of every client, each in exactly one; a function of the configuration alone."""
-    labels = load_arrays(config.dataset, split, config.data_path)[1]
+    return split_labels(config, load_arrays(config.dataset, split, config.data_path)[1], split, num_partitions)
+
+
+def split_labels(config: RunConfig, labels: NDArray[np.int64], split: Split, num_partitions: int) -> list[Rows]:
+    """Return the positions in `labels` that each client gets, split as configured; test data is split evenly."""
     stream = (_SPLIT_STREAM, int(split == "test"))
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=stream))
     skew = config.label_skew()

@@ -119,8 +119,8 @@ class Epoch:
             num_steps=len(steps),
             num_clients=int((self.population.sizes > 0).sum()),
             clients_per_step=float(np.mean([s.clients for s in steps])),
-            bytes_sent=sum(s.bytes_sent for s in steps),
-            bytes_received=sum(s.bytes_received for s in steps),
+            bytes_sent=_sum([s.bytes_sent for s in steps]),
+            bytes_received=_sum([s.bytes_received for s in steps]),
             examples_unseen=examples_unseen,
             client_mix_mean=float(np.mean(self._client_mix)),
             seconds_plan=self.seconds_plan,
@@ -145,6 +145,11 @@ class Epoch:
 def _with_deviation(records: list[StepRecord], counts: list[IntArray], pooled: IntArray) -> list[StepRecord]:
     table = _stack([pooled, *counts])
     return [replace(r, deviation=float(d)) for r, d in zip(records, batch_deviation(table[1:], table[0]), strict=True)]
+
+
+def _sum(numbers: list[int | None]) -> int | None:
+    known = [n for n in numbers if n is not None]
+    return sum(known) if known else None
 
 
 def _stack(counts: list[IntArray]) -> IntArray:

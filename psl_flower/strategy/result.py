@@ -42,8 +42,8 @@ class StepRecord:
         first epoch where clients are not asked for their class counts.
     batch_size, clients : int
         Examples, and clients that contributed them.
-    bytes_sent, bytes_received : int
-        Of tensors, both exchanges.
+    bytes_sent, bytes_received : int or None
+        Of tensors, both exchanges; None where nothing is sent (`psl_flower.experiments`).
     seconds_real : float
         Wall clock.
     seconds_simulated : float or None
@@ -57,8 +57,8 @@ class StepRecord:
     deviation: float | None = None
     batch_size: int
     clients: int
-    bytes_sent: int
-    bytes_received: int
+    bytes_sent: int | None
+    bytes_received: int | None
     seconds_real: float
     seconds_simulated: float | None = None
 
@@ -84,8 +84,8 @@ class RoundRecord:
     num_steps: int
     num_clients: int
     clients_per_step: float
-    bytes_sent: int
-    bytes_received: int
+    bytes_sent: int | None
+    bytes_received: int | None
     examples_unseen: int = 0
     client_mix_mean: float
     seconds_plan: float
