@@ -65,17 +65,17 @@ class Training:
         self._setting, self._data, self._device = setting, data, data.train.device
         self._task = Task(setting, data, self.model)
         self._algorithm = ALGORITHM_CLASSES[setting.algorithm](self._task)
-        self._rounds = 0  # finished
+        self._records = (r for e in range(setting.config.num_server_rounds) for r in self._train_round(e))
         used = np.concatenate(data.shares)
         self._pooled = np.bincount(data.train.targets[used], minlength=data.num_classes)
 
     # --- training ----------------------------------------------------------------------------------------------------
     def records(self) -> Iterator[StepRecord | RoundRecord]:
-        """Train for the configured number of rounds while being read; go on where the last reader stopped.
+        """Train for the configured number of rounds while being read; a second reader goes on where the first stopped.
 
-        Yields
-        ------
-        StepRecord or RoundRecord
+        Returns
+        -------
+        iterator of StepRecord and RoundRecord
             Every step, some dozens at a time: looking at each would make a GPU wait. `seconds_real` is their mean. What
             a step is, the docstring of the algorithm's class says. Nothing is sent, so there are no bytes. A round's
             record comes after its last step's, with `evaluate` as its `evaluate_serverapp`.
@@ -85,9 +85,7 @@ class Training:
         DivergenceError
             If the loss of a step is not finite.
         """
-        while self._rounds < self._setting.config.num_server_rounds:
-            yield from self._train_round(self._rounds)
-            self._rounds += 1
+        return self._records
 
     def _train_round(self, epoch: int) -> Iterator[StepRecord | RoundRecord]:
         begin = time.perf_counter()

@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord
+
+from psl_flower.app.task import central_test
+from psl_flower.config import RunConfig
+from psl_flower.errors import ConfigError, DivergenceError
+from psl_flower.experiments import ALGORITHMS, Setting, open_training
+from psl_flower.experiments.data import load_data
+from psl_flower.strategy.result import RoundRecord, StepRecord
+
+NUM_CLIENTS = 4
+
+
+def setting(algorithm="psl", config=None, **options):
+    config = RunConfig(**{"num_server_rounds": 1, "batch_size": 64, "device": "cpu", **(config or {})})
+    return Setting(**{"config": config, "num_clients": NUM_CLIENTS, "algorithm": algorithm, "examples": 200, **options})
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_every_algorithm_leaves_behind(algorithm):
+    training = open_training(setting(algorithm, {"num_server_rounds": 2}))
+    before = training.evaluate()
+    records = list(training.records())
+    assert list(training.records()) == []  # all is read
+    rounds = [r for r in records if isinstance(r, RoundRecord)]
+    assert [r.round for r in rounds] == [1, 2]
+    assert records[-1] is rounds[1]
+    for record in rounds:
+        steps = [r for r in records if isinstance(r, StepRecord) and r.round == record.round]
+        assert [s.step for s in steps] == list(range(record.num_steps))
+        assert sum(s.batch_size for s in steps) == record.num_examples == 200
+        assert record.loss == pytest.approx(np.average([s.loss for s in steps], weights=[s.batch_size for s in steps]))
+        assert record.deviation_mean == pytest.approx(np.mean([s.deviation for s in steps]))
+        assert record.bytes_sent is record.bytes_received is None
+        assert record.num_clients == (1 if algorithm == "centralised" else NUM_CLIENTS)
+    assert rounds[1].evaluate_serverapp == training.evaluate()
+    assert rounds[1].evaluate_serverapp["loss"] < before["loss"]
+
+
+def test_evaluation_is_the_default_apps():
+    training = open_training(setting())
+    expected = central_test(setting().config)(0, ArrayRecord(training.model.state_dict()))
+    assert training.evaluate() == pytest.approx(dict(expected), abs=1e-6)
+    table = training.confusion()
+    assert table.dtype == np.int64
+    assert table.sum(axis=1).tolist() == np.bincount(load_data(setting()).test.targets).tolist()
+    assert np.trace(table) / table.sum() == pytest.approx(expected["accuracy"])
+
+
+def test_a_look_in_between_changes_nothing():
+    results = []
+    for look in (False, True):
+        training = open_training(setting(config={"batch_size": 2}))
+        for record in training.records():
+            if look and isinstance(record, StepRecord) and record.step == 60:
+                training.evaluate()
+                training.confusion()
+        results.append(training.model.state_dict())
+    assert all(map(torch.equal, results[0].values(), results[1].values()))
+
+
+def test_a_reader_may_stop_and_go_on():
+    whole, parts = (open_training(setting(config={"num_server_rounds": 2})) for _ in range(2))
+    expected = [r.loss for r in whole.records()]
+    got = []
+    while len(got) < len(expected):
+        got.append(next(parts.records()).loss)
+    assert got == expected
+
+
+def test_a_subset_is_the_same_for_all_algorithms_of_a_seed():
+    subsets = [np.sort(np.concatenate(load_data(setting(a)).shares)) for a in ("psl", "fedavg")]
+    assert np.array_equal(*subsets)
+    assert len(np.unique(subsets[0])) == 200
+    other = np.sort(np.concatenate(load_data(setting(config={"seed": 1})).shares))
+    assert not np.array_equal(subsets[0], other)
+
+
+def test_a_subset_larger_than_the_data_is_refused():
+    with pytest.raises(ConfigError, match="examples must be at most 1437"):
+        load_data(setting(examples=1438))
+
+
+def test_divergence_is_told_with_its_step():
+    with pytest.raises(DivergenceError, match=r"round 1, step [1-3]: the loss is (nan|inf)"):
+        list(open_training(setting(config={"learning_rate": 1e30})).records())
+
+
+def test_other_precisions_and_formats_learn_the_same():
+    state = {}
+    for name, options in {"": {}, "last": {"channels_last": True}, "half": {"precision": "bfloat16"}}.items():
+        training = open_training(setting(config={"augment": "crop-flip"}, **options))
+        list(training.records())
+        state[name] = torch.cat([p.detach().flatten() for p in training.model.parameters()])
+        assert state[name].dtype == torch.float32
+    assert torch.allclose(state[""], state["last"], atol=1e-4)
+    assert 1e-5 < (state[""] - state["half"]).abs().max() < 0.1
