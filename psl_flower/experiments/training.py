@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 from psl_flower.app.images import Shifts
 from psl_flower.app.task import make_model
 from psl_flower.errors import DivergenceError
-from psl_flower.experiments.algorithms import ALGORITHM_CLASSES, Task
+from psl_flower.experiments.algorithms import ALGORITHM_CLASSES
 from psl_flower.experiments.data import Data, load_data
 from psl_flower.experiments.draws import draw_all
 from psl_flower.experiments.schedule import Schedule
@@ -24,8 +25,8 @@ from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
 
-# Steps between two looks at what the device has computed: a look waits for it.
-_STEPS_A_LOOK = 50
+# Steps between two looks at what the device has computed: a look at a GPU waits for it, on the CPU it costs nothing.
+_STEPS_A_LOOK, _STEPS_A_LOOK_CPU = 50, 8
 _TEST_BATCH = 1000  # examples in one forward pass of the test, as in the default app's
 
 
@@ -63,11 +64,8 @@ class Training:
         memory_format = torch.channels_last if setting.channels_last else torch.preserve_format
         self.model: nn.Module = model.to(data.train.device, memory_format=memory_format)  # type: ignore[call-overload]
         self._setting, self._data, self._device = setting, data, data.train.device
-        self._task = Task(setting, data, self.model)
-        self._algorithm = ALGORITHM_CLASSES[setting.algorithm](self._task)
+        self._algorithm = ALGORITHM_CLASSES[setting.algorithm](setting, data, self.model)
         self._records = (r for e in range(setting.config.num_server_rounds) for r in self._train_round(e))
-        used = np.concatenate(data.shares)
-        self._pooled = np.bincount(data.train.targets[used], minlength=data.num_classes)
 
     # --- training ----------------------------------------------------------------------------------------------------
     def records(self) -> Iterator[StepRecord | RoundRecord]:
@@ -90,35 +88,27 @@ class Training:
     def _train_round(self, epoch: int) -> Iterator[StepRecord | RoundRecord]:
         begin = time.perf_counter()
         schedule = self._algorithm.schedule(epoch)
-        seconds_plan = time.perf_counter() - begin
-        recorder = RunRecorder(None, {})
-        book = Epoch(recorder, epoch + 1, schedule.plan.population, pooled=self._pooled)
-        book.seconds_plan = seconds_plan
         seconds, round_seconds = self._algorithm.seconds(schedule)
-        notes = _Notes(
-            epoch, schedule, schedule.class_counts(self._data.train.targets, self._data.num_classes), seconds
-        )
-        loader, total = _Loader(self._data, schedule, self._setting.config.seed, epoch), len(schedule.plan)
+        notes = _Notes(self._data, schedule, epoch, seconds)
+        batches, num_steps = _Batches(self._data, schedule, self._setting.config.seed, epoch), len(schedule.plan)
+        a_look = _STEPS_A_LOOK_CPU if self._device.type == "cpu" else _STEPS_A_LOOK
         self.model.train()
-        looks: list[_Look] = []
-        begin = time.perf_counter()
-        for first in range(0, total, _STEPS_A_LOOK):
-            chunk = range(first, min(first + _STEPS_A_LOOK, total))
-            batches = loader.load(chunk)  # while the device is still at work on the last chunk
-            seen = looks.pop().read() if looks else None
-            looks.append(self._train_steps(chunk, batches))
+        notes.book.seconds_plan, begin = time.perf_counter() - begin, time.perf_counter()
+        ahead: tuple[range, Tensor] | None = None  # what the device is at work on
+        for first in [*range(0, num_steps, a_look), num_steps]:
+            chunk = range(first, min(first + a_look, num_steps))
+            loaded = batches.load(chunk)  # meanwhile
+            seen = None if ahead is None else (ahead[0], ahead[1].tolist())  # waits for the device
+            now = time.perf_counter()
+            ahead = (chunk, self._train_steps(chunk, loaded)) if chunk else None
             if seen is not None:
-                now = time.perf_counter()
-                yield from notes.write(book, recorder, seen, now - begin)
+                yield from notes.steps(*seen, now - begin)
                 begin = now
-        seen = looks.pop().read()
-        yield from notes.write(book, recorder, seen, time.perf_counter() - begin)
         self._algorithm.end_round()
-        record = replace(book.summary(), seconds_simulated=round_seconds)
-        yield replace(record, evaluate_serverapp=self.evaluate())
+        yield replace(notes.book.summary(), seconds_simulated=round_seconds, evaluate_serverapp=self.evaluate())
 
-    def _train_steps(self, chunk: range, batches: Iterator[tuple[Tensor, Tensor]]) -> _Look:
-        """Set the device to work on these steps."""
+    def _train_steps(self, chunk: range, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Set the device to work on these steps; return their losses and right predictions, (2, steps), on it."""
         model, algorithm = self.model, self._algorithm
         losses, correct = [], []
         for step, (inputs, targets) in zip(chunk, batches, strict=True):
@@ -134,7 +124,7 @@ class Training:
             algorithm.after(step)
             losses.append(loss.detach())
             correct.append((outputs.argmax(dim=1) == targets).sum())
-        return _Look(chunk, torch.stack(losses), torch.stack(correct))
+        return torch.stack([torch.stack(losses).double(), torch.stack(correct).double()])
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._setting.precision == "bfloat16")
@@ -165,25 +155,13 @@ class Training:
         self.model.eval()
         for inputs, targets in self._data.test.batches(_TEST_BATCH):
             with self._autocast():
-                yield self.model(inputs), targets
+                outputs = self.model(inputs)
+            yield outputs.to(torch.promote_types(outputs.dtype, torch.float32)), targets
         self.model.train(training)
 
 
-@dataclass(frozen=True, eq=False)
-class _Look:
-    """What some steps have come to, still on the device."""
-
-    chunk: range
-    losses: Tensor
-    correct: Tensor
-
-    def read(self) -> tuple[range, list[float], list[int]]:
-        """Wait for the device."""
-        return self.chunk, self.losses.tolist(), self.correct.tolist()
-
-
-class _Loader:
-    """Makes a schedule's batches on the device; what the host decides goes there for many steps at once."""
+class _Batches:
+    """A schedule's batches on the device; what the host decides goes there for many steps at once."""
 
     def __init__(self, data: Data, schedule: Schedule, seed: int, epoch: int) -> None:
         self._data, self._plan, self._seed, self._epoch = data, schedule.plan, seed, epoch
@@ -192,9 +170,9 @@ class _Loader:
 
     def load(self, chunk: range) -> Iterator[tuple[Tensor, Tensor]]:
         """Draw these steps' augmentation at once, and return an iterator that makes their batches."""
-        return self._batches(chunk, self._draw(chunk) if self._data.augmented else None)
+        return self._make(chunk, self._draw(chunk) if self._data.augmented and chunk else None)
 
-    def _batches(self, chunk: range, shifts: Shifts | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _make(self, chunk: range, shifts: Shifts | None) -> Iterator[tuple[Tensor, Tensor]]:
         begin = self._bounds[chunk.start]
         for step in chunk:
             first, last = self._bounds[step : step + 2]
@@ -204,7 +182,7 @@ class _Loader:
     def _draw(self, chunk: range) -> Shifts:
         plan = self._plan
         entries = slice(int(plan.offsets[chunk.start]), int(plan.offsets[chunk.stop]))
-        steps = np.repeat(np.arange(chunk.start, chunk.stop), plan.active_clients()[chunk.start : chunk.stop])
+        steps = np.repeat(np.asarray(chunk), plan.active_clients()[chunk.start : chunk.stop])
         drawn = draw_all(self._seed, self._epoch, steps, plan.clients[entries], plan.quotas[entries])
         return Shifts(*map(self._there, drawn))
 
@@ -215,38 +193,34 @@ class _Loader:
         return tensor.to(device)
 
 
-@dataclass(frozen=True, eq=False)
 class _Notes:
-    """Turns what was seen of steps into their records."""
+    """Turns what was seen of a round's steps into records, and keeps the round's `book`."""
 
-    epoch: int
-    schedule: Schedule
-    class_counts: IntArray
-    seconds: FloatArray | None
+    def __init__(self, data: Data, schedule: Schedule, epoch: int, seconds: FloatArray | None) -> None:
+        self._plan, self._seconds, self._round = schedule.plan, seconds, epoch + 1
+        self._class_counts = schedule.class_counts(data.train.targets, data.num_classes)
+        self._recorder = RunRecorder(None, {})
+        pooled = np.bincount(data.train.targets[np.concatenate(data.shares)], minlength=data.num_classes)
+        self.book = Epoch(self._recorder, self._round, self._plan.population, pooled=pooled)
 
-    def write(
-        self, book: Epoch, recorder: RunRecorder, seen: tuple[range, list[float], list[int]], seconds_real: float
-    ) -> Iterator[StepRecord]:
+    def steps(self, chunk: range, seen: list[list[float]], seconds_real: float) -> Iterator[StepRecord]:
         """Count steps in and yield their records."""
-        chunk, losses, correct = seen
-        for step, loss, right in zip(chunk, losses, correct, strict=True):
-            if not np.isfinite(loss):
-                raise DivergenceError(
-                    f"round {self.epoch + 1}, step {step}: the loss is {loss}: training diverges, lower the learning "
-                    "rate"
-                )
-            entry = self.schedule.plan[step]
+        for step, loss, correct in zip(chunk, *seen, strict=True):
+            if not math.isfinite(loss):
+                where = f"round {self._round}, step {step}"
+                raise DivergenceError(f"{where}: the loss is {loss}: training diverges, lower the learning rate")
+            entry = self._plan[step]
             record = StepRecord(
-                round=self.epoch + 1,
+                round=self._round,
                 step=step,
                 loss=loss,
-                accuracy=right / entry.batch_size,
+                accuracy=correct / entry.batch_size,
                 batch_size=entry.batch_size,
                 clients=len(entry.clients),
                 bytes_sent=None,
                 bytes_received=None,
                 seconds_real=seconds_real / len(chunk),
-                seconds_simulated=None if self.seconds is None else float(self.seconds[step]),
+                seconds_simulated=None if self._seconds is None else float(self._seconds[step]),
             )
-            book.add(record, entry, self.class_counts[step])
-            yield recorder.steps[-1]
+            self.book.add(record, entry, self._class_counts[step])
+            yield self._recorder.steps[-1]

@@ -1,6 +1,6 @@
 """Parallel split learning and the algorithms it is compared with, one a file."""
 
-from psl_flower.experiments.algorithms.base import Algorithm, Task
+from psl_flower.experiments.algorithms.base import Algorithm
 from psl_flower.experiments.algorithms.fedavg import FedAvg
 from psl_flower.experiments.algorithms.pooled import Centralised, ParallelSplit
 from psl_flower.experiments.algorithms.sequential import SequentialSplit
@@ -15,14 +15,4 @@ ALGORITHM_CLASSES: dict[str, type[Algorithm]] = {
     "fedavg": FedAvg,
 }
 
-__all__ = [
-    "ALGORITHM_CLASSES",
-    "Algorithm",
-    "Centralised",
-    "FedAvg",
-    "ParallelSplit",
-    "SequentialSplit",
-    "SplitFedV1",
-    "SplitFedV2",
-    "Task",
-]
+__all__ = ["ALGORITHM_CLASSES"]

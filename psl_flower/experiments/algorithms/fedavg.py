@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from psl_flower.experiments.algorithms.base import Algorithm, Task
+from psl_flower.experiments.algorithms.base import Algorithm
+from psl_flower.experiments.data import Data
 from psl_flower.experiments.schedule import Schedule
+from psl_flower.experiments.setting import Setting
 from psl_flower.samplers.base import FloatArray
 
 
@@ -24,40 +28,39 @@ class FedAvg(Algorithm):
     `per_sample` is the same for all algorithms, which favours FedAvg.
     """
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self._averaged = self._average_over()
-        self._start = [t.clone() for t in self._averaged]
-        self._sum = [_zeros(t) for t in self._averaged]
-        self._turns = np.zeros(0, dtype=np.int64)
-        self._weights = task.population.sizes / task.population.num_examples
-        self._fresh = self.optimizers
+    def __init__(self, setting: Setting, data: Data, model: nn.Module) -> None:
+        super().__init__(setting, data, model)
+        self._fresh = self.optimizers  # of each client
+        self._share(model.state_dict())
 
-    def _average_over(self) -> list[Tensor]:
-        """Return the tensors that every client has a copy of."""
-        return list(self.state().values())
+    def _share(self, state: Mapping[str, Tensor]) -> None:
+        """Have every client train a copy of this part of the state."""
+        self._averaged = list(state.values())
+        self._start = [t.clone() for t in self._averaged]
+        self._sum = [torch.zeros_like(t, dtype=None if t.is_floating_point() else torch.float64) for t in self._start]
 
     def _order(self, epoch: int) -> list[int]:
         """Return the order in which the clients are gone through; here it makes no difference."""
-        return list(self.task.population.client_ids.tolist())
+        return list(self.population.client_ids.tolist())
 
     def schedule(self, epoch: int) -> Schedule:
         """Return the clients' batches, client by client."""
-        schedule = self.task.turns(epoch, self._order(epoch))
-        self._turns = schedule.plan.clients  # one a step
+        schedule = self.turns(epoch, self._order(epoch))
+        self._clients = schedule.plan.clients  # one a step
         return schedule
 
     def before(self, step: int) -> None:
         """Start a client's turn from the global weights."""
-        if step == 0 or self._turns[step] != self._turns[step - 1]:
+        if step == 0 or self._clients[step] != self._clients[step - 1]:
             _copy(self._start, self._averaged)
             for optimizer in self._fresh:
                 optimizer.state.clear()
 
     def after(self, step: int) -> None:
         """Add what came out of a client's turn to the average."""
-        if step == len(self._turns) - 1 or self._turns[step] != self._turns[step + 1]:
-            weight = float(self._weights[self._turns[step]])
+        client = self._clients[step]
+        if step == len(self._clients) - 1 or client != self._clients[step + 1]:
+            weight = float(self.population.sizes[client] / self.population.num_examples)
             for total, t in zip(self._sum, self._averaged, strict=True):
                 total.add_(t.detach(), alpha=weight)
 
@@ -70,15 +73,11 @@ class FedAvg(Algorithm):
 
     def seconds(self, schedule: Schedule) -> tuple[FloatArray | None, float | None]:
         """Return the slowest client's time: one exchange, all its examples."""
-        delays = self.task.delays
+        delays = self.delays
         if delays is None:
             return None, None
         examples = np.bincount(schedule.plan.rows(), schedule.plan.quotas, len(delays))
         return None, float((delays.latency + delays.per_sample * examples)[examples > 0].max())
-
-
-def _zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, dtype=None if tensor.is_floating_point() else torch.float64)
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from psl_flower.experiments.algorithms.base import Algorithm, Task
+from psl_flower.experiments.algorithms.base import Algorithm
 from psl_flower.experiments.schedule import Schedule, fill_plan
 from psl_flower.samplers.base import FloatArray, Population
 from psl_flower.samplers.uniform import UniformGlobalSampler
@@ -19,14 +19,11 @@ class ParallelSplit(Algorithm):
     batch.
     """
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self._sampler = task.setting.config.make_sampler()
-
     def schedule(self, epoch: int) -> Schedule:
         """Return the sampler's plan, filled with what the clients would draw."""
-        data, plan = self.task.data, self._sampler.plan(self.task.population, epoch)
-        return fill_plan(plan, data.shares, data.train.targets, seed=self._sampler.seed, epoch=epoch)
+        sampler, data = self.setting.config.make_sampler(), self.data
+        plan = sampler.plan(self.population, epoch)
+        return fill_plan(plan, data.shares, data.train.targets, seed=sampler.seed, epoch=epoch)
 
 
 class Centralised(Algorithm):
@@ -36,16 +33,12 @@ class Centralised(Algorithm):
     waits for anybody: there is no simulated time. All data counts as one client's.
     """
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        config = task.setting.config
-        self._sampler = UniformGlobalSampler(config.batch_size, seed=config.seed)
-        self._pooled = np.sort(np.concatenate(task.data.shares))
-
     def schedule(self, epoch: int) -> Schedule:
         """Return the epoch's order, cut into batches."""
-        plan = self._sampler.plan(Population(np.array([0]), np.array([len(self._pooled)])), epoch)
-        return fill_plan(plan, [self._pooled], self.task.data.train.targets, seed=self._sampler.seed, epoch=epoch)
+        config, pooled = self.setting.config, np.sort(np.concatenate(self.data.shares))
+        sampler = UniformGlobalSampler(config.batch_size, seed=config.seed)
+        plan = sampler.plan(Population(np.array([0]), np.array([len(pooled)])), epoch)
+        return fill_plan(plan, [pooled], self.data.train.targets, seed=config.seed, epoch=epoch)
 
     def seconds(self, schedule: Schedule) -> tuple[FloatArray | None, float | None]:
         """Return None: there are no clients to wait for."""

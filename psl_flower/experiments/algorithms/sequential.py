@@ -18,4 +18,4 @@ class SequentialSplit(Algorithm):
 
     def schedule(self, epoch: int) -> Schedule:
         """Return the clients' batches, client by client."""
-        return self.task.turns(epoch, self.task.population.client_ids.tolist())
+        return self.turns(epoch, self.population.client_ids.tolist())

@@ -10,12 +10,16 @@ as the paper says; the code leaves them out, for its clients hold equally much.
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
+from torch import nn
 
-from psl_flower.experiments.algorithms.base import Algorithm, Task
+from psl_flower.app.task import cut_of
+from psl_flower.experiments.algorithms.base import Algorithm
 from psl_flower.experiments.algorithms.fedavg import FedAvg
+from psl_flower.experiments.data import Data
 from psl_flower.experiments.schedule import Schedule
+from psl_flower.experiments.setting import Setting
 from psl_flower.samplers.base import FloatArray
+from psl_flower.split import cut_model
 
 # keeps the order of clients apart from every other use of the seed, see Note [Sampler streams] in samplers/base.py
 _ORDER_STREAM = 5
@@ -31,7 +35,7 @@ class SplitFedV1(FedAvg):
 
     def seconds(self, schedule: Schedule) -> tuple[FloatArray | None, float | None]:
         """Return the slowest client's time: the sum of its steps."""
-        delays, plan = self.task.delays, schedule.plan
+        delays, plan = self.delays, schedule.plan
         if delays is None:
             return None, None
         rows = plan.rows()
@@ -49,20 +53,17 @@ class SplitFedV2(FedAvg):
     sum over all steps, as in sequential split learning.
     """
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        names = task.client_half()
-        parts = [[p for n, p in task.model.named_parameters() if (n in names) == client] for client in (True, False)]
-        self.optimizers = [task.make_optimizer(part) for part in parts]
+    def __init__(self, setting: Setting, data: Data, model: nn.Module) -> None:
+        super().__init__(setting, data, model)
+        half = cut_model(model, cut_of(setting.config)).client.state_dict()
+        parts = [[p for n, p in model.named_parameters() if (n in half) == client] for client in (True, False)]
+        self.optimizers = [self.make_optimizer(part) for part in parts]
         self._fresh = self.optimizers[:1]
-
-    def _average_over(self) -> list[Tensor]:
-        names = self.task.client_half()
-        return [t for name, t in self.state().items() if name in names]
+        self._share({name: t for name, t in model.state_dict().items() if name in half})
 
     def _order(self, epoch: int) -> list[int]:
-        seed = np.random.SeedSequence([self.task.setting.config.seed, epoch], spawn_key=(_ORDER_STREAM,))
-        return list(np.random.default_rng(seed).permutation(self.task.population.client_ids).tolist())
+        seed = np.random.SeedSequence([self.setting.config.seed, epoch], spawn_key=(_ORDER_STREAM,))
+        return list(np.random.default_rng(seed).permutation(self.population.client_ids).tolist())
 
     def seconds(self, schedule: Schedule) -> tuple[FloatArray | None, float | None]:
         """Return every step's time, and their sum."""
