@@ -1,10 +1,10 @@
 """SplitFed, versions 1 and 2: split learning whose clients work at the same time, and average.
 
 Thapa et al. 2022 (AAAI, arXiv 2004.12088) can be read in two ways. Their algorithm 1 has the main server update its
-half once for every exchange, with the average of all clients' gradients weighted by n_k / n. Their text on the
-variants, and the code they published, give every client of version 1 a server-side copy that is updated with each of
-its batches and averaged at the end of the round. This is the second reading. The weights of both averages are n_k / n,
-as the paper says; the code leaves them out, for its clients hold equally much.
+half once for every exchange, with the average of all clients' gradients weighted by n_k / n. Their section on variants
+has the server-side models of version 1 run separately and averaged at each global epoch, as their published code does:
+a copy for every client, updated with each of its batches. This is the second reading. The weights of both averages are
+n_k / n, as the paper says; the code leaves them out, for its clients hold equally much.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class SplitFedV1(FedAvg):
 class SplitFedV2(FedAvg):
     """SplitFed version 2: one server half for all, trained on client after client; only client halves are averaged.
 
-    Every round the clients take turns in a random order, as in the authors' code. Each trains a copy of the client half
-    with the one server half; the copies are averaged at the end, and the server half stays as the last turn left it.
-    The server half's optimizer remembers across turns and rounds, a client half's starts afresh with each turn.
+    Every round the clients take turns in a random order, each for all its batches, as in the authors' code (the text
+    could also mean a new order for every exchange). Each trains a copy of the client half with the one server half; the
+    copies are averaged at the end, and the server half stays as the last turn left it. The server half's optimizer
+    remembers across turns and rounds, a client half's starts afresh with each turn.
 
     A step is one batch of one client. As the server half goes from turn to turn, so does the time: a round takes the
     sum over all steps, as in sequential split learning.
