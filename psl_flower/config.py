@@ -21,7 +21,7 @@ from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
 
 AUGMENTATIONS = ("none", "crop-flip")
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100")
-MODELS = ("cnn", "resnet18", "resnet34")
+MODELS = ("tiny-cnn", "cnn", "resnet18", "resnet34")
 OPTIMIZERS = ("sgd", "adam")
 PARTITIONS = ("iid", "mild", "severe")
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from psl_flower.torchvision_compat import import_torchvision
 
-_DEFAULT_CUTS = {"cnn": "stage2", "resnet18": "layer2", "resnet34": "layer2"}
+_DEFAULT_CUTS = {"tiny-cnn": "stage2", "cnn": "stage2", "resnet18": "layer2", "resnet34": "layer2"}
 
 
 def default_cut(name: str) -> str:
@@ -23,7 +23,7 @@ def build_model(name: str, *, in_channels: int, num_classes: int, seed: int) -> 
     Parameters
     ----------
     name : str
-        "cnn", "resnet18" or "resnet34".
+        "tiny-cnn", "cnn", "resnet18" or "resnet34".
     in_channels, num_classes : int
         Of the dataset.
     seed : int
@@ -31,9 +31,24 @@ def build_model(name: str, *, in_channels: int, num_classes: int, seed: int) -> 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if name == "tiny-cnn":
+            return tiny_cnn(in_channels, num_classes)
         if name == "cnn":
             return small_cnn(in_channels, num_classes)
         return small_image_resnet(name, in_channels, num_classes)
+
+
+def tiny_cnn(in_channels: int, num_classes: int) -> nn.Sequential:
+    """Build a CNN of two strided convolutions and a hidden layer, for experiments that must be done in minutes."""
+    return nn.Sequential(
+        OrderedDict(
+            stage1=nn.Sequential(nn.Conv2d(in_channels, 16, 5, stride=2, padding=2), nn.GroupNorm(4, 16), nn.ReLU()),
+            stage2=nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+            head=nn.Sequential(
+                nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 32, 64), nn.ReLU(), nn.Linear(64, num_classes)
+            ),
+        )
+    )
 
 
 def small_cnn(in_channels: int, num_classes: int) -> nn.Sequential:

@@ -1,0 +1,129 @@
+"""A sweep through each engine, killed in the middle, and finished by the same command."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from psl_flower.experiments.command import main
+
+PATIENCE = 120.0  # seconds until a test is given up
+SWEEP = """
+title = "Digits"
+engine = "{engine}"
+[config]
+model = "tiny-cnn"
+num-server-rounds = {rounds}
+batch-size = 128
+partition = "mild"
+evaluate-every = 0
+[axes]
+num-clients = [4]
+seed = {seeds}
+[methods]
+UGS = {{ sampler = "ugs" }}
+FLS = {{ sampler = "fls" }}
+"""
+
+
+@pytest.fixture
+def temporary():
+    """A folder with a short path: Ray's sockets lie in it, and a socket's path has 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="psl-") as folder:
+        yield Path(folder)
+
+
+def arguments(folder, engine, seeds="[0, 1]", rounds=1):
+    """Write a sweep and return the words that run it."""
+    path = folder / f"{engine}.toml"
+    path.write_text(SWEEP.format(engine=engine, seeds=seeds, rounds=rounds))
+    return ["run", str(path), "--out", str(folder / engine), "--workers", "1"]
+
+
+def start(words, folder):
+    """Start the command as a process of its own, with its temporary files in `folder`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "psl_flower.experiments", *words],
+        env={**os.environ, "TMPDIR": str(folder)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def results(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        return {(row["method"], row["seed"]): row for row in csv.DictReader(file)}
+
+
+def processes(folder):
+    """Return the processes that were started with `folder` for their temporary files."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                if f"TMPDIR={folder}\0".encode() in (path / "environ").read_bytes():
+                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:  # it has ended
+                continue
+    return found
+
+
+def wait_for(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_killed_sweep_goes_on_where_it_was_and_both_engines_agree(tmp_path, temporary):
+    words = arguments(tmp_path, "in-process")
+    with start(words, temporary) as process:
+        for line in process.stderr:
+            if line.startswith("1/4"):
+                break
+        process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not processes(temporary))  # the training that was under way has noticed
+    runs = tmp_path / "in-process" / "runs"
+    finished = [path for path in runs.iterdir() if not path.name.startswith(".")]
+    assert 1 <= len(finished) < 4
+    before = (finished[0] / "result.json").stat().st_mtime_ns
+    assert main(words) == 0
+    assert (finished[0] / "result.json").stat().st_mtime_ns == before
+    split = results(tmp_path / "in-process")
+    assert set(split) == {(method, seed) for method in ("UGS", "FLS") for seed in "01"}
+    assert not list(runs.glob(".*"))
+
+    assert main(arguments(tmp_path, "vectorised")) == 0
+    vectorised = results(tmp_path / "vectorised")
+    for key, row in split.items():
+        assert row["run"] != vectorised[key]["run"]  # another engine is another training
+        for metric in ("accuracy_last", "loss_last", "steps", "deviation_mean"):
+            assert float(row[metric]) == pytest.approx(float(vectorised[key][metric]), rel=1e-3), metric
+    confusion = (tmp_path / "in-process" / "runs" / split["UGS", "0"]["run"] / "confusion.csv").read_text()
+    same = (tmp_path / "vectorised" / "runs" / vectorised["UGS", "0"]["run"] / "confusion.csv").read_text()
+    assert confusion == same
+
+
+@pytest.mark.flower
+def test_a_killed_simulation_leaves_no_process_and_agrees_too(tmp_path, temporary):
+    words = [*arguments(tmp_path, "simulation", seeds="[0]"), "--set", "method=['UGS']"]
+    with start(words, temporary) as process:
+        wait_for(lambda: any("flower-superlink" in command for command in processes(temporary).values()))
+        process.send_signal(signal.SIGKILL)
+    wait_for(lambda: not processes(temporary))
+    assert not (tmp_path / "simulation" / "results.csv").exists()
+
+    with start(words, temporary) as process:
+        said = process.stderr.read()
+    assert process.returncode == 0, said
+    assert not processes(temporary)
+    assert main([*arguments(tmp_path, "vectorised", seeds="[0]"), "--set", "method=['UGS']"]) == 0
+    simulated, vectorised = (results(tmp_path / engine)["UGS", "0"] for engine in ("simulation", "vectorised"))
+    assert float(simulated["loss_last"]) == pytest.approx(float(vectorised["loss_last"]), rel=1e-3)
+    assert simulated["steps"] == vectorised["steps"]
