@@ -28,7 +28,7 @@ types: $(READY) ## check types
 check: lint types test ## all of the above
 
 bench: $(READY) ## run the benchmarks, which print ratios
-	@set -e; for file in tests/bench/bench_*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file; done
+	@set -e; for file in tests/bench/bench_*.py; do echo "== $$file"; OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python $$file; done
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .

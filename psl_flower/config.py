@@ -109,7 +109,7 @@ class RunConfig:
     momentum: float = 0.9  # of sgd; adam has its own
 
     device: str = "auto"  # of the server half: "auto", or a torch device such as "cuda:0"
-    threads: int = 1  # torch threads of the ServerApp; more than one often slows a simulation down on the same machine
+    threads: int = 0  # torch threads of the ServerApp; 0: as many as there are cores, see psl_flower.threads
     loggers: str = ""  # beside metrics.jsonl and CSV: "tensorboard", "wandb" or both, separated by a comma
     output_dir: str = "outputs"  # relative to the working directory of the SuperLink
 
@@ -295,7 +295,7 @@ _LEAST = {
     "batch_size": 1,
     "seed": 0,
     "classes_per_client": 0,
-    "threads": 1,
+    "threads": 0,
     "checkpoint_every": 0,
     "keep_checkpoints": 0,
 }

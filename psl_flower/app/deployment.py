@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from psl_flower.app.local import LocalSuperLink, free_ports, stop_group
+from psl_flower.threads import available_cores
 
 
 class LocalDeployment(LocalSuperLink):
@@ -56,6 +57,8 @@ class LocalDeployment(LocalSuperLink):
         return f'root-certificates = "{self.home / "ca.crt"}"\n' if self._tls else super()._connection_config()
 
     def _start_nodes(self, address: str) -> None:
+        # all clients compute at the same time, here on one machine
+        share = {"OMP_NUM_THREADS": str(max(1, available_cores() // self._num_supernodes))}
         for partition, port in enumerate(free_ports(self._num_supernodes)):
             command = ["flower-supernode", "--superlink", address, "--host", "127.0.0.1", "--port", str(port)]
             command += ["--root-certificates", str(self.home / "ca.crt")] if self._tls else ["--insecure"]
@@ -65,7 +68,7 @@ class LocalDeployment(LocalSuperLink):
                     subprocess.Popen(
                         command,
                         cwd=self._folder,
-                        env=self.environment,
+                        env={**share, **self.environment},
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,

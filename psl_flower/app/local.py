@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from psl_flower.threads import SLEEP_WHILE_WAITING
+
 _START_TIMEOUT = 60.0  # seconds
 _STOP_TIMEOUT = 30.0
 _NAME = "psl-local"
@@ -46,6 +48,7 @@ class LocalSuperLink:
         self._process: subprocess.Popen[bytes] | None = None
         # apps run in the environment at hand: Flower would install their dependencies anew for every run
         self.environment = {
+            **SLEEP_WHILE_WAITING,
             **os.environ,
             "FLWR_HOME": str(self.home),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -6,7 +6,6 @@ import logging
 from functools import partial
 from pathlib import Path
 
-import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -14,6 +13,7 @@ from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer
 from psl_flower.callbacks import make_loggers
 from psl_flower.config import RunConfig
 from psl_flower.strategy import ParallelSplitLearning
+from psl_flower.threads import set_threads
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -50,7 +50,7 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
 def main(grid: Grid, context: Context) -> None:
     """Train the configured model with parallel split learning."""
     config = RunConfig.read(context.run_config)
-    torch.set_num_threads(config.threads)
+    log.info("The server half computes on %d threads.", set_threads(config.threads))
     make_strategy(config).start(
         grid,
         ArrayRecord(make_model(config).state_dict()),

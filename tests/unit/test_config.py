@@ -53,7 +53,7 @@ def test_every_dataset_and_model_that_may_be_named_exists():
         ("batch-size", "64", "batch-size must be a whole number, got '64'"),
         ("num-server-rounds", 0, "num-server-rounds must be at least 1"),
         ("evaluate-every", -1, "evaluate-every must be at least 0"),
-        ("threads", 0, "threads must be at least 1"),
+        ("threads", -1, "threads must be at least 0"),
         ("seed", -1, "seed must be at least 0"),
         ("learning-rate", 0.0, "learning-rate must be greater than 0"),
         ("learning-rate", float("nan"), "learning-rate must be finite"),
