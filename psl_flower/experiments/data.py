@@ -124,7 +124,7 @@ def load_data(setting: Setting) -> Data:
     Raises
     ------
     ConfigError
-        If the data is refused, or cannot be split among so many clients.
+        If the data is refused, is less than a batch, or cannot be split among so many clients.
     """
     config, spec = setting.config, SPECS[setting.config.dataset]
 
@@ -141,6 +141,10 @@ def load_data(setting: Setting) -> Data:
     train = load("train")
     if setting.examples > len(train):
         raise ConfigError(f"examples must be at most {len(train)}, those of the training set, got {setting.examples}")
+    if config.batch_size > (setting.examples or len(train)):
+        raise ConfigError(
+            f"batch-size must be at most {len(train)}, the examples trained on, got {config.batch_size}: lower it"
+        )
     if setting.examples:
         rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(_SUBSET_STREAM,)))
         subset = np.sort(rng.choice(len(train), setting.examples, replace=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -36,7 +36,7 @@ def open_training(setting: Setting) -> Training:
     Raises
     ------
     ConfigError
-        If the data cannot be had, the sampler cannot plan with these clients, or the model cannot be cut there.
+        If the data cannot be had, is less than a batch or cannot be split, or the model cannot be cut there.
     """
     return Training(setting, load_data(setting), make_model(setting.config))
 
@@ -127,7 +127,8 @@ class Training:
         return torch.stack([torch.stack(losses).double(), torch.stack(correct).double()])
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._setting.precision == "bfloat16")
+        mixed = self._setting.precision == "bfloat16"
+        return torch.autocast(self._device.type, torch.bfloat16) if mixed else nullcontext()
 
     # --- testing -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()

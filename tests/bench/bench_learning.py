@@ -23,13 +23,12 @@ from torch import nn
 
 from psl_flower.app.datasets import SPECS, load_arrays
 from psl_flower.app.images import ImageSet
-from psl_flower.client import SplitClient
+from psl_flower.experiments.schedule import fill_plan
 from psl_flower.metrics import batch_deviation
 from psl_flower.partition.split import extended_dirichlet_split
 from psl_flower.samplers.base import Population
 from psl_flower.samplers.registry import make_sampler
 from psl_flower.stragglers import SlowFractionDelays, step_times
-from psl_flower.strategy.orders import Cursors
 
 # name: (sampler, options)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -81,7 +80,6 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         delays = type(delays)(np.where(slow, 10.0, 1.0), np.zeros(len(ids)))
     population = Population(ids, counts.sum(axis=1), counts, delays)
     sampler, extra = RUNS[name]
-    clients = [SplitClient(torch.nn.Identity(), ClientLabels(labels[rows])) for rows in shares]
 
     model = small_cnn(spec.shape[0], spec.num_classes, spec.shape[-1], seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=0.9)
@@ -90,12 +88,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     for epoch in range(options.epochs):
         if sampler:
             plan = make_sampler(sampler, options.batch_size, seed, **extra).plan(population, epoch)
-            cursors = Cursors(plan.population.client_ids, seed=seed, epoch=epoch)
-            batches, times = [], step_times(plan)
-            for i, step in enumerate(plan):
-                orders = cursors.orders(i, step)
-                batches.append(np.concatenate([shares[o.client][clients[o.client].draw(o)] for o in orders]))
-                cursors.advance(step)
+            schedule, times = fill_plan(plan, shares, labels, seed=seed, epoch=epoch), step_times(plan)
+            batches = np.split(schedule.rows, schedule.bounds()[1:-1])
         else:
             order = np.random.default_rng([seed, epoch]).permutation(len(labels))
             batches = np.array_split(order, -(-len(order) // options.batch_size))
@@ -123,19 +117,6 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "steps": steps,
         "seconds": seconds,
     }
-
-
-class ClientLabels:
-    """A client's data as far as drawing batches needs it."""
-
-    def __init__(self, labels: np.ndarray) -> None:
-        self.targets = labels
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> int:
-        return int(self.targets[index])
 
 
 @torch.inference_mode()

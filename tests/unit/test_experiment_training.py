@@ -8,6 +8,7 @@ from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError, DivergenceError
 from psl_flower.experiments import ALGORITHMS, Setting, open_training
 from psl_flower.experiments.data import load_data
+from psl_flower.experiments.training import _Batches
 from psl_flower.strategy.result import RoundRecord, StepRecord
 
 NUM_CLIENTS = 4
@@ -97,3 +98,22 @@ def test_other_precisions_and_formats_learn_the_same():
         assert state[name].dtype == torch.float32
     assert torch.allclose(state[""], state["last"], atol=1e-4)
     assert 1e-5 < (state[""] - state["half"]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_step_waits_for_the_device(algorithm):
+    """Nothing can be read from the meta device: a step that looked at what it computed would fail."""
+    config = {"device": "meta", "augment": "crop-flip"}
+    training = open_training(setting(algorithm, config, channels_last=True))
+    schedule = training._algorithm.schedule(0)
+    steps = range(len(schedule.plan))
+    seen = training._train_steps(steps, _Batches(training._data, schedule, 0, 0).load(steps))
+    training._algorithm.end_round()
+    assert seen.shape == (2, len(steps))
+    with pytest.raises(NotImplementedError, match="meta"):
+        seen.tolist()
+
+
+def test_a_batch_larger_than_the_data_is_refused_at_once():
+    with pytest.raises(ConfigError, match="batch-size must be at most 1437, the examples trained on, got 1438"):
+        open_training(setting(config={"batch_size": 1438}, examples=0))
