@@ -129,7 +129,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
         print("\n".join(f"{experiment.label}  {experiment.name}" for experiment in experiments))
         return 0
     configs = [experiment.setting.config for experiment in experiments]
-    threads = max(config.threads for config in configs)
+    threads = max(config.threads or 1 for config in configs)  # of themselves, one: trainings fill the cores
     workers = options.workers
     if workers is None:
         workers = default_workers(threads, configs[0].device)

@@ -72,7 +72,7 @@ def run_trial(experiment: Experiment, folder: Path, on_round: OnRound) -> None:
     """
     setting = experiment.setting
     (folder / SETTING_FILE).write_text(json.dumps(describe(experiment), indent=2) + "\n", encoding="utf-8")
-    torch.set_num_threads(setting.config.threads)
+    torch.set_num_threads(setting.config.threads or 1)
     confusion = _ENGINES[experiment.engine](setting, folder, on_round)
     np.savetxt(folder / CONFUSION_FILE, confusion, fmt="%d", delimiter=",")
 
