@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -65,6 +66,7 @@ class Experiment:
         content |= {key: getattr(setting, name) for key, name in _SETTING.items()} | {"engine": self.engine}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
         kind = setting.config.sampler if setting.algorithm == "psl" else setting.algorithm
+        kind = re.sub(r"[^\w-]+", "-", kind)  # a sampler's own class is written with a colon
         return f"{kind}-k{setting.num_clients}-seed{setting.config.seed}-{digest}"
 
     @property

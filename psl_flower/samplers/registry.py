@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from psl_flower.checks import check_choice, check_options
+from psl_flower.errors import ConfigError
 from psl_flower.samplers.aligned import AlignedSampler
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.dirichlet import LatentDirichletSampler
@@ -37,7 +39,7 @@ def make_sampler(name: str, batch_size: int, seed: int = 0, **options: Any) -> S
     ----------
     name : str
         "fls", "fpls", "ugs", "lds", "lb", "aligned", or the long form: "fixed-local", "fixed-proportional",
-        "uniform-global", "latent-dirichlet", "latency-budgeted".
+        "uniform-global", "latent-dirichlet", "latency-budgeted"; or a class of your own, "package.module:Class".
     batch_size : int
         Global batch size B.
     seed : int
@@ -55,7 +57,22 @@ def make_sampler(name: str, batch_size: int, seed: int = 0, **options: Any) -> S
     >>> make_sampler("lds", 128, seed=1, delta=0.5)
     LatentDirichletSampler(batch_size=128, seed=1, delta=0.5, c=1.0)
     """
-    check_choice(name, "sampler", [*SAMPLERS, *_LONG_NAMES])
-    sampler = SAMPLERS[_LONG_NAMES.get(name, name)]
+    sampler = _own_sampler(name) if ":" in str(name) else SAMPLERS[_short_name(name)]
     check_options(options, sampler, f"sampler {name!r}", but=("batch_size", "seed"))
     return sampler(batch_size, seed=seed, **options)
+
+
+def _short_name(name: str) -> str:
+    check_choice(name, "sampler", [*SAMPLERS, *_LONG_NAMES])
+    return _LONG_NAMES.get(name, name)
+
+
+def _own_sampler(name: str) -> type[Sampler]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise ConfigError(f"sampler {name!r} cannot be imported ({exc}): write package.module:Class") from exc
+    if not isinstance(found, type) or not issubclass(found, Sampler):
+        raise ConfigError(f"sampler {name!r} must be a subclass of psl_flower.samplers.Sampler, it is {found!r}")
+    return found

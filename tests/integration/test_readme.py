@@ -1,24 +1,77 @@
-"""What README shows works: its Python blocks run, in order, in one namespace."""
+"""What README and docs/ show works: Python blocks run, in order, in one namespace a file; links lead somewhere."""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+import pytest
+
+from psl_flower.experiments.sweep import read_sweep
+from psl_flower.torchvision_compat import import_torchvision
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(path, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def run_blocks(path):
+    """Run a file's blocks and return their namespace."""
+    namespace = {"__name__": path.stem}
+    for block in blocks(path):
+        exec(compile(block, str(path), "exec"), namespace)
+    return namespace
 
 
 def test_python_blocks_run(capsys):
-    text = README.read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) >= 4
-    namespace = {"__name__": "readme"}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
+    assert len(blocks(README)) >= 4
+    run_blocks(README)
     accuracy, steps = capsys.readouterr().out.splitlines()[:2]
     assert 0.9 < float(accuracy) < 0.99
     assert steps.startswith("16 [125, 125")
 
 
-def test_linked_files_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8"))
-    missing = [t for t in targets if not t.startswith("http") and not (README.parent / t).exists()]
+def test_the_sampler_of_the_docs_keeps_every_promise(capsys):
+    namespace = run_blocks(ROOT / "docs" / "samplers.md")
+    steps, clients = capsys.readouterr().out.split()
+    assert (int(steps), 1 <= float(clients) < 2) == (16, True)
+    plan = namespace["EndToEndSampler"](7, seed=1).plan(namespace["Population"]([3, 5, 8, 9], [10, 0, 1, 30]), epoch=2)
+    plan.validate()
+    assert plan.batch_sizes().tolist() == [7, 7, 7, 7, 7, 6]
+
+
+def test_the_cuts_of_the_docs_are_as_they_say(capsys):
+    import_torchvision()  # its plain import may fail next to a torch without CUDA
+    run_blocks(ROOT / "docs" / "cutting.md")
+    candidates, shape, first, second, by_hand = capsys.readouterr().out.splitlines()
+    text = (ROOT / "docs" / "cutting.md").read_text(encoding="utf-8")
+    assert f"# {candidates}\n" in text
+    assert f"what each example sends: {shape}\n" in text
+    assert (first[:9], second[:9]) == ("GroupNorm", "BatchNorm")
+    assert by_hand == "torch.Size([2, 10]) client.0.weight"
+
+
+def test_the_deployment_guide_begins_with_a_training_that_works():
+    result = run_blocks(ROOT / "docs" / "deployment.md")["result"]
+    assert result.train_metrics_clientapp[1]["num_examples"] == 1437
+
+
+def test_the_experiments_guide_shows_a_sweep_and_a_callback_that_work(tmp_path):
+    (text,) = blocks(ROOT / "docs" / "experiments.md", "toml")
+    (tmp_path / "sweep.toml").write_text(text)
+    assert len(read_sweep(str(tmp_path / "sweep.toml"), "quick").experiments()) == 2 * 2 * 4
+    run_blocks(ROOT / "docs" / "experiments.md")
+
+
+@pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
+def test_linked_files_exist(path):
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    missing = [t for t in targets if not t.startswith("http") and not (path.parent / t).exists()]
     assert not missing
+
+
+def test_no_doc_is_left_out_here():
+    tested = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in DOCS if blocks(path) and path.name not in tested] == []

@@ -49,3 +49,19 @@ def test_options_reach_the_sampler():
 def test_refuses_unknown_names_and_options(name, options, message):
     with pytest.raises(ConfigError, match=message):
         make_sampler(name, 8, **options)
+
+
+def test_a_class_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
+    code = "from psl_flower.samplers import UniformGlobalSampler\nclass Mine(UniformGlobalSampler):\n    pass\n"
+    (tmp_path / "my_samplers.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    sampler = make_sampler("my_samplers:Mine", 32, seed=5)
+    assert (type(sampler).__name__, sampler.batch_size, sampler.seed) == ("Mine", 32, 5)
+    for name, message in (
+        ("my_samplers:Yours", "sampler 'my_samplers:Yours' cannot be imported .*write package.module:Class"),
+        ("not_there:Mine", "cannot be imported"),
+        (":Mine", "cannot be imported"),
+        ("psl_flower.samplers:Population", "must be a subclass of psl_flower.samplers.Sampler"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_sampler(name, 32)
