@@ -7,8 +7,9 @@ The tree::
     │   └── CutError                   a model cannot be cut where it was asked to be
     ├── ProtocolError (ValueError)     a record from the wire breaks the protocol
     ├── MembershipError (RuntimeError) the clients at hand cannot form a population
-    └── StepError (RuntimeError)       a training or evaluation step could not be completed
-        └── DivergenceError            its loss or gradients are NaN or infinite
+    ├── StepError (RuntimeError)       a training or evaluation step could not be completed
+    │   └── DivergenceError            its loss or gradients are NaN or infinite
+    └── StoppedError (RuntimeError)    the run was ended from outside
 
 Every message names the rule, the value found and the remedy. Errors of other libraries are mapped
 onto this tree with ``raise ... from exc``.
@@ -67,3 +68,7 @@ class StepError(PSLError, RuntimeError):
 
 class DivergenceError(StepError):
     """The server half's loss or gradients are NaN or infinite."""
+
+
+class StoppedError(PSLError, RuntimeError):
+    """The run was ended from outside: by Ctrl-C, or ``flwr stop``."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flwr.common.constant import ErrorCode
@@ -11,6 +14,16 @@ try:
     from flwr.supercore.run import Run as Run
 except ImportError:  # before flwr 1.30 or so
     from flwr.common.typing import Run as Run  # type: ignore[attr-defined, no-redef]
+
+try:
+    from flwr.supercore.exit import add_exit_handler
+except ImportError:  # before flwr 1.30 or so
+    from flwr.common.exit import add_exit_handler  # type: ignore[import-not-found, no-redef]
+
+# Note [Flower's exit]: Flower ends the simulation's process by force 5 seconds after a signal. Until then a run must
+# have ended, and Flower have shut Ray down. After ``flwr stop`` it never does: it waits for its heartbeat, which sleeps
+# for 6 seconds. Then Ray dies with the process, all but some agents of its that go on for minutes: so we shut it down.
+_RUN_SECONDS, _RAY_SECONDS = 2.0, 1.5
 
 # the code of an error reply for a ClientApp that raised
 ERROR_CLIENT_APP: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -46,3 +59,37 @@ def outlives_messages() -> bool:
     if ray is None or not ray.is_initialized():
         return False
     return ray.get_runtime_context().get_actor_id() is not None
+
+
+@contextmanager
+def stopped_by_flower() -> Iterator[list[Callable[[], None]]]:
+    """Let Flower stop what runs within, when it ends the process: on Ctrl-C, or ``flwr stop``.
+
+    In a deployment Flower raises SystemExit in the main thread, where the ServerApp runs. In the simulation it runs in
+    another thread, which nothing tells of the end; there, the functions in the list that this yields are called, and
+    Flower's exit waits for the end of the context, a few seconds at most. See Note [Flower's exit].
+    """
+    stops: list[Callable[[], None]] = []
+    over, runner = threading.Event(), threading.get_ident()
+
+    def stop() -> None:
+        if not over.is_set() and threading.get_ident() != runner:
+            for each in stops:
+                each()
+            over.wait(_RUN_SECONDS)
+            timer = threading.Timer(_RAY_SECONDS, _shut_ray_down)
+            timer.daemon = True
+            timer.start()
+
+    add_exit_handler(stop)
+    try:
+        yield stops
+    finally:
+        over.set()
+        stops.clear()
+
+
+def _shut_ray_down() -> None:
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()

@@ -10,6 +10,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import Self
 
+from psl_flower.errors import StoppedError
 from psl_flower.protocol import Reply, Request
 
 
@@ -43,6 +44,8 @@ class Carrier(ABC):
     Nodes are Flower's node ids; which client lives on which node is the business of ``exchange.clients``.
     """
 
+    _stopped = False
+
     @cached_property
     def ignored(self) -> Counter[str]:
         """How many replies came that nobody waited for, by kind: "late" or "duplicate"."""
@@ -67,7 +70,20 @@ class Carrier(ABC):
         -------
         dict of int to Answer
             One for each request: never fewer, never raises for what a client did.
+
+        Raises
+        ------
+        StoppedError
+            After `stop`.
         """
+
+    def stop(self) -> None:
+        """Have the exchange under way, and every later one, raise StoppedError; for other threads to call."""
+        self._stopped = True
+
+    def _check_stopped(self) -> None:
+        if self._stopped:
+            raise StoppedError("the run was stopped from outside")
 
     def close(self) -> None:  # noqa: B027 - nothing to close by default
         """Release what the carrier holds."""

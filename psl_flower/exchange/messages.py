@@ -43,6 +43,7 @@ class MessageCarrier(Carrier):
 
     def node_ids(self) -> Iterable[int]:
         """Return the ids of the nodes that are connected now."""
+        self._check_stopped()
         return self._grid.get_node_ids()
 
     def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
@@ -56,6 +57,7 @@ class MessageCarrier(Carrier):
         accepted = set(waiting.values())
         answers = {node: Answer(None, refused, 0.0, sent[node]) for node in requests if node not in accepted}
         while waiting:
+            self._check_stopped()
             for message in self._grid.pull_messages([*waiting, *self._late]):
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is None:

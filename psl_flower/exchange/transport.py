@@ -70,6 +70,7 @@ class AutoCarrier(Carrier):
 
     def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
         """Send a request to each node and wait until all are answered or `timeout` is over."""
+        self._check_stopped()
         if self._streams is not None:
             failures = self._streams.attach_new(requests, timeout)
             if failures:
@@ -77,6 +78,11 @@ class AutoCarrier(Carrier):
                 more = f" ({len(failures)} of {len(requests)} clients failed so)" if len(failures) > 1 else ""
                 self._fall_back(f"node {node}: {reason}{more}")
         return self._carrier.exchange(requests, timeout)
+
+    def stop(self) -> None:
+        """Have the exchange under way, and every later one, raise StoppedError; for other threads to call."""
+        super().stop()
+        self._carrier.stop()
 
     def close(self) -> None:
         """Release what the carriers hold."""

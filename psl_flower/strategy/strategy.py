@@ -27,6 +27,7 @@ from psl_flower.exchange import Clients
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
 from psl_flower.faults import FaultPolicy
+from psl_flower.flower import stopped_by_flower
 from psl_flower.samplers.base import PlanStep, Population, Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import check_client_half, cut_model
@@ -248,9 +249,11 @@ class ParallelSplitLearning(Strategy):
         position, first_round = (None, 1) if saved is None else (saved["metrics_position"], saved["round"])
         self.summary()
         with (
+            stopped_by_flower() as stops,
             open_carrier(grid, self.transport, self.stream_options) as carrier,
             RunRecorder(self._output_dir, self._configuration(num_rounds), position, self._callbacks) as recorder,
         ):
+            stops.append(carrier.stop)
             tolerate = self.faults.tolerate
             clients = Clients(
                 carrier, label_counts=self.sampler.needs_label_counts, config=train_config, tolerate=tolerate

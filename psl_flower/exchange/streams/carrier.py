@@ -14,7 +14,17 @@ from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.base import Answer, Carrier
-from psl_flower.exchange.streams.endpoint import Closed, Connection, Endpoint, Event, Job, Joined, Received, Unsent
+from psl_flower.exchange.streams.endpoint import (
+    Closed,
+    Connection,
+    Endpoint,
+    Event,
+    Job,
+    Joined,
+    Received,
+    Stopped,
+    Unsent,
+)
 from psl_flower.exchange.streams.frames import Frame
 from psl_flower.exchange.streams.groups import Group, decode_group_reply, encode_group, group_requests
 from psl_flower.exchange.streams.options import StreamOptions
@@ -108,7 +118,13 @@ class StreamCarrier(Carrier):
 
     def node_ids(self) -> Iterable[int]:
         """Return the ids of the nodes that are connected now."""
+        self._check_stopped()
         return self._grid.get_node_ids()
+
+    def stop(self) -> None:
+        """Have the exchange under way, and every later one, raise StoppedError; for other threads to call."""
+        super().stop()
+        self._endpoint.events.put(Stopped())
 
     def close(self) -> None:
         """End all streams and stop listening."""
@@ -213,6 +229,7 @@ class StreamCarrier(Carrier):
     # --- exchanging --------------------------------------------------------------------------------------------------
     def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
         """Send a request to each node and wait until all are answered or `timeout` is over."""
+        self._check_stopped()
         current = _Exchange(requests, timeout)
         for node, reason in self.attach_new(requests, timeout).items():
             current.fail([node], reason)
@@ -233,9 +250,10 @@ class StreamCarrier(Carrier):
             if left <= 0:
                 self._give_up(current)
                 return
-            # events are all there is to wait for, unless a client was invited anew
+            # Events are all there is to wait for, unless a client was invited anew. But Flower may raise a signal in a
+            # thread of its own: that wakes no thread, and this one, if it is the main one, is to handle it.
             invited = any(node in self._homeless for node in current.open_nodes())
-            if self._next_event(min(look, left) if invited else left) or not invited:
+            if self._next_event(min(look if invited else _LONGEST_LOOK, left)) or not invited:
                 continue
             look = min(1.5 * look, _LONGEST_LOOK)
             self._look_for_refusals()
@@ -323,6 +341,8 @@ class StreamCarrier(Carrier):
             self._joined(event)
         elif isinstance(event, Closed):
             self._lost(event.connection, event.reason)
+        elif isinstance(event, Stopped):
+            self._check_stopped()
         else:
             sent = self._sent.pop(event.number, None)
             if sent is not None and self._exchange is not None:

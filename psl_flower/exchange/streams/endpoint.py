@@ -85,7 +85,12 @@ class Closed:
     reason: str
 
 
-Event = Joined | Received | Unsent | Closed
+@dataclass(frozen=True, eq=False)
+class Stopped:
+    """The run is to end: nothing is waited for any more."""
+
+
+Event = Joined | Received | Unsent | Closed | Stopped
 
 # Makes a frame when its turn has come; None if it is not wanted any more.
 Job = Callable[[], Frame | None]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ class Chaotic(SplitClient):
         (folder / "drawn" / name).write_text(json.dumps(indices.tolist()))
         mood = np.random.default_rng([5, *where]).random()
         self.poisoned = mood < config["share"] and _first(folder / "poisoned" / name)
+        if config["hold-at"] == f"{order.epoch}-{order.step}":
+            hold(folder)
         deadly = mood > 0.9 and order.step > 4
         if deadly and any(_first(folder / "died" / str(i)) for i in range(config["deaths"])):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -30,6 +33,13 @@ class Chaotic(SplitClient):
     def batch(self, dataset, indices):
         inputs, labels = super().batch(dataset, indices)
         return inputs * float("nan") if self.poisoned else inputs, labels
+
+
+def hold(folder):
+    """Say that the run is where it is to be interrupted, and work as long as it takes."""
+    (folder / "held").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
 
 
 def _first(path):

@@ -1,4 +1,4 @@
-"""The server: writes down the work orders of every committed step."""
+"""The server: writes down the work orders of every committed step, and goes on from where it was on request."""
 
 import json
 from pathlib import Path
@@ -42,8 +42,20 @@ def main(grid, context):
         transport=str(config["transport"]),
         evaluate_every=0,
         faults=FaultPolicy(step_timeout=float(config["step-timeout"])),
+        checkpoint_every=int(config["checkpoint-every"]),
+        resume_from=str(config["resume-from"]) or None,
         output_dir=folder,
     )
-    told = {name: config[name] for name in ("results", "share", "deaths")}
-    strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=3, train_config=ConfigRecord(told))
+
+    def evaluate(server_round, arrays):
+        if server_round == config["fail-in-round"]:
+            raise OSError("no test data today")
+
+    strategy.start(
+        grid,
+        ArrayRecord(model.state_dict()),
+        num_rounds=int(config["rounds"]),
+        train_config=ConfigRecord({name: config[name] for name in ("results", "share", "deaths", "hold-at")}),
+        evaluate_fn=evaluate,
+    )
     (folder / "committed.json").write_text(json.dumps(COMMITTED))

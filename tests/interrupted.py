@@ -1,0 +1,48 @@
+"""A script that trains in its own process, over streams, until somebody interrupts it.
+
+    python tests/interrupted.py FOLDER ROUNDS
+
+says "training" on standard output, from the middle of an exchange of the second round.
+"""
+
+import sys
+from pathlib import Path
+
+from flwr.app import ArrayRecord
+from support import CUT, load_partition, sgd, tiny_resnet
+
+from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, UniformGlobalSampler, split_client_app
+
+K = 4
+
+
+class Telling(SplitClient):
+    """Says when it is asked for a step."""
+
+    def draw(self, order):
+        if (order.epoch, order.step) == (1, 5):
+            print("training", flush=True)
+        return super().draw(order)
+
+
+def train(folder: Path, num_rounds: int, **options):
+    """Train, or go on training, in `folder`; return the whole model."""
+    strategy = ParallelSplitLearning(
+        tiny_resnet(),
+        cut=CUT,
+        sampler=UniformGlobalSampler(32, seed=3),
+        optimizer=sgd,
+        min_available_nodes=K,
+        transport="streams",
+        evaluate_every=0,
+        output_dir=folder,
+        checkpoint_every=2,
+        **options,
+    )
+    app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition, client_class=Telling)
+    result = strategy.start(InProcessGrid(app, K), ArrayRecord(tiny_resnet().state_dict()), num_rounds)
+    return result.arrays.to_torch_state_dict()
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), int(sys.argv[2]))
