@@ -24,7 +24,7 @@ from psl_flower.errors import ConfigError
 
 log = logging.getLogger("flwr.psl_flower")
 
-VERSION = 1  # of what is in the tree; another one is refused
+VERSION = 2  # of what is in the tree; another one is refused
 FOLDER = "checkpoints"
 _NAME = re.compile(r"round-(\d+)-step-(\d+)\.safetensors")
 _TREE = "psl_flower"  # the metadata's key

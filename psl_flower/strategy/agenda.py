@@ -1,4 +1,10 @@
-"""What an epoch still has to do: the plan for the clients at hand, made anew when clients are lost or come back."""
+"""What an epoch still has to do: the plan for the clients at hand, made anew when it has to be.
+
+Note [Planning anew]: the plan of a thousand clients may take seconds. So a step that came about without some client
+does not change the plan: what it owes is a debt, to be collected with a later plan. That is due when a client of the
+next step is absent; when the debts make a batch; and before the last step, which they are collected with, so that
+no tiny batch is left over. The choice does not depend on the clock: a run that is resumed makes the same plans.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +27,10 @@ BoolArray = NDArray[np.bool_]
 class Agenda:
     """The examples every client still owes an epoch, and the plan that collects them.
 
-    A client owes what no committed step has used. Whenever the plan at hand no longer fits (a step came about without
-    some client, one is left out, one is back), the rest of the epoch is planned anew by the same sampler, for what the
-    clients at hand owe. So a plan is a function of the seed, the epoch, how often it was planned anew, and what is
-    owed; and every example of every client that can be reached is used exactly once.
+    A client owes what no committed step has used. When the plan at hand does no longer, the rest of the epoch is
+    planned anew by the same sampler, for what the clients at hand owe; Note [Planning anew] says when. So a plan is a
+    function of the seed, the epoch, how often it was planned anew, and what is owed; and every example of every client
+    that can be reached is used exactly once.
 
     Parameters
     ----------
@@ -50,8 +56,7 @@ class Agenda:
         self._seen: IntArray | None = None if counts is None else np.zeros_like(counts)
         self._plan = sampler.plan(population, epoch)
         self._next = 0
-        self._planned = population.sizes > 0  # the clients that the plan is for
-        self._fits = True
+        self._planned = population.sizes.copy()  # examples of each client in the rest of the plan
 
     # --- what is left ------------------------------------------------------------------------------------------------
     @property
@@ -64,17 +69,28 @@ class Agenda:
         return np.asarray(self.population.client_ids[self.owed > 0])
 
     def steps_left(self) -> int:
-        """Return the number of steps of the plan at hand that are still to come."""
-        return len(self._plan) - self._next
+        """Return how many steps are still to come, if no more are lost."""
+        debts = int((self.owed - self._planned).sum())
+        return len(self._plan) - self._next - (-debts // self._sampler.batch_size)
 
     # --- steps -------------------------------------------------------------------------------------------------------
     def step(self, clients: IntArray) -> PlanStep:
         """Return the next step with these clients, some of which must owe examples; it is next until it is `done`."""
-        owed = self.owed > 0
-        wanted = np.isin(self.population.client_ids, clients) & owed
-        if not self._fits or (wanted != (self._planned & owed)).any():
+        wanted = np.isin(self.population.client_ids, clients) & (self.owed > 0)
+        if not self._will_do(wanted):
             self._replan(wanted)
         return self._plan[self._next]
+
+    def _will_do(self, wanted: BoolArray) -> bool:
+        """Return whether to go on with the plan at hand; Note [Planning anew]."""
+        left = len(self._plan) - self._next
+        if not left or not wanted[self._rows(self._plan[self._next])].all():
+            return False
+        debts = int((self.owed - self._planned)[wanted].sum())
+        return debts < self._sampler.batch_size and not (debts and left == 1)
+
+    def _rows(self, step: PlanStep) -> NDArray[np.intp]:
+        return np.searchsorted(self.population.client_ids, step.clients)
 
     def orders(self, index: int, step: PlanStep) -> list[WorkOrder]:
         """Return the work orders of a step, the `index`-th of the epoch to be committed."""
@@ -93,14 +109,9 @@ class Agenda:
         whole = self._plan[self._next]
         self._cursors.advance(step)
         self._next += 1
-        self._fits &= len(step.clients) == len(whole.clients)
+        self._planned[self._rows(whole)] -= whole.quotas
         if self._seen is not None:
-            rows = np.searchsorted(self.population.client_ids, step.clients)
-            self._seen[rows] += self._class_counts(step, labels)
-
-    def lost(self) -> None:
-        """Take note that nothing came of the next step."""
-        self._fits = False
+            self._seen[self._rows(step)] += self._class_counts(step, labels)
 
     def _class_counts(self, step: PlanStep, labels: Mapping[int, NDArray[Any]]) -> IntArray:
         assert self._seen is not None
@@ -119,7 +130,7 @@ class Agenda:
             None if people.delays is None else people.delays.take(rows),
         )
         self._plan = self._sampler.plan(rest, self._epoch, replan=self.replans)
-        self._next, self._planned, self._fits = 0, wanted, True
+        self._next, self._planned = 0, np.where(wanted, self.owed, 0)
 
     def _owed_by_class(self, rows: NDArray[np.intp]) -> IntArray | None:
         counts = self.population.label_counts
@@ -147,7 +158,7 @@ class Agenda:
         if population.label_counts is not None and self._seen is not None:
             more = population.label_counts.shape[1] - self._seen.shape[1]
             self._seen = _moved(np.pad(self._seen, ((0, 0), (0, max(0, more)))), rows, len(population))
-        planned = np.zeros(len(population), dtype=np.bool_)
+        planned = np.zeros(len(population), dtype=np.int64)
         planned[rows] = self._planned
         self._cursors, self._planned, self.population = cursors, planned, population
 
@@ -163,8 +174,7 @@ class Agenda:
             "used": self._cursors.used,
             "used_by_class": self._cursors.used_by_class,
             "seen": self._seen,
-            "planned": self._planned.astype(np.int64),
-            "fits": self._fits,
+            "planned": self._planned,
             "plan": {
                 "offsets": plan.offsets[self._next :] - first,
                 "clients": plan.clients[first:],
@@ -188,7 +198,7 @@ class Agenda:
         agenda._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
         agenda._cursors.used, agenda._cursors.used_by_class = state["used"], state["used_by_class"]
         agenda._seen = state["seen"]
-        agenda._planned, agenda._fits = state["planned"] > 0, state["fits"]
+        agenda._planned = state["planned"]
         plan = state["plan"]
         rest = Population(population.client_ids, population.sizes)
         agenda._plan = BatchPlan(rest, plan["offsets"], plan["clients"], plan["quotas"], plan["class_quotas"])

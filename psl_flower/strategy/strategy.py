@@ -322,10 +322,9 @@ class ParallelSplitLearning(Strategy):
                 orders, waits = agenda.orders(len(epoch), step), self._waits(virtual_clock, step)
                 with StepError.located(f"round {server_round}, step {len(epoch)}"):
                     attempt = run.attempt(orders, waits)
-                    if attempt.outcome is None and not attempt.skipped:
-                        agenda.lost()
-                        if run.give_up(attempt, agenda, stall, committed=len(epoch) > 0):
-                            break
+                    nothing = attempt.outcome is None and not attempt.skipped
+                    if nothing and run.give_up(attempt, agenda, stall, committed=len(epoch) > 0):
+                        break
                     skips = skips + 1 if attempt.skipped else 0
                     _check_skips(skips)
                 if attempt.skipped:

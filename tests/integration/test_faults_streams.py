@@ -53,7 +53,8 @@ def test_batches_that_fail_cost_their_clients_the_step(tmp_path):
     result = start(tmp_path, 0.08)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(Moody.failures) > 8
-    assert sum(summary["refused"].values()) == len(Moody.failures)
+    again = summary["steps_redone"] * K  # in a step that is tried again, the same clients fail
+    assert 0 <= sum(summary["refused"].values()) - len(Moody.failures) <= again
     assert set(summary["refused"]) == {"client error", "not finite"}
     for metrics in result.train_metrics_clientapp.values():
         assert metrics["num_examples"] == sum(client_sizes(K))

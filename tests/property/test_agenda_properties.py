@@ -68,7 +68,6 @@ def test_every_example_is_used_once(name, seed, loss, restore):
         orders = agenda.orders(7, step)
         arrived = {int(k): None for k in step.clients if rng.random() >= loss}
         if not arrived:
-            agenda.lost()
             continue
         came = part(step, arrived)
         labels = labels_of(rng, client_labels, came, cursors)
@@ -120,3 +119,43 @@ def test_labels_that_are_not_what_was_reported_are_made_up_for():
         step = part(agenda.step(owing), {int(k): None for k in agenda.step(owing).clients[:1]})
         agenda.done(step, {int(k): np.ones((int(n), 2)) for k, n in zip(step.clients, step.quotas, strict=True)})
     assert agenda.owed.tolist() == [0, 0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("name", ["ugs", "lds", "lb", "aligned"])
+def test_what_lost_clients_owe_is_collected_in_whole_batches_and_planned_seldom(name, seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 20, (8, C))
+    people = Population(np.arange(8), counts.sum(axis=1), counts, Delays(rng.random(8), rng.random(8) / 10))
+    sampler = SAMPLERS[name](12, seed=seed)
+    agenda = Agenda(sampler, people, epoch=0)
+    labels = {k: np.repeat(np.arange(C), row) for k, row in enumerate(counts)}
+    cursors = dict.fromkeys(labels, 0)
+    sizes, lost, first_steps = [], 0, agenda.steps_left() - 2
+    while len(owing := agenda.owing()):
+        step = agenda.step(owing)
+        sizes.append(step.batch_size)
+        fails = len(sizes) <= first_steps and rng.random() < 0.5
+        missing = int(rng.choice(step.clients)) if fails and len(step.clients) > 1 else None
+        came = part(step, {int(k): None for k in step.clients if k != missing})
+        lost += step.batch_size - came.batch_size
+        agenda.done(came, labels_of(rng, labels, came, cursors))
+        for client, quota in zip(came.clients.tolist(), came.quotas.tolist(), strict=True):
+            cursors[client] += quota
+    assert min(sizes) >= sampler.batch_size // 2  # the rest, too: it is collected with the last step
+    assert max(sizes) <= sampler.batch_size
+    assert agenda.replans <= lost // sampler.batch_size + (lost > 0)
+    assert len(sizes) <= first_steps + 2 + lost // sampler.batch_size + agenda.replans
+
+
+@pytest.mark.parametrize("name", ["ugs", "lds", "lb", "aligned"])
+def test_a_step_that_nothing_came_of_is_tried_again_as_it_was(name):
+    people = population(np.random.default_rng(3))
+    agenda = Agenda(SAMPLERS[name](4, seed=1), people, 0)
+    first, again = agenda.step(agenda.owing()), agenda.step(agenda.owing())
+    assert np.array_equal(first.clients, again.clients)
+    assert agenda.replans == 0
+    others = agenda.owing()[agenda.owing() != first.clients[0]]
+    assert first.clients[0] not in agenda.step(others).clients
+    assert agenda.replans == 1

@@ -68,7 +68,9 @@ def test_optimizers_come_back_exactly(optimizer, tmp_path):
     mine = optimizer(model.parameters(), lr=0.1, **options)
     steps(model, mine, 3, 1)
     path = tmp_path / "file.safetensors"
-    checkpoint.write(path, {"version": 1, "optimizer": mine.state_dict(), "model": dict(model.state_dict())})
+    checkpoint.write(
+        path, {"version": checkpoint.VERSION, "optimizer": mine.state_dict(), "model": dict(model.state_dict())}
+    )
     found = checkpoint.read(path)
     other = torch.nn.Linear(3, 2)
     other.load_state_dict(found["model"])
@@ -112,10 +114,13 @@ def text(value):
         (None, "is no checkpoint, or damaged"),
         ({"psl_flower": "{"}, "is no checkpoint, or damaged"),
         (text({"weights": 1}), "is no checkpoint, or damaged"),
-        (text({"version": 99}), "is a checkpoint of version 99, this is version 1"),
-        (text({"version": 1, "x": ["tensor", "absent"]}), "is no checkpoint, or damaged"),
-        (text({"version": 1, "x": ["object", "os.system"]}), "is no checkpoint, or damaged: ValueError: unknown kind"),
-        (text({"version": 1, "x": []}), "is no checkpoint, or damaged"),
+        (text({"version": 99}), "is a checkpoint of version 99, this is version 2"),
+        (text({"version": checkpoint.VERSION, "x": ["tensor", "absent"]}), "is no checkpoint, or damaged"),
+        (
+            text({"version": checkpoint.VERSION, "x": ["object", "os.system"]}),
+            "is no checkpoint, or damaged: ValueError: unknown kind",
+        ),
+        (text({"version": checkpoint.VERSION, "x": []}), "is no checkpoint, or damaged"),
         (text([1]), "is no checkpoint, or damaged"),
     ],
 )
