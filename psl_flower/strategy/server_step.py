@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
@@ -242,7 +243,7 @@ class SplitTrainer:
     def _finish(self, inputs: list[Tensor], labels: Tensor, counts: Mapping[int, int]) -> tuple[Tensor, Tensor, int]:
         """Return the server half's outputs, the loss, and the number of classes (0 unless it is classification)."""
         try:
-            outputs = self.server(*inputs)
+            outputs = self._outputs(inputs, labels)
             classes = self._check_labels(outputs, labels, counts)
             loss = self._loss(outputs, labels)
         except PSLError:
@@ -256,6 +257,29 @@ class SplitTrainer:
         if loss.ndim:
             raise ConfigError(f"the loss must be the mean over the batch, got shape {tuple(loss.shape)}")
         return outputs, loss, classes
+
+    def _outputs(self, inputs: list[Tensor], labels: Tensor) -> Tensor:
+        """Run the server half; a single example that batch norm has no statistics for, with the running ones.
+
+        The rest of an epoch may be one example, and batch norm of one value a channel raises ValueError.
+        """
+        norms = (
+            [m for m in self.server.modules() if isinstance(m, _BatchNorm) and m.training] if len(labels) == 1 else []
+        )
+        before = {name: t.clone() for name, t in self.server.named_buffers()} if norms else {}
+        try:
+            outputs: Tensor = self.server(*inputs)
+        except ValueError:
+            if not norms:
+                raise
+            for name, t in self.server.named_buffers():
+                t.copy_(before[name])
+            for norm in norms:
+                norm.eval()
+            outputs = self.server(*inputs)
+            for norm in norms:
+                norm.train()
+        return outputs
 
     def _check_labels(self, outputs: Tensor, labels: Tensor, counts: Mapping[int, int]) -> int:
         """Return the number of classes (0 unless it is classification), or raise StepError naming the clients."""

@@ -426,3 +426,64 @@ def test_a_bfloat16_model_trains():
     after = one.state()
     assert after["head.weight"].dtype == torch.bfloat16
     assert not torch.equal(after["head.weight"], before["head.weight"])
+
+
+# --- a batch of one example ------------------------------------------------------------------------------------------
+class NormedHead(nn.Module):
+    """Batch norm on what has no more than one value a channel and example."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.second = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return self.head(self.second(x[:, :, None, None]).flatten(1))
+
+
+def test_one_example_is_normalised_by_running_statistics_where_it_has_none_of_its_own():
+    torch.manual_seed(0)
+    model = NormedHead()
+    a_trainer = trainer_of(model, "norm")
+    many = {0: Activations((torch.randn(9, 6),), torch.arange(9) % 4, 0)}
+    a_trainer.forward_backward(many, 0)
+    before = {n: b.clone() for n, b in a_trainer.server.named_buffers()}
+    one = {2: Activations((torch.randn(1, 6),), torch.tensor([3]), 0)}
+    outcome = a_trainer.forward_backward(one, 0)
+    gradients = {n: p.grad.clone() for n, p in a_trainer.server.named_parameters()}
+    assert all(torch.equal(b, before[n]) for n, b in a_trainer.server.named_buffers())
+    assert all(m.training for m in a_trainer.server.modules())
+    # as the whole model's tail does in evaluation
+    reference = copy.deepcopy(model).eval()
+    reference.load_state_dict({**reference.state_dict(), **before})
+    x = one[2].tensors[0].clone().requires_grad_()
+    y = reference.head(reference.second(reference.norm(x)[:, :, None, None]).flatten(1))
+    loss = F.cross_entropy(y, one[2].labels)
+    loss.backward()
+    assert outcome.loss == pytest.approx(loss.item())
+    assert torch.allclose(outcome.cut_gradients[2][0], x.grad)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, reference.get_parameter(name).grad)
+
+
+def test_one_example_with_statistics_of_its_own_uses_them():
+    """Batch norm over an image: what centralised training does with a last batch of one."""
+    a_trainer, one = trainer(), batch({0: 1})
+    outcome = a_trainer.forward_backward(one, 0)
+    server = copy.deepcopy(cut_model(tiny_resnet(), CUT).server).train()
+    loss = F.cross_entropy(server(*one[0].tensors), one[0].labels)
+    assert outcome.loss == pytest.approx(loss.item())
+
+
+def test_other_value_errors_of_one_example_are_not_hidden():
+    class Refuses(nn.Module):
+        def forward(self, x):
+            raise ValueError("not today")
+
+    model = SplitModel(client=nn.Linear(3, 6), server=nn.Sequential(nn.BatchNorm1d(6), Refuses(), nn.Linear(6, 4)))
+    a_trainer = trainer_of(model)
+    with pytest.raises(StepError, match="ValueError: not today"):
+        a_trainer.forward_backward({0: Activations((torch.randn(1, 6),), torch.tensor([3]), 0)}, 0)
