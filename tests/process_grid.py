@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import threading
+from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -12,6 +13,15 @@ from flwr.serverapp import Grid
 from psl_flower.flower import ERROR_CLIENT_APP, become_server, make_run
 
 SPAWN = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+
+
+def freeze(pid):
+    """Stop a process, and wait until all its threads have stopped: one that runs may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    states = []
+    while not states or set(states) != {"T"}:
+        stats = [task / "stat" for task in Path(f"/proc/{pid}/task").iterdir()]
+        states = [stat.read_text().rsplit(")", 1)[1].split()[0] for stat in stats]
 
 
 def _work(pipe, make_app, resident):

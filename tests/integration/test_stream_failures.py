@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from process_grid import ProcessGrid
+from process_grid import ProcessGrid, freeze
 from support import (
     CUT,
     ExactnessCase,
@@ -102,7 +102,7 @@ def test_a_stopped_process_costs_the_others_one_timeout_and_is_taken_over(tmp_pa
         assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
         assert sorted(map(len, processes(carrier, ask))) == [3, 3]  # balanced
         stopped = grid.resident[0].process.pid
-        os.kill(stopped, signal.SIGSTOP)
+        freeze(stopped)
         answers = carrier.exchange(ask, 3)
         failed = {node for node, a in answers.items() if a.failure}
         assert len(failed) == 3
@@ -122,7 +122,7 @@ def test_in_a_deployment_a_stopped_process_only_fails_itself(tmp_path):
     ):
         assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
         stopped = grid.started[0].process.pid
-        os.kill(stopped, signal.SIGSTOP)
+        freeze(stopped)
         for _ in range(20):  # more than wait in line: what is not read must not pile up
             answers = carrier.exchange(ask, 0.2)
             assert sorted(a.failure is None for a in answers.values()) == [False, True]
