@@ -24,6 +24,7 @@ from psl_flower.experiments.setting import Setting
 from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
+from psl_flower.strategy.server_step import run_on_batch
 
 # Steps between two looks at what the device has computed: a look at a GPU waits for it, on the CPU it costs nothing.
 _STEPS_A_LOOK, _STEPS_A_LOOK_CPU = 50, 8
@@ -116,7 +117,7 @@ class Training:
             for optimizer in algorithm.optimizers:
                 optimizer.zero_grad()
             with self._autocast():
-                outputs = model(inputs)
+                outputs = run_on_batch(model, [inputs], len(targets))
                 loss = functional.cross_entropy(outputs, targets)
             loss.backward()  # type: ignore[no-untyped-call]
             for optimizer in algorithm.optimizers:

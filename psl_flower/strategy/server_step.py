@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -243,7 +243,7 @@ class SplitTrainer:
     def _finish(self, inputs: list[Tensor], labels: Tensor, counts: Mapping[int, int]) -> tuple[Tensor, Tensor, int]:
         """Return the server half's outputs, the loss, and the number of classes (0 unless it is classification)."""
         try:
-            outputs = self._outputs(inputs, labels)
+            outputs = run_on_batch(self.server, inputs, len(labels))
             classes = self._check_labels(outputs, labels, counts)
             loss = self._loss(outputs, labels)
         except PSLError:
@@ -257,29 +257,6 @@ class SplitTrainer:
         if loss.ndim:
             raise ConfigError(f"the loss must be the mean over the batch, got shape {tuple(loss.shape)}")
         return outputs, loss, classes
-
-    def _outputs(self, inputs: list[Tensor], labels: Tensor) -> Tensor:
-        """Run the server half; a single example that batch norm has no statistics for, with the running ones.
-
-        The rest of an epoch may be one example, and batch norm of one value a channel raises ValueError.
-        """
-        norms = (
-            [m for m in self.server.modules() if isinstance(m, _BatchNorm) and m.training] if len(labels) == 1 else []
-        )
-        before = {name: t.clone() for name, t in self.server.named_buffers()} if norms else {}
-        try:
-            outputs: Tensor = self.server(*inputs)
-        except ValueError:
-            if not norms:
-                raise
-            for name, t in self.server.named_buffers():
-                t.copy_(before[name])
-            for norm in norms:
-                norm.eval()
-            outputs = self.server(*inputs)
-            for norm in norms:
-                norm.train()
-        return outputs
 
     def _check_labels(self, outputs: Tensor, labels: Tensor, counts: Mapping[int, int]) -> int:
         """Return the number of classes (0 unless it is classification), or raise StepError naming the clients."""
@@ -299,6 +276,28 @@ class SplitTrainer:
             if wrong.numel():
                 failures[client] = f"labels: expected integers from 0 to {classes - 1}, got {int(wrong[0])}"
         raise StepError("labels must be class indices", failures)
+
+
+def run_on_batch(module: nn.Module, inputs: Sequence[Tensor], batch_size: int) -> Tensor:
+    """Run a module on a batch; on a single example that batch norm has no statistics for, with the running ones.
+
+    The rest of an epoch may be one example, and batch norm of one value a channel raises ValueError.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training] if batch_size == 1 else []
+    before = {name: t.clone() for name, t in module.named_buffers()} if norms else {}
+    try:
+        outputs: Tensor = module(*inputs)
+    except ValueError:
+        if not norms:
+            raise
+        for name, t in module.named_buffers():
+            t.copy_(before[name])
+        for norm in norms:
+            norm.eval()
+        outputs = module(*inputs)
+        for norm in norms:
+            norm.train()
+    return outputs
 
 
 def _is_integer(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ from flwr.app import ArrayRecord
 from psl_flower.app.task import central_test
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError, DivergenceError
-from psl_flower.experiments import ALGORITHMS, Setting, open_training
+from psl_flower.experiments import ALGORITHMS, Setting, Training, open_training
 from psl_flower.experiments.data import load_data
 from psl_flower.experiments.training import _Batches
 from psl_flower.strategy.result import RoundRecord, StepRecord
@@ -117,3 +117,15 @@ def test_no_step_waits_for_the_device(algorithm):
 def test_a_batch_larger_than_the_data_is_refused_at_once():
     with pytest.raises(ConfigError, match="batch-size must be at most 1437, the examples trained on, got 1438"):
         open_training(setting(config={"batch_size": 1438}, examples=0))
+
+
+def test_a_batch_of_one_example_leaves_batch_norm_its_statistics():
+    """As in the split run: batch norm has none of one value a channel, which the rest of an epoch may come to."""
+    one = setting(config={"batch_size": 1}, examples=20)
+    norm = torch.nn.BatchNorm1d(64)
+    model = torch.nn.Sequential(torch.nn.Flatten(), norm, torch.nn.Linear(64, 10))
+    before = model[2].weight.detach().clone()
+    records = list(Training(one, load_data(one), model).records())
+    assert len(records) == 21
+    assert norm.running_mean.abs().max() == norm.num_batches_tracked == 0
+    assert not torch.equal(model[2].weight, before)
