@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     folder = options.out or Path("outputs") / "-".join(filter(None, [Path(options.sweep).stem, sweep.form]))
     form = f", {sweep.form}" if sweep.form else ""
     trainings = len(list(distinct(experiments)))
-    say(f"{sweep.title or options.sweep}{form}: {len(experiments)} combinations, {trainings} trainings, in {folder}")
+    say(f"{sweep.title}{form}: {len(experiments)} combinations, {trainings} trainings, in {folder}")
     if options.dry_run:
         print("\n".join(f"{experiment.label}  {experiment.name}" for experiment in experiments))
         return 0

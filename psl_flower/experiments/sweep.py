@@ -187,7 +187,7 @@ def read_sweep(source: str, form: str = "", overrides: Mapping[str, Any] | None 
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{source} is no TOML: {exc}") from exc
     try:
-        sweep = _sweep(table, form, overrides or {})
+        sweep = _sweep({"title": Path(source).stem, **table}, form, overrides or {})
         sweep.experiments()  # refuses what does not go together
         return sweep
     except ConfigError as exc:
@@ -229,7 +229,7 @@ def _sweep(table: Mapping[str, Any], form: str, overrides: Mapping[str, Any]) ->
     _check_axes({**axes, "method": chosen}, methods)
     axes.setdefault("seed", [config.pop("seed", 0)])
     return Sweep(
-        title=merged.get("title", ""),
+        title=merged["title"],
         description=merged.get("description", "").strip(),
         engine=check_choice(merged.get("engine", "vectorised"), "engine", ENGINES),
         config=config,
