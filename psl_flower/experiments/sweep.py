@@ -212,7 +212,7 @@ def _sweep(table: Mapping[str, Any], form: str, overrides: Mapping[str, Any]) ->
     if form:
         check_choice(form, "the form of a sweep (this file's)", [name for name in FORMS if name in table])
     for name in FORMS:
-        for key in table.get(name, {}):
+        for key in _as_table(table.get(name, {}), name):
             check_choice(key, f"a key of [{name}]", [t for t in _TABLES if t not in (*FORMS, "title")])
     merged = _merge({k: v for k, v in table.items() if k not in FORMS}, table.get(form, {}))
     _check_tables(merged)
@@ -249,33 +249,32 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _as_table(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"[{name}] must be a table of keys and values, got {value!r}")
+    return value
+
+
 def _check_tables(table: Mapping[str, Any]) -> None:
     for key in ("title", "description", "engine"):
         if not isinstance(table.get(key, ""), str):
             raise ConfigError(f"{key} must be a string, got {table[key]!r}")
-    tables = {"config": table.get("config", {}), "axes": table.get("axes", {}), "methods": table.get("methods", {})}
-    tables |= (
-        {f"methods.{label}": its for label, its in tables["methods"].items()}
-        if isinstance(tables["methods"], Mapping)
-        else {}
-    )
+    methods, axes = (_as_table(table.get(name, {}), name) for name in ("methods", "axes"))
+    tables = {"config": table.get("config", {}), "axes": axes}
+    tables |= {f"methods.{label}": its for label, its in methods.items()}
     for name, content in tables.items():
-        if not isinstance(content, Mapping):
-            raise ConfigError(f"[{name}] must be a table of keys and values, got {content!r}")
-        if name == "methods":
-            continue
-        extra = ["method"] if name == "axes" else []
-        for key in content:
+        for key in _as_table(content, name):
             if key in _TAKEN:
                 raise ConfigError(f"{key} is the runner's own, it cannot stand in [{name}]: leave it out")
-            check_choice(key, f"a key of [{name}]", [*extra, *_CONFIG, *_SETTING])
-    for label, its in tables["methods"].items():
-        for key in its:
-            if key in tables["axes"]:
-                raise ConfigError(f"{key} is an axis, and set by method {label!r}: leave one of the two out")
-    paper = table.get("paper", {})
+            if key in axes and name.startswith("methods."):
+                raise ConfigError(f"{key} is an axis, and set in [{name}]: leave one of the two out")
+            check_choice(key, f"a key of [{name}]", [*(["method"] if name == "axes" else []), *_CONFIG, *_SETTING])
+    paper = _as_table(table.get("paper", {}), "paper")
     for key in paper:
         check_choice(key, "a key of [paper]", ("source", "conditions", "accuracy"))
+    for label, figures in _as_table(paper.get("accuracy", {}), "paper.accuracy").items():
+        check_choice(label, "a method of [paper.accuracy]", methods)
+        _as_table(figures, f"paper.accuracy.{label}")
 
 
 def _check_axes(axes: Mapping[str, Any], methods: Mapping[str, Any]) -> None:

@@ -25,11 +25,22 @@ num-clients = [2, 4]
 UGS = { sampler = "ugs" }
 centralised = { algorithm = "centralised" }
 broken = { dataset = "fashion-mnist", data-path = "/nowhere" }
+killed = { sampler = "killer_for_a_test:Killer" }
+"""
+KILLER = """
+import os, signal
+from psl_flower.samplers import UniformGlobalSampler
+
+class Killer(UniformGlobalSampler):
+    def _plan(self, population, rng):
+        os.kill(os.getpid(), signal.SIGKILL)  # as when memory runs out
 """
 
 
 @pytest.fixture
-def sweep(tmp_path):
+def sweep(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "killer_for_a_test.py").write_text(KILLER)
     path = tmp_path / "sweep.toml"
     path.write_text(SWEEP)
     return str(path)
@@ -45,9 +56,10 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
     command = ["run", sweep, "--out", str(folder), "--workers", "2"]
     assert main(command) == 1
     said = capsys.readouterr().err
-    assert "6 combinations, 5 trainings" in said
+    assert "8 combinations, 7 trainings" in said
     assert "broken, num-clients 2, seed 0: FAILED: psl_flower.errors.ConfigError: data-path must be" in said
     assert "Traceback" in said  # once more at the end, in full
+    assert "FAILED killed, num-clients 4, seed 0:\nthe process ended without a word (exit code -9)" in said
     rows = table(folder)
     assert [(row["method"], row["num-clients"]) for row in rows] == [
         ("UGS", "2"),
@@ -61,7 +73,7 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
     for name in names:
         files = {path.name for path in (folder / "runs" / name).iterdir()}
         assert files >= {"setting.json", "config.json", "metrics.jsonl", "steps.csv", "rounds.csv", "confusion.csv"}
-    assert "2 combinations failed" in (folder / "report.md").read_text()
+    assert "4 combinations failed" in (folder / "report.md").read_text()
 
     # an interrupted training leaves such a folder, and what is finished is not run again
     (folder / "runs" / f".unfinished-{names[0]}-1").mkdir()

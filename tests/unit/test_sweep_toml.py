@@ -117,7 +117,7 @@ def test_a_sweep_needs_no_methods_and_no_seed(read):
         (("num-clients = [8, 16]", "num-clients = []"), r"at least one value, got \[\]"),
         (("seed = [0, 1]", "seed = [0, 0]"), r"axis seed must name each value once, got \[0, 0\]"),
         (("seed = [0, 1]", 'method = ["UGs"]'), "a value of axis method must be one of 'UGS'.*did you mean 'UGS'"),
-        (('sampler = "ugs"', "seed = 1"), "seed is an axis, and set by method 'UGS': leave one of the two out"),
+        (('sampler = "ugs"', "seed = 1"), r"seed is an axis, and set in \[methods.UGS\]: leave one"),
         (('sampler = "ugs"', 'sampler = "usg"'), "method 'UGS', num-clients = 8, seed = 0: sampler must be one of"),
         (('sampler = "ugs"', 'smapler = "ugs"'), r"a key of \[methods.UGS\] must be one of .*did you mean 'sampler'"),
         (('{ sampler = "ugs" }', "1"), r"\[methods.UGS\] must be a table of keys and values, got 1"),
@@ -134,6 +134,11 @@ def test_a_sweep_needs_no_methods_and_no_seed(read):
             "examples is for engine 'vectorised', got 900",
         ),
         (("[config]", "[config"), "is no TOML"),
+        (("[config]", "axes = 3\n[config]"), "is no TOML"),  # twice
+        (("[config]", "paper = 3\n[config]"), r"\[paper\] must be a table of keys and values, got 3"),
+        (("[quick.config]", "[paper.accuracy]\nUGs = { 8 = 1 }\n[quick.config]"), "paper.accuracy.*did you mean 'UGS'"),
+        (("[quick.config]", "[paper.accuracy]\nUGS = 1\n[quick.config]"), r"\[paper.accuracy.UGS\] must be a table"),
+        (("[quick.config]\nnum-server-rounds = 2", "[quick]\nconfig = 2"), r"\[config\] must be a table"),
     ],
 )
 def test_what_is_wrong_is_refused_with_the_file_and_the_rule(read, change, message):
