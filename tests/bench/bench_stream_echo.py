@@ -4,15 +4,20 @@
 
 The payload goes out as the client half's weights, a new version each time, and comes back as its activations. Two
 processes hold their streams open inside their attach messages, as two SuperNodes' ClientApps do; Flower has no part
-in what is measured.
+in what is measured. The baseline is gRPC with TLS alone: as many bytes in chunks of the same size, none of them looked
+at, between the same number of processes.
 """
 
 import os
+import queue
 import statistics
 import sys
+import threading
 import time
+from concurrent import futures
 from pathlib import Path
 
+import grpc
 import numpy as np
 import torch
 from torch import nn
@@ -20,10 +25,13 @@ from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from process_grid import ProcessGrid
+from process_grid import SPAWN, ProcessGrid
 
 from psl_flower import SplitModel, split_client_app
 from psl_flower.exchange.streams import StreamCarrier
+from psl_flower.exchange.streams.endpoint import CHANNEL_OPTIONS
+from psl_flower.exchange.streams.frames import CHUNK_BYTES
+from psl_flower.exchange.streams.security import SERVER_NAME, make_identity
 from psl_flower.protocol import ForwardRequest, Weights, WorkOrder
 
 SIZES = (64 * 2**10, 2 * 2**20, 16 * 2**20)
@@ -67,9 +75,80 @@ def measure(num_bytes, repeats):
     return times[repeats // 5 :]
 
 
-if __name__ == "__main__":
+def chunks_of(num_bytes):
+    whole, rest = divmod(num_bytes, CHUNK_BYTES)
+    return [bytes(CHUNK_BYTES)] * whole + [bytes(rest)] * bool(rest)
+
+
+def bare_client(address, certificate, num_bytes):
+    options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", SERVER_NAME)]
+    out, arrived = queue.SimpleQueue(), 0
+    with grpc.secure_channel(address, grpc.ssl_channel_credentials(certificate), options) as channel:
+        for chunk in channel.stream_stream("/bare/Open")(iter(out.get, None)):
+            arrived += len(chunk)
+            if arrived == num_bytes:
+                arrived = 0
+                for each in chunks_of(num_bytes):
+                    out.put(each)
+
+
+def measure_bare(num_bytes, repeats):
+    outgoing, arrived = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def read(chunks):
+        try:
+            for chunk in chunks:
+                arrived.put(len(chunk))
+        except grpc.RpcError:  # the end
+            pass
+
+    def serve(chunks, context):
+        mine = queue.SimpleQueue()
+        threading.Thread(target=read, args=(chunks,), daemon=True).start()
+        outgoing.put(mine)
+        yield from iter(mine.get, None)
+
+    identity, times = make_identity(), []
+    handlers = {"Open": grpc.stream_stream_rpc_method_handler(serve)}
+    with futures.ThreadPoolExecutor(4) as threads:
+        handler = grpc.method_handlers_generic_handler("bare", handlers)
+        server = grpc.server(threads, handlers=[handler], options=CHANNEL_OPTIONS)
+        credentials = grpc.ssl_server_credentials([(identity.key, identity.certificate)])
+        address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+        server.start()
+        arguments = (address, identity.certificate, num_bytes)
+        clients = [SPAWN.Process(target=bare_client, args=arguments, daemon=True) for _ in range(2)]
+        for client in clients:
+            client.start()
+        streams = [outgoing.get() for _ in clients]
+        for _ in range(repeats):
+            begin, missing = time.perf_counter(), 2 * num_bytes
+            for stream in streams:
+                for chunk in chunks_of(num_bytes):
+                    stream.put(chunk)
+            while missing:
+                missing -= arrived.get()
+            times.append(time.perf_counter() - begin)
+        for stream in streams:
+            stream.put(None)
+        for client in clients:
+            client.kill()
+            client.join()
+        server.stop(None).wait()
+    return times[repeats // 5 :]
+
+
+def main():
     torch.set_num_threads(1)
-    print("| bytes each way and client | median ms | fastest ms |\n|---|---|---|")
+    print("| bytes each way and client | streams: median ms (fastest) | gRPC with TLS | ratio of the medians |")
+    print("|---|---|---|---|")
     for size in SIZES:
-        found = measure(size, 300 if size < 2**20 else 40)
-        print(f"| {size:,} | {statistics.median(found) * 1e3:.2f} | {min(found) * 1e3:.2f} |", flush=True)
+        repeats = 300 if size < 2**20 else 40
+        found = [measure(size, repeats), measure_bare(size, repeats)]
+        medians = [statistics.median(times) for times in found]
+        columns = [f"{middle * 1e3:.2f} ({min(times) * 1e3:.2f})" for middle, times in zip(medians, found, strict=True)]
+        print(f"| {size:,} | {columns[0]} | {columns[1]} | {medians[0] / medians[1]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

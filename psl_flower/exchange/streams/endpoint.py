@@ -36,7 +36,6 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.optimization_target", "throughput"),
 ]
 _SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
