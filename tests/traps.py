@@ -1,4 +1,4 @@
-"""A client process that kills itself in the middle of a step, at a step of the server's choice."""
+"""A client process that kills or stops itself in the middle of a step, at a step of the server's choice."""
 
 import contextlib
 import os
@@ -8,10 +8,13 @@ import torch
 
 
 class Deadly:
-    """A dataset; the first process to read a batch while the file `trap` is there takes it away, and dies."""
+    """A dataset; the first process to read a batch while the file `trap` is there takes it away, and dies.
 
-    def __init__(self, data, trap):
-        self.data, self.trap = data, trap
+    Or, with SIGSTOP as its end, it stops; a file next to the trap then holds its process id.
+    """
+
+    def __init__(self, data, trap, end=signal.SIGKILL):
+        self.data, self.trap, self.end = data, trap, end
 
     def __len__(self):
         return len(self.data)
@@ -22,7 +25,8 @@ class Deadly:
     def get_batch(self, indices):
         with contextlib.suppress(FileNotFoundError):  # no trap, or another process was faster
             self.trap.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.trap.with_suffix(".pid").write_text(str(os.getpid()))
+            os.kill(os.getpid(), self.end)
         return self.data[torch.from_numpy(indices)]
 
 
@@ -40,3 +44,18 @@ class Trapped(torch.optim.SGD):
         if self.left and self.done == self.left[0]:
             self.left.pop(0)
             self.trap.touch()
+
+
+class Freezing(Trapped):
+    """The process that stops in the trap goes on after five more steps, which it takes no part in."""
+
+    since = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        stopped = self.trap.with_suffix(".pid")
+        if stopped.exists():
+            self.since += 1
+            if self.since == 5:
+                os.kill(int(stopped.read_text()), signal.SIGCONT)
+                stopped.rename(self.trap.with_suffix(".went-on"))

@@ -1,5 +1,6 @@
-"""A real deployment on loopback, over TLS: streams, a ClientApp that dies, and nothing left behind."""
+"""A real deployment on loopback, over TLS: streams, a ClientApp that dies or freezes, and nothing left behind."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -71,3 +72,15 @@ def test_a_clientapp_that_dies_in_the_middle_of_a_step_is_started_again(deployme
     assert "The process of 1 clients is gone" in output
     for name, difference, tolerance in differences(tmp_path, ["UniformGlobalSampler-sgd-64"]):
         assert difference < tolerance, name
+
+
+@pytest.mark.flower
+def test_a_frozen_clientapp_holds_nobody_up(deployment, tmp_path):
+    trap = tmp_path / "trap"
+    output = deployment.run(
+        TESTS / "apps" / "exactness", run_config=[f"results='{tmp_path}' trap='{trap}' freeze=true"], quiet=True
+    )
+    # it goes on after five steps only, which the other takes by itself: were that one held up, this would never end
+    assert trap.with_suffix(".went-on").exists()
+    assert "no reply within 2 s" in output
+    assert json.loads((tmp_path / "summary.json").read_text())["examples_unseen"] == {}

@@ -12,20 +12,42 @@ from flwr.serverapp import ServerApp
 
 from cost.task import BATCH, STEPS, model_fn
 from psl_flower import ParallelSplitLearning, UniformGlobalSampler
+from psl_flower.threads import set_threads
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid, context):
-    torch.set_num_threads(1)
+    set_threads()
     nodes = list(grid.get_node_ids())
+    streams = _split(grid, len(nodes), "streams")
+    middle = _split(grid, len(nodes), "messages")
+    echoes = []
+    for _ in range(STEPS):
+        begin = time.perf_counter()
+        for size in (middle["bytes_sent"], middle["bytes_received"]):
+            _echo(grid, nodes[: int(middle["clients"])], int(size / 2 / middle["clients"]))
+        echoes.append(time.perf_counter() - begin)
+    both = {"streams": streams, "messages": middle}
+    result = {
+        "split": {carrier: found["seconds_real"] for carrier, found in both.items()},
+        "bytes": {carrier: found["bytes_sent"] + found["bytes_received"] for carrier, found in both.items()},
+        "echo": statistics.median(echoes),
+        "central": statistics.median(_central()),
+    }
+    Path(str(context.run_config["out"])).write_text(json.dumps(result))
+
+
+def _split(grid, num_nodes, transport):
+    """Return the medians of what its steps take."""
     with tempfile.TemporaryDirectory() as folder:
         strategy = ParallelSplitLearning(
             model_fn(),
             cut="stage2",
             sampler=UniformGlobalSampler(BATCH),
-            min_available_nodes=len(nodes),
+            transport=transport,
+            min_available_nodes=num_nodes,
             evaluate_every=0,
             output_dir=folder,
         )
@@ -33,25 +55,8 @@ def main(grid, context):
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     # the first round warms the processes up
     steps = [s for s in map(json.loads, lines) if s["kind"] == "step" and s["round"] == 2]
-    middle = {
-        name: statistics.median(s[name] for s in steps)
-        for name in ("seconds_real", "bytes_sent", "bytes_received", "clients")
-    }
-    echoes = []
-    for _ in range(STEPS):
-        begin = time.perf_counter()
-        for size in (middle["bytes_sent"], middle["bytes_received"]):
-            _echo(grid, nodes[: int(middle["clients"])], int(size / 2 / middle["clients"]))
-        echoes.append(time.perf_counter() - begin)
-    result = {
-        "split": middle["seconds_real"],
-        "echo": statistics.median(echoes),
-        "central": statistics.median(_central()),
-        "active": middle["clients"],
-        "sent": middle["bytes_sent"],
-        "received": middle["bytes_received"],
-    }
-    Path(str(context.run_config["out"])).write_text(json.dumps(result))
+    names = ("seconds_real", "bytes_sent", "bytes_received", "clients")
+    return {name: statistics.median(s[name] for s in steps) for name in names}
 
 
 def _echo(grid, nodes, size):

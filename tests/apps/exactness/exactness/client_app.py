@@ -1,5 +1,6 @@
 """The clients: double precision unless the strategy asks for single."""
 
+import signal
 from pathlib import Path
 
 import support
@@ -13,7 +14,8 @@ def load_partition(context, config):
     client, num_clients = context.node_config["partition-id"], context.node_config["num-partitions"]
     data = support.client_data(client, num_clients, getattr(torch, config["dtype"]))
     trap = str(context.run_config["trap"])
-    return Deadly(data, Path(trap)) if trap else data
+    end = signal.SIGSTOP if context.run_config["freeze"] else signal.SIGKILL
+    return Deadly(data, Path(trap), end) if trap else data
 
 
 # The dtype of the half follows from the weights the server sends; model_fn's own are never read.

@@ -7,9 +7,9 @@ import support
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import ServerApp
 from safetensors.torch import save_file
-from traps import Trapped
+from traps import Freezing, Trapped
 
-from psl_flower import ParallelSplitLearning
+from psl_flower import FaultPolicy, ParallelSplitLearning
 
 app = ServerApp()
 
@@ -21,9 +21,12 @@ def main(grid, context):
     some = str(context.run_config["cases"])
     transport = str(context.run_config["transport"])
     cases = {name: case for name, case in support.exactness_cases(num_clients, transport).items() if some in name}
-    if trap:  # in this one, a process dies while it works on the 8th step
+    faults, kind = FaultPolicy(), Trapped
+    if context.run_config["freeze"]:
+        faults, kind = FaultPolicy(step_timeout=2.0, min_batch_fraction=0.0), Freezing
+    if trap:  # in this one, a process dies or stops while it works on the 8th step
         name = "UniformGlobalSampler-sgd-64"
-        cases = {name: replace(cases[name], optimizer=lambda p: Trapped(p, Path(trap), at=[7]))}
+        cases = {name: replace(cases[name], optimizer=lambda p: kind(p, Path(trap), at=[7]))}
     for name, case in cases.items():
         model = support.tiny_resnet(case.dtype)
         strategy = ParallelSplitLearning(
@@ -34,6 +37,8 @@ def main(grid, context):
             delays=case.delays,
             min_available_nodes=num_clients,
             transport=transport,
+            faults=faults,
+            output_dir=Path(trap).parent if trap else None,
         )
         result = strategy.start(
             grid,
