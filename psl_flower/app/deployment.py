@@ -7,20 +7,14 @@ For tests, and to try out what a deployment does before there is one::
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import ipaddress
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
-from psl_flower.app.local import LocalSuperLink, free_ports, stop_group
+from psl_flower.app.certificates import make_certificates
+from psl_flower.app.local import LocalSuperLink, app_parser, free_ports, run_app, stop_group
 from psl_flower.threads import available_cores
 
 
@@ -83,59 +77,12 @@ class LocalDeployment(LocalSuperLink):
         super().stop()
 
 
-def make_certificates(folder: Path) -> None:
-    """Write ``ca.crt``, and ``server.crt`` and ``server.key`` for 127.0.0.1 and localhost, valid for 30 days."""
-    now = datetime.datetime.now(datetime.UTC)
-    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("ca", "server")}
-    authority = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "psl-flower example CA")])
-    for name, key in keys.items():
-        is_ca = name == "ca"
-        subject = authority if is_ca else x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(authority)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=30))
-            .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(keys["ca"].public_key()), critical=False)
-        )
-        if not is_ca:
-            here = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-            builder = builder.add_extension(x509.SubjectAlternativeName(here), critical=False)
-        certificate = builder.sign(keys["ca"], hashes.SHA256())
-        (folder / f"{name}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    key_file = folder / "server.key"
-    key_file.touch(mode=0o600)
-    key_file.write_bytes(
-        keys["server"].private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Run a Flower app on a deployment of its own, stopped at the end.")
-    parser.add_argument("app", nargs="?", default=".", help="folder with the app's pyproject.toml (default: this one)")
-    parser.add_argument("--num-supernodes", type=int, default=2, help="SuperNodes (default: 2)")
+    parser = app_parser("Run a Flower app on a deployment of its own, stopped at the end.", "SuperNodes", 2)
     parser.add_argument("--tls", action="store_true", help="encrypt Flower's own connections, too")
-    parser.add_argument("-c", "--run-config", action="append", default=[], help="overrides, as flwr run takes them")
-    parser.add_argument("--home", help="FLWR_HOME to use (default: a temporary one)")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="psl-flower-") as temporary:
-        try:
-            with LocalDeployment(options.home or temporary, options.num_supernodes, tls=options.tls) as deployment:
-                deployment.run(options.app, run_config=options.run_config)
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 130
-    return 0
+    return run_app(options, partial(LocalDeployment, num_supernodes=options.num_supernodes, tls=options.tls))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -214,24 +214,38 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="Run a Flower app on a SuperLink of its own, stopped at the end.")
+def app_parser(description: str, clients: str, num_supernodes: int) -> argparse.ArgumentParser:
+    """Return the command line's parser; `clients` says what there are `num_supernodes` of unless it is told."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("app", nargs="?", default=".", help="folder with the app's pyproject.toml (default: this one)")
-    parser.add_argument("--num-supernodes", type=int, default=16, help="virtual clients (default: 16)")
+    number = f"{clients} (default: {num_supernodes})"
+    parser.add_argument("--num-supernodes", type=int, default=num_supernodes, help=number)
     parser.add_argument("-c", "--run-config", action="append", default=[], help="overrides, as flwr run takes them")
     parser.add_argument("--home", help="FLWR_HOME to use (default: a temporary one)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run_app(
+    options: argparse.Namespace, superlink: Callable[[str], LocalSuperLink], num_supernodes: int | None = None
+) -> int:
+    """Run the app that the command line names on what `superlink` makes of a home; return the exit code."""
     with tempfile.TemporaryDirectory(prefix="psl-flower-") as temporary:
         try:
-            with LocalSuperLink(options.home or temporary) as superlink:
-                superlink.run(options.app, num_supernodes=options.num_supernodes, run_config=options.run_config)
+            with superlink(options.home or temporary) as running:
+                running.run(options.app, num_supernodes=num_supernodes, run_config=options.run_config)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             return 130
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = app_parser("Run a Flower app on a SuperLink of its own, stopped at the end.", "virtual clients", 16)
+    options = parser.parse_args(arguments)
+    return run_app(options, LocalSuperLink, options.num_supernodes)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flwr.app import Context, Message
@@ -62,27 +63,11 @@ def split_client_app(
     recipe = ClientRecipe(model_fn, cut, data_fn, str(device), client_class)
     app = ClientApp()
 
-    # The decorators take the action; the closures hold nothing but the recipe (see Note [Process state] in process.py).
-    @app.query(_action(DESCRIBE), mods=mods)
-    def describe(message: Message, context: Context) -> Message:
-        return serve(recipe, message, context)
-
-    @app.train(_action(FORWARD), mods=mods)
-    def forward(message: Message, context: Context) -> Message:
-        return serve(recipe, message, context)
-
-    @app.train(_action(BACKWARD), mods=mods)
-    def backward(message: Message, context: Context) -> Message:
-        return serve(recipe, message, context)
-
-    @app.evaluate(_action(EVALUATE), mods=mods)
-    def evaluate(message: Message, context: Context) -> Message:
-        return serve(recipe, message, context)
-
-    @app.train(_action(ATTACH), mods=mods)
-    def attach(message: Message, context: Context) -> Message:
-        return attach_stream(recipe, message, context)
-
+    # The handlers hold nothing but the recipe (see Note [Process state] in process.py).
+    answers = {DESCRIBE: serve, FORWARD: serve, BACKWARD: serve, EVALUATE: serve, ATTACH: attach_stream}
+    for message_type, function in answers.items():
+        kind, action = message_type.split(".")
+        getattr(app, kind)(action, mods=mods)(partial(function, recipe))
     return app
 
 
@@ -96,7 +81,3 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
     client = make_client(recipe, state, context, request.config)
     reply = answer(client, state, context.node_id, request)
     return Message(encode_reply(reply, time.monotonic() - begin), reply_to=message)
-
-
-def _action(message_type: str) -> str:
-    return message_type.split(".")[1]
