@@ -339,11 +339,14 @@ class BatchPlan(Sequence[PlanStep]):
 
     def shuffled(self, rng: np.random.Generator) -> BatchPlan:
         """Return the same steps in a random order (METHOD: an epoch's time is a sum, so the order is free)."""
-        order = rng.permutation(len(self))
-        lengths = self.active_clients()[order]
+        return self.take(rng.permutation(len(self)))
+
+    def take(self, steps: NDArray[np.intp]) -> BatchPlan:
+        """Return the plan of some of the steps, by index and in this order."""
+        lengths = self.active_clients()[steps]
         offsets = np.concatenate(([0], np.cumsum(lengths)))
-        # entry j of new step t is old entry offsets[order[t]] + j
-        entries = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][order] - offsets[:-1], lengths)
+        # entry j of new step t is old entry offsets[steps[t]] + j
+        entries = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][steps] - offsets[:-1], lengths)
         return BatchPlan(
             self.population,
             offsets,

@@ -1,10 +1,4 @@
-"""What an epoch still has to do: the plan for the clients at hand, made anew when it has to be.
-
-Note [Planning anew]: the plan of a thousand clients may take seconds. So a step that came about without some client
-does not change the plan: what it owes is a debt, to be collected with a later plan. That is due when a client of the
-next step is absent; when the debts make a batch; and before the last step, which they are collected with, so that
-no tiny batch is left over. The choice does not depend on the clock: a run that is resumed makes the same plans.
-"""
+"""What an epoch still has to do: a plan, what lost clients owe beyond it, and when to plan the rest anew."""
 
 from __future__ import annotations
 
@@ -23,14 +17,25 @@ from psl_flower.strategy.orders import Cursors
 
 BoolArray = NDArray[np.bool_]
 
+# Note [When to plan anew]: a plan costs about as much as it has steps, so planning anew whenever somebody is lost would
+# cost the square of an epoch. What a lost client owes therefore waits, beyond the plan. Waiting does harm as its share
+# of all that is owed grows: mixed into the rest at last, a share s moves a batch's expected class distribution by at
+# most 2 s (L1). So the rest is planned anew when the share, times the steps that the plan has given, is worth so much
+# for every step left: soon where much waits, later where little does, and in all for a small multiple of what planning
+# once costs. The last steps are planned anew for whatever waits, so that it needs no small batch of its own.
+_WORTH = 1 / 64
+_LAST_STEPS = 4
+
 
 class Agenda:
     """The examples every client still owes an epoch, and the plan that collects them.
 
-    A client owes what no committed step has used. When the plan at hand does no longer, the rest of the epoch is
-    planned anew by the same sampler, for what the clients at hand owe; Note [Planning anew] says when. So a plan is a
-    function of the seed, the epoch, how often it was planned anew, and what is owed; and every example of every client
-    that can be reached is used exactly once.
+    A client owes what no committed step has used. Steps of the plan that want a client who is left out are put off; a
+    plan's steps may be taken in any order. The rest of the epoch is planned anew by the same sampler, for what the
+    clients at hand owe, when every step left wants somebody who is left out, and when enough is owed beyond the plan:
+    by clients that were lost from a step, are back, or joined; see Note [When to plan anew]. So no step is smaller than
+    planned before it begins, every example of every client that can be reached is used exactly once, and a plan is a
+    function of the seed, the epoch, how often it was planned anew, and what is owed.
 
     Parameters
     ----------
@@ -56,7 +61,8 @@ class Agenda:
         self._seen: IntArray | None = None if counts is None else np.zeros_like(counts)
         self._plan = sampler.plan(population, epoch)
         self._next = 0
-        self._planned = population.sizes.copy()  # examples of each client in the rest of the plan
+        self._taken = 0  # steps, of the plan
+        self._due = population.sizes.copy()  # what each client owes that the plan collects, (K,)
 
     # --- what is left ------------------------------------------------------------------------------------------------
     @property
@@ -69,28 +75,17 @@ class Agenda:
         return np.asarray(self.population.client_ids[self.owed > 0])
 
     def steps_left(self) -> int:
-        """Return how many steps are still to come, if no more are lost."""
-        debts = int((self.owed - self._planned).sum())
-        return len(self._plan) - self._next - (-debts // self._sampler.batch_size)
+        """Return the number of steps still to come, if nobody is lost."""
+        beyond = int((self.owed - self._due).sum())
+        return len(self._plan) - self._next + -(-beyond // self._sampler.batch_size)
 
     # --- steps -------------------------------------------------------------------------------------------------------
     def step(self, clients: IntArray) -> PlanStep:
         """Return the next step with these clients, some of which must owe examples; it is next until it is `done`."""
-        wanted = np.isin(self.population.client_ids, clients) & (self.owed > 0)
-        if not self._will_do(wanted):
-            self._replan(wanted)
+        here = np.isin(self.population.client_ids, clients) & (self.owed > 0)
+        if self._replanning_pays(here) or not self._put_off((self._due > 0) & ~here):
+            self._replan(here)
         return self._plan[self._next]
-
-    def _will_do(self, wanted: BoolArray) -> bool:
-        """Return whether to go on with the plan at hand; Note [Planning anew]."""
-        left = len(self._plan) - self._next
-        if not left or not wanted[self._rows(self._plan[self._next])].all():
-            return False
-        debts = int((self.owed - self._planned)[wanted].sum())
-        return debts < self._sampler.batch_size and not (debts and left == 1)
-
-    def _rows(self, step: PlanStep) -> NDArray[np.intp]:
-        return np.searchsorted(self.population.client_ids, step.clients)
 
     def orders(self, index: int, step: PlanStep) -> list[WorkOrder]:
         """Return the work orders of a step, the `index`-th of the epoch to be committed."""
@@ -109,9 +104,11 @@ class Agenda:
         whole = self._plan[self._next]
         self._cursors.advance(step)
         self._next += 1
-        self._planned[self._rows(whole)] -= whole.quotas
+        self._taken += 1
+        self._due[np.searchsorted(self.population.client_ids, whole.clients)] -= whole.quotas
         if self._seen is not None:
-            self._seen[self._rows(step)] += self._class_counts(step, labels)
+            rows = np.searchsorted(self.population.client_ids, step.clients)
+            self._seen[rows] += self._class_counts(step, labels)
 
     def _class_counts(self, step: PlanStep, labels: Mapping[int, NDArray[Any]]) -> IntArray:
         assert self._seen is not None
@@ -120,9 +117,26 @@ class Agenda:
         return np.stack([_bincount(labels[int(k)], self._seen.shape[1]) for k in step.clients])
 
     # --- planning anew -----------------------------------------------------------------------------------------------
-    def _replan(self, wanted: BoolArray) -> None:
+    def _replanning_pays(self, here: BoolArray) -> bool:
+        """Return whether the clients `here`, (K,), owe enough beyond the plan; Note [When to plan anew]."""
+        owed = self.owed[here]
+        left, beyond = len(self._plan) - self._next, int((owed - self._due[here]).sum())
+        return beyond > 0 and (left <= _LAST_STEPS or beyond * self._taken >= _WORTH * left * int(owed.sum()))
+
+    def _put_off(self, absent: BoolArray) -> bool:
+        """Take steps without the `absent`, (K,), first; return whether there are any."""
+        absentees = self.population.client_ids[absent]
+        if not np.isin(self._plan[self._next].clients, absentees).any():
+            return True
+        steps = self._plan.steps()[np.isin(self._plan.clients, absentees)]
+        left = np.arange(self._next, len(self._plan))
+        wants_them = np.isin(left, steps)
+        self._plan, self._next = self._plan.take(np.concatenate((left[~wants_them], left[wants_them]))), 0
+        return not wants_them.all()
+
+    def _replan(self, here: BoolArray) -> None:
         self.replans += 1
-        people, rows = self.population, np.flatnonzero(wanted)
+        people, rows = self.population, np.flatnonzero(here)
         rest = Population(
             people.client_ids[rows],
             self.owed[rows],
@@ -130,7 +144,7 @@ class Agenda:
             None if people.delays is None else people.delays.take(rows),
         )
         self._plan = self._sampler.plan(rest, self._epoch, replan=self.replans)
-        self._next, self._planned = 0, np.where(wanted, self.owed, 0)
+        self._next, self._taken, self._due = 0, 0, np.where(here, self.owed, 0)
 
     def _owed_by_class(self, rows: NDArray[np.intp]) -> IntArray | None:
         counts = self.population.label_counts
@@ -158,28 +172,28 @@ class Agenda:
         if population.label_counts is not None and self._seen is not None:
             more = population.label_counts.shape[1] - self._seen.shape[1]
             self._seen = _moved(np.pad(self._seen, ((0, 0), (0, max(0, more)))), rows, len(population))
-        planned = np.zeros(len(population), dtype=np.int64)
-        planned[rows] = self._planned
-        self._cursors, self._planned, self.population = cursors, planned, population
+        due = np.zeros(len(population), dtype=np.int64)
+        due[rows] = self._due
+        self._cursors, self._due, self.population = cursors, due, population
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
         """Return everything as numbers and arrays: who owes what, and the plan for the rest."""
-        first, plan = int(self._plan.offsets[self._next]), self._plan
+        plan = self._plan.take(np.arange(self._next, len(self._plan)))
         return {
             "clients": self.population.client_ids,
             "sizes": self.population.sizes,
             "label_counts": self.population.label_counts,
             "replans": self.replans,
+            "taken": self._taken,
             "used": self._cursors.used,
             "used_by_class": self._cursors.used_by_class,
             "seen": self._seen,
-            "planned": self._planned,
             "plan": {
-                "offsets": plan.offsets[self._next :] - first,
-                "clients": plan.clients[first:],
-                "quotas": plan.quotas[first:],
-                "class_quotas": None if plan.class_quotas is None else plan.class_quotas[first:],
+                "offsets": plan.offsets,
+                "clients": plan.clients,
+                "quotas": plan.quotas,
+                "class_quotas": plan.class_quotas,
             },
         }
 
@@ -194,15 +208,14 @@ class Agenda:
         """
         agenda = cls.__new__(cls)
         agenda._sampler, agenda._epoch, agenda.population = sampler, epoch, population
-        agenda.replans = state["replans"]
+        agenda.replans, agenda._taken = state["replans"], state["taken"]
         agenda._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
         agenda._cursors.used, agenda._cursors.used_by_class = state["used"], state["used_by_class"]
         agenda._seen = state["seen"]
-        agenda._planned = state["planned"]
-        plan = state["plan"]
         rest = Population(population.client_ids, population.sizes)
-        agenda._plan = BatchPlan(rest, plan["offsets"], plan["clients"], plan["quotas"], plan["class_quotas"])
-        agenda._next = 0
+        plan = agenda._plan = BatchPlan(rest, **state["plan"])
+        agenda._next, agenda._due = 0, np.zeros(len(population), dtype=np.int64)
+        np.add.at(agenda._due, plan.rows(), plan.quotas)
         return agenda
 
 

@@ -19,6 +19,7 @@ from psl_flower.strategy.agenda import Agenda
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.server_step import SplitTrainer
+from psl_flower.strategy.tolerance import Absences
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -106,6 +107,7 @@ class Saver:
             "agenda": agenda.state(),
             "epoch": epoch.state(),
             "pooled": run.saved_pooled(),
+            "absences": run.absences.state(),
             "delays": delays.to_dict() if isinstance(delays, DelayEstimator) else None,
             "metrics_position": run.recorder.position(),
             "summary": run.summary.to_dict(),
@@ -120,6 +122,7 @@ class Saver:
         if self._scheduler:
             self._scheduler.load_state_dict(saved["scheduler"])
         run.restore_pooled(saved["pooled"])
+        run.absences = Absences.restored(saved["absences"])
         run.summary.resumed += 1
         steps = sum(len(saved["epoch"][name]) for name in ("steps", "waiting"))
         log.info("Resumed in round %d, after step %d.", saved["round"], steps)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # Attempts at a step that a client is left out of at most.
 LONGEST_ABSENCE = 64
@@ -45,6 +46,18 @@ class Absences:
     def failing(self) -> set[int]:
         """Return the clients whose last attempt failed."""
         return set(self._failures)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything, for a checkpoint."""
+        return {"attempt": self._attempt, "failures": dict(self._failures), "until": dict(self._until)}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Absences:
+        """Return the absences that `state` described."""
+        absences = cls()
+        absences._attempt = state["attempt"]
+        absences._failures, absences._until = dict(state["failures"]), dict(state["until"])
+        return absences
 
 
 # Attempts before anything is given up, and how long to pause between them: so that a client that is restarted is found,

@@ -113,6 +113,49 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, tmp_path, caplog):
     assert summary["steps_committed"] == sum(line["kind"] == "step" for line in lines(tmp_path / "whole"))
 
 
+class Absent(SplitClient):
+    """Client 1 fails in a few steps of the second round."""
+
+    def run_forward(self, request):
+        order = request.order
+        if order.client == 1 and order.epoch == 1 and 1 <= order.step < 8:
+            raise OSError("not now")
+        return super().run_forward(request)
+
+
+@pytest.mark.parametrize("name", ["fls", "ugs", "aligned"])
+def test_resuming_while_a_client_is_left_out(name, tmp_path, monkeypatch):
+    """What it owes, the plan without it and when it is tried again are in the checkpoint."""
+    options = {**options_for(name), "checkpoint_every": 3}
+
+    def run(folder, **more):
+        return start(make(tmp_path / folder, **options, **more), grid=InProcessGrid(client_app(Absent), K))
+
+    whole = run("whole")
+    commits = sum(line["kind"] == "step" and line["round"] == 1 for line in lines(tmp_path / "whole")) + 8
+
+    class Dies(strategy_module.SplitTrainer):
+        left = commits
+
+        def commit(self, gradients):
+            Dies.left -= 1
+            if Dies.left < 0:
+                raise Killed
+            super().commit(gradients)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(strategy_module, "SplitTrainer", Dies)
+        with pytest.raises(Killed):
+            run("cut")
+    resumed = run("cut", resume_from="latest")
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    faults = [json.loads((tmp_path / folder / "summary.json").read_text()) for folder in ("cut", "whole")]
+    assert faults[0]["failures"] == faults[1]["failures"]
+    assert faults[1]["failures"]["1"] > 1
+    assert faults[0]["replans"] == faults[1]["replans"] > 0
+
+
 def scheduler(optimizer):
     return torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.3)
 
