@@ -279,25 +279,26 @@ class SplitTrainer:
 
 
 def run_on_batch(module: nn.Module, inputs: Sequence[Tensor], batch_size: int) -> Tensor:
-    """Run a module on a batch; on a single example that batch norm has no statistics for, with the running ones.
+    """Run a module on a batch; batch norm that sees one value a channel normalises by its running statistics.
 
-    The rest of an epoch may be one example, and batch norm of one value a channel raises ValueError.
+    An epoch may end in a batch of one example: with fixed quotas, or if a client is lost from the last step. Of one
+    value a channel there are no statistics, and torch refuses it. Layers that see several positions of the example have
+    statistics, and use them, as in centralised training.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training] if batch_size == 1 else []
-    before = {name: t.clone() for name, t in module.named_buffers()} if norms else {}
+    hooks = [norm.register_forward_pre_hook(_choose_statistics) for norm in norms]
     try:
         outputs: Tensor = module(*inputs)
-    except ValueError:
-        if not norms:
-            raise
-        for name, t in module.named_buffers():
-            t.copy_(before[name])
-        for norm in norms:
-            norm.eval()
-        outputs = module(*inputs)
-        for norm in norms:
+    finally:
+        for norm, hook in zip(norms, hooks, strict=True):
+            hook.remove()
             norm.train()
     return outputs
+
+
+def _choose_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    values, channels = inputs[0].numel(), inputs[0].shape[1]
+    norm.train(values > channels)
 
 
 def _is_integer(tensor: Tensor) -> bool:

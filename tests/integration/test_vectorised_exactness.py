@@ -1,5 +1,7 @@
 """The vectorised path equals the split run: parameters, batch statistics, metrics and clocks."""
 
+import sys
+from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
 
@@ -7,12 +9,14 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 from support import largest_difference
+from torch import nn
 
 from psl_flower import InProcessGrid, ParallelSplitLearning, split_client_app
 from psl_flower.app.client_app import cut_fn
 from psl_flower.app.task import central_test, cut_of, load_partition, make_model, make_optimizer
 from psl_flower.config import RunConfig
 from psl_flower.experiments import Setting, open_training
+from psl_flower.experiments import training as training_module
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
 
@@ -133,6 +137,33 @@ def test_the_optimizer_carries_over_rounds(monkeypatch):
     config = config_for("ugs", num_server_rounds=2, batch_size=128, optimizer="adam", learning_rate=0.005)
     expected, recorder = split_run(config, double=True, monkeypatch=monkeypatch)
     state, steps, rounds = vectorised(config, double=True)
+    assert largest_difference(state, expected) < 1e-9
+    assert_same_records(steps, recorder.steps, 1e-9)
+    assert_same_records(rounds, recorder.rounds, 1e-9)
+
+
+def normed_head(config):
+    """Batch norm in the server half that sees one value a channel and example."""
+    torch.manual_seed(config.seed)
+    layers = {
+        "flat": nn.Flatten(),
+        "first": nn.Linear(64, 24),
+        "norm": nn.BatchNorm1d(24),
+        "act": nn.SiLU(),
+        "head": nn.Linear(24, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+def test_equals_the_split_run_where_an_epoch_ends_in_a_single_example(monkeypatch):
+    """Fixed quotas leave such a rest; batch norm has no statistics of it."""
+    for module in (sys.modules[__name__], training_module):
+        monkeypatch.setattr(module, "make_model", normed_head)
+    config = config_for("fls", batch_size=60, cut="norm", num_server_rounds=2)
+    expected, recorder = split_run(config, double=True, monkeypatch=monkeypatch)
+    state, steps, rounds = vectorised(config, double=True)
+    assert [step.batch_size for step in steps].count(1) == 2
+    assert state["norm.num_batches_tracked"] == len(steps) - 2
     assert largest_difference(state, expected) < 1e-9
     assert_same_records(steps, recorder.steps, 1e-9)
     assert_same_records(rounds, recorder.rounds, 1e-9)

@@ -478,6 +478,20 @@ def test_one_example_with_statistics_of_its_own_uses_them():
     assert outcome.loss == pytest.approx(loss.item())
 
 
+def test_of_one_example_each_layer_uses_what_statistics_there_are():
+    """Over an image they are its own, as in centralised training; behind the pooling there are none."""
+    server = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    model = SplitModel(client=nn.Conv2d(1, 4, 1), server=copy.deepcopy(server))
+    a_trainer, x = trainer_of(model), torch.randn(1, 4, 3, 3)
+    outcome = a_trainer.forward_backward({0: Activations((x,), torch.tensor([3]), 0)}, 0)
+    server.train()[3].eval()
+    assert outcome.loss == pytest.approx(F.cross_entropy(server(x), torch.tensor([3])).item())
+    tracked = {n.removeprefix("server."): b for n, b in a_trainer.server.named_buffers()}
+    for name, buffer in server.named_buffers():
+        assert torch.equal(tracked[name], buffer), name
+    assert not any(m._forward_pre_hooks for m in a_trainer.server.modules())
+
+
 def test_other_value_errors_of_one_example_are_not_hidden():
     class Refuses(nn.Module):
         def forward(self, x):
