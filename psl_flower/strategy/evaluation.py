@@ -12,6 +12,7 @@ from psl_flower.exchange import Clients
 from psl_flower.exchange.door import Door
 from psl_flower.protocol import Config, EvaluateRequest
 from psl_flower.strategy.server_step import SplitTrainer
+from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -25,6 +26,7 @@ def split_evaluate(
     timeout: float,
     config: Config,
     evaluate_config: Config,
+    summary: RunSummary,
     tolerate: bool = False,
 ) -> MetricRecord | None:
     """Evaluate the model on the test data of all clients, without the data leaving them.
@@ -35,6 +37,8 @@ def split_evaluate(
         Examples an exchange, over all clients.
     timeout : float
         Seconds an exchange.
+    summary : RunSummary
+        Told what went wrong.
     tolerate : bool
         Whether to go on without clients that fail, as long as there are others.
 
@@ -69,6 +73,7 @@ def split_evaluate(
                 if client not in error.failures:
                     raise
                 failures |= error.failures
+        summary.refuse_in_evaluation(failures)
         if failures and (not tolerate or not (results or examples)):
             raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
         for client, why in failures.items():

@@ -300,6 +300,7 @@ class ParallelSplitLearning(Strategy):
                     in_clients = self._evaluate_in_clients(run, server_round, result)
                     on_server = _evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
                     recorder.round(replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server))
+                    recorder.summary(summary.report())  # a process that is killed has none at its end
                 recorder.finish(run.current_state())
             finally:
                 summary.ignored.update(carrier.ignored)
@@ -394,6 +395,7 @@ class ParallelSplitLearning(Strategy):
                 timeout=run.timeout,
                 config=run.train_config,
                 evaluate_config=run.evaluate_config,
+                summary=run.summary,
                 tolerate=self.faults.tolerate,
             )
         if metrics is None:

@@ -62,6 +62,8 @@ class RunSummary:
         By client: requests it did not answer as asked.
     refused : dict of str to int
         The same by kind.
+    evaluation_failures, evaluation_refused : dict
+        The same two for requests of split evaluation.
     ignored : dict of str to int
         Replies nobody waited for: late ones, and duplicates.
     clipped : int
@@ -87,6 +89,8 @@ class RunSummary:
     examples_unseen: Counter[int] = field(default_factory=Counter)
     failures: Counter[int] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    evaluation_failures: Counter[int] = field(default_factory=Counter)
+    evaluation_refused: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
     clipped: int = 0
     replans: int = 0
@@ -113,6 +117,11 @@ class RunSummary:
         self.refused.update(map(reason_of, failures.values()))
         self.failures.update(failures.keys())
 
+    def refuse_in_evaluation(self, failures: Mapping[int, str]) -> None:
+        """Count failures of split evaluation; texts by client."""
+        self.evaluation_refused.update(map(reason_of, failures.values()))
+        self.evaluation_failures.update(failures.keys())
+
     def slowest(self) -> dict[int, float]:
         """Return seconds per example of the slowest clients, the slowest first."""
         speed = {k: s / n for k, s in self.client_seconds.items() if (n := self.client_examples[k])}
@@ -121,7 +130,8 @@ class RunSummary:
     def faultless(self) -> bool:
         """Return whether nothing went wrong."""
         skipped = self.steps_skipped + self.steps_redone + self.clipped
-        return not (skipped or self.refused or self.ignored or self.examples_unseen)
+        refused = self.refused or self.evaluation_refused or self.ignored
+        return not (skipped or refused or self.examples_unseen)
 
     def report(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds."""
@@ -147,6 +157,9 @@ class RunSummary:
         if self.refused:
             worst = ", ".join(f"{k} ({n})" for k, n in self.failures.most_common(_SLOWEST))
             log.warning("Failures: %s; clients that failed most: %s", _shown(self.refused), worst)
+        if self.evaluation_refused:
+            worst = ", ".join(f"{k} ({n})" for k, n in self.evaluation_failures.most_common(_SLOWEST))
+            log.warning("Failures in evaluation: %s; of clients: %s", _shown(self.evaluation_refused), worst)
         if self.ignored:
             log.warning("Replies nobody waited for: %s", _shown(self.ignored))
         if self.clipped:
@@ -169,7 +182,7 @@ class RunSummary:
         summary = cls()
         for name, value in state.items():
             if isinstance(value, Mapping):
-                key = str if name in ("refused", "ignored") else int
+                key = str if name in ("refused", "evaluation_refused", "ignored") else int
                 getattr(summary, name).update({key(k): v for k, v in value.items()})
             else:
                 setattr(summary, name, value)

@@ -382,7 +382,7 @@ def test_when_all_clients_go_the_run_ends_with_what_happened():
         start(make(), AllDown(recording_app(), K), num_rounds=3)
 
 
-def test_evaluation_goes_on_without_a_client_but_not_without_all(caplog):
+def test_evaluation_goes_on_without_a_client_but_not_without_all(tmp_path, caplog):
     class FailsToEvaluate(SplitClient):
         failing = ()
 
@@ -393,10 +393,15 @@ def test_evaluation_goes_on_without_a_client_but_not_without_all(caplog):
 
     app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition_with_test, client_class=FailsToEvaluate)
     FailsToEvaluate.failing = (1,)
-    result = start(make(evaluate_every=1), InProcessGrid(app, K))
+    result = start(make(evaluate_every=1, output_dir=tmp_path), InProcessGrid(app, K))
     others = sum(n // 2 for k, n in enumerate(client_sizes(K)) if k != 1)
     assert result.evaluate_metrics_clientapp[1]["num_examples"] == others
-    assert "evaluation goes on without client 1" in caplog.text
+    assert "evaluation goes on without client 1: error" in caplog.text
+    assert "OSError: no test data today" in caplog.text
+    assert "Failures in evaluation: client error 1; of clients: 1 (1)" in caplog.text
+    summary = summary_of(tmp_path)
+    assert (summary["evaluation_refused"], summary["refused"]) == ({"client error": 1}, {})
+    assert summary["evaluation_failures"] == {"1": 1}
     FailsToEvaluate.failing = range(K)
     with pytest.raises(StepError, match=r"round 1, evaluation: .* clients failed"):
         start(make(evaluate_every=1), InProcessGrid(app, K))

@@ -43,6 +43,7 @@ def interrupted(link, folder, hold_at, num_supernodes=K, **config):
     run = FlowerRun(link, "chaos", " ".join(words), num_supernodes)
     if hold_at:
         run.wait_for(folder / "held")
+        (folder / "summary.json").unlink(missing_ok=True)  # of the round before
     return run
 
 

@@ -109,6 +109,7 @@ def test_kinds_of_failures(failure, reason):
 def test_a_summary_goes_on_where_it_was():
     summary = RunSummary(steps_committed=3, seconds_wire=0.25)
     summary.refuse({3: "no reply within 5 s", 12: "OSError: x"})
+    summary.refuse_in_evaluation({4: "no reply within 5 s"})
     summary.examples_unseen.update({3: 10})
     summary.client_seconds[12] += 0.5
     summary.client_examples[12] += 4
