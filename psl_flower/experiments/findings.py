@@ -79,9 +79,12 @@ class Findings:
         try:
             self.record: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
             with (folder / RESULTS_FILE).open(newline="", encoding="utf-8") as file:
-                self.rows = list(csv.DictReader(file))
+                rows = list(csv.DictReader(file))
         except OSError as exc:
             raise ConfigError(f"{folder} has no results of a sweep ({exc}): run one with --out {folder}") from exc
+        self.rows = [row for row in rows if self._run(row).is_dir()]  # somebody may have deleted some
+        if not self.rows:
+            raise ConfigError(f"{folder} holds no training of its {RESULTS_FILE} any more: run the sweep again")
         self.sweep: dict[str, Any] = self.record["sweep"]
         self.methods: list[str] = [m for m in self.sweep["methods"] if any(row["method"] == m for row in self.rows)]
         self.seeds = [str(seed) for seed in self.sweep["axes"]["seed"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,29 @@ def summarise(folder: Path, seconds: float) -> dict[str, float | None]:
     return result
 
 
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return what `summarise` wrote into a training's folder; None if that is missing or damaged."""
+    try:
+        result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        return result
+    except (OSError, ValueError):
+        return None
+
+
 def write_results(folder: Path, experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
     """Write ``results.csv``: a row a finished combination, and return its rows.
 
-    A training that several combinations share has a row for each.
+    A training that several combinations share has a row for each. Without any there is no file: what an earlier sweep
+    left in the folder is not this one's.
     """
     rows = []
     for experiment in experiments:
-        path = folder / RUNS_FOLDER / experiment.name / RESULT_FILE
-        if path.exists():
-            result: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result = read_result(folder / RUNS_FOLDER / experiment.name)
+        if result is not None:
             rows.append({"method": experiment.method, **experiment.values, **result, "run": experiment.name})
-    if rows:
+    if not rows:
+        (folder / RESULTS_FILE).unlink(missing_ok=True)
+    else:
         unfinished = folder / f"{RESULTS_FILE}.unfinished"
         with unfinished.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))

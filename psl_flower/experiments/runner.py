@@ -21,7 +21,7 @@ from typing import Any
 
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.provenance import cores
-from psl_flower.experiments.results import RUNS_FOLDER, summarise, write_results
+from psl_flower.experiments.results import RUNS_FOLDER, read_result, summarise, write_results
 from psl_flower.experiments.sweep import Experiment, distinct
 from psl_flower.strategy.progress import clock
 
@@ -53,9 +53,13 @@ def default_workers(threads: int, device: str) -> int:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a sweep's folder, made if it is not there; raise ConfigError if another process holds it."""
-    (folder / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    """Hold a sweep's folder, made if it is not there; raise ConfigError if that fails or another process holds it."""
+    try:
+        (folder / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as exc:
+        raise ConfigError(f"results cannot be written to {folder} ({exc}): choose another --out") from exc
+    with lock:
         try:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, in any way
@@ -77,7 +81,7 @@ class _Worker:
 
 
 class Runner:
-    """Trains what is not finished yet; a training is finished when its folder has its name.
+    """Trains what is not finished yet; a training is finished when its folder has its name, and its result in it.
 
     Parameters
     ----------
@@ -105,7 +109,9 @@ class Runner:
         for interrupted in runs.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(interrupted, ignore_errors=True)
         trainings = list(distinct(experiments))
-        waiting = [e for e in trainings if not (runs / e.name).is_dir()]
+        waiting = [e for e in trainings if read_result(runs / e.name) is None]
+        for experiment in waiting:  # what is left of one that somebody has damaged
+            shutil.rmtree(runs / experiment.name, ignore_errors=True)
         before, total = len(trainings) - len(waiting), len(trainings)
         if before:
             self._say(f"{before} of {total} trainings are finished already")

@@ -94,7 +94,8 @@ class _Counter(Callback):
 def _vectorised(setting: Setting, folder: Path, on_round: OnRound) -> IntArray:
     training = open_training(setting)
     callbacks = make_loggers(setting.config.loggers, folder)
-    with RunRecorder(folder, setting.config.as_run_config(), callbacks=callbacks) as recorder:
+    own = {name.replace("_", "-"): value for name, value in vars(setting).items() if name != "config"}
+    with RunRecorder(folder, {**setting.config.as_run_config(), **own}, callbacks=callbacks) as recorder:
         for record in training.records():
             if isinstance(record, RoundRecord):
                 recorder.round(record)

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import shutil
 
 import pytest
 
@@ -11,6 +12,7 @@ from psl_flower.experiments.command import main
 from psl_flower.experiments.results import summarise, write_results
 from psl_flower.experiments.runner import alone_in
 from psl_flower.experiments.sweep import read_sweep
+from psl_flower.experiments.trial import run_trial
 from psl_flower.strategy.result import METRICS_FILE, read_metrics
 
 SWEEP = """
@@ -73,7 +75,7 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
     for name in names:
         files = {path.name for path in (folder / "runs" / name).iterdir()}
         assert files >= {"setting.json", "config.json", "metrics.jsonl", "steps.csv", "rounds.csv", "confusion.csv"}
-    assert "4 combinations failed" in (folder / "report.md").read_text()
+    assert "4 trainings failed: broken, num-clients 2, seed 0; " in (folder / "report.md").read_text()
 
     # an interrupted training leaves such a folder, and what is finished is not run again
     (folder / "runs" / f".unfinished-{names[0]}-1").mkdir()
@@ -84,6 +86,17 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
     record = json.loads((folder / "sweep.json").read_text())
     assert len(record["seconds"]) == 2
     assert record["failures"] == {}
+
+    # nor is what somebody has damaged taken for finished
+    shutil.rmtree(folder / "runs" / rows[2]["run"])
+    (folder / "runs" / rows[0]["run"] / "result.json").write_text('{"accuracy_last": 0.')
+    assert main(["report", str(folder)]) == 0
+    assert "Not finished yet: 1 of 4" in (folder / "report.md").read_text()
+    assert main([*command, "--set", "method=UGS", "--set", "num-clients=2"]) == 0
+    (again,) = table(folder)
+    assert {k: v for k, v in again.items() if "seconds" not in k} == {
+        k: v for k, v in rows[0].items() if "seconds" not in k
+    }
     assert record["provenance"]["command"].endswith("'method=['\"'\"'UGS'\"'\"', '\"'\"'centralised'\"'\"']'")
 
 
@@ -98,6 +111,34 @@ def test_one_sweep_at_a_time_in_a_folder(sweep, tmp_path, capsys):
             pass
     with alone_in(tmp_path / "out"):
         pass
+
+
+def test_nothing_of_an_earlier_sweep_in_the_folder_is_reported(sweep, tmp_path):
+    experiments = read_sweep(sweep).experiments()
+    folder = tmp_path / "runs" / experiments[0].name
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"accuracy_last": 0.5}')
+    assert len(write_results(tmp_path, experiments)) == len(table(tmp_path)) == 1
+    assert write_results(tmp_path, experiments[1:]) == []
+    assert not (tmp_path / "results.csv").exists()
+    (folder / "result.json").write_text('{"accuracy_last": 0.')  # torn
+    assert write_results(tmp_path, experiments) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(sweep, capsys):
+    assert main(["run", sweep, "--out", f"{sweep}/out"]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_loggers_are_told_all_that_a_training_depends_on(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP.replace("[axes]", "local-epochs = 2\n[axes]"))
+    (experiment, *_) = read_sweep(str(path), overrides={"algorithm": "fedavg", "method": ["UGS"]}).experiments()
+    (tmp_path / "run").mkdir()
+    run_trial(experiment, tmp_path / "run", lambda done: None)
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    expected = {"algorithm": "fedavg", "num-clients": 2, "local-epochs": 2, "batch-size": 256}
+    assert {key: told[key] for key in expected} == expected
 
 
 def test_a_row_of_results_is_its_metrics_in_short(tmp_path, sweep):
