@@ -209,8 +209,10 @@ def _sweep(table: Mapping[str, Any], form: str, overrides: Mapping[str, Any]) ->
         check_choice(key, "a key of a sweep", _TABLES)
     if not form and all(name in table for name in FORMS):
         form = "quick"
-    if form:
-        check_choice(form, "the form of a sweep (this file's)", [name for name in FORMS if name in table])
+    if form and form not in table:
+        raise ConfigError(
+            f"there is no form {form!r}: add a table [{form}.config] with what it changes, or leave it out"
+        )
     for name in FORMS:
         for key in _as_table(table.get(name, {}), name):
             check_choice(key, f"a key of [{name}]", [t for t in _TABLES if t not in (*FORMS, "title")])
@@ -266,7 +268,7 @@ def _check_tables(table: Mapping[str, Any]) -> None:
         for key in _as_table(content, name):
             if key in _TAKEN:
                 raise ConfigError(f"{key} is the runner's own, it cannot stand in [{name}]: leave it out")
-            if key in axes and name.startswith("methods."):
+            if key in (*axes, "seed") and name.startswith("methods."):  # seed is one always
                 raise ConfigError(f"{key} is an axis, and set in [{name}]: leave one of the two out")
             check_choice(key, f"a key of [{name}]", [*(["method"] if name == "axes" else []), *_CONFIG, *_SETTING])
     paper = _as_table(table.get("paper", {}), "paper")

@@ -87,7 +87,7 @@ def test_quick_is_the_default_where_there_are_both_forms_and_else_the_file_as_it
     only_quick = SWEEP[: SWEEP.index("[full.config]")]
     assert read(only_quick).form == ""
     assert "num-server-rounds" not in read(only_quick).config
-    with pytest.raises(ConfigError, match=r"the form of a sweep \(this file's\) must be one of 'quick', got 'full'"):
+    with pytest.raises(ConfigError, match=r"there is no form 'full': add a table \[full.config\]"):
         read(only_quick, form="full")
 
 
@@ -118,6 +118,7 @@ def test_a_sweep_needs_no_methods_and_no_seed(read):
         (("seed = [0, 1]", "seed = [0, 0]"), r"axis seed must name each value once, got \[0, 0\]"),
         (("seed = [0, 1]", 'method = ["UGs"]'), "a value of axis method must be one of 'UGS'.*did you mean 'UGS'"),
         (('sampler = "ugs"', "seed = 1"), r"seed is an axis, and set in \[methods.UGS\]: leave one"),
+        (('sampler = "ugs" }', 'seed = 1 }\nX = { sampler = "ugs" }'), "seed is an axis"),
         (('sampler = "ugs"', 'sampler = "usg"'), "method 'UGS', num-clients = 8, seed = 0: sampler must be one of"),
         (('sampler = "ugs"', 'smapler = "ugs"'), r"a key of \[methods.UGS\] must be one of .*did you mean 'sampler'"),
         (('{ sampler = "ugs" }', "1"), r"\[methods.UGS\] must be a table of keys and values, got 1"),
