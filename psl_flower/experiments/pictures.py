@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,8 @@ def _final(findings: Findings, part: Part, styles: dict[str, dict[str, Any]]) ->
     axes = figure.subplots()
     for number, method in enumerate(findings.methods):
         known = [(i, part.values(method, column, _ACCURACY)) for i, column in enumerate(part.columns)]
-        shift = 0.06 * (number - (len(findings.methods) - 1) / 2)  # beside one another, where they are equal
+        # beside one another, where they are equal
+        shift = min(0.06, 0.5 / len(findings.methods)) * (number - (len(findings.methods) - 1) / 2)
         x = [i + shift for i, values in known if len(values)]
         both = [spread(100 * values) for _, values in known if len(values)]
         mean, std = [m for m, _ in both], [s or 0.0 for _, s in both]
@@ -224,8 +226,9 @@ def _confusion(findings: Findings, part: Part, styles: dict[str, dict[str, Any]]
     for number, (panel, (method, counts)) in enumerate(zip(panels, matrices, strict=False)):
         share = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         image = panel.imshow(share, cmap="Blues", vmin=0, vmax=100)
-        panel.set_title(method, fontsize=10)
-        panel.set_xlabel("predicted class")
+        panel.set_title(fill(method, 36), fontsize=10)
+        if number + columns >= len(matrices):  # nothing below it
+            panel.set_xlabel("predicted class")
         if number % columns == 0:
             panel.set_ylabel("true class")
         for axis in (panel.xaxis, panel.yaxis):

@@ -11,7 +11,7 @@ from string import Template
 from psl_flower.config import RunConfig
 from psl_flower.experiments.findings import Findings
 from psl_flower.experiments.pictures import Picture, draw_pictures
-from psl_flower.experiments.tables import Table, make_tables
+from psl_flower.experiments.tables import Table, escaped, make_tables
 from psl_flower.strategy.progress import clock
 
 MARKDOWN_FILE, HTML_FILE, PICTURES_FOLDER = "report.md", "report.html", "pictures"
@@ -71,7 +71,7 @@ def _title(findings: Findings) -> str:
 
 def _failed(findings: Findings) -> str:
     names = list(findings.record["failures"])
-    return f"{len(names)} combinations failed and are missing here: {'; '.join(names)}" if names else ""
+    return f"{len(names)} trainings failed: {'; '.join(names)}" if names else ""
 
 
 def _missing(findings: Findings) -> str:
@@ -79,7 +79,8 @@ def _missing(findings: Findings) -> str:
     for values in sweep["axes"].values():
         total *= len(values)
     done = len(findings.rows)
-    return f"Not finished yet: {total - done} of {total} combinations are missing here." if done < total else ""
+    why = "" if findings.record["failures"] else "Not finished yet: "
+    return f"{why}{total - done} of {total} combinations are missing here." if done < total else ""
 
 
 def _paper_note(findings: Findings) -> str:
@@ -103,7 +104,11 @@ def _settings(findings: Findings) -> dict[str, str]:
     methods = {
         label: ", ".join(f"{k} = {v}" for k, v in keys.items()) or "-" for label, keys in sweep["methods"].items()
     }
-    return {**{k: str(v) for k, v in sweep["config"].items()}, **{f"method {k}": v for k, v in methods.items()}}
+    return {
+        **{k: str(v) for k, v in sweep["config"].items()},
+        **{k: ", ".join(map(str, values)) for k, values in sweep["axes"].items()},
+        **{f"method {k}": v for k, v in methods.items()},
+    }
 
 
 def _made(findings: Findings) -> dict[str, str]:
@@ -136,7 +141,8 @@ def _markdown(findings: Findings, tables: list[Table], pictures: list[Picture]) 
         path = f"{PICTURES_FOLDER}/{picture.path.name}"
         lines += [f"### {picture.title}", "", f"![{picture.title}]({path})", "", picture.caption, ""]
     for title, values in (("Settings", _settings(findings)), ("How it was made", _made(findings))):
-        lines += [f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | `{v}` |" for k, v in values.items()), ""]
+        cells = (f"| {escaped(k)} | `{escaped(v)}` |" for k, v in values.items())
+        lines += [f"## {title}", "", "| | |", "|---|---|", *cells, ""]
     return "\n".join(lines)
 
 

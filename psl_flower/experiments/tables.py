@@ -64,6 +64,7 @@ class Table:
     def markdown(self) -> str:
         """Return it in Markdown, aligned as it stands."""
         lines = [list(self.head), *([f"**{c.text}**" if c.best else c.text for c in row] for row in self.rows)]
+        lines = [[escaped(text) for text in line] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
         padded = (
@@ -71,6 +72,11 @@ class Table:
             for line in lines
         )
         return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+
+
+def escaped(text: str) -> str:
+    """Return what stands for `text` in a cell of Markdown."""
+    return text.replace("|", r"\|")
 
 
 def make_tables(findings: Findings) -> list[Table]:
@@ -108,6 +114,8 @@ def _column_of(findings: Findings, part: Part, name: str, metric: _Metric) -> li
                 values = values / part.values(method, column, "epochs") if metric.an_epoch else values
                 means[method], std = spread(values)
                 texts[method] = _number(means[method], std, metric.digits)
+                if 1 < len(findings.seeds) != len(values):  # else it would pass for as sure as the others
+                    texts[method] += f" ({len(values)} of {len(findings.seeds)} seeds)"
         # centralised training is what the others are compared with, not one of them
         rivals = {m: metric.better * mean for m, mean in means.items() if findings.kind(m) != _REFERENCE}
         best = max(rivals, key=lambda m: rivals[m]) if metric.better and len(rivals) > 1 else ""
@@ -116,9 +124,14 @@ def _column_of(findings: Findings, part: Part, name: str, metric: _Metric) -> li
 
 
 def _paper(findings: Findings, part: Part) -> dict[str, list[Cell]]:
-    """Return the paper's own figures as further columns."""
+    """Return the paper's own figures as further columns: those of a part's one value, or of all values on its axis."""
     figures = findings.sweep["paper"].get("accuracy", {})
-    values = dict.fromkeys(value for its in figures.values() for value in its)
+    first = next((key for key in findings.sweep["axes"] if key != "seed"), "")  # what they are by
+    if part.axis not in ("", first):
+        return {}
+    values = list(dict.fromkeys(value for its in figures.values() for value in its))
+    if first and not part.axis:
+        values = [value for value in values if value == str(findings.sweep["axes"][first][0])]
     return {
         f"paper, {part.heading(value)}*" if part.axis else "paper*": [
             Cell(str(figures.get(method, {}).get(value, ""))) for method in findings.methods

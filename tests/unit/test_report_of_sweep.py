@@ -11,7 +11,7 @@ from psl_flower.errors import ConfigError
 from psl_flower.experiments.findings import Findings
 from psl_flower.experiments.pictures import _styles
 from psl_flower.experiments.report import write_report
-from psl_flower.experiments.tables import make_tables
+from psl_flower.experiments.tables import Cell, Table, make_tables
 
 METHODS = {
     "UGS": {"sampler": "ugs"},
@@ -117,6 +117,42 @@ def test_the_papers_figures_stand_beside_ours_marked_as_the_papers(tmp_path):
     page = (folder / "report.html").read_text()
     assert '<td class="paper">84.31</td>' in page
     assert page.count('class="paper"') == 1 + len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("axes", "columns"),
+    [
+        ({"num-clients": [128]}, {"paper*": "84.31"}),
+        ({"num-clients": [16]}, {}),
+        ({"num-clients": [16], "batch-size": [64, 128]}, {}),
+        ({"num-clients": [16, 32]}, {"paper, 32 clients*": "70", "paper, 128 clients*": "84.31"}),
+    ],
+)
+def test_the_papers_figures_stand_beside_no_others_than_their_own(tmp_path, axes, columns):
+    folder = a_sweep(tmp_path, paper={"accuracy": {"UGS": {"32": "70", "128": "84.31"}}})
+    record = json.loads((folder / "sweep.json").read_text())
+    record["sweep"]["axes"] = {**axes, "seed": [0, 1]}
+    (folder / "sweep.json").write_text(json.dumps(record))
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    for row in rows:
+        row["batch-size"] = 64
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    table = make_tables(Findings(folder))[0]
+    found = {head: cell for head, cell in zip(table.head[1:], texts(table)["UGS"], strict=True) if "paper" in head}
+    assert found == columns
+
+
+def test_a_mean_of_fewer_seeds_says_so_and_a_label_may_hold_what_markdown_uses(tmp_path):
+    folder = a_sweep(tmp_path)
+    text = (folder / "results.csv").read_text().splitlines()
+    (folder / "results.csv").write_text("\n".join([text[0], *text[2:]]) + "\n")  # without UGS, 16 clients, seed 0
+    table = make_tables(Findings(folder))[0]
+    assert texts(table)["UGS"] == ["82.0 (1 of 2 seeds)", "71.0 ± 1.4"]
+    assert "UGS" not in Table("", ["", "a|b"], [[Cell("U|GS"), Cell("1")]]).markdown()
+    assert r"| U\|GS |" in Table("", ["", "a|b"], [[Cell("U|GS"), Cell("1")]]).markdown()
 
 
 def test_the_page_is_one_file_that_says_all(tmp_path):
