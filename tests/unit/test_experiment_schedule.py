@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from psl_flower.client import SplitClient
-from psl_flower.experiments.draws import _draw_one_by_one, draw_all
+from psl_flower.experiments.draws import _as_torch_does, _draw_one_by_one, draw_all
 from psl_flower.experiments.schedule import client_turns, fill_plan
 from psl_flower.samplers import Population
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
@@ -77,6 +77,7 @@ def test_clients_in_turn_pass_over_their_data_as_often_as_asked(people):
 def test_augmentation_is_drawn_as_each_client_draws_it(seed, epoch, most):
     rng = np.random.default_rng(most)
     steps, clients, counts = rng.integers(0, 50_000, 40), rng.integers(0, 100_000, 40), rng.integers(1, most + 1, 40)
+    assert _as_torch_does()  # else the numbers are right, but each client's is drawn by itself
     together = draw_all(seed, epoch, steps, clients, counts)
     alone = _draw_one_by_one(seed, epoch, steps, clients, counts)
     assert all(map(torch.equal, together, alone))
