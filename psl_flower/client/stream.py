@@ -214,11 +214,11 @@ class StreamClient:
             answer.set_exception(error)
 
     def _adopt(self, header: Any) -> None:
-        node, config = header.get("node"), header.get("node-config")
-        if type(node) is not int or not isinstance(config, dict):
-            raise ProtocolError("to adopt a client takes its node id and its node configuration")
-        first = self._first
-        self._contexts[node] = Context(first.run_id, node, dict(config), RecordDict(), first.run_config)
+        clients, first = header.get("clients"), self._first
+        if not isinstance(clients, list) or not all(map(_is_client, clients)):
+            raise ProtocolError("to adopt clients takes the node id and the node configuration of each")
+        for node, config in clients:
+            self._contexts[node] = Context(first.run_id, node, config, RecordDict(), first.run_config)
 
     def _client(self, node: int, config: Config) -> SplitClient:
         context = self._contexts.get(node)
@@ -228,6 +228,10 @@ class StreamClient:
 
     def _known_weights(self, version: str) -> Weights | None:
         return self._weights if self._weights is not None and self._weights.version == version else None
+
+
+def _is_client(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], dict)
 
 
 def _connect(ticket: Ticket) -> grpc.Channel:

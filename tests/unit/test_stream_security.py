@@ -163,7 +163,7 @@ def test_what_is_not_a_frame_ends_the_stream(carrier, chunks, code, why, caplog)
         assert "Refused a stream" in caplog.text
 
 
-@pytest.mark.parametrize("header", [{}, {"kind": "request"}, {"kind": ["x"]}, {"kind": "adopt", "node": 2}])
+@pytest.mark.parametrize("header", [{}, {"kind": "request"}, {"kind": ["x"]}, {"kind": "adopt", "clients": [2]}])
 def test_frames_that_only_the_server_sends_end_the_stream(carrier, header):
     code, why, _ = open_stream(carrier, good_metadata(carrier), list(encode(Frame(header), 0)))
     assert code == grpc.StatusCode.INVALID_ARGUMENT

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -204,27 +205,32 @@ class StreamCarrier(Carrier):
         """Spread clients evenly over the resident processes; whichever was free took their attach messages."""
         loads = Counter(dict.fromkeys(self._resident_connections(), 0))
         loads.update(home.connection for home in self._homes.values() if home.connection in loads)
+        moves = {}
         for node in sorted(nodes):
             home = self._homes[node]
             if not loads or home.connection not in loads:
                 continue
             least = min(loads, key=lambda c: (loads[c], c.id))
-            if loads[home.connection] > loads[least] + 1 and self._adopt(node, least):
+            if loads[home.connection] > loads[least] + 1:
+                moves[node] = least
                 loads[least] += 1
                 loads[home.connection] -= 1
+        self._adopt(moves)
 
     def _resident_connections(self) -> list[Connection]:
         found = {home.connection for home in self._homes.values() if home.resident and home.connection.closing is None}
         return sorted(found, key=lambda c: c.id)
 
-    def _adopt(self, node: int, connection: Connection) -> bool:
-        """Have another process serve a client from now on; False if it does not take any more."""
-        home = self._homes[node]
-        header = {"kind": "adopt", "node": node, "node-config": dict(home.node_config)}
-        if not connection.send(lambda: Frame(header)):
-            return False
-        self._homes[node] = _Home(connection, True, home.node_config)
-        return True
+    def _adopt(self, moves: Mapping[int, Connection]) -> None:
+        """Have other processes serve clients from now on, unless they read nothing any more.
+
+        It takes one frame a process, however many clients move: a frame each would fill the line to it.
+        """
+        for connection in sorted(set(moves.values()), key=lambda c: c.id):
+            moved = {node: self._homes[node].node_config for node, to in moves.items() if to is connection}
+            frame = Frame({"kind": "adopt", "clients": [[node, dict(config)] for node, config in moved.items()]})
+            if connection.send(partial(_same, frame)):
+                self._homes |= {node: _Home(connection, True, config) for node, config in moved.items()}
 
     # --- exchanging --------------------------------------------------------------------------------------------------
     def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
@@ -390,11 +396,12 @@ class StreamCarrier(Carrier):
             "The process of %d clients is gone (%s)%s.",
             *(len(lost), reason, ": the others take them over" if survivors else ""),
         )
-        for i, (node, home) in enumerate(sorted(lost.items())):
-            if home.resident and survivors and self._adopt(node, survivors[i % len(survivors)]):
-                continue
-            del self._homes[node]
-            self._homeless[node] = f"its process is gone ({reason})"
+        residents = [node for node in sorted(lost) if lost[node].resident] if survivors else []
+        self._adopt({node: survivors[i % len(survivors)] for i, node in enumerate(residents)})
+        for node in lost:
+            if self._homes[node].connection is connection:
+                del self._homes[node]
+                self._homeless[node] = f"its process is gone ({reason})"
         current = self._exchange
         if current is None:
             return
@@ -405,6 +412,10 @@ class StreamCarrier(Carrier):
         orphans = [n for n in again if n in self._homeless and lost[n].resident]
         current.fail(orphans, f"its process is gone ({reason}), and no other is left to take it over")
         self._send([node for node in current.open_nodes() if node in lost])
+
+
+def _same(frame: Frame) -> Frame:
+    return frame
 
 
 def _refusal(message: Message) -> str:
