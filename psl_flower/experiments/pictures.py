@@ -71,7 +71,9 @@ def _styles(findings: Findings) -> dict[str, dict[str, Any]]:
     for method in findings.sweep["methods"]:  # all of them: colours stay when more results come in
         style = _STYLES.get(findings.kind(method), _SPARE[0])
         if any(style["color"] == other["color"] for other in styles.values()):
-            style, spare = _SPARE[spare % len(_SPARE)], spare + 1
+            # once they are used up, each colour comes with the next one's marker
+            marker = _SPARE[(spare + spare // len(_SPARE)) % len(_SPARE)]["marker"]
+            style, spare = {**_SPARE[spare % len(_SPARE)], "marker": marker}, spare + 1
         styles[method] = style
     return styles
 
@@ -113,7 +115,8 @@ def _legend(figure: Figure, axes: Sequence[Any]) -> None:
     if len(axes) == 1:
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
     else:
-        columns = min(len(handles), 7 if len(axes) > 2 else 4)
+        inches = 0.7 + 0.08 * max(map(len, handles), default=0)  # of a handle and the longest label
+        columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False)
 
 

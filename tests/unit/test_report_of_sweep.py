@@ -6,10 +6,11 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.findings import Findings
-from psl_flower.experiments.pictures import _styles
+from psl_flower.experiments.pictures import _legend, _styles
 from psl_flower.experiments.report import write_report
 from psl_flower.experiments.tables import Cell, Table, make_tables
 
@@ -196,6 +197,29 @@ def test_a_method_has_one_colour_and_each_its_own(tmp_path):
     styles = _styles(Findings(a_sweep(tmp_path)))
     assert len({style["color"] for style in styles.values()}) == len(METHODS)
     assert (styles["UGS"]["color"], styles["centralised"]["color"]) == ("#0072B2", "#000000")
+
+
+def test_many_methods_of_one_sampler_are_told_apart(tmp_path):
+    folder = a_sweep(tmp_path)
+    record = json.loads((folder / "sweep.json").read_text())
+    record["sweep"]["methods"] |= {f"UGS {i}": {"sampler": "ugs"} for i in range(20)}
+    (folder / "sweep.json").write_text(json.dumps(record))
+    styles = _styles(Findings(folder))
+    assert len({(style["color"], style["marker"]) for style in styles.values()}) == len(METHODS) + 20
+
+
+@pytest.mark.parametrize("length", [3, 24, 40])
+@pytest.mark.parametrize("panels", [2, 4])
+def test_the_legend_fits_however_many_and_long_the_labels(panels, length):
+    figure = Figure(figsize=(3.5 * panels, 4), layout="constrained")
+    axes = list(figure.subplots(1, panels))
+    for i in range(12):
+        axes[0].plot([0, 1], label=f"{i:2}".ljust(length, "e"))
+    _legend(figure, axes)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
