@@ -5,6 +5,7 @@
 says "training" on standard output, from the middle of an exchange of the second round.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -45,4 +46,5 @@ def train(folder: Path, num_rounds: int, **options):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     train(Path(sys.argv[1]), int(sys.argv[2]))

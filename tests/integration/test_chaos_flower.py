@@ -59,6 +59,11 @@ def assert_nothing_lost(folder, num_clients, others=0):
     assert summary["refused"].pop("not finite") == poisoned
     assert sum(summary["refused"].values()) <= 2 * others
     assert summary["examples_unseen"] == {}
+    assert_used_once(folder, num_clients)
+
+
+def assert_used_once(folder, num_clients):
+    """Assert that committed steps used every example of every client once an epoch."""
     used = defaultdict(list)
     for client, epoch, *rest in json.loads((folder / "committed.json").read_text()):
         name = "-".join(map(str, (client, epoch, *rest)))

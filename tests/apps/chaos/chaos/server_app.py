@@ -41,7 +41,7 @@ def main(grid, context):
         min_available_nodes=len(list(grid.get_node_ids())),
         transport=str(config["transport"]),
         evaluate_every=0,
-        faults=FaultPolicy(step_timeout=float(config["step-timeout"])),
+        faults=FaultPolicy(step_timeout=float(config["step-timeout"]), patience=float(config["patience"])),
         checkpoint_every=int(config["checkpoint-every"]),
         resume_from=str(config["resume-from"]) or None,
         output_dir=folder,
