@@ -16,6 +16,7 @@ from psl_flower.samplers.base import Population
 
 log = logging.getLogger("flwr.psl_flower")
 
+_LONGEST_REST = 6  # 2 to the power of this is the largest number of looks between two questions to a silent node
 _LONGEST_WAIT = 1.0  # seconds between two looks for nodes that have not connected yet
 
 
@@ -54,7 +55,9 @@ class Clients:
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate = tolerate
         self._silent: set[int] = set()  # nodes whose last answer was a failure
-        self._turned_away: set[int] = set()  # nodes that did not describe themselves since the last refresh
+        self._looks = 0
+        # nodes that did not describe themselves since the last refresh: how often, and the look to ask them again at
+        self._turned_away: dict[int, tuple[int, int]] = {}
 
     @property
     def members(self) -> Mapping[int, Member]:
@@ -106,7 +109,8 @@ class Clients:
         """Look for nodes that have connected since the last look; return the clients that were no members before.
 
         A client that comes back on another node, holding as many examples as before, is reached there from now on:
-        Flower gives a node that is restarted a new id.
+        Flower gives a node that is restarted a new id. Nodes that do not describe themselves are asked again after
+        growing numbers of looks.
 
         Parameters
         ----------
@@ -115,9 +119,10 @@ class Clients:
         """
         here = set(self._carrier.node_ids())
         self._silent |= {m.node for m in self._members.values()} - here
-        new = sorted(here - self._descriptions.keys() - self._turned_away)
-        for failure in self._describe(new, timeout):
-            log.warning("it may try again next round: %s", failure)
+        self._looks += 1
+        not_yet = {node for node, (_, look) in self._turned_away.items() if look > self._looks}
+        for failure in self._describe(sorted(here - self._descriptions.keys() - not_yet), timeout):
+            log.warning("it is asked again later: %s", failure)
         at_home = {m.node for m in self._members.values()}
         joined = []
         for node in sorted(here & self._descriptions.keys() - at_home):
@@ -145,7 +150,8 @@ class Clients:
                 self._descriptions[node] = _description(answer, self._request)
             except ProtocolError as error:
                 failures.append(f"node {node}: {error}")
-                self._turned_away.add(node)
+                times = self._turned_away.get(node, (0, 0))[0] + 1
+                self._turned_away[node] = (times, self._looks + 2 ** min(times, _LONGEST_REST))
         return failures
 
     def _without_ghosts(self, described: Mapping[int, Description]) -> dict[int, Description]:

@@ -372,7 +372,7 @@ class ParallelSplitLearning(Strategy):
         at_once = self.faults.join == "step"
         if not self.faults.tolerate or not (at_once or run.absences.failing() & set(run.at_hand(agenda.owing()))):
             return
-        joined = run.clients.look_again(run.timeout)
+        joined = run.clients.look_again(self.faults.step_timeout or run.timeout)
         if not joined:
             return
         log.info("clients that joined%s: %s", "" if at_once else ", from the next round on", sorted(joined))

@@ -246,6 +246,24 @@ def test_a_node_that_does_not_describe_itself_is_left_out_until_the_next_refresh
     assert list(members.members) == [0, 1]
 
 
+def test_a_node_that_does_not_describe_itself_is_asked_again_ever_more_rarely():
+    members, carrier = tolerant({1: described(0), 2: SILENT}, [[1, 2]])
+    asked = []
+    exchange = carrier.exchange
+
+    def noted(requests, timeout):
+        asked.extend([members._looks] * (2 in requests))
+        return exchange(requests, timeout)
+
+    carrier.exchange = noted
+    for _ in range(299):
+        assert members.look_again(5.0) == []
+    assert asked == [2, 6, 14, 30, 62, 126, 190, 254]
+    carrier.nodes[2] = described(1)
+    assert [members.look_again(5.0) for _ in range(20)].count([1]) == 1
+    assert list(members.members) == [0, 1]
+
+
 def test_too_few_that_describe_themselves_are_refused():
     members = Clients(FakeCarrier({1: described(0), 2: SILENT}), label_counts=False, tolerate=True)
     with pytest.raises(MembershipError, match=r"every client must describe itself:\n  node 2: no reply within 5 s"):
