@@ -21,6 +21,10 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "integration")]
 
 
+def _shown(counts):
+    return ", ".join(f"{kind} {n}" for kind, n in counts.most_common())
+
+
 def in_one_process(seeds):
     """Return how many faults there were, by kind."""
     import test_faults as chaos
@@ -54,8 +58,8 @@ def in_one_process(seeds):
             injected += grid.injected
             ignored += grid.ignorable
             replans, runs = replans + summary["replans"], runs + 1
-    print(f"{runs} runs of 3 epochs: {injected.total()} faults refused {dict(injected)}")
-    print(f"ignored {dict(ignored)}; {replans} plans made anew; every example used once in every epoch")
+    print(f"{runs} runs of 3 epochs: {injected.total()} faults refused {_shown(injected)}")
+    print(f"ignored {_shown(ignored)}; {replans} plans made anew; every example used once in every epoch")
 
 
 def in_deployment(num_nodes, transport, seed, seconds):
