@@ -14,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from psl_flower.app.task import cut_of, make_model
 from psl_flower.checks import check_int
+from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.findings import SWEEP_FILE
 from psl_flower.experiments.provenance import provenance
@@ -22,6 +24,7 @@ from psl_flower.experiments.report import write_report
 from psl_flower.experiments.results import RESULTS_FILE
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
 from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, preset_names, read_sweep
+from psl_flower.split import check_client_half, cut_model
 
 _DESCRIPTION = """\
 Train every combination of methods, clients, batch sizes, seeds ... that a small TOML file names; keep all results in
@@ -129,6 +132,9 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
         print("\n".join(f"{experiment.label}  {experiment.name}" for experiment in experiments))
         return 0
     configs = [experiment.setting.config for experiment in experiments]
+    if options.workers is not None:
+        check_int(options.workers, "--workers", least=1)
+    _check_cuts(configs)
     threads = max(config.threads or 1 for config in configs)  # of themselves, one: trainings fill the cores
     workers = options.workers
     if workers is None:
@@ -136,7 +142,13 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before the trainings' processes import numpy
     signal.signal(signal.SIGTERM, _interrupt)
     with alone_in(folder):
-        return _train(sweep, experiments, folder, check_int(workers, "--workers", least=1), words)
+        return _train(sweep, experiments, folder, workers, words)
+
+
+def _check_cuts(configs: Sequence[RunConfig]) -> None:
+    """Refuse models that cannot be cut where they shall be, before anything is trained."""
+    for config in {(config.dataset, config.model, config.cut): config for config in configs}.values():
+        check_client_half(cut_model(make_model(config), cut_of(config)).client)
 
 
 def _train(sweep: Sweep, experiments: Sequence[Experiment], folder: Path, workers: int, words: Sequence[str]) -> int:

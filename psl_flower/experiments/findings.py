@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -157,8 +157,3 @@ def _read_deviations(folder: Path) -> FloatArray:
 def spread(values: FloatArray) -> tuple[float, float | None]:
     """Return mean and standard deviation (of a sample) over seeds; no deviation for one seed."""
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
-
-
-def each_cell(part: Part, methods: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (method, column) of all that is finished."""
-    return ((m, c) for m in methods for c in part.columns if (m, c) in part.cells)

@@ -146,6 +146,8 @@ def _engine_of(engine: str, setting: Setting) -> str:
 
 def _essential(setting: Setting) -> Setting:
     """Return the setting with defaults in place of all that its algorithm does not look at."""
+    if setting.algorithm in ("psl", "centralised"):
+        setting = replace(setting, local_batch_size=0, local_epochs=1)
     if setting.algorithm == "psl":
         return setting
     unread = _CLIENTS if setting.algorithm == "centralised" else _SAMPLERS

@@ -57,6 +57,8 @@ def test_a_training_that_does_not_depend_on_an_axis_is_run_once(read):
     other_split = read(SWEEP.replace('"severe"', '"mild"')).experiments()
     assert {e.name for e in other_split if e.method == "centralised"} == central
     assert not {e.name for e in other_split if e.method == "UGS"} & {e.name for e in experiments}
+    passes = read(local_epochs=[1, 2]).experiments()  # only algorithms with clients that train by themselves make them
+    assert {e.name for e in passes} == {e.name for e in experiments}
 
 
 def test_the_name_of_a_training_is_its_content_not_where_or_how_fast_it_runs(read):
@@ -201,3 +203,10 @@ def test_the_command_refuses_with_status_2(capsys, tmp_path):
     assert "did you mean 'ugs'" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
     assert "has no results of a sweep" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_cut_there_is_refused_before_anything_is_trained(capsys, tmp_path):
+    out = tmp_path / "out"
+    assert main(["run", "severe", "--set", "cut=stage9", "--out", str(out)]) == 2
+    assert "has no such submodule" in capsys.readouterr().err
+    assert not out.exists()
