@@ -53,6 +53,7 @@ class Run:
         self.given_up: set[int] = set()  # clients that owed examples at the end of the last epoch they were in
         self.missing: set[int] = set()  # those of them that gave nothing at all
         self.committed = False  # a step, in this process
+        self.answered = False  # some client, of a step that nothing came of: so not all have the same bug
         self._pooled: tuple[Population, IntArray] | None = None
 
     def current_state(self) -> dict[str, torch.Tensor]:
@@ -115,7 +116,12 @@ class Run:
             If nothing can be done: nobody has ever completed a step, the epoch has none, or all its clients fail.
         """
         all_failed = attempt.lost.keys() == attempt.answers.keys()
-        if all_failed and not self.committed and (len(attempt.lost) > 1 or len(self.clients.members) == 1):
+        self.answered |= not all_failed
+        if (
+            all_failed
+            and not (self.committed or self.answered)
+            and (len(attempt.lost) > 1 or len(self.clients.members) == 1)
+        ):
             raise StepError(f"all {len(attempt.lost)} clients failed, before any step was completed", attempt.lost)
         # no waiting for those again for whom an earlier epoch has waited in vain
         known = set(agenda.owing().tolist()) <= self.given_up

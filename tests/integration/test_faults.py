@@ -372,6 +372,26 @@ def test_a_bug_in_all_clients_ends_the_run_at_once():
     assert grid._pushes == 2  # describing, and one exchange
 
 
+def test_clients_that_fail_one_after_the_other_at_the_start_are_no_bug_of_all(tmp_path):
+    class Unlucky(FaultyGrid):
+        """In the first attempt all but one fail, in the second all."""
+
+        count = 0
+
+        def push_messages(self, pushed):
+            pushed = list(pushed)
+            self.count += all(map(is_training, pushed))
+            return super().push_messages(pushed)
+
+        def fault(self, message, context):
+            fails = self.count == 2 or (self.count == 1 and context.node_config["partition-id"] != 0)
+            return "client error" if fails else None
+
+    start(make(output_dir=tmp_path), Unlucky(recording_app(), K))
+    assert_each_used_once(RecordingTrainer.latest, K, 1)
+    assert summary_of(tmp_path)["steps_redone"] >= 2
+
+
 def test_when_all_clients_go_the_run_ends_with_what_happened():
     class AllDown(FaultyGrid):
         def push_messages(self, pushed):
