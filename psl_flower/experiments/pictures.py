@@ -141,7 +141,7 @@ def _accuracy(x_of: Callable[[Curve], FloatArray | None], label: str, *, seconds
                 std = 100 * accuracy.std(axis=0, ddof=1)
                 axes[number].fill_between(x / unit, mean - std, mean + std, color=style["color"], alpha=0.15, lw=0)
         for panel in axes:
-            panel.set_xlim(0, None)
+            panel.set_xlim(0, None)  # after all are drawn: it also fixes the other end
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=not seconds))
         return _finish(figure, axes, part, label + (f" ({name})" if seconds else ""), "test accuracy (%)")
 
@@ -210,8 +210,8 @@ def _deviation(findings: Findings, part: Part, styles: dict[str, dict[str, Any]]
                 smooth = np.convolve(np.pad(y, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
                 panel.plot(x, smooth, color=style["color"], linestyle=style["linestyle"], lw=1.6, label=method)
                 drawn = True
-        panel.set_xlim(0, None)
-        panel.set_ylim(0, None)
+    axes[0].set_xlim(0, None)  # of all of them, and only now: it also fixes the other end
+    axes[0].set_ylim(0, None)
     return _finish(figure, axes, part, "step of the first epoch", "batch deviation (L1)") if drawn else None
 
 
