@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from torch import Tensor
@@ -16,14 +16,16 @@ R = TypeVar("R", bound=Reply)
 
 
 class Door:
-    """Checks replies against what was asked for; remembers what crosses the cut.
+    """Checks replies against what was asked for; learns what crosses the cut.
 
-    The server cannot know the shape of the activations beforehand. The first exchange settles it: what most clients
-    send (the lowest id, if it is a draw). From then on nothing else passes.
+    The server cannot know the shape of the activations beforehand: it is what most clients have sent. Every client has
+    one vote, what it sent last; a draw changes nothing, at first the lowest id decides it. So a bad reply to the very
+    first request, which may be the only one, shuts nobody out for longer than a step.
     """
 
     def __init__(self) -> None:
         self._spec: CutSpec | None = None
+        self._sent: dict[int, CutSpec] = {}
 
     def activations(
         self, answers: Mapping[int, Answer], counts: Mapping[int, int], step: int | None = None
@@ -39,7 +41,8 @@ class Door:
         step : int, optional
             The step the replies must name.
         """
-        spec = self._spec or _most_common(answers)
+        sent = {client: a.reply.spec() for client, a in answers.items() if isinstance(a.reply, Activations)}
+        spec = self._vote(sent)
 
         def check(client: int, reply: Activations) -> None:
             if spec is not None:
@@ -47,8 +50,25 @@ class Door:
 
         accepted, failures = _sort(answers, Activations, check)
         if accepted:
-            self._spec = spec
+            self._spec, self._sent = spec, self._sent | sent
         return accepted, failures
+
+    def forget(self, clients: Iterable[int]) -> None:
+        """Take their votes from clients that turned out to send what the server half cannot use."""
+        for client in clients:
+            self._sent.pop(client, None)
+        if not self._sent:
+            self._spec = None
+
+    def _vote(self, sent: Mapping[int, CutSpec]) -> CutSpec | None:
+        """Return what most clients have sent, these ones last."""
+        if self._spec is not None and all(spec == self._spec for spec in sent.values()):
+            return self._spec
+        votes = Counter({**self._sent, **sent}.values())
+        best = max(votes.values(), default=0)
+        if self._spec is not None and votes[self._spec] == best:
+            return self._spec
+        return next((spec for spec, count in votes.items() if count == best), None)
 
     def gradients(
         self, answers: Mapping[int, Answer], parameters: Mapping[str, Tensor], step: int
@@ -79,11 +99,6 @@ def _verdict(reply: Gradients, parameters: Mapping[str, Tensor], step: int) -> s
     except ProtocolError as error:
         return str(error)
     return None
-
-
-def _most_common(answers: Mapping[int, Answer]) -> CutSpec | None:
-    specs = Counter(a.reply.spec() for a in answers.values() if isinstance(a.reply, Activations))
-    return specs.most_common(1)[0][0] if specs else None
 
 
 def _sort(

@@ -85,6 +85,7 @@ class StepRunner:
         self.trainer, self.clients = trainer, clients
         self._policy, self._timeout, self._config, self._summary = policy, timeout, config, summary
         self._door = Door()
+        self._committed = False  # a step, in this process
 
     def attempt(self, orders: list[WorkOrder], waits: Mapping[int, float]) -> Attempt:
         """Try a step: with all its clients, else with those that do not fail, if they bring enough.
@@ -108,7 +109,7 @@ class StepRunner:
                     gradients = self._backward({c: ordered[c] for c in batch}, weights, cut_gradients, attempt)
                     with self._computing():
                         self.trainer.commit(self._clipped(gradients, ordered))
-                attempt.outcome, attempt.batch = outcome, batch
+                attempt.outcome, attempt.batch, self._committed = outcome, batch, True
                 return attempt
             except DivergenceError as error:
                 if self._policy.non_finite_loss == "stop":
@@ -145,7 +146,11 @@ class StepRunner:
             with self._computing():
                 return self.trainer.forward_backward(batch, seed)
         except StepError as error:
-            self._summary.refuse(error.failures)  # labels that are no classes
+            if not error.failures and not self._committed and len(batch) == 1:
+                # one client's word for what crosses the cut: it may be the client that is wrong, not the server half
+                self._door.forget(batch)
+                error.failures = dict.fromkeys(batch, str(error))
+            self._summary.refuse(error.failures)  # or labels that are no classes
             raise
 
     def _backward(

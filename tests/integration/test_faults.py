@@ -21,6 +21,7 @@ from support import (
     client_data,
     client_sizes,
     largest_difference,
+    load_partition,
     load_partition_with_test,
     planned_batches,
     population,
@@ -390,6 +391,30 @@ def test_clients_that_fail_one_after_the_other_at_the_start_are_no_bug_of_all(tm
     start(make(output_dir=tmp_path), Unlucky(recording_app(), K))
     assert_each_used_once(RecordingTrainer.latest, K, 1)
     assert summary_of(tmp_path)["steps_redone"] >= 2
+
+
+class SendsAnotherShape(SplitClient):
+    """The first client that is asked sends what the server half cannot take."""
+
+    first = None
+
+    def forward(self, half, inputs):
+        (activations,) = super().forward(half, inputs)
+        if SendsAnotherShape.first is None:
+            SendsAnotherShape.first = self.partition_id
+        return (activations[:, :1] if SendsAnotherShape.first == self.partition_id else activations,)
+
+
+def test_one_client_does_not_settle_alone_what_crosses_the_cut(tmp_path):
+    SendsAnotherShape.first = None
+    strategy = make(sampler=UniformGlobalSampler(1), num_clients=3, output_dir=tmp_path, patience=1.0)
+    app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition, client_class=SendsAnotherShape)
+    start(strategy, InProcessGrid(app, 3))
+    bad = SendsAnotherShape.first
+    summary = summary_of(tmp_path)
+    assert set(summary["examples_unseen"]) == {str(bad)}
+    assert summary["steps_committed"] == sum(client_sizes(3)) - client_sizes(3)[bad]
+    assert summary["refused"].keys() == {"other", "shape"}  # other: what the server half says of it
 
 
 def test_when_all_clients_go_the_run_ends_with_what_happened():

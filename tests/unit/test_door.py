@@ -48,12 +48,36 @@ def test_the_lowest_id_settles_a_draw():
     assert failures == {8: "activations[0]: shape: expected (2, 4), got (2, 3)"}
 
 
-def test_what_was_settled_stays():
+def test_what_was_settled_stays_until_more_clients_have_sent_something_else():
     door = Door()
-    enter(door, {0: activations(2, (3,))})
-    accepted, failures = enter(door, {k: activations(2, (4,)) for k in range(3)})
+    enter(door, {k: activations(2, (3,)) for k in range(3)})
+    accepted, failures = enter(door, {k: activations(2, (4,)) for k in (3, 4)})
     assert accepted == {}
     assert set(failures.values()) == {"activations[0]: shape: expected (2, 3), got (2, 4)"}
+
+
+def test_one_bad_reply_at_first_does_not_shut_the_others_out():
+    door = Door()
+    assert list(enter(door, {0: activations(2, (4,))})[0]) == [0]
+    assert enter(door, {1: activations(2, (3,))})[0] == {}  # one against one
+    accepted, failures = enter(door, {0: activations(2, (4,)), 1: activations(2, (3,)), 2: activations(2, (3,))})
+    assert list(accepted) == [1, 2]
+    assert failures == {0: "activations[0]: shape: expected (2, 3), got (2, 4)"}
+
+
+def test_a_client_has_one_vote_what_it_sent_last():
+    door = Door()
+    enter(door, {0: activations(2, (4,))})
+    for _ in range(3):
+        enter(door, {0: activations(2, (4,))})
+    assert list(enter(door, {0: activations(2, (3,))})[0]) == [0]  # nobody says otherwise
+
+
+def test_what_the_server_half_cannot_use_is_forgotten():
+    door = Door()
+    enter(door, {0: activations(2, (4,))})
+    door.forget([0])
+    assert list(enter(door, {1: activations(2, (3,))})[0]) == [1]
 
 
 def test_nothing_is_settled_while_nothing_passes():
