@@ -417,6 +417,29 @@ def test_one_client_does_not_settle_alone_what_crosses_the_cut(tmp_path):
     assert summary["refused"].keys() == {"other", "shape"}  # other: what the server half says of it
 
 
+def test_a_first_step_of_few_clients_that_fail_differently_is_no_bug_of_all(tmp_path):
+    class Unlucky(FaultyGrid):
+        asked = ()
+
+        def push_messages(self, pushed):
+            pushed = list(pushed)
+            if not self.asked and all(map(is_training, pushed)):
+                self.asked = [m.metadata.dst_node_id for m in pushed]
+            return super().push_messages(pushed)
+
+        def fault(self, message, context):
+            if self.asked and message.metadata.dst_node_id in self.asked[:2]:
+                return ("client error", "timeout")[self.asked.index(message.metadata.dst_node_id)]
+            return None
+
+    grid = Unlucky(recording_app(), K)
+    strategy = make(sampler=UniformGlobalSampler(2), output_dir=tmp_path, patience=1.0)
+    start(strategy, grid)
+    assert len(grid.asked) == 2
+    assert len(summary_of(tmp_path)["examples_unseen"]) == 2
+    assert summary_of(tmp_path)["steps_committed"]
+
+
 def test_when_all_clients_go_the_run_ends_with_what_happened():
     class AllDown(FaultyGrid):
         def push_messages(self, pushed):
