@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from psl_flower.threads import available_cores
 
 _PACKAGES = ("psl-flower", "torch", "flwr", "ray", "numpy")
 
@@ -22,19 +23,12 @@ def provenance(arguments: Sequence[str], workers: int) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "psl_flower.experiments", *arguments]),
         "workers": workers,
         "processor": _processor(),
-        "cores": cores(),
+        "cores": available_cores(),
         "gpu": device,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
-
-
-def cores() -> int:
-    """Return how many processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not everywhere
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _version(package: str) -> str:

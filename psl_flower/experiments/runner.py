@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from psl_flower.errors import ConfigError
-from psl_flower.experiments.provenance import cores
 from psl_flower.experiments.results import RUNS_FOLDER, read_result, summarise, write_results
 from psl_flower.experiments.sweep import Experiment, distinct
 from psl_flower.strategy.progress import clock
+from psl_flower.threads import available_cores
 
 try:
     import fcntl
@@ -48,7 +48,7 @@ def default_workers(threads: int, device: str) -> int:
 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return 1
-    return max(1, cores() // threads)
+    return max(1, available_cores() // threads)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from flower_runs import prepared
 from support import client_sizes
 
 from psl_flower.app.deployment import LocalDeployment
@@ -18,9 +19,7 @@ K = 6
 @pytest.fixture(scope="module")
 def superlink(tmp_path_factory):
     folder = tmp_path_factory.mktemp("superlink")
-    link = LocalSuperLink(folder / "home", folder)
-    link.environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    with link:
+    with prepared(LocalSuperLink(folder / "home", folder)) as link:
         yield link
 
 

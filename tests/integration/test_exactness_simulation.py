@@ -1,9 +1,9 @@
 """The same comparison with centralised training, over messages and over streams in the Ray simulation."""
 
-import os
 from pathlib import Path
 
 import pytest
+from flower_runs import prepared
 from safetensors.torch import load_file
 from support import exactness_cases, largest_difference
 
@@ -15,10 +15,7 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def superlink(tmp_path_factory):
     folder = tmp_path_factory.mktemp("superlink")
-    link = LocalSuperLink(folder / "home", folder)
-    # the app and its actors import `support`
-    link.environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    with link:
+    with prepared(LocalSuperLink(folder / "home", folder)) as link:
         yield link
 
 
