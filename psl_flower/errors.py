@@ -6,6 +6,7 @@ The tree::
     ├── ConfigError (ValueError)       an argument or a configuration value breaks a rule
     │   └── CutError                   a model cannot be cut where it was asked to be
     ├── ProtocolError (ValueError)     a record from the wire breaks the protocol
+    ├── BadRowsError (ValueError)      some of a client's examples cannot be used
     ├── MembershipError (RuntimeError) the clients at hand cannot form a population
     ├── StepError (RuntimeError)       a training or evaluation step could not be completed
     │   └── DivergenceError            its loss or gradients are NaN or infinite
@@ -15,8 +16,10 @@ Every message names the rule, the value found and the remedy. Errors of other li
 onto this tree with ``raise ... from exc``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from psl_flower.failures import Failure, Kind
 
 
 class PSLError(Exception):
@@ -32,7 +35,22 @@ class CutError(ConfigError):
 
 
 class ProtocolError(PSLError, ValueError):
-    """A record from the wire breaks the protocol (wrong count, shape, dtype, value or id)."""
+    """A record from the wire breaks the protocol (wrong count, shape, dtype, value or id).
+
+    Parameters
+    ----------
+    message : str
+    kind : Kind
+        Of failure, for whoever sent it.
+    """
+
+    def __init__(self, message: str, kind: Kind = Kind.MALFORMED) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def failure(self) -> Failure:
+        """Return it as a client's failure."""
+        return Failure(self.kind, str(self))
 
 
 class MembershipError(PSLError, RuntimeError):
@@ -46,11 +64,11 @@ class StepError(PSLError, RuntimeError):
     ----------
     message : str
         What happened, naming the step.
-    failures : dict[int, str], optional
+    failures : dict of int to Failure, optional
         What each failed client did wrong, keyed by client id.
     """
 
-    def __init__(self, message: str, failures: dict[int, str] | None = None) -> None:
+    def __init__(self, message: str, failures: Mapping[int, Failure] | None = None) -> None:
         self.message = message
         self.failures = dict(failures or {})
         details = "".join(f"\n  client {client}: {why}" for client, why in sorted(self.failures.items()))
@@ -72,3 +90,20 @@ class DivergenceError(StepError):
 
 class StoppedError(PSLError, RuntimeError):
     """The run was ended from outside: by Ctrl-C, or ``flwr stop``."""
+
+
+class BadRowsError(PSLError, ValueError):
+    """Some of a client's examples cannot be used, while others can: they are to be left out.
+
+    Parameters
+    ----------
+    message : str
+        What happened, naming the data.
+    rows : dict[int, str], optional
+        What is wrong with each, keyed by its index in the dataset.
+    """
+
+    def __init__(self, message: str, rows: dict[int, str] | None = None) -> None:
+        self.message = message
+        self.rows = dict(rows or {})
+        super().__init__(message + "".join(f"\n  example {index}: {why}" for index, why in sorted(self.rows.items())))

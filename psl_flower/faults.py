@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from psl_flower.checks import check_choice, check_float
 from psl_flower.errors import ConfigError
 
+MISTAKES = ("stop", "exclude", "retry")
 JOIN = ("epoch", "step")
 NON_FINITE_LOSS = ("stop", "skip")
 
@@ -15,15 +16,19 @@ NON_FINITE_LOSS = ("stop", "skip")
 class FaultPolicy:
     """What a run does when clients fail.
 
-    A client fails a step by an error, by no reply in time, or by a reply that is not what was asked for. It loses that
-    step only: the step goes on with the others (the loss is the mean over what arrived), and what the client owes is
-    drawn later in the epoch. Failures are logged as warnings and counted in the run's summary. Where every client
-    fails from the start, the run ends at once.
+    An outage is a process that is gone, or does not reply in time. The client loses that step only: the step goes on with
+    the others (the loss is the mean over what arrived), and what the client owes is drawn later in the epoch. A mistake is
+    code that raises, or a reply that is not what was asked for: it would happen again. Failures are logged as warnings and
+    counted in the run's summary.
 
     Parameters
     ----------
     tolerate : bool
         False: the first failure ends the run.
+    mistakes : str, optional
+        "stop": the first one ends the run, with client, rule and remedy. "exclude": whoever makes one is left out for the
+        run, which ends once nobody is left. "retry": as an outage. Default: "stop" in process and in Flower's simulation,
+        where all clients are the user's own code; "exclude" in a deployment, where they are others'.
     step_timeout : float, optional
         Seconds that clients have for one exchange of a step, of which it has two. Default: `timeout` of `start`.
     min_batch_fraction : float
@@ -47,6 +52,7 @@ class FaultPolicy:
     """
 
     tolerate: bool = True
+    mistakes: str | None = None
     step_timeout: float | None = None
     min_batch_fraction: float = 0.5
     patience: float = 30.0
@@ -57,6 +63,8 @@ class FaultPolicy:
     def __post_init__(self) -> None:
         if not isinstance(self.tolerate, bool):
             raise ConfigError(f"tolerate must be True or False, got {self.tolerate!r}")
+        if self.mistakes is not None:
+            check_choice(self.mistakes, "mistakes", MISTAKES)
         if self.step_timeout is not None:
             check_float(self.step_timeout, "step_timeout", above=0)
         check_float(self.min_batch_fraction, "min_batch_fraction", least=0)

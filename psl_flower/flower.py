@@ -10,6 +10,8 @@ from typing import Any
 
 from flwr.common.constant import ErrorCode
 
+from psl_flower.failures import Kind
+
 try:
     from flwr.supercore.run import Run as Run
 except ImportError:  # before flwr 1.30 or so
@@ -27,6 +29,24 @@ _RUN_SECONDS, _RAY_SECONDS = 2.0, 1.5
 
 # the code of an error reply for a ClientApp that raised
 ERROR_CLIENT_APP: int = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+# error replies for code of the client's that raised; all others tell of processes and nodes that are gone
+_MISTAKES = (
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION,
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION,
+    getattr(ErrorCode, "MOD_FAILED_PRECONDITION", None),
+    getattr(ErrorCode, "INVALID_FAB", None),
+)
+
+
+def error_kind(code: int) -> Kind:
+    """Return what kind of failure an error reply tells of."""
+    return Kind.RAISED if code in _MISTAKES else Kind.UNREACHABLE
+
+
+def is_deployment(grid: Any) -> bool:
+    """Return whether a grid's nodes are other people's: processes that come and go, not this program's own."""
+    return type(grid).__name__ not in ("InMemoryGrid", "InProcessGrid") and not getattr(grid, "own_nodes", False)
 
 
 def make_run(run_id: int) -> Run:

@@ -1,52 +1,69 @@
-"""What the server and the clients say to each other: requests, replies and the checks of a reply at the door.
+"""What the server and the clients say to each other: one form of request, one form of reply.
 
-Pure data: how a record becomes Flower records or frames is the business of ``psl_flower.exchange``.
+Pure data: how it becomes bytes is the business of ``psl_flower.exchange``, what a stage does that of
+``psl_flower.methods``. Everything is in columns, an entry a client: one client is a group of one.
 """
 
 from __future__ import annotations
 
-import cmath
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from psl_flower import tree
 from psl_flower.errors import ProtocolError
+from psl_flower.failures import Failure
 from psl_flower.samplers.base import IntArray
+from psl_flower.tree import Tree
 
-# Flower message types: "<category>.<action>".
-DESCRIBE = "query.describe"
-FORWARD = "train.forward"
-BACKWARD = "train.backward"
-EVALUATE = "evaluate.forward"
-ATTACH = "train.attach"  # opens a stream, over which the others then travel
+DESCRIBE = "describe"  # the one stage that every client has, whatever its method
+
+# Flower message type of the invitation to open a stream, over which everything else then travels.
+ATTACH = "train.attach"
 
 Config = Mapping[str, Any]
 
+# What clients report decides how much memory a plan and a (clients, classes) table take: bound it.
+MAX_EXAMPLES = 10**9
+MAX_CLASSES = 100_000
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class WorkOrder:
-    """Which examples of its own a client takes to a step.
 
-    Client k's order for an epoch is ``default_rng([seed, epoch, k]).permutation(n_k)``; the batch is
-    ``order[start:start + count]``. With class quotas, class c's order is the label-c subsequence of that permutation
-    and the batch is ``order_c[class_starts[c]:class_starts[c] + class_counts[c]]``, in ascending c. The client keeps no
-    state: the same order always gives the same batch, on any process.
+class Kind(Enum):
+    """What becomes of a leaf on its way between one server and many clients."""
+
+    ROWS = "rows"  # a row an example: joined over clients, split by quotas
+    SUM = "sum"  # added up over clients on the way
+    EACH = "each"  # one a client
+    SHARED = "shared"  # the same for all
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A tree that travels.
 
     Parameters
     ----------
-    client : int
-        Client id.
-    seed, epoch, step : int
-        Not negative.
-    start, count : int
-        Examples used before in this epoch, and examples to draw (at least 1).
-    class_starts, class_counts : (C,) int64, optional
-        The same for each class; both or neither.
+    kind : Kind
+    value : tree
+        ROWS: the rows of all clients, in their order. SUM, SHARED: one tree. EACH: a list with a tree a client.
+    exact : bool
+        Whether rows always travel in full precision; activations and gradients may travel in fewer bits.
     """
+
+    kind: Kind
+    value: Any
+    exact: bool = False
+
+
+# --- which examples --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WorkOrder:
+    """Which examples of its own one client takes to a step; see `Orders`."""
 
     client: int
     seed: int
@@ -56,6 +73,8 @@ class WorkOrder:
     count: int
     class_starts: IntArray | None = None
     class_counts: IntArray | None = None
+    left_out: tuple[int, ...] = ()
+    test: bool = False
 
     def epoch_rng(self) -> np.random.Generator:
         """Return the generator of the client's order of examples for the epoch."""
@@ -63,7 +82,97 @@ class WorkOrder:
 
     def step_seed(self) -> int:
         """Return the seed of everything random in the client's step (augmentation, dropout)."""
-        return step_seed(self.seed, self.epoch, self.step, self.client)
+        return 0 if self.test else step_seed(self.seed, self.epoch, self.step, self.client)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Orders:
+    """Which examples of their own the clients take to a step.
+
+    Client k's order for an epoch is ``default_rng([seed, epoch, k]).permutation(n_k)`` without the rows left out; the
+    batch is ``order[start:start + count]``. With class quotas, class c's order is the label-c subsequence and the batch
+    is ``order_c[class_starts[c]:class_starts[c] + class_counts[c]]``, in ascending c. Clients keep no state: the same
+    order always gives the same batch, on any process. Test data is taken in its own order.
+
+    Parameters
+    ----------
+    clients : (A,) int64
+        Client ids, ascending.
+    starts, counts : (A,) int64
+        Examples used before in this epoch, and examples to draw (at least 1).
+    seed, epoch, step : int
+        Not negative.
+    class_starts, class_counts : (A, C) int64, optional
+        The same for each class; both or neither.
+    left_out : dict of int to tuple of int
+        By client: indices in its training data that it cannot read.
+    checksums : (A,) int64, optional
+        Of the batches as they were first drawn: one that is drawn again must be the same.
+    test : bool
+        Whether it is test data, which is evaluated, not trained on.
+    """
+
+    clients: IntArray
+    starts: IntArray
+    counts: IntArray
+    seed: int = 0
+    epoch: int = 0
+    step: int = 0
+    class_starts: IntArray | None = None
+    class_counts: IntArray | None = None
+    left_out: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    checksums: IntArray | None = None
+    test: bool = False
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    @property
+    def num_rows(self) -> int:
+        """Examples of all clients together."""
+        return int(self.counts.sum())
+
+    def take(self, positions: IntArray) -> Orders:
+        """Return the orders of some of the clients, by position."""
+        ids = set(self.clients[positions].tolist())
+        return replace(
+            self,
+            clients=self.clients[positions],
+            starts=self.starts[positions],
+            counts=self.counts[positions],
+            class_starts=None if self.class_starts is None else self.class_starts[positions],
+            class_counts=None if self.class_counts is None else self.class_counts[positions],
+            left_out={client: rows for client, rows in self.left_out.items() if client in ids},
+            checksums=None if self.checksums is None else self.checksums[positions],
+        )
+
+    def each(self) -> Iterator[WorkOrder]:
+        """Yield each client's own order."""
+        columns = (self.clients.tolist(), self.starts.tolist(), self.counts.tolist())
+        for i, (client, start, count) in enumerate(zip(*columns, strict=True)):
+            yield WorkOrder(
+                client=client,
+                seed=self.seed,
+                epoch=self.epoch,
+                step=self.step,
+                start=start,
+                count=count,
+                class_starts=None if self.class_starts is None else self.class_starts[i],
+                class_counts=None if self.class_counts is None else self.class_counts[i],
+                left_out=self.left_out.get(client, ()),
+                test=self.test,
+            )
+
+    def rows(self, positions: IntArray) -> IntArray:
+        """Return which rows of the joint batch those of some clients are, (n,) int64."""
+        ends = np.cumsum(self.counts)
+        counts = self.counts[positions]
+        offsets = np.repeat(ends[positions] - np.cumsum(counts), counts)
+        return np.asarray(np.arange(len(offsets)) + offsets, dtype=np.int64)
+
+    def client_of(self, row: int) -> int:
+        """Return whose a row of the joint batch is."""
+        return int(self.clients[np.searchsorted(np.cumsum(self.counts), row, side="right")])
 
 
 def client_epoch_rng(seed: int, epoch: int, client: int) -> np.random.Generator:
@@ -79,9 +188,10 @@ def step_seed(seed: int, epoch: int, step: int, client: int | None = None) -> in
     return int(state[0] >> np.uint64(1))
 
 
+# --- requests --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """The client half's state, by whole-model name.
+    """The state of one part of the model that lives on the clients, by whole-model name.
 
     Parameters
     ----------
@@ -89,60 +199,86 @@ class Weights:
         Those to return gradients for.
     constants : dict of str to Tensor
         Buffers and frozen parameters.
-    version : str
-        Names these values: no two states of any run share it.
+    version, constants_version : str
+        Name these values: no two states of any run share them. Constants keep their version where they do not change.
     """
 
     parameters: Mapping[str, Tensor]
     constants: Mapping[str, Tensor]
     version: str
+    constants_version: str
 
 
-@dataclass(frozen=True, eq=False)
-class DescribeRequest:
-    """Ask a client who it is and how much data it holds."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """The same question to several clients.
 
-    label_counts: bool
-    config: Config = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class ForwardRequest:
-    """Ask for the cut-layer activations of a batch; `delay` is how many seconds a simulated straggler waits first."""
-
-    order: WorkOrder
-    weights: Weights
-    config: Config = field(default_factory=dict)
-    delay: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class BackwardRequest:
-    """Ask for the parameter gradients of a batch, given the gradients of its activations (None: not differentiable)."""
-
-    order: WorkOrder
-    weights: Weights
-    gradients: tuple[Tensor | None, ...]
-    config: Config = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluateRequest:
-    """Ask for the activations of test examples ``start:start + count``, in their own order.
-
-    `config` is that of training, which says what the data is; `evaluate_config` comes on top.
+    Parameters
+    ----------
+    stage : str
+        A stage of the method, or `DESCRIBE`.
+    nodes : tuple of int
+        Whom it is for; Flower's node ids on the wire.
+    orders : Orders, optional
+        Which examples of each it is about, in the order of `nodes`; None to describe.
+    weights : dict of str to Weights
+        Of the model's parts on the clients.
+    inputs : dict of str to Leaf
+        What the stage takes.
+    delays : tuple of float
+        Seconds each client waits first, as a simulated straggler; empty: none.
+    separate : bool
+        Whether sums are wanted client by client.
+    label_counts : bool
+        To describe: whether to count the examples of each class.
+    config, evaluate_config : dict
+        The strategy's `train_config`, and what comes on top in evaluation.
     """
 
-    start: int
-    count: int
-    weights: Weights
+    stage: str
+    nodes: tuple[int, ...]
+    orders: Orders | None = None
+    weights: Mapping[str, Weights] = field(default_factory=dict)
+    inputs: Mapping[str, Leaf] = field(default_factory=dict)
+    delays: tuple[float, ...] = ()
+    separate: bool = False
+    label_counts: bool = False
     config: Config = field(default_factory=dict)
     evaluate_config: Config = field(default_factory=dict)
 
+    @property
+    def message_type(self) -> str:
+        """Flower's name for it, ``category.action``."""
+        if self.orders is None:
+            return f"query.{self.stage}"
+        return f"{'evaluate' if self.orders.test else 'train'}.{self.stage}"
 
-Request = DescribeRequest | ForwardRequest | BackwardRequest | EvaluateRequest
+    def counts(self) -> list[int]:
+        """Return how many examples are asked of each node."""
+        return [0] * len(self.nodes) if self.orders is None else self.orders.counts.tolist()
+
+    def take(self, positions: Sequence[int]) -> Request:
+        """Return the request to some of the nodes, by position."""
+        if list(positions) == list(range(len(self.nodes))):
+            return self
+        chosen, orders = np.asarray(positions, dtype=np.int64), self.orders
+        rows = None if orders is None else torch.from_numpy(orders.rows(chosen))
+
+        def part(leaf: Leaf) -> Leaf:
+            if leaf.kind is Kind.ROWS and rows is not None:
+                return Leaf(Kind.ROWS, tree.take(leaf.value, rows))
+            return Leaf(Kind.EACH, [leaf.value[i] for i in positions]) if leaf.kind is Kind.EACH else leaf
+
+        return replace(
+            self,
+            nodes=tuple(self.nodes[i] for i in positions),
+            orders=None if orders is None else orders.take(chosen),
+            inputs={name: part(leaf) for name, leaf in self.inputs.items()},
+            delays=tuple(self.delays[i] for i in positions) if self.delays else (),
+        )
 
 
+# --- replies ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Description:
     """What a client says of itself.
@@ -155,6 +291,10 @@ class Description:
         Sizes of its training and test data.
     labels, counts : (m,) int64, optional
         The classes it holds and how many examples of each; only if asked for.
+    method : str
+        The way of splitting it was built for.
+    model : str
+        The parts of its model, as `psl_flower.split` describes them.
     """
 
     partition_id: int | None
@@ -162,21 +302,22 @@ class Description:
     num_test_examples: int
     labels: IntArray | None = None
     counts: IntArray | None = None
+    method: str = ""
+    model: str = ""
 
     def same_data(self, other: Description) -> bool:
         """Return whether `other` speaks of as many training examples, of the same classes."""
         mine, theirs = ((d.num_examples, _listed(d.labels), _listed(d.counts)) for d in (self, other))
         return mine == theirs
 
-    def check(self, request: DescribeRequest) -> None:
+    def check(self, *, label_counts: bool) -> None:
         """Raise ProtocolError if the numbers are impossible."""
-        if self.num_examples < 0 or self.num_test_examples < 0:
-            raise ProtocolError(f"sizes must not be negative, got {self.num_examples} and {self.num_test_examples}")
+        for name, size in (("num_examples", self.num_examples), ("num_test_examples", self.num_test_examples)):
+            if not 0 <= size <= MAX_EXAMPLES:
+                raise ProtocolError(f"{name} must be from 0 to {MAX_EXAMPLES}, got {size}")
         if self.partition_id is not None and self.partition_id < 0:
             raise ProtocolError(f"partition-id must not be negative, got {self.partition_id}")
-        if self.num_examples > MAX_EXAMPLES:
-            raise ProtocolError(f"num_examples must be at most {MAX_EXAMPLES}, got {self.num_examples}")
-        if not request.label_counts:
+        if not label_counts:
             return
         if (
             self.labels is None
@@ -196,121 +337,95 @@ class Description:
             raise ProtocolError(f"label counts add up to {self.counts.sum()}, num_examples is {self.num_examples}")
 
 
-# What clients report decides how much memory a plan and a (clients, classes) table take: bound it.
-MAX_EXAMPLES = 10**9
-MAX_CLASSES = 100_000
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a tensor must look like; `shape` leaves out the batch dimension."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @staticmethod
-    def of(tensor: Tensor) -> TensorSpec:
-        """Return the spec a batch of examples obeys."""
-        return TensorSpec(tensor.dtype, tuple(tensor.shape[1:]))
-
-    def difference(self, tensor: Tensor, count: int) -> str | None:
-        """Return how `tensor` differs from `count` examples of this spec, or None."""
-        expected = (count, *self.shape)
-        if tuple(tensor.shape) != expected:
-            return f"shape: expected {expected}, got {tuple(tensor.shape)}"
-        if tensor.dtype != self.dtype:
-            return f"dtype: expected {self.dtype}, got {tensor.dtype}"
-        return None
-
-
-@dataclass(frozen=True)
-class CutSpec:
-    """What crosses the cut: one spec for each activation tensor, and the labels'."""
-
-    activations: tuple[TensorSpec, ...]
-    labels: TensorSpec
-
-    def __str__(self) -> str:
-        return ", ".join(f"{str(s.dtype).removeprefix('torch.')} {s.shape}" for s in self.activations)
-
-
 @dataclass(frozen=True, eq=False)
-class Activations:
-    """The smashed data of a batch, and its labels; every tensor's first dimension is the batch."""
-
-    tensors: tuple[Tensor, ...]
-    labels: Tensor
-    step: int | None = None
-
-    def spec(self) -> CutSpec:
-        """Return what this reply says crosses the cut."""
-        return CutSpec(tuple(map(TensorSpec.of, self.tensors)), TensorSpec.of(self.labels))
-
-    def check(self, count: int, spec: CutSpec, step: int | None = None) -> None:
-        """Raise ProtocolError unless this is `count` examples of `spec`, all finite, for `step`."""
-        if self.step != step:
-            raise ProtocolError(f"reply to another step: expected step {step}, got {self.step}")
-        if len(self.tensors) != len(spec.activations):
-            raise ProtocolError(f"activations: expected {len(spec.activations)} tensors, got {len(self.tensors)}")
-        for i, (tensor, expected) in enumerate(zip(self.tensors, spec.activations, strict=True)):
-            if difference := expected.difference(tensor, count):
-                raise ProtocolError(f"activations[{i}]: {difference}")
-            _check_finite(tensor, f"activations[{i}]")
-        if difference := spec.labels.difference(self.labels, count):
-            raise ProtocolError(f"labels: {difference}")
-        _check_finite(self.labels, "labels")
-
-
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    """A client's parameter gradients.
+class Part:
+    """A piece of a reply.
 
     Parameters
     ----------
-    tensors : dict of str to Tensor
-        By whole-model name.
-    unused : tuple of str
-        Parameters that took no part in the batch's forward pass; with `tensors` they are all parameters asked for.
-    step : int
-        Echo of the order's step.
+    nodes : tuple of int
+        Whose it is: rows are in this order, sums are over these.
+    outputs : dict of str to Leaf
+        What the stage returned.
+    step : int, optional
+        Echo of the orders' step.
+    checksums : (A,) int64, optional
+        Of the batches the clients drew.
     """
 
-    tensors: Mapping[str, Tensor]
-    unused: tuple[str, ...] = ()
+    nodes: tuple[int, ...]
+    outputs: Mapping[str, Leaf] = field(default_factory=dict)
     step: int | None = None
+    checksums: IntArray | None = None
 
-    def check(self, parameters: Mapping[str, Tensor], step: int) -> None:
-        """Raise ProtocolError unless there is a finite gradient for each of `parameters`."""
-        if self.step != step:
-            raise ProtocolError(f"reply to another step: expected step {step}, got {self.step}")
-        named = set(self.tensors) | set(self.unused)
-        if missing := sorted(set(parameters) - named):
-            raise ProtocolError(f"gradients: {len(missing)} missing, the first is {missing[0]!r}")
-        if unknown := sorted(named - set(parameters)):
-            raise ProtocolError(f"gradients: {len(unknown)} of unknown parameters, the first is {unknown[0]!r}")
-        for name, tensor in self.tensors.items():
-            expected = parameters[name]
-            if tensor.shape != expected.shape:
-                shapes = f"expected {tuple(expected.shape)}, got {tuple(tensor.shape)}"
-                raise ProtocolError(f"gradient of {name!r}: shape: {shapes}")
-            if tensor.dtype != expected.dtype:
-                raise ProtocolError(f"gradient of {name!r}: dtype: expected {expected.dtype}, got {tensor.dtype}")
-            _check_finite(tensor, f"gradient of {name!r}")
+
+@dataclass(eq=False)
+class Reply:
+    """What came of a request: parts for some nodes, failures or descriptions for others.
+
+    Parameters
+    ----------
+    parts : list of Part
+    failures : dict of int to Failure
+    descriptions : dict of int to Description
+        Only to `DESCRIBE`.
+    seconds : dict of int to float
+        How long each client worked; of what was done for several at once, its share by examples.
+    bytes_sent, bytes_received : int
+        Bytes of tensors.
+    """
+
+    parts: list[Part] = field(default_factory=list)
+    failures: dict[int, Failure] = field(default_factory=dict)
+    descriptions: dict[int, Description] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def add(self, other: Reply) -> None:
+        """Add what came of the same request from other nodes."""
+        self.parts += other.parts
+        self.failures |= other.failures
+        self.descriptions |= other.descriptions
+        self.seconds |= other.seconds
+        self.bytes_sent += other.bytes_sent
+        self.bytes_received += other.bytes_received
+
+    def answered(self) -> set[int]:
+        """Return the nodes it says something of."""
+        return {n for part in self.parts for n in part.nodes} | self.failures.keys() | self.descriptions.keys()
+
+    def renamed(self, names: Mapping[int, int]) -> Reply:
+        """Return the reply with other names for the nodes."""
+        return replace(
+            self,
+            parts=[replace(part, nodes=tuple(names[n] for n in part.nodes)) for part in self.parts],
+            failures={names[n]: failure for n, failure in self.failures.items()},
+            descriptions={names[n]: d for n, d in self.descriptions.items()},
+            seconds={names[n]: s for n, s in self.seconds.items() if n in names},
+        )
 
 
 def _listed(values: IntArray | None) -> list[int] | None:
     return None if values is None else [int(v) for v in values]
 
 
-Reply = Description | Activations | Gradients
-
-
-def _check_finite(tensor: Tensor, name: str) -> None:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return
-    # A sum is finite only if all its terms are, and takes a tenth of the time. It may overflow by itself: then look.
-    if cmath.isfinite(tensor.sum().item()):
-        return
-    wrong = int((~torch.isfinite(tensor)).sum())
-    if wrong:
-        raise ProtocolError(f"{name}: expected finite values, got {wrong} NaN or infinite")
+__all__ = [
+    "ATTACH",
+    "DESCRIBE",
+    "MAX_CLASSES",
+    "MAX_EXAMPLES",
+    "Config",
+    "Description",
+    "Kind",
+    "Leaf",
+    "Orders",
+    "Part",
+    "Reply",
+    "Request",
+    "Tree",
+    "Weights",
+    "WorkOrder",
+    "client_epoch_rng",
+    "step_seed",
+]

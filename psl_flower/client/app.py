@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,13 @@ from flwr.clientapp import ClientApp
 from psl_flower.client.client import SplitClient
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client
-from psl_flower.client.serving import answer
+from psl_flower.client.runtime import answer
 from psl_flower.client.stream import attach_stream
 from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_request, encode_reply
-from psl_flower.protocol import ATTACH, BACKWARD, DESCRIBE, EVALUATE, FORWARD, ForwardRequest
+from psl_flower.exchange.records import content_to_frame, frame_to_content
+from psl_flower.methods import SplitMethod, make_method
+from psl_flower.protocol import ATTACH, DESCRIBE, Config
 
 
 def split_client_app(
@@ -27,6 +29,7 @@ def split_client_app(
     data_fn: Callable[..., Any],
     device: str = "auto",
     client_class: Callable[..., SplitClient] = SplitClient,
+    method: str | SplitMethod = "parallel",
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -48,36 +51,40 @@ def split_client_app(
         "auto" (the first GPU if there is one) or a torch device.
     client_class : callable
         A subclass of `SplitClient`, to make batches or run the forward pass another way.
+    method : str or SplitMethod
+        The way of splitting; the clients answer its stages and no others.
     mods : list, optional
         Flower mods around every handler.
 
     Returns
     -------
     ClientApp
-        With handlers for ``query.describe``, ``train.forward``, ``train.backward`` and ``evaluate.forward``, and for
-        ``train.attach``, which opens a stream that carries the same requests.
+        With handlers for ``query.describe``, for each stage of the method (``train.forward``, ``evaluate.forward``, ...),
+        and for ``train.attach``, which opens a stream that carries the same requests.
     """
     for function, name in ((model_fn, "model_fn"), (data_fn, "data_fn"), (client_class, "client_class")):
         if not callable(function):
             raise ConfigError(f"{name} must be callable, got {function!r:.80}")
-    recipe = ClientRecipe(model_fn, cut, data_fn, str(device), client_class)
+    recipe = ClientRecipe(model_fn, cut, data_fn, str(device), client_class, make_method(method))
     app = ClientApp()
 
     # The handlers hold nothing but the recipe (see Note [Process state] in process.py).
-    answers = {DESCRIBE: serve, FORWARD: serve, BACKWARD: serve, EVALUATE: serve, ATTACH: attach_stream}
-    for message_type, function in answers.items():
-        kind, action = message_type.split(".")
-        getattr(app, kind)(action, mods=mods)(partial(function, recipe))
+    app.query(DESCRIBE, mods=mods)(partial(serve, recipe))
+    for stage in recipe.method.stages():
+        app.train(stage, mods=mods)(partial(serve, recipe))
+        app.evaluate(stage, mods=mods)(partial(serve, recipe))
+    app.train(ATTACH.removeprefix("train."), mods=mods)(partial(attach_stream, recipe))
     return app
 
 
 def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
     """Answer one message of the server."""
-    begin = time.monotonic()
-    request = decode_request(message.metadata.message_type, message.content)
-    if isinstance(request, ForwardRequest) and request.delay:
-        time.sleep(request.delay)  # a simulated straggler
     state = run_state(context.run_id)
-    client = make_client(recipe, state, context, request.config)
-    reply = answer(client, state, context.node_id, request)
-    return Message(encode_reply(reply, time.monotonic() - begin), reply_to=message)
+    number, wire_dtype, request = decode_request(content_to_frame(message.content), state.weights)
+
+    def client(node: int, config: Config) -> SplitClient:
+        return make_client(recipe, state, context, config)
+
+    reply = answer(recipe.method, state, client, replace(request, nodes=(context.node_id,)))
+    reply = reply.renamed({context.node_id: request.nodes[0]})
+    return Message(frame_to_content(encode_reply(number, reply, request, wire_dtype)), reply_to=message)

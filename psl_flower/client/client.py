@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from psl_flower.client.worker import Graph, Half, Worker
+from psl_flower.data.batch import Batch
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError
-from psl_flower.protocol import (
-    Activations,
-    BackwardRequest,
-    Config,
-    DescribeRequest,
-    Description,
-    EvaluateRequest,
-    ForwardRequest,
-    Gradients,
-    WorkOrder,
-)
+from psl_flower.protocol import Config, Description, WorkOrder
 from psl_flower.samplers.base import IntArray
+from psl_flower.tree import Tree, as_tree, rows
+
+# What an order of examples depends on.
+_OrderKey = tuple[int, int, int, tuple[int, ...]]
 
 
 class SplitClient:
-    """Draws batches from its own data, runs the client half forward and backward, and keeps no model state.
+    """Draws batches from its own data, runs the client half on them, and keeps no model state.
 
     Subclass it to make batches or run the forward pass your own way: override `batch`, `labels` or `forward`.
-    Everything random in them must come from torch's global generators, which are seeded for each step: the same work
-    order then gives the same result on any process.
+    Everything random in them must come from the global generators of Python, numpy or torch, which are seeded for each
+    step: the same work order then gives the same result on any process.
 
     Parameters
     ----------
-    half : nn.Module
-        The client half, without layers that use batch statistics.
     train : map-style dataset of (input, label)
         See `batch` for the ways it is read.
     test : map-style dataset, optional
@@ -46,19 +38,15 @@ class SplitClient:
         As the node is configured.
     config : dict, optional
         The strategy's `train_config`.
-    device : torch.device
-        Where the half runs.
     """
 
     def __init__(
         self,
-        half: nn.Module,
         train: Any,
         test: Any = None,
         *,
         partition_id: int | None = None,
         config: Config | None = None,
-        device: torch.device | None = None,
     ) -> None:
         for dataset, name in ((train, "training"), (() if test is None else test, "test")):
             if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
@@ -67,10 +55,9 @@ class SplitClient:
                 )
         self.train, self.test, self.partition_id = train, test, partition_id
         self.config = dict(config or {})
-        self.worker = Worker(half, device or torch.device("cpu"))
         self._labels: IntArray | None = None
-        self._permutation: tuple[tuple[int, int, int], IntArray] | None = None
-        self._by_class: tuple[tuple[int, int, int], IntArray, IntArray] | None = None
+        self._permutation: tuple[_OrderKey, IntArray] | None = None
+        self._by_class: tuple[_OrderKey, IntArray, IntArray] | None = None
 
     # --- to override -------------------------------------------------------------------------------------------------
     def batch(self, dataset: Any, indices: IntArray) -> tuple[Any, Tensor]:
@@ -107,15 +94,17 @@ class SplitClient:
             )
         return array.astype(np.int64)
 
-    def forward(self, half: Half, inputs: Any) -> tuple[Tensor, ...]:
+    def forward(self, half: Callable[..., Tree], inputs: Tree) -> Tree:
         """Run the client half on a batch; the tensors returned cross the cut."""
+        if isinstance(inputs, dict):
+            return half(**inputs)
         return half(*inputs) if isinstance(inputs, tuple | list) else half(inputs)
 
     # --- what the server asks ----------------------------------------------------------------------------------------
-    def describe(self, request: DescribeRequest) -> Description:
+    def describe(self, *, label_counts: bool = False, method: str = "", model: str = "") -> Description:
         """Say how much data there is, and of which classes if asked."""
         labels = counts = None
-        if request.label_counts:
+        if label_counts:
             labels, counts = np.unique(self._train_labels(), return_counts=True)
             if labels.size and labels[0] < 0:
                 raise ConfigError(f"labels must not be negative, got {labels[0]}")
@@ -125,32 +114,24 @@ class SplitClient:
             num_test_examples=0 if self.test is None else len(self.test),
             labels=labels,
             counts=None if counts is None else counts.astype(np.int64),
+            method=method,
+            model=model,
         )
 
-    def run_forward(self, request: ForwardRequest) -> Graph:
-        """Draw the batch of a work order and run the client half on it."""
-        order, device = request.order, self.worker.device
-        with seeded(order.step_seed(), device):
-            inputs, labels = self.batch(self.train, self.draw(order))
-            with self.worker.bound(request.weights, training=True) as (half, parameters):
-                activations = self.forward(half, to_device(inputs, device))
-        return Graph(activations, torch.as_tensor(labels), parameters)
-
-    def run_backward(self, request: BackwardRequest, graph: Graph) -> Gradients:
-        """Return the parameter gradients of a batch."""
-        gradients, unused = graph.backward(request.gradients)
-        return Gradients(gradients, unused, request.order.step)
-
-    def evaluate(self, request: EvaluateRequest) -> Activations:
-        """Return the activations of a slice of the test data."""
-        if self.test is None or request.start < 0 or not 0 < request.count <= len(self.test) - request.start:
+    def draw_batch(self, order: WorkOrder) -> Batch:
+        """Return the examples of a work order."""
+        if order.test:
             held = 0 if self.test is None else len(self.test)
-            raise ConfigError(f"asked for {request.count} test examples from {request.start} on, of {held}")
-        with seeded(0, self.worker.device):
-            inputs, labels = self.batch(self.test, np.arange(request.start, request.start + request.count))
-            with self.worker.bound(request.weights, training=False) as (half, _):
-                activations = self.forward(half, to_device(inputs, self.worker.device))
-        return Activations(activations, torch.as_tensor(labels))
+            if order.count > held - order.start:
+                raise ConfigError(f"asked for {order.count} test examples from {order.start} on, of {held}")
+            dataset, indices = self.test, np.arange(order.start, order.start + order.count)
+        else:
+            dataset, indices = self.train, self.draw(order)
+        inputs, target = self.batch(dataset, indices)
+        batch = Batch(as_tree(inputs, "inputs"), as_tree(torch.as_tensor(target), "target"), len(indices))
+        if rows((batch.inputs, batch.target), "a batch") != len(indices):
+            raise ConfigError(f"asked for {len(indices)} examples, the batch has {rows(batch.inputs, 'inputs')}")
+        return batch
 
     # --- the order of examples ---------------------------------------------------------------------------------------
     def draw(self, order: WorkOrder) -> IntArray:
@@ -183,14 +164,17 @@ class SplitClient:
         return np.concatenate([indices[bounds[c] + starts[c] : bounds[c] + starts[c] + counts[c]] for c in taken])
 
     def _epoch_permutation(self, order: WorkOrder) -> IntArray:
-        key = (order.seed, order.epoch, order.client)
+        key = (order.seed, order.epoch, order.client, order.left_out)
         if self._permutation is None or self._permutation[0] != key:
-            self._permutation = (key, order.epoch_rng().permutation(len(self.train)))
+            permutation = order.epoch_rng().permutation(len(self.train))
+            if order.left_out:
+                permutation = permutation[~np.isin(permutation, order.left_out)]
+            self._permutation = (key, permutation)
         return self._permutation[1]
 
     def _epoch_classes(self, order: WorkOrder) -> tuple[IntArray, IntArray]:
         """Return the epoch's order of examples with class c's at ``bounds[c]:bounds[c + 1]``."""
-        key = (order.seed, order.epoch, order.client)
+        key = (order.seed, order.epoch, order.client, order.left_out)
         if self._by_class is None or self._by_class[0] != key:
             permutation = self._epoch_permutation(order)
             labels = self._train_labels()[permutation]
@@ -225,12 +209,3 @@ def _pair(example: Any) -> Any:
     raise ConfigError(
         f"examples must be pairs (input, label), got a {kind}: convert them in data_fn, or override SplitClient.batch"
     )
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Return a batch's inputs on a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
-        return tuple(to_device(part, device) for part in inputs)
-    raise ConfigError(f"a batch's inputs must be a tensor or a tuple of tensors, got {type(inputs).__name__}")

@@ -8,67 +8,67 @@ must live in a plain module, reached through an importable function. This is tha
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
-
-from torch import nn
+from collections.abc import Hashable
 
 from psl_flower.client.client import SplitClient
-from psl_flower.client.worker import Graph
-
-T = TypeVar("T")
+from psl_flower.client.context import ClientContext
+from psl_flower.client.part import ClientPart
+from psl_flower.exchange.codec import WeightStore
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
 MAX_GRAPH_BYTES = 512 * 2**20
 
-# Runs whose halves and data are kept; a process of the simulation serves one, a notebook may alternate between two.
+# Runs whose parts and data are kept; a process of the simulation serves one, a notebook may alternate between two.
 _MAX_RUNS = 2
 
 
-class GraphCache:
-    """The last forward pass of each client, bounded by the bytes of activations; the oldest go first.
+class ContextCache:
+    """What the stages of a step kept, bounded by the bytes of it; the oldest go first.
 
-    What identifies the work of a forward pass is a tuple, and its first item names the weights. A graph of other
-    weights than the latest can never be used again: it is dropped, however much room there is.
+    What identifies the work is a tuple, and its first item names weights and step. What belongs to another step than the
+    latest can never be used again: it is dropped, however much room there is.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._weights: Hashable = None
-        self._graphs: OrderedDict[Hashable, tuple[Hashable, Graph]] = OrderedDict()
+        self._step: Hashable = None
+        self._contexts: OrderedDict[Hashable, tuple[ClientContext, int]] = OrderedDict()
 
-    def put(self, client: Hashable, work: tuple[Hashable, ...], graph: Graph) -> None:
-        """Keep the graph of a client's work in place of the client's previous one."""
-        if work[0] != self._weights:
-            self._weights, self._bytes = work[0], 0
-            self._graphs.clear()
-        self.pop(client, work)
-        self._graphs[client] = (work, graph)
-        self._bytes += graph.num_bytes()
+    def put(self, work: tuple[Hashable, ...], context: ClientContext) -> None:
+        """Keep what a step's work left."""
+        if work[0] != self._step:
+            self._step, self._bytes = work[0], 0
+            self._contexts.clear()
+        self.pop(work)
+        size = context.num_bytes()
+        self._contexts[work] = (context, size)
+        self._bytes += size
         while self._bytes > self._max_bytes:
-            _, (_, dropped) = self._graphs.popitem(last=False)
-            self._bytes -= dropped.num_bytes()
+            _, (_, dropped) = self._contexts.popitem(last=False)
+            self._bytes -= dropped
 
-    def pop(self, client: Hashable, work: tuple[Hashable, ...]) -> Graph | None:
-        """Return the graph of a client's work if it is there, and forget whatever there is of that client."""
-        found = self._graphs.pop(client, None)
-        if found is None:
-            return None
-        self._bytes -= found[1].num_bytes()
-        return found[1] if found[0] == work else None
+    def pop(self, work: tuple[Hashable, ...]) -> ClientContext | None:
+        """Return it if it is there, and forget it."""
+        context, size = self._contexts.pop(work, (None, 0))
+        self._bytes -= size
+        return context
 
     def __len__(self) -> int:
-        return len(self._graphs)
+        return len(self._contexts)
 
 
 class RunState:
-    """What a process keeps of one run: one client half for all its clients, the clients, and their graphs."""
+    """What a process keeps of one run: the parts of the model, the clients, and what steps under way need."""
 
     def __init__(self) -> None:
-        self.half: nn.Module | None = None
+        self.parts: dict[str, ClientPart] | None = None
+        self.signature = ""
         self.clients: dict[Hashable, SplitClient] = {}
-        self.graphs = GraphCache(MAX_GRAPH_BYTES)
+        self.contexts = ContextCache(MAX_GRAPH_BYTES)
+        self.weights = WeightStore()
+        self.one_at_a_time = False
+        self.verified: set[Hashable] = set()
 
 
 _runs: OrderedDict[int, RunState] = OrderedDict()
@@ -76,18 +76,14 @@ _runs: OrderedDict[int, RunState] = OrderedDict()
 
 def run_state(run_id: int) -> RunState:
     """Return what this process keeps of a run."""
-    return _remember(_runs, run_id, RunState, _MAX_RUNS)
+    if run_id not in _runs:
+        _runs[run_id] = RunState()
+    _runs.move_to_end(run_id)
+    while len(_runs) > _MAX_RUNS:
+        _runs.popitem(last=False)
+    return _runs[run_id]
 
 
 def forget_runs() -> None:
     """Drop everything: the next message finds a process as good as new."""
     _runs.clear()
-
-
-def _remember(kept: OrderedDict[Any, T], key: Any, make: Callable[[], T], limit: int) -> T:
-    if key not in kept:
-        kept[key] = make()
-    kept.move_to_end(key)
-    while len(kept) > limit:
-        kept.popitem(last=False)
-    return kept[key]

@@ -10,9 +10,11 @@ from typing import Any
 from flwr.app import Context
 
 from psl_flower.client.client import SplitClient
+from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError
+from psl_flower.methods import SplitMethod
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model
 
@@ -26,24 +28,24 @@ class ClientRecipe:
     data_fn: Callable[..., Any]
     device: str
     client_class: Callable[..., SplitClient]
+    method: SplitMethod
 
 
 def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
     """Return the client of a node, built at its first request and kept."""
     key = (context.node_id, tuple(sorted((name, str(value)) for name, value in config.items())))
     if key not in state.clients:
-        if state.half is None:
+        if state.parts is None:
             cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
-            state.half = cut_model(_call(recipe.model_fn, context=context), cut).client
-            check_client_half(state.half)
+            half = cut_model(_call(recipe.model_fn, context=context), cut).client
+            check_client_half(half)
+            state.parts = {"head": ClientPart("head", half, pick_device(recipe.device))}
         data = _call(recipe.data_fn, context=context, config=config)
         train, test = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
         partition = context.node_config.get("partition-id")
         if partition is not None and type(partition) is not int:
             raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
-        state.clients[key] = recipe.client_class(
-            state.half, train, test, partition_id=partition, config=config, device=pick_device(recipe.device)
-        )
+        state.clients[key] = recipe.client_class(train, test, partition_id=partition, config=config)
     return state.clients[key]
 
 

@@ -19,16 +19,16 @@ import grpc
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from psl_flower.client.client import SplitClient
-from psl_flower.client.group import GroupServer
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client
+from psl_flower.client.runtime import answer
 from psl_flower.errors import ProtocolError
+from psl_flower.exchange.codec import REQUEST, WeightStore, decode_request, encode_reply
+from psl_flower.exchange.frames import Decoder, Frame, encode
 from psl_flower.exchange.streams.endpoint import CHANNEL_OPTIONS, METHOD, NODE, SESSION, TOKEN
-from psl_flower.exchange.streams.frames import Decoder, Frame, encode
-from psl_flower.exchange.streams.groups import REQUEST, decode_group, encode_group_reply
 from psl_flower.exchange.streams.security import PROCESS_ID, SERVER_NAME, Ticket
 from psl_flower.flower import outlives_messages
-from psl_flower.protocol import Config, Weights
+from psl_flower.protocol import Config
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -113,8 +113,7 @@ class StreamClient:
         self._contexts = {context.node_id: context}
         self._outgoing: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._joining: dict[int, Future[None]] = {}
-        self._weights: Weights | None = None
-        self._server = GroupServer(run_state(context.run_id), self._client)
+        self._weights = WeightStore()
         self.ended = False
         self._channel = _connect(ticket)
 
@@ -187,10 +186,9 @@ class StreamClient:
         """Do what a frame asks for; return whether the stream goes on."""
         kind, node = frame.header.get("kind"), frame.header.get("node")
         if kind == REQUEST:
-            number, wire_dtype, group = decode_group(frame, self._known_weights)
-            if group.weights is not None:
-                self._weights = group.weights
-            self._outgoing.put(encode_group_reply(number, self._server.answer(group), wire_dtype))
+            number, wire_dtype, request = decode_request(frame, self._weights)
+            reply = answer(self._recipe.method, run_state(self._first.run_id), self._client, request)
+            self._outgoing.put(encode_reply(number, reply, request, wire_dtype))
         elif kind == "joined":
             self._settle(node, None)
         elif kind == "refused":
@@ -225,9 +223,6 @@ class StreamClient:
         if context is None:
             raise ProtocolError(f"node {node} is not served by this process")
         return make_client(self._recipe, run_state(context.run_id), context, config)
-
-    def _known_weights(self, version: str) -> Weights | None:
-        return self._weights if self._weights is not None and self._weights.version == version else None
 
 
 def _is_client(value: Any) -> bool:

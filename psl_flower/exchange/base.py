@@ -1,41 +1,16 @@
-"""What a carrier is: one exchange of requests and answers with many clients at once."""
+"""What a carrier is: one exchange of a request and its replies with many clients at once."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from types import TracebackType
 from typing import Self
 
 from psl_flower.errors import StoppedError
 from psl_flower.protocol import Reply, Request
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """What came of one request.
-
-    Parameters
-    ----------
-    reply : Reply or None
-        The decoded reply; its contents are not checked yet. Clients whose parameter gradients were summed on the way
-        share one `Gradients` object.
-    failure : str or None
-        Why there is none; exactly one of the two is set.
-    seconds : float
-        How long the client worked on it, as far as the carrier can tell; without a reply, how long it was waited for.
-    bytes_sent, bytes_received : int
-        Bytes of tensors.
-    """
-
-    reply: Reply | None
-    failure: str | None
-    seconds: float
-    bytes_sent: int = 0
-    bytes_received: int = 0
 
 
 class Carrier(ABC):
@@ -56,20 +31,20 @@ class Carrier(ABC):
         """Return the ids of the nodes that are connected now."""
 
     @abstractmethod
-    def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
-        """Send a request to each node and wait until all are answered or `timeout` is over.
+    def exchange(self, request: Request, timeout: float) -> Reply:
+        """Ask all nodes of a request and wait until all have answered or `timeout` is over.
 
         Parameters
         ----------
-        requests : dict of int to Request
-            Keyed by node id.
+        request : Request
         timeout : float
             Seconds.
 
         Returns
         -------
-        dict of int to Answer
-            One for each request: never fewer, never raises for what a client did.
+        Reply
+            It says something of each node; what a client did wrong is a failure in it, never raised. Its contents are
+            not checked against the stage yet.
 
         Raises
         ------

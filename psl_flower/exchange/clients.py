@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from psl_flower.errors import MembershipError, ProtocolError
-from psl_flower.exchange.base import Answer, Carrier
-from psl_flower.protocol import Config, DescribeRequest, Description, Request
+from psl_flower.exchange.base import Carrier
+from psl_flower.failures import Failure, Kind
+from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
 from psl_flower.samplers.base import Population
+from psl_flower.samplers.rounding import round_to_sum
 
 log = logging.getLogger("flwr.psl_flower")
 
 _LONGEST_REST = 6  # 2 to the power of this is the largest number of looks between two questions to a silent node
+_OWN_NODES_SECONDS = 3.0  # for the nodes of a simulation, which are all there when it starts
 _LONGEST_WAIT = 1.0  # seconds between two looks for nodes that have not connected yet
 
 
@@ -44,18 +48,30 @@ class Clients:
         Sent along with the question.
     tolerate : bool
         Whether to go on without nodes that do not describe themselves, as long as there are enough others.
+    may_grow : bool
+        Whether nodes may connect later. If not, too few are too few at once.
     """
 
     def __init__(
-        self, carrier: Carrier, *, label_counts: bool, config: Config | None = None, tolerate: bool = False
+        self,
+        carrier: Carrier,
+        *,
+        label_counts: bool,
+        config: Config | None = None,
+        tolerate: bool = False,
+        may_grow: bool = True,
     ) -> None:
         self._carrier = carrier
-        self._request = DescribeRequest(label_counts, dict(config or {}))
+        self._label_counts, self._config = label_counts, dict(config or {})
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
-        self._tolerate = tolerate
+        self._tolerate, self._may_grow = tolerate, may_grow
         self._silent: set[int] = set()  # nodes whose last answer was a failure
         self._looks = 0
+        # by client id: indices of examples that it cannot read, and its classes of these where they are known
+        self.left_out: dict[int, tuple[int, ...]] = {}
+        self._left_out_labels: dict[int, list[int]] = {}
+        self.excluded: set[int] = set()  # for the rest of the run
         # nodes that did not describe themselves since the last refresh: how often, and the look to ask them again at
         self._turned_away: dict[int, tuple[int, int]] = {}
 
@@ -144,10 +160,11 @@ class Clients:
 
     def _describe(self, nodes: Iterable[int], timeout: float) -> list[str]:
         """Ask nodes who they are; return what is wrong with those that do not say."""
-        failures = []
-        for node, answer in self._carrier.exchange(dict.fromkeys(nodes, self._request), timeout).items():
+        request = Request(stage=DESCRIBE, nodes=tuple(nodes), label_counts=self._label_counts, config=self._config)
+        reply, failures = self._carrier.exchange(request, timeout), []
+        for node in request.nodes:
             try:
-                self._descriptions[node] = _description(answer, self._request)
+                self._descriptions[node] = _description(node, reply, label_counts=self._label_counts)
             except ProtocolError as error:
                 failures.append(f"node {node}: {error}")
                 times = self._turned_away.get(node, (0, 0))[0] + 1
@@ -177,6 +194,11 @@ class Clients:
         begin, told, wait = time.monotonic(), -np.inf, 0.001
         while len(nodes := sorted(self._carrier.node_ids())) < min_nodes:
             elapsed = time.monotonic() - begin
+            if not self._may_grow and elapsed >= _OWN_NODES_SECONDS:
+                raise MembershipError(
+                    f"min_available_nodes is {min_nodes}, there are {len(nodes)} nodes, and no more can come: start the "
+                    "grid or the simulation with more, or lower min_available_nodes"
+                )
             if elapsed >= timeout:
                 raise MembershipError(
                     f"min_available_nodes is {min_nodes}, {len(nodes)} connected within {timeout:g} s: "
@@ -189,50 +211,88 @@ class Clients:
             wait = min(2 * wait, _LONGEST_WAIT)
         return nodes
 
+    def leave_out(self, client: int, failure: Failure) -> list[int]:
+        """Leave examples out that a client cannot read; return those that were not left out yet."""
+        before = set(self.left_out.get(client, ()))
+        held = self._members[client].description.num_examples if client in self._members else 0
+        new = [row for row in failure.rows if row not in before and 0 <= row < held]
+        self.left_out[client] = tuple(sorted(before.union(new)))
+        self._left_out_labels.setdefault(client, []).extend(failure.labels[r] for r in new if r in failure.labels)
+        for row in new:
+            log.warning("%s: example %d is left out: %s", self.name(client), row, failure.rows[row])
+        return new
+
+    def left_out_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of who and what is left out."""
+        return {
+            "rows": {client: list(rows) for client, rows in self.left_out.items()},
+            "labels": {client: list(labels) for client, labels in self._left_out_labels.items()},
+            "excluded": sorted(self.excluded),
+        }
+
+    def load_left_out(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `left_out_state` returned."""
+        self.left_out = {client: tuple(rows) for client, rows in state["rows"].items()}
+        self._left_out_labels = {client: list(labels) for client, labels in state["labels"].items()}
+        self.excluded = set(state["excluded"])
+
+    def name(self, client: int) -> str:
+        """Return how a client is called in messages: by its id, and its node where it has one."""
+        member = self._members.get(client)
+        return f"client {client}" + (f" (node {member.node})" if member else "")
+
     def population(self) -> Population:
         """Return what a sampler reads."""
-        members = list(self._members.values())
-        sizes = [m.description.num_examples for m in members]
+        members = [m for m in self._members.values() if m.client not in self.excluded]
+        sizes = [m.description.num_examples - len(self.left_out.get(m.client, ())) for m in members]
         if not any(sizes):
             raise MembershipError(f"none of the {len(members)} clients holds a training example")
         counts = None
-        if self._request.label_counts:
+        if self._label_counts:
             described = [(m.description.labels, m.description.counts) for m in members]
             held = [(labels, c) for labels, c in described if labels is not None and c is not None]
             classes = max((int(labels.max()) + 1 for labels, _ in held if labels.size), default=0)
             counts = np.zeros((len(members), classes), dtype=np.int64)
             for row, (labels, c) in zip(counts, held, strict=True):
                 row[labels] = c
+            for i, member in enumerate(members):
+                np.subtract.at(counts[i], self._left_out_labels.get(member.client, []), 1)
+                if counts[i].sum() != sizes[i]:  # classes of examples that are left out are not known
+                    counts[i] = round_to_sum(counts[i] + 1e-9, sizes[i], np.random.default_rng(0))
         return Population(np.array([m.client for m in members]), np.array(sizes), counts)
 
-    def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
-        """Send a request to each client and wait for the answers.
+    def exchange(self, request: Request, timeout: float) -> Reply:
+        """Ask clients and wait for the answers.
 
         Parameters
         ----------
-        requests : dict of int to Request
-            Keyed by client id.
+        request : Request
+            Its `nodes` are client ids here, and so are those of the reply.
         timeout : float
             Seconds.
-
-        Returns
-        -------
-        dict of int to Answer
-            One for each request, in ascending client id.
         """
-        node_of = {client: self._members[client].node for client in sorted(requests) if client in self._members}
-        answers = self._carrier.exchange({node: requests[client] for client, node in node_of.items()}, timeout)
-        for node, answer in answers.items():
-            (self._silent.add if answer.reply is None else self._silent.discard)(node)
-        absent = Answer(None, "it is not connected", 0.0)
-        return {c: answers[node_of[c]] if c in node_of else absent for c in sorted(requests)}
+        members = self._members
+        here = [i for i, client in enumerate(request.nodes) if client in members]
+        asked = request.take(here) if here else None
+        reply = Reply()
+        if asked is not None:
+            nodes = tuple(members[client].node for client in asked.nodes)
+            reply = self._carrier.exchange(replace(asked, nodes=nodes), timeout)
+            self._silent -= set(nodes)
+            self._silent |= reply.failures.keys()
+            reply = reply.renamed(dict(zip(nodes, asked.nodes, strict=True)))
+        absent = Failure(Kind.UNREACHABLE, "it is not connected")
+        reply.failures |= {client: absent for client in request.nodes if client not in members}
+        return reply
 
 
-def _description(answer: Answer, request: DescribeRequest) -> Description:
-    if not isinstance(answer.reply, Description):
-        raise ProtocolError(answer.failure or "not a description")
-    answer.reply.check(request)
-    return answer.reply
+def _description(node: int, reply: Reply, *, label_counts: bool) -> Description:
+    if node not in reply.descriptions:
+        failure = reply.failures.get(node, Failure(Kind.MALFORMED, "not a description"))
+        raise ProtocolError(failure.detail, failure.kind)
+    description = reply.descriptions[node]
+    description.check(label_counts=label_counts)
+    return description
 
 
 def _members(described: Mapping[int, Description]) -> list[Member]:

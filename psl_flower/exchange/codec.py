@@ -1,366 +1,441 @@
-"""Requests and replies as Flower records, and back; every tensor as its raw bytes, nothing pickled.
+"""Requests and replies as frames, and back: columns in the header, one buffer a tensor, nothing pickled.
 
-Both carriers use it: what differs between them is only how the records travel.
+Both carriers use it: what differs between them is only how the frames travel.
 """
 
 from __future__ import annotations
 
+import base64
 import math
-import re
-import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from torch import Tensor
 
+from psl_flower import tree
 from psl_flower.errors import ProtocolError
+from psl_flower.exchange.frames import Frame
+from psl_flower.exchange.tensors import Packer, Unpacker
+from psl_flower.failures import Failure
+from psl_flower.failures import Kind as FailureKind
 from psl_flower.protocol import (
-    BACKWARD,
     DESCRIBE,
-    EVALUATE,
-    FORWARD,
-    Activations,
-    BackwardRequest,
-    DescribeRequest,
+    Config,
     Description,
-    EvaluateRequest,
-    ForwardRequest,
-    Gradients,
+    Kind,
+    Leaf,
+    Orders,
+    Part,
     Reply,
     Request,
     Weights,
-    WorkOrder,
 )
 from psl_flower.samplers.base import IntArray
+from psl_flower.tree import Tree
 
-# ``Array.stype`` of ours: `data` is the tensor's elements, row-major and little-endian, without a header. numpy's own
-# format (Flower's default) has no bfloat16, and its reader copies.
-RAW = "psl_flower.raw"
+REQUEST = "request"
+REPLY = "reply"
 
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-        torch.complex64,
-        torch.complex128,
-    )
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_DIMENSIONS = 16
-_MAX_ELEMENTS = 2**48  # as if no dimension were 0: torch's strides must not overflow
+_MAX_PARTS = 64  # of the model, and leaves of a stage
+_MAX_TEXT = 2000  # characters of a failure
+_MAX_ROWS = 10_000  # unreadable rows told at once
 
-# torch warns once per process that a tensor over immutable bytes must not be written to; none of ours is.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch.frombuffer(b"\0", dtype=torch.uint8)
-
-T = TypeVar("T")
+# The weights a client process has been sent: by part and kind ("parameters", "constants"), their version.
+Sent = dict[tuple[str, str], str]
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
-def encode_tensor(tensor: Tensor) -> Array:
-    """Return a tensor (of any device and layout) as a Flower Array of raw bytes."""
-    return Array(dtype_name(tensor), tuple(tensor.shape), RAW, raw_bytes(tensor).tobytes())
+class WeightStore:
+    """The weights that a client process was sent last, for requests that only name their version."""
 
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], tuple[str, Mapping[str, Any]]] = {}
 
-def decode_tensor(array: Array) -> Tensor:
-    """Return the tensor an Array holds: a read-only view of its bytes, not a copy.
+    def put(self, part: str, kind: str, version: str, tensors: Mapping[str, Any]) -> None:
+        """Keep weights in place of their last version."""
+        self._kept[part, kind] = (version, tensors)
 
-    Raises
-    ------
-    ProtocolError
-        If the dtype is unknown, the shape is impossible, or the number of bytes does not fit both.
-    """
-    if array.stype != RAW or array.dtype not in _DTYPES:
-        raise ProtocolError(f"expected raw bytes of a known dtype, got {array.stype!r} of {array.dtype!r}")
-    return from_raw_bytes(array.dtype, tuple(array.shape), array.data)
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """Return how a tensor's dtype is called on the wire."""
-    if tensor.dtype not in _NAMES:
-        raise ProtocolError(f"tensors of dtype {tensor.dtype} cannot be sent; allowed: {', '.join(_DTYPES)}")
-    return _NAMES[tensor.dtype]
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return a tensor's elements, row-major, as bytes: a view if it lies so in memory already."""
-    flat = tensor.detach().to_dense().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-
-
-def from_raw_bytes(dtype_name: str, shape: tuple[int, ...], data: bytes | memoryview) -> Tensor:
-    """Return the tensor that raw bytes hold, as a view of them.
-
-    Raises
-    ------
-    ProtocolError
-        If the dtype is unknown, the shape is impossible, or the number of bytes does not fit both.
-    """
-    dtype = _DTYPES.get(dtype_name)
-    if dtype is None:
-        raise ProtocolError(f"expected raw bytes of a known dtype, got {dtype_name!r:.80}")
-    if len(shape) > _MAX_DIMENSIONS or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ProtocolError(f"expected at most {_MAX_DIMENSIONS} dimensions, none negative, got {shape!r:.80}")
-    if math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
-        raise ProtocolError(f"expected a shape of at most {_MAX_ELEMENTS} elements, got {shape!r:.80}: too large")
-    expected = math.prod(shape) * dtype.itemsize
-    if len(data) != expected:
-        raise ProtocolError(f"expected {expected} bytes for {dtype_name} {shape}, got {len(data)}")
-    return torch.frombuffer(data, dtype=dtype).reshape(shape) if expected else torch.empty(shape, dtype=dtype)
-
-
-def encode_tensors(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return named tensors as an ArrayRecord."""
-    record = ArrayRecord()
-    for name, tensor in tensors.items():
-        record[name] = encode_tensor(tensor)
-    return record
-
-
-def decode_tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """Return the tensors of an ArrayRecord, as views."""
-    return {name: decode_tensor(array) for name, array in record.items()}
-
-
-def num_bytes(content: RecordDict) -> int:
-    """Return the bytes of all tensors in a message's content."""
-    records = (record for record in content.values() if isinstance(record, ArrayRecord))
-    return sum(len(array.data) for record in records for array in record.values())
+    def get(self, part: str, kind: str, version: str) -> Mapping[str, Any]:
+        """Return weights, or raise ProtocolError if that version was not the last to be sent."""
+        known, tensors = self._kept.get((part, kind), ("", {}))
+        if known != version:
+            raise ProtocolError(f"weights {version!r:.80} of {part!r} were not sent, and are not known")
+        return tensors
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
-class RequestEncoder:
-    """Requests to records; the weights that many requests share are encoded once."""
+def encode_request(request: Request, number: int, *, sent: Sent, wire_dtype: str = "float32") -> tuple[Frame, int]:
+    """Return the frame of a request, and the bytes of its tensors.
 
-    def __init__(self) -> None:
-        self._weights: tuple[Weights, dict[str, ArrayRecord]] | None = None
-
-    def encode(self, request: Request) -> tuple[str, RecordDict]:
-        """Return the Flower message type and content of a request."""
-        config = ConfigRecord(dict(request.config))
-        if isinstance(request, DescribeRequest):
-            header = ConfigRecord({"label-counts": request.label_counts})
-            return DESCRIBE, RecordDict({"request": header, "config": config})
-        weights = self._encode_weights(request.weights)
-        if isinstance(request, EvaluateRequest):
-            header = ConfigRecord({"start": request.start, "count": request.count, "weights": request.weights.version})
-            evaluate_config = ConfigRecord(dict(request.evaluate_config))
-            return EVALUATE, RecordDict(
-                {"request": header, "config": config, "evaluate-config": evaluate_config, **weights}
-            )
-        header = _encode_order(request.order)
-        header["weights"] = request.weights.version
-        if isinstance(request, ForwardRequest):
-            header["delay"] = float(request.delay)
-            return FORWARD, RecordDict({"request": header, "config": config, **weights})
-        gradients = encode_tensors({str(i): g for i, g in enumerate(request.gradients) if g is not None})
-        return BACKWARD, RecordDict({"request": header, "config": config, "gradients": gradients, **weights})
-
-    def _encode_weights(self, weights: Weights) -> dict[str, ArrayRecord]:
-        if self._weights is None or self._weights[0] is not weights:
-            records = {
-                "parameters": encode_tensors(weights.parameters),
-                "constants": encode_tensors(weights.constants),
-            }
-            self._weights = (weights, records)
-        return self._weights[1]
+    Parameters
+    ----------
+    number : int
+        To be repeated in the reply.
+    sent : dict
+        What the process has been sent before: that is named only. Brought up to date.
+    wire_dtype : str
+        For the rows here, and in the reply.
+    """
+    packer = Packer(wire_dtype)
+    header: dict[str, Any] = {
+        "kind": REQUEST,
+        "number": number,
+        "stage": request.stage,
+        "nodes": request.nodes,
+        "config": _encode_config(request.config),
+        "evaluate-config": _encode_config(request.evaluate_config),
+        "wire": wire_dtype,
+        "separate": request.separate,
+        "label-counts": request.label_counts,
+        "delays": request.delays,
+        "orders": None if request.orders is None else _encode_orders(request.orders, packer),
+        "weights": {part: _encode_weights(part, each, packer, sent) for part, each in request.weights.items()},
+        "inputs": _encode_leaves(request.inputs, packer),
+    }
+    return Frame(header, packer.buffers), packer.num_bytes
 
 
-def decode_request(message_type: str, content: RecordDict) -> Request:
-    """Return the request a message carries.
+def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]:
+    """Return the number, the wire dtype for the reply, and the request that a frame carries.
 
     Raises
     ------
     ProtocolError
-        If a record or a field is missing or of the wrong type.
+        If the frame is not a request.
     """
-    if message_type not in (DESCRIBE, FORWARD, BACKWARD, EVALUATE):
-        raise ProtocolError(f"unknown message type {message_type!r}")
-    header = _config(content, "request")
-    config = dict(_config(content, "config"))
-    if message_type == DESCRIBE:
-        return DescribeRequest(_get(header, "label-counts", bool), config)
-    weights = Weights(
-        decode_tensors(_arrays(content, "parameters")),
-        decode_tensors(_arrays(content, "constants")),
-        _get(header, "weights", str),
+    header, unpacker = frame.header, Unpacker(frame.buffers)
+    nodes = _nodes(header)
+    orders = None
+    if header.get("orders") is not None:
+        orders = _decode_orders(_get(header, "orders", dict), len(nodes), unpacker)
+    elif _get(header, "stage", str) != DESCRIBE:
+        raise ProtocolError(f"stage {header['stage']!r:.80} needs orders")
+    delays = tuple(_seconds(delay) for delay in _get(header, "delays", list))
+    if delays and len(delays) != len(nodes):
+        raise ProtocolError(f"expected {len(nodes)} delays, got {len(delays)}")
+    weights = {
+        part: _decode_weights(part, each, unpacker, store)
+        for part, each in _limited(_get(header, "weights", dict), _MAX_PARTS).items()
+    }
+    counts = [0] * len(nodes) if orders is None else orders.counts.tolist()
+    request = Request(
+        stage=_get(header, "stage", str),
+        nodes=nodes,
+        orders=orders,
+        weights=weights,
+        inputs=_decode_leaves(_get(header, "inputs", dict), counts, unpacker),
+        delays=delays,
+        separate=_get(header, "separate", bool),
+        label_counts=_get(header, "label-counts", bool),
+        config=_decode_config(header, "config"),
+        evaluate_config=_decode_config(header, "evaluate-config"),
     )
-    if message_type == EVALUATE:
-        start, count = _get(header, "start", int), _get(header, "count", int)
-        return EvaluateRequest(start, count, weights, config, dict(_config(content, "evaluate-config")))
-    if message_type == FORWARD:
-        return ForwardRequest(_decode_order(header), weights, config, _get_seconds(header, "delay"))
-    gradients = decode_tensors(_arrays(content, "gradients"))
-    if not all(_POSITION.fullmatch(name) for name in gradients):
-        raise ProtocolError(f"gradients must be named by position, got {', '.join(gradients):.80}")
-    length = max(map(int, gradients), default=-1) + 1
-    in_order = tuple(gradients.get(str(i)) for i in range(length))
-    return BackwardRequest(_decode_order(header), weights, in_order, config)
+    unpacker.finish()
+    return _get(header, "number", int), _get(header, "wire", str), request
 
 
-# Activations without a gradient (integers crossing the cut) leave gaps, so positions need a bound of their own.
-_POSITION = re.compile("0|[1-9][0-9]{0,3}")
-
-
-_ORDER_FIELDS = ("client", "seed", "epoch", "step", "start", "count")
-
-
-def _encode_order(order: WorkOrder) -> ConfigRecord:
-    header = ConfigRecord({name: getattr(order, name) for name in _ORDER_FIELDS})
-    if order.class_starts is not None and order.class_counts is not None:
-        header["class-starts"] = order.class_starts.tolist()
-        header["class-counts"] = order.class_counts.tolist()
+def _encode_weights(part: str, weights: Weights, packer: Packer, sent: Sent) -> dict[str, Any]:
+    header: dict[str, Any] = {"version": weights.version, "constants-version": weights.constants_version}
+    for kind, version, tensors in (
+        ("parameters", weights.version, weights.parameters),
+        ("constants", weights.constants_version, weights.constants),
+    ):
+        if sent.get((part, kind)) != version:
+            header[kind] = packer.pack(tensors)
+            sent[part, kind] = version
     return header
 
 
-def _decode_order(header: ConfigRecord) -> WorkOrder:
-    starts, counts = _integers(header, "class-starts"), _integers(header, "class-counts")
-    if (starts is None) != (counts is None) or (
-        starts is not None and counts is not None and len(starts) != len(counts)
-    ):
-        raise ProtocolError("class-starts and class-counts must name the same classes")
-    fields = {name: _get(header, name, int) for name in _ORDER_FIELDS}
-    for name, value in fields.items():
-        if value < 0:
-            raise ProtocolError(f"{name!r} must not be negative, got {value}")
-    return WorkOrder(**fields, class_starts=starts, class_counts=counts)
+def _decode_weights(part: str, header: Any, unpacker: Unpacker, store: WeightStore) -> Weights:
+    if not isinstance(header, dict):
+        raise ProtocolError(f"expected the weights of {part!r:.80}, got {header!r:.80}")
+    versions = {"parameters": _get(header, "version", str), "constants": _get(header, "constants-version", str)}
+    found = {}
+    for kind, version in versions.items():
+        if kind in header:
+            tensors = unpacker.unpack(header[kind])
+            if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+                raise ProtocolError(f"expected the {kind} of {part!r:.80} by name")
+            store.put(part, kind, version, tensors)
+        found[kind] = store.get(part, kind, version)
+    return Weights(found["parameters"], found["constants"], versions["parameters"], versions["constants"])
+
+
+_SCALARS = ("seed", "epoch", "step")
+_COLUMNS = ("clients", "starts", "counts")
+_TABLES = ("class_starts", "class_counts")
+
+
+def _encode_orders(orders: Orders, packer: Packer) -> dict[str, Any]:
+    header: dict[str, Any] = {name: getattr(orders, name) for name in _SCALARS}
+    header |= {name: packer.column(getattr(orders, name)) for name in _COLUMNS}
+    header |= {name: packer.column(table) for name in _TABLES if (table := getattr(orders, name)) is not None}
+    if orders.checksums is not None:
+        header["checksums"] = packer.column(orders.checksums)
+    header["left-out"] = {str(client): list(rows) for client, rows in orders.left_out.items()}
+    header["test"] = orders.test
+    return header
+
+
+def _decode_orders(header: Mapping[str, Any], length: int, unpacker: Unpacker) -> Orders:
+    scalars = {name: _get(header, name, int) for name in _SCALARS}
+    columns = {name: unpacker.column(header.get(name), torch.int64, (length,)) for name in _COLUMNS}
+    negative = [name for name, values in {**scalars, **columns}.items() if np.min(values) < 0]
+    if negative or (length and columns["counts"].min() < 1):
+        raise ProtocolError("orders must not hold negative numbers, and count at least one example a client")
+    tables: dict[str, Any] = {
+        name: unpacker.column(header[name], torch.int64, (length, None)) for name in _TABLES if name in header
+    }
+    if len({table.shape for table in tables.values()}) > 1 or len(tables) == 1:
+        raise ProtocolError("class_starts and class_counts must name the same classes")
+    checksums = unpacker.column(header["checksums"], torch.int64, (length,)) if "checksums" in header else None
+    left_out = {
+        _node(client): tuple(_integers({"rows": rows}, "rows"))
+        for client, rows in _get(header, "left-out", dict).items()
+    }
+    return Orders(
+        **scalars, **columns, **tables, left_out=left_out, checksums=checksums, test=_get(header, "test", bool)
+    )
+
+
+def _encode_leaves(leaves: Mapping[str, Leaf], packer: Packer) -> dict[str, Any]:
+    return {
+        name: {
+            "kind": leaf.kind.value,
+            "tree": packer.pack(leaf.value, reduce=leaf.kind is Kind.ROWS and not leaf.exact),
+        }
+        for name, leaf in leaves.items()
+    }
+
+
+def _decode_leaves(header: Mapping[str, Any], counts: list[int], unpacker: Unpacker) -> dict[str, Leaf]:
+    leaves = {}
+    for name, spec in _limited(header, _MAX_PARTS).items():
+        if not isinstance(spec, dict):
+            raise ProtocolError(f"expected the description of {name!r:.80}, got {spec!r:.80}")
+        try:
+            kind = Kind(spec.get("kind"))
+        except ValueError as exc:
+            raise ProtocolError(f"{name!r:.80} is of no known kind: {spec.get('kind')!r:.80}") from exc
+        value = unpacker.unpack(spec.get("tree"))
+        if kind is Kind.EACH:
+            if not isinstance(value, tuple) or len(value) != len(counts):
+                raise ProtocolError(f"{name}: expected one entry for each of {len(counts)} clients")
+            value = list(value)
+        if kind is Kind.ROWS:
+            check_rows(value, sum(counts), name)
+        leaves[name] = Leaf(kind, value)
+    return leaves
+
+
+def check_rows(value: Tree, rows: int, name: str) -> None:
+    """Raise ProtocolError unless every tensor of a tree has so many rows."""
+    for path, leaf in leaves_of(value, name):
+        if leaf.ndim == 0 or len(leaf) != rows:
+            raise ProtocolError(f"{path}: expected {rows} rows, got shape: {tuple(leaf.shape)}", FailureKind.SHAPE)
+
+
+def leaves_of(value: Tree, name: str) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensors of a tree with their paths."""
+    return list(zip(tree.paths(value, name), tree.leaves(value), strict=True))
 
 
 # --- replies ---------------------------------------------------------------------------------------------------------
-def encode_reply(reply: Reply, seconds: float = 0.0) -> RecordDict:
-    """Return a reply's content; `seconds` is how long the client worked on it."""
-    content = _encode_reply(reply)
-    _config(content, "reply")["seconds"] = seconds
-    return content
+def encode_reply(number: int, reply: Reply, request: Request, wire_dtype: str = "float32") -> Frame:
+    """Return the frame of a reply to the request of that number."""
+    packer = Packer(wire_dtype)
+    header = {
+        "kind": REPLY,
+        "number": number,
+        "parts": [_encode_part(part, packer) for part in reply.parts],
+        "failures": {
+            str(node): {
+                "kind": each.kind.value,
+                "detail": each.detail[:_MAX_TEXT],
+                "rows": {str(row): why[:_MAX_TEXT] for row, why in list(each.rows.items())[:_MAX_ROWS]},
+                "labels": {str(row): label for row, label in list(each.labels.items())[:_MAX_ROWS]},
+            }
+            for node, each in reply.failures.items()
+        },
+        "descriptions": {str(node): _encode_description(each) for node, each in reply.descriptions.items()},
+        "seconds": packer.column(np.array([reply.seconds.get(node, 0.0) for node in request.nodes])),
+    }
+    return Frame(header, packer.buffers)
 
 
-def _encode_reply(reply: Reply) -> RecordDict:
-    if isinstance(reply, Description):
-        header = ConfigRecord({"num-examples": reply.num_examples, "num-test-examples": reply.num_test_examples})
-        if reply.partition_id is not None:
-            header["partition-id"] = reply.partition_id
-        if reply.labels is not None and reply.counts is not None:
-            header["labels"] = reply.labels.tolist()
-            header["counts"] = reply.counts.tolist()
-        return RecordDict({"reply": header})
-    header = ConfigRecord() if reply.step is None else ConfigRecord({"step": reply.step})
-    if isinstance(reply, Activations):
-        activations = encode_tensors({str(i): t for i, t in enumerate(reply.tensors)})
-        return RecordDict(
-            {"reply": header, "activations": activations, "labels": encode_tensors({"labels": reply.labels})}
-        )
-    header["unused"] = list(reply.unused)
-    return RecordDict({"reply": header, "gradients": encode_tensors(reply.tensors)})
-
-
-def decode_seconds(content: RecordDict) -> float:
-    """Return how long the client says it worked on a reply.
+def decode_reply(frame: Frame, request: Request) -> Reply:
+    """Return the reply to `request` that a frame carries.
 
     Raises
     ------
     ProtocolError
-        If it does not say, or says nonsense.
+        If the frame is not one.
     """
-    return _get_seconds(_config(content, "reply"), "seconds")
+    header, unpacker = frame.header, Unpacker(frame.buffers)
+    asked = dict(zip(request.nodes, request.counts(), strict=True))
+    parts: list[Part] = []
+    seen: set[int] = set()
+    for spec in _limited(_get(header, "parts", list), len(asked)):
+        if not isinstance(spec, dict):
+            raise ProtocolError(f"expected the description of a part, got {spec!r:.80}")
+        nodes = _nodes(spec)
+        if not asked.keys() >= set(nodes) or seen & set(nodes):
+            raise ProtocolError(f"a reply must name nodes that were asked, each once, got {nodes!r:.80}")
+        seen |= set(nodes)
+        parts.append(_decode_part(spec, nodes, [asked[node] for node in nodes], unpacker))
+    seconds = unpacker.column(header.get("seconds"), torch.float64, (len(asked),))
+    if not ((seconds >= 0) & (seconds < 2**53)).all():
+        raise ProtocolError("expected seconds, finite and not negative")
+    unpacker.finish()
+    failures = {_node(node): _decode_failure(each) for node, each in _get(header, "failures", dict).items()}
+    descriptions = {}
+    if request.stage == DESCRIBE:
+        described = _limited(_get(header, "descriptions", dict), len(asked))
+        descriptions = {_node(node): _decode_description(each) for node, each in described.items()}
+    missing = asked.keys() - seen - failures.keys() - descriptions.keys()
+    failures |= dict.fromkeys(missing, Failure(FailureKind.MALFORMED, "its process sent no reply for it"))
+    return Reply(
+        parts,
+        {node: why for node, why in failures.items() if node in asked and node not in seen},
+        {node: each for node, each in descriptions.items() if node in asked and node not in failures},
+        dict(zip(request.nodes, seconds.tolist(), strict=True)),
+        bytes_received=unpacker.num_bytes,
+    )
 
 
-def decode_reply(request: Request, content: RecordDict) -> Reply:
-    """Return the reply to `request` that a message carries.
+def _encode_part(part: Part, packer: Packer) -> dict[str, Any]:
+    return {
+        "nodes": part.nodes,
+        "step": part.step,
+        "outputs": _encode_leaves(part.outputs, packer),
+        "checksums": None if part.checksums is None else packer.column(part.checksums),
+    }
 
-    Raises
-    ------
-    ProtocolError
-        If a record or a field is missing or of the wrong type.
-    """
-    header = _config(content, "reply")
-    if isinstance(request, DescribeRequest):
-        return Description(
-            partition_id=_get(header, "partition-id", int) if "partition-id" in header else None,
-            num_examples=_get(header, "num-examples", int),
-            num_test_examples=_get(header, "num-test-examples", int),
-            labels=_integers(header, "labels"),
-            counts=_integers(header, "counts"),
-        )
-    step = _get(header, "step", int) if "step" in header else None
-    if isinstance(request, BackwardRequest):
-        unused = header.get("unused", [])
-        if not isinstance(unused, list) or not all(isinstance(name, str) for name in unused):
-            raise ProtocolError(f"'unused' must be a list of names, got {unused!r}")
-        names = tuple(str(name) for name in unused)
-        return Gradients(decode_tensors(_arrays(content, "gradients")), names, step)
-    activations = decode_tensors(_arrays(content, "activations"))
-    if not activations:
-        raise ProtocolError("expected at least one tensor of activations, got none")
-    if list(activations) != [str(i) for i in range(len(activations))]:
-        raise ProtocolError(f"activations must be named by position, got {', '.join(activations):.80}")
-    labels = decode_tensors(_arrays(content, "labels"))
-    if list(labels) != ["labels"]:
-        raise ProtocolError(f"expected one tensor of labels, got {', '.join(labels)[:80] or 'none'}")
-    tensors = (*activations.values(), labels["labels"])
-    if any(tensor.ndim == 0 for tensor in tensors):
-        raise ProtocolError("activations and labels need a batch dimension, got a scalar")
-    return Activations(tensors[:-1], tensors[-1], step)
+
+def _decode_part(spec: Mapping[str, Any], nodes: tuple[int, ...], counts: list[int], unpacker: Unpacker) -> Part:
+    outputs = _decode_leaves(_get(spec, "outputs", dict), counts, unpacker)
+    step = None if spec.get("step") is None else _get(spec, "step", int)
+    checksums = None
+    if spec.get("checksums") is not None:
+        checksums = unpacker.column(spec["checksums"], torch.int64, (len(nodes),))
+    return Part(nodes, outputs, step, checksums)
+
+
+def _decode_failure(value: Any) -> Failure:
+    if not isinstance(value, dict):
+        raise ProtocolError(f"expected a failure, got {value!r:.80}")
+    try:
+        kind = FailureKind(value.get("kind"))
+    except ValueError as exc:
+        raise ProtocolError(f"expected a failure of a known kind, got {value.get('kind')!r:.80}") from exc
+    rows = {_node(row): f"{why!s:.{_MAX_TEXT}}" for row, why in _limited(_get(value, "rows", dict), _MAX_ROWS).items()}
+    held = _limited(_get(value, "labels", dict), _MAX_ROWS)
+    labels = dict(zip(map(_node, held), _integers({"labels": list(held.values())}, "labels"), strict=True))
+    return Failure(kind, _get(value, "detail", str)[:_MAX_TEXT], rows, labels)
+
+
+def _encode_description(each: Description) -> dict[str, Any]:
+    header: dict[str, Any] = {
+        "partition-id": each.partition_id,
+        "num-examples": each.num_examples,
+        "num-test-examples": each.num_test_examples,
+        "method": each.method,
+        "model": each.model,
+    }
+    if each.labels is not None and each.counts is not None:
+        header |= {"labels": each.labels.tolist(), "counts": each.counts.tolist()}
+    return header
+
+
+def _decode_description(header: Any) -> Description:
+    if not isinstance(header, dict):
+        raise ProtocolError(f"expected a description, got {header!r:.80}")
+
+    def column(name: str) -> IntArray | None:
+        return np.array(_integers(header, name), dtype=np.int64) if name in header else None
+
+    return Description(
+        partition_id=None if header.get("partition-id") is None else _get(header, "partition-id", int),
+        num_examples=_get(header, "num-examples", int),
+        num_test_examples=_get(header, "num-test-examples", int),
+        labels=column("labels"),
+        counts=column("counts"),
+        method=_get(header, "method", str)[:_MAX_TEXT],
+        model=_get(header, "model", str)[: 2**20],
+    )
 
 
 # --- fields ----------------------------------------------------------------------------------------------------------
-def _config(content: RecordDict, name: str) -> ConfigRecord:
-    return _record(content, name, ConfigRecord)
-
-
-def _arrays(content: RecordDict, name: str) -> ArrayRecord:
-    return _record(content, name, ArrayRecord)
-
-
-def _record(content: RecordDict, name: str, kind: type[T]) -> T:
-    # not through ``content.array_records`` and the like: each makes a checked dictionary anew
-    record = content.get(name)
-    if not isinstance(record, kind):
-        held = [key for key, value in content.items() if isinstance(value, kind)]
-        article = "an" if kind is ArrayRecord else "a"
-        raise ProtocolError(f"expected {article} {kind.__name__} named {name!r}, got {_listed(held)}")
-    return record
-
-
-def _get(header: ConfigRecord, name: str, kind: type[T]) -> T:
-    value: Any = header.get(name)
-    if type(value) is not kind or (kind is int and not _fits(header[name])):
+def _get(header: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = header.get(name)
+    if type(value) is not kind or (type(value) is int and value.bit_length() > 63):
         raise ProtocolError(f"expected {name!r} to be of type {kind.__name__}, got {value!r:.80}")
     return value
 
 
-def _get_seconds(header: ConfigRecord, name: str) -> float:
-    seconds = _get(header, name, float)
-    if not 0 <= seconds < math.inf:
-        raise ProtocolError(f"expected {name!r} to be finite and not negative, got {seconds}")
-    return seconds
-
-
-def _integers(header: ConfigRecord, name: str) -> IntArray | None:
-    values: Any = header.get(name)
-    if values is None:
-        return None
-    if not isinstance(values, list) or not all(map(_fits, values)):
+def _integers(header: Mapping[str, Any], name: str, bits: int = 63) -> list[int]:
+    values: list[int] = _get(header, name, list)
+    if not all(type(value) is int and value.bit_length() <= bits for value in values):
         raise ProtocolError(f"expected {name!r} to be a list of integers, got {values!r:.80}")
-    return np.array(values, dtype=np.int64)
+    return values
 
 
-def _fits(value: object) -> bool:
-    """Return whether a value is an integer of at most 64 bits with a sign; Flower's records also take larger ones."""
-    return type(value) is int and value.bit_length() < 64
+def _nodes(header: Mapping[str, Any]) -> tuple[int, ...]:
+    nodes = tuple(_integers(header, "nodes", bits=64))  # Flower's node ids have no sign
+    if not nodes or len(set(nodes)) != len(nodes):
+        raise ProtocolError(f"expected nodes, each once, got {nodes!r:.80}")
+    return nodes
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
+def _limited(values: Any, most: int) -> Any:
+    if len(values) > most:
+        raise ProtocolError(f"expected at most {most} entries, got {len(values)}")
+    return values
+
+
+def _seconds(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**53:
+        raise ProtocolError(f"expected seconds, finite and not negative, got {value!r:.80}")
+    return float(value)
+
+
+def _node(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 20):
+        raise ProtocolError(f"expected a number, got {text!r:.80}")
+    return int(text)
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+def _encode_config(config: Config) -> dict[str, Any]:
+    """Return a ConfigRecord's values as JSON has them: bytes as base64, and floats that are no number by name."""
+    return {name: _each(_encode_value, value) for name, value in config.items()}
+
+
+def _encode_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return value
+
+
+def _decode_config(header: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: _each(_decode_value, value) for key, value in _get(header, name, dict).items()}
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    return [function(v) for v in value] if isinstance(value, list) else function(value)
+
+
+def _decode_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        try:
+            if set(value) == {"bytes"}:
+                return base64.b64decode(value["bytes"], validate=True)
+            if set(value) == {"float"}:
+                return float(value["float"])
+        except (TypeError, ValueError) as exc:
+            raise ProtocolError(f"not a configuration value: {value!r:.80}") from exc
+    if not isinstance(value, bool | int | float | str):
+        raise ProtocolError(f"not a configuration value: {value!r:.80}")
+    return value

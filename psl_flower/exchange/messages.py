@@ -10,9 +10,12 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
-from psl_flower.exchange.base import Answer, Carrier
-from psl_flower.exchange.codec import RequestEncoder, decode_reply, decode_seconds, num_bytes
-from psl_flower.protocol import Request
+from psl_flower.exchange.base import Carrier
+from psl_flower.exchange.codec import decode_reply, encode_request
+from psl_flower.exchange.records import content_to_frame, frame_to_content
+from psl_flower.failures import Failure, Kind
+from psl_flower.flower import error_kind
+from psl_flower.protocol import Reply, Request
 
 # Note [Pulling]: an exchange takes 0.1 s in the simulation and 5 s in a deployment, so no fixed interval suits both.
 # Waiting a fixed share of the time already spent bounds both the overhead (that share) and the number of pulls.
@@ -27,6 +30,8 @@ _LONGEST_REASON = 4000  # characters of a client's error that are kept
 class MessageCarrier(Carrier):
     """Pushes Flower messages and pulls their replies with a short, adaptive wait.
 
+    Every message holds all that its request needs, weights included: a deployment answers each in a new process.
+
     Parameters
     ----------
     grid : Grid
@@ -38,7 +43,6 @@ class MessageCarrier(Carrier):
     def __init__(self, grid: Grid, group_id: str = "psl_flower") -> None:
         self._grid = grid
         self._group_id = group_id
-        self._encoder = RequestEncoder()
         self._late: deque[str] = deque(maxlen=_MOST_LATE)  # messages whose replies are not waited for any more
 
     def node_ids(self) -> Iterable[int]:
@@ -46,25 +50,31 @@ class MessageCarrier(Carrier):
         self._check_stopped()
         return self._grid.get_node_ids()
 
-    def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
-        """Send a request to each node and wait until all are answered or `timeout` is over."""
-        if not requests:
-            return {}
+    def exchange(self, request: Request, timeout: float) -> Reply:
+        """Ask all nodes of a request and wait until all have answered or `timeout` is over."""
+        reply = Reply()
+        if not request.nodes:
+            return reply
         begin = time.monotonic()
-        messages = {node: self._message(node, request, timeout) for node, request in requests.items()}
-        sent = {node: num_bytes(message.content) for node, message in messages.items()}
+        single = {node: request.take([i]) for i, node in enumerate(request.nodes)}
+        messages = {}
+        for node, each in single.items():
+            frame, size = encode_request(each, 0, sent={})
+            # a reply later than `timeout` is of no use: let Flower drop it
+            content, ttl = frame_to_content(frame), max(timeout, 1.0)
+            messages[node] = Message(content, node, each.message_type, ttl=ttl, group_id=self._group_id)
+            reply.bytes_sent += size
         waiting, refused = self._push(messages)
         accepted = set(waiting.values())
-        answers = {node: Answer(None, refused, 0.0, sent[node]) for node in requests if node not in accepted}
+        reply.failures |= {n: Failure(Kind.UNREACHABLE, refused) for n in request.nodes if n not in accepted}
         while waiting:
             self._check_stopped()
             for message in self._grid.pull_messages([*waiting, *self._late]):
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is None:
                     self._ignore(message)
-                    continue
-                seconds = time.monotonic() - begin
-                answers[node] = _answer(requests[node], message, seconds, sent[node])
+                else:
+                    reply.add(_reply(single[node], message, time.monotonic() - begin))
             elapsed = time.monotonic() - begin
             if elapsed >= timeout:
                 break
@@ -72,9 +82,9 @@ class MessageCarrier(Carrier):
                 time.sleep(min(max(_FIRST_WAIT, _WAIT_SHARE * elapsed), _LONGEST_WAIT, timeout - elapsed))
         for node in waiting.values():
             reason = f"no reply within {timeout:g} s: raise timeout, or see whether the client still runs"
-            answers[node] = Answer(None, reason, timeout, sent[node])
+            reply.failures[node] = Failure(Kind.TIMEOUT, reason)
         self._late.extend(waiting)
-        return answers
+        return reply
 
     def _ignore(self, message: Message) -> None:
         """Count a reply nobody waits for."""
@@ -85,11 +95,6 @@ class MessageCarrier(Carrier):
         self._late.remove(message_id)
         if not message.has_error():  # else: Flower says that it has dropped the message
             self.ignored["late"] += 1
-
-    def _message(self, node: int, request: Request, timeout: float) -> Message:
-        message_type, content = self._encoder.encode(request)
-        # a reply later than `timeout` is of no use: let Flower drop it
-        return Message(content, node, message_type, ttl=max(timeout, 1.0), group_id=self._group_id)
 
     def _push(self, messages: Mapping[int, Message]) -> tuple[dict[str, int], str]:
         """Return the nodes waited for by message id, and why the others are not."""
@@ -106,13 +111,15 @@ class MessageCarrier(Carrier):
         return {}, f"Flower accepted {len(ids)} of {len(messages)} messages and does not say which"
 
 
-def _answer(request: Request, message: Message, seconds: float, sent: int) -> Answer:
+def _reply(request: Request, message: Message, elapsed: float) -> Reply:
+    (node,) = request.nodes
     if message.has_error():
-        return Answer(None, f"error {message.error.code}: {message.error.reason}"[:_LONGEST_REASON], seconds, sent)
-    received = num_bytes(message.content)
+        reason = f"error {message.error.code}: {message.error.reason}"[:_LONGEST_REASON]
+        return Reply(failures={node: Failure(error_kind(message.error.code), reason)}, seconds={node: elapsed})
     try:
-        # Time in Flower's queues says nothing of the client, so it is asked; it cannot claim more than has passed.
-        worked = min(decode_seconds(message.content), seconds)
-        return Answer(decode_reply(request, message.content), None, worked, sent, received)
+        reply = decode_reply(content_to_frame(message.content), request)
     except ProtocolError as error:
-        return Answer(None, f"bad reply: {error}", seconds, sent, received)
+        return Reply(failures={node: Failure(error.kind, f"bad reply: {error}")}, seconds={node: elapsed})
+    # Time in Flower's queues says nothing of the client, so it is asked; it cannot claim more than has passed.
+    reply.seconds = {node: min(reply.seconds[node], elapsed)}
+    return reply

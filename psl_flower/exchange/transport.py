@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from flwr.serverapp import Grid
 
 from psl_flower.checks import check_choice
 from psl_flower.errors import ConfigError
-from psl_flower.exchange.base import Answer, Carrier
+from psl_flower.exchange.base import Carrier
 from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.exchange.streams import StreamCarrier, StreamOptions
 from psl_flower.grid import InProcessGrid
-from psl_flower.protocol import Request
+from psl_flower.protocol import Reply, Request
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -68,16 +68,16 @@ class AutoCarrier(Carrier):
         """Return the ids of the nodes that are connected now."""
         return self._carrier.node_ids()
 
-    def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
-        """Send a request to each node and wait until all are answered or `timeout` is over."""
+    def exchange(self, request: Request, timeout: float) -> Reply:
+        """Ask all nodes of a request and wait until all have answered or `timeout` is over."""
         self._check_stopped()
         if self._streams is not None:
-            failures = self._streams.attach_new(requests, timeout)
+            failures = self._streams.attach_new(request.nodes, timeout)
             if failures:
                 node, reason = next(iter(failures.items()))
-                more = f" ({len(failures)} of {len(requests)} clients failed so)" if len(failures) > 1 else ""
+                more = f" ({len(failures)} of {len(request.nodes)} clients failed so)" if len(failures) > 1 else ""
                 self._fall_back(f"node {node}: {reason}{more}")
-        return self._carrier.exchange(requests, timeout)
+        return self._carrier.exchange(request, timeout)
 
     def stop(self) -> None:
         """Have the exchange under way, and every later one, raise StoppedError; for other threads to call."""

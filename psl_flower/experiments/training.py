@@ -22,9 +22,9 @@ from psl_flower.experiments.draws import draw_all
 from psl_flower.experiments.schedule import Schedule
 from psl_flower.experiments.setting import Setting
 from psl_flower.samplers.base import FloatArray, IntArray
+from psl_flower.server import run_on_batch
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
-from psl_flower.strategy.server_step import run_on_batch
 
 # Steps between two looks at what the device has computed: a look at a GPU waits for it, on the CPU it costs nothing.
 _STEPS_A_LOOK, _STEPS_A_LOOK_CPU = 50, 8

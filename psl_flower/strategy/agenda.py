@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psl_flower.errors import MembershipError
-from psl_flower.protocol import WorkOrder
+from psl_flower.protocol import Orders
 from psl_flower.samplers.base import BatchPlan, IntArray, PlanStep, Population, Sampler
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.strategy.orders import Cursors
@@ -63,6 +63,7 @@ class Agenda:
         self._next = 0
         self._taken = 0  # steps, of the plan
         self._due = population.sizes.copy()  # what each client owes that the plan collects, (K,)
+        self._outdated = False  # whether the plan collects more than is owed
 
     # --- what is left ------------------------------------------------------------------------------------------------
     @property
@@ -83,13 +84,37 @@ class Agenda:
     def step(self, clients: IntArray) -> PlanStep:
         """Return the next step with these clients, some of which must owe examples; it is next until it is `done`."""
         here = np.isin(self.population.client_ids, clients) & (self.owed > 0)
-        if self._replanning_pays(here) or not self._put_off((self._due > 0) & ~here):
+        if self._outdated or self._replanning_pays(here) or not self._put_off((self._due > 0) & ~here):
             self._replan(here)
         return self._plan[self._next]
 
-    def orders(self, index: int, step: PlanStep) -> list[WorkOrder]:
+    def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]]) -> Orders:
         """Return the work orders of a step, the `index`-th of the epoch to be committed."""
-        return self._cursors.orders(index, step)
+        return self._cursors.orders(index, step, left_out)
+
+    def leave_out(self, client: int, labels: Sequence[int], rows: int, *, lost: bool) -> None:
+        """Have a client owe fewer examples: it cannot read some, which no committed step has used.
+
+        Parameters
+        ----------
+        client : int
+        labels : sequence of int
+            Their classes, where they are known.
+        rows : int
+            How many.
+        lost : bool
+            Whether the step in which that turned out goes on without the client: then the plan still fits what it owes.
+        """
+        row = int(np.searchsorted(self.population.client_ids, client))
+        sizes, counts = self.population.sizes.copy(), self.population.label_counts
+        sizes[row] -= rows
+        if counts is not None:
+            counts = counts.copy()
+            np.subtract.at(counts[row], list(labels), 1)
+            if counts[row].min() < 0 or counts[row].sum() != sizes[row]:  # their classes are not known
+                counts[row] = round_to_sum(np.maximum(counts[row], 0) + 1e-9, int(sizes[row]), np.random.default_rng(0))
+        self.population = replace(self.population, sizes=sizes, label_counts=counts)
+        self._outdated |= not lost
 
     def done(self, step: PlanStep, labels: Mapping[int, NDArray[Any]]) -> None:
         """Count as used what came of the next step.
@@ -136,6 +161,7 @@ class Agenda:
 
     def _replan(self, here: BoolArray) -> None:
         self.replans += 1
+        self._outdated = False
         people, rows = self.population, np.flatnonzero(here)
         rest = Population(
             people.client_ids[rows],
@@ -211,7 +237,7 @@ class Agenda:
         agenda.replans, agenda._taken = state["replans"], state["taken"]
         agenda._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
         agenda._cursors.used, agenda._cursors.used_by_class = state["used"], state["used_by_class"]
-        agenda._seen = state["seen"]
+        agenda._seen, agenda._outdated = state["seen"], False
         rest = Population(population.client_ids, population.sizes)
         plan = agenda._plan = BatchPlan(rest, **state["plan"])
         agenda._next, agenda._due = 0, np.zeros(len(population), dtype=np.int64)

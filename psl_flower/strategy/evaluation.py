@@ -1,98 +1,136 @@
-"""Split evaluation: clients send the activations of their test data, the server finishes."""
+"""Split evaluation: the clients' test data stays with them, the server finishes what they send."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 
+import numpy as np
 from flwr.app import MetricRecord
 
 from psl_flower.errors import StepError
 from psl_flower.exchange import Clients
-from psl_flower.exchange.door import Door
-from psl_flower.protocol import Config, EvaluateRequest
-from psl_flower.strategy.server_step import SplitTrainer
+from psl_flower.exchange.validation import Validator
+from psl_flower.failures import Failure
+from psl_flower.methods.base import SplitMethod
+from psl_flower.protocol import Config, Orders
+from psl_flower.server import LocalBackend, Outcome
+from psl_flower.server.local import RowsError
+from psl_flower.strategy.context import Asking, EvaluationContext, LostClientsError, TooFewError, by_client
 from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
 
 
-def split_evaluate(
-    clients: Clients,
-    trainer: SplitTrainer,
-    door: Door,
-    *,
-    batch_size: int,
-    timeout: float,
-    config: Config,
-    evaluate_config: Config,
-    summary: RunSummary,
-    tolerate: bool = False,
-) -> MetricRecord | None:
-    """Evaluate the model on the test data of all clients, without the data leaving them.
+class Evaluator:
+    """Evaluates the model on the test data of all clients, without the data leaving them.
 
     Parameters
     ----------
+    method : SplitMethod
+    backend : LocalBackend
+    clients : Clients
     batch_size : int
         Examples an exchange, over all clients.
     timeout : float
         Seconds an exchange.
+    config, evaluate_config : dict
+        Sent to the clients.
     summary : RunSummary
         Told what went wrong.
     tolerate : bool
         Whether to go on without clients that fail, as long as there are others.
-
-    Returns
-    -------
-    MetricRecord or None
-        `loss` and `accuracy` (classification only), means over all examples, and `num_examples`; None if no client
-        has test data.
-
-    Raises
-    ------
-    StepError
-        If a client fails and that is not tolerated, or all fail.
     """
-    left = {c: m.description.num_test_examples for c, m in clients.members.items() if m.description.num_test_examples}
-    if not left:
-        return None
-    done = dict.fromkeys(left, 0)
-    loss, correct, predictions, examples = 0.0, 0, 0, 0
-    scored = True
-    while left:
-        share = max(1, batch_size // len(left))
-        counts = {client: min(share, n) for client, n in left.items()}
-        weights = trainer.weights()
-        requests = {c: EvaluateRequest(done[c], n, weights, config, evaluate_config) for c, n in counts.items()}
-        accepted, failures = door.activations(clients.exchange(requests, timeout), counts)
-        results = {}
-        for client, part in accepted.items():
+
+    def __init__(
+        self,
+        method: SplitMethod,
+        backend: LocalBackend,
+        clients: Clients,
+        *,
+        batch_size: int,
+        timeout: float,
+        config: Config,
+        evaluate_config: Config,
+        summary: RunSummary,
+        tolerate: bool = False,
+    ) -> None:
+        self._method, self._backend, self._clients = method, backend, clients
+        self._batch_size, self._summary, self._tolerate = batch_size, summary, tolerate
+        self._asking = Asking(
+            exchange=lambda request: clients.exchange(request, timeout),
+            validator=Validator(),
+            config=config,
+            evaluate_config=evaluate_config,
+            refuse=lambda failures, of, stage: None,
+        )
+
+    def evaluate(self) -> MetricRecord | None:
+        """Return the metrics over all examples; None if no client has test data.
+
+        Returns
+        -------
+        MetricRecord or None
+            `loss` and `accuracy` (classification only), means over all examples, and `num_examples`.
+
+        Raises
+        ------
+        StepError
+            If a client fails and that is not tolerated, or all fail.
+        """
+        members = self._clients.members.items()
+        left = {c: m.description.num_test_examples for c, m in members if m.description.num_test_examples}
+        if not left:
+            return None
+        done = dict.fromkeys(left, 0)
+        outcomes: list[Outcome] = []
+        examples = 0
+        while left:
+            share = max(1, self._batch_size // len(left))
+            counts = {client: min(share, n) for client, n in left.items()}
+            outcome, failures = self._batch(done, counts)
+            self._summary.refuse_in_evaluation(failures)
+            if failures and (not self._tolerate or not (outcome or examples)):
+                raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
+            for client, why in failures.items():
+                log.warning("evaluation goes on without client %d: %s", client, why)
+                del left[client], counts[client]
+            if outcome is not None:
+                outcomes.append(outcome)
+            for client, n in counts.items():
+                done[client] += n
+            examples += sum(counts.values())
+            left = {client: n - counts[client] for client, n in left.items() if n > counts[client]}
+        return _metrics(outcomes, examples)
+
+    def _batch(self, done: Mapping[int, int], counts: Mapping[int, int]) -> tuple[Outcome | None, dict[int, Failure]]:
+        """Evaluate some examples of each client; return what is wrong with those that failed."""
+        clients = np.array(sorted(counts), dtype=np.int64)
+        orders = Orders(
+            clients=clients,
+            starts=np.array([done[int(c)] for c in clients], dtype=np.int64),
+            counts=np.array([counts[int(c)] for c in clients], dtype=np.int64),
+            test=True,
+        )
+        failures: dict[int, Failure] = {}
+        while len(orders):
+            ctx = EvaluationContext(self._method, self._backend, self._asking, orders, seed=0)
             try:
-                results[client] = trainer.evaluate(part, client)
-            except StepError as error:
-                if client not in error.failures:
-                    raise
-                failures |= error.failures
-        summary.refuse_in_evaluation(failures)
-        if failures and (not tolerate or not (results or examples)):
-            raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
-        for client, why in failures.items():
-            log.warning("evaluation goes on without client %d: %s", client, why)
-            del left[client], counts[client]
-        for part_loss, part_correct, part_predictions in results.values():
-            loss += part_loss
-            scored &= part_correct is not None
-            correct += part_correct or 0
-            predictions += part_predictions
-        for client, n in counts.items():
-            done[client] += n
-        examples += sum(counts.values())
-        left = _less(left, counts)
-    metrics: dict[str, int | float] = {"loss": loss / examples, "num_examples": examples}
-    if scored:
-        metrics["accuracy"] = correct / predictions
+                outcome: Outcome = self._method.evaluate(ctx)
+                return outcome, failures | ctx.lost
+            except (LostClientsError, TooFewError):
+                failures |= ctx.lost
+            except RowsError as error:
+                failures |= ctx.lost | by_client(error, ctx.orders)
+            orders = orders.take(np.flatnonzero(~np.isin(orders.clients, list(failures))))
+        return None, failures
+
+
+def _metrics(outcomes: list[Outcome], examples: int) -> MetricRecord:
+    weight = sum(outcome.weight for outcome in outcomes)
+    loss = sum(outcome.loss * outcome.weight for outcome in outcomes if outcome.weight)
+    metrics: dict[str, int | float] = {"loss": loss / weight if weight else 0.0, "num_examples": examples}
+    scored = [(o.correct, o.predictions) for o in outcomes if o.correct is not None and o.predictions]
+    if len(scored) == len(outcomes):
+        metrics["accuracy"] = sum(c for c, _ in scored) / sum(n for _, n in scored)
     return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
-
-
-def _less(left: Mapping[int, int], taken: Mapping[int, int]) -> dict[int, int]:
-    return {client: n - taken[client] for client, n in left.items() if n > taken[client]}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from psl_flower.protocol import WorkOrder
+from psl_flower.protocol import Orders
 from psl_flower.samplers.base import IntArray, PlanStep
 
 
@@ -32,25 +34,28 @@ class Cursors:
         self.used = np.zeros(len(client_ids), dtype=np.int64)
         self.used_by_class = np.zeros((len(client_ids), 0), dtype=np.int64)
 
-    def orders(self, index: int, step: PlanStep) -> list[WorkOrder]:
-        """Return the work orders of step `index` of the epoch, in ascending client id."""
+    def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]]) -> Orders:
+        """Return the work orders of step `index` of the epoch.
+
+        Parameters
+        ----------
+        left_out : dict of int to tuple of int
+            By client: examples it cannot read.
+        """
         rows = np.searchsorted(self._clients, step.clients)
-        by_class = step.class_quotas is not None
         if step.class_quotas is not None:
             self._widen(step.class_quotas.shape[1])
-        return [
-            WorkOrder(
-                client=int(client),
-                seed=self._seed,
-                epoch=self._epoch,
-                step=index,
-                start=int(self.used[row]),
-                count=int(quota),
-                class_starts=self.used_by_class[row].copy() if by_class else None,
-                class_counts=None if step.class_quotas is None else step.class_quotas[i],
-            )
-            for i, (client, row, quota) in enumerate(zip(step.clients, rows, step.quotas, strict=True))
-        ]
+        return Orders(
+            clients=step.clients,
+            starts=self.used[rows],
+            counts=step.quotas,
+            seed=self._seed,
+            epoch=self._epoch,
+            step=index,
+            class_starts=None if step.class_quotas is None else self.used_by_class[rows],
+            class_counts=step.class_quotas,
+            left_out={int(c): left_out[int(c)] for c in step.clients if int(c) in left_out} if left_out else {},
+        )
 
     def advance(self, step: PlanStep) -> None:
         """Count a committed step's examples as used."""

@@ -14,15 +14,17 @@ from flwr.serverapp.strategy import Result
 
 from psl_flower.errors import StepError
 from psl_flower.exchange import Clients
-from psl_flower.exchange.door import Door
+from psl_flower.failures import Failure, Kind
 from psl_flower.faults import FaultPolicy
-from psl_flower.protocol import Config, WorkOrder
+from psl_flower.protocol import Orders
 from psl_flower.samplers.base import IntArray, Population
+from psl_flower.server import LocalBackend
 from psl_flower.strategy.agenda import Agenda
+from psl_flower.strategy.context import Attempt
+from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.progress import Progress
 from psl_flower.strategy.result import RunRecorder
-from psl_flower.strategy.server_step import SplitTrainer
-from psl_flower.strategy.step import Attempt, StepRunner
+from psl_flower.strategy.step import StepRunner
 from psl_flower.strategy.summary import RunSummary
 from psl_flower.strategy.tolerance import Absences, Stall
 
@@ -33,9 +35,10 @@ log = logging.getLogger("flwr.psl_flower")
 class Run:
     """What lives as long as one call of `start`."""
 
-    trainer: SplitTrainer
+    backend: LocalBackend
     clients: Clients
     runner: StepRunner
+    evaluator: Evaluator
     recorder: RunRecorder
     progress: Progress
     summary: RunSummary
@@ -44,11 +47,8 @@ class Run:
     state: dict[str, torch.Tensor]  # of the whole model
     result: Result
     timeout: float
-    train_config: Config
-    evaluate_config: Config
 
     def __post_init__(self) -> None:
-        self.evaluation_door = Door()
         self.absences = Absences()
         self.given_up: set[int] = set()  # clients that owed examples at the end of the last epoch they were in
         self.missing: set[int] = set()  # those of them that gave nothing at all
@@ -58,7 +58,7 @@ class Run:
 
     def current_state(self) -> dict[str, torch.Tensor]:
         """Return the whole model's state dict as it is now."""
-        self.state |= self.trainer.state()
+        self.state |= self.backend.state()
         return self.state
 
     def take_saved(self) -> dict[str, Any] | None:
@@ -69,25 +69,34 @@ class Run:
     # --- clients that fail -------------------------------------------------------------------------------------------
     def at_hand(self, owing: IntArray) -> IntArray:
         """Return the clients to go on with: those that owe and are not left out; all, if there are none."""
-        kept = np.array([client for client in owing if client not in self.absences.left_out()], dtype=np.int64)
+        absent = self.absences.left_out()
+        kept = np.array([client for client in owing if client not in absent], dtype=np.int64)
         return kept if len(kept) else owing
 
-    def attempt(self, orders: list[WorkOrder], waits: Mapping[int, float]) -> Attempt:
+    def owing(self, agenda: Agenda) -> IntArray:
+        """Return the clients that owe examples and are not excluded."""
+        owing = agenda.owing()
+        return owing[~np.isin(owing, list(self.clients.excluded))] if self.clients.excluded else owing
+
+    def attempt(self, agenda: Agenda, orders: Orders, waits: Mapping[int, float]) -> Attempt:
         """Try a step, and remember who failed."""
         self.absences.next_attempt()
         attempt = self.runner.attempt(orders, waits)
-        self.absences.failed(attempt.lost)
-        self.absences.succeeded(attempt.batch)
-        self.given_up -= attempt.batch.keys()
-        summary, examples = self.summary, {order.client: order.count for order in orders}
-        nothing = attempt.outcome is None and not attempt.skipped
+        nothing = attempt.record is None and not attempt.skipped
+        self._leave_out_rows(agenda, attempt, nothing=nothing)
+        self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
+        self.absences.failed(c for c, f in attempt.lost.items() if f.kind is not Kind.UNREADABLE)
+        self.absences.succeeded(attempt.clients)
+        self.given_up.difference_update(attempt.clients)
+        summary = self.summary
+        examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
         what = "is redone, for want of" if nothing else "goes on without"
         for client, why in attempt.lost.items():
-            log.warning("step %d %s client %d: %s", orders[0].step, what, client, why)
+            log.warning("step %d %s %s: %s", orders.step, what, self.clients.name(client), why)
         if attempt.skipped:
             summary.steps_skipped += 1
-            summary.examples_skipped += sum(examples[client] for client in attempt.batch)
-        elif attempt.outcome is None:
+            summary.examples_skipped += sum(examples[client] for client in attempt.clients)
+        elif nothing:
             summary.steps_redone += 1
             summary.examples_redone += sum(examples.values())
         else:
@@ -96,6 +105,35 @@ class Run:
             summary.steps_short += bool(attempt.lost)
             summary.examples_redone += sum(examples[client] for client in attempt.lost)
         return attempt
+
+    def _leave_out_rows(self, agenda: Agenda, attempt: Attempt, *, nothing: bool) -> None:
+        """Leave examples out for good that clients cannot read: all others are still drawn."""
+        for client, failure in attempt.lost.items():
+            if failure.kind is not Kind.UNREADABLE:
+                continue
+            new = self.clients.leave_out(client, failure)
+            if not new:
+                attempt.lost[client] = Failure(Kind.RAISED, f"it names no example that is its own: {failure.detail}")
+                continue
+            labels = [failure.labels[row] for row in new if row in failure.labels]
+            agenda.leave_out(client, labels, len(new), lost=not nothing)
+
+    def _exclude(self, mistakes: Mapping[int, Failure]) -> None:
+        """Leave clients out for the rest of the run, where the policy says so.
+
+        Raises
+        ------
+        StepError
+            If nobody is left.
+        """
+        if self.policy.mistakes != "exclude" or not mistakes:
+            return
+        self.clients.excluded |= mistakes.keys()
+        self.summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
+        for client, failure in mistakes.items():
+            log.warning("%s is left out for the rest of the run, for a mistake: %s", self.clients.name(client), failure)
+        if self.clients.excluded >= self.clients.members.keys():
+            raise StepError("every client made a mistake, nobody is left to train with", mistakes)
 
     def give_up(self, attempt: Attempt, agenda: Agenda, stall: Stall, *, committed: bool) -> bool:
         """Return whether to give up the rest of an epoch after an attempt that nothing came of; else wait a little.
@@ -115,15 +153,20 @@ class Run:
         StepError
             If nothing can be done: nobody has ever completed a step, the epoch has none, or all its clients fail.
         """
-        all_failed = attempt.lost.keys() == attempt.answers.keys()
+        all_failed = len(attempt.lost) == len(attempt.orders)
         self.answered |= not all_failed
+        unreadable = any(failure.kind is Kind.UNREADABLE for failure in attempt.lost.values())
+        if unreadable:
+            return False  # what is left of those examples is asked for next
         if all_failed and not (self.committed or self.answered):
             everyone = len(attempt.lost) == len(self.clients.members)
-            alike = len(attempt.lost) > 1 and len(set(attempt.lost.values())) == 1  # a bug, in others too
+            alike = (
+                len(attempt.lost) > 1 and len({f.detail for f in attempt.lost.values()}) == 1
+            )  # a bug, in others too
             if everyone or alike:
                 raise StepError(f"all {len(attempt.lost)} clients failed, before any step was completed", attempt.lost)
         # no waiting for those again for whom an earlier epoch has waited in vain
-        known = set(agenda.owing().tolist()) <= self.given_up
+        known = set(self.owing(agenda).tolist()) <= self.given_up
         patience = 0.0 if known else self.policy.patience
         stall.failures = attempt.lost | stall.failures  # what began it says more than what followed
         if stall.hopeless(patience):
@@ -147,8 +190,14 @@ class Run:
         held = dict(zip(agenda.population.client_ids.tolist(), agenda.population.sizes.tolist(), strict=True))
         self.missing = {client for client, n in unseen.items() if n == held[client]}
         for client, n in unseen.items():
-            log.warning("round %d went without %d examples of client %d", server_round, n, client)
-        return sum(unseen.values())
+            log.warning("round %d went without %d examples of %s", server_round, n, self.clients.name(client))
+        here = {client: len(rows) for client, rows in self.clients.left_out.items() if client in held}
+        for client, n in here.items():
+            log.warning(
+                "round %d went without %d examples that %s cannot read", server_round, n, self.clients.name(client)
+            )
+        self.summary.examples_unseen.update(here)
+        return sum(unseen.values()) + sum(here.values())
 
     def with_members(self, population: Population, joined: list[int]) -> Population:
         """Return a population with clients added that have joined."""

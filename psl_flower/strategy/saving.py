@@ -14,11 +14,11 @@ from torch import Tensor
 from psl_flower import checkpoint
 from psl_flower.checkpoint import Checkpoints, check_identity
 from psl_flower.samplers.base import Sampler
+from psl_flower.server import LocalBackend
 from psl_flower.stragglers import DelayEstimator, DelayModel
 from psl_flower.strategy.agenda import Agenda
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.run import Run
-from psl_flower.strategy.server_step import SplitTrainer
 from psl_flower.strategy.tolerance import Absences
 
 log = logging.getLogger("flwr.psl_flower")
@@ -33,7 +33,7 @@ class Saver:
     ----------
     checkpoints : Checkpoints or None
         Where they go; None: none are written.
-    trainer : SplitTrainer
+    backend : LocalBackend
     scheduler : torch learning-rate scheduler, optional
     template : dict of str to Tensor
         The whole model's state dict.
@@ -49,7 +49,7 @@ class Saver:
     def __init__(
         self,
         checkpoints: Checkpoints | None,
-        trainer: SplitTrainer,
+        backend: LocalBackend,
         scheduler: Any,
         *,
         template: Mapping[str, Tensor],
@@ -63,10 +63,10 @@ class Saver:
             "model": {name: f"{t.dtype} {tuple(t.shape)}" for name, t in template.items()},
             "cut": cut,
             "sampler": {"class": type(sampler).__name__, **settings},
-            "optimizer": type(trainer.optimizer).__name__,
+            "optimizer": type(backend.optimizer).__name__,
         }
         if checkpoints:
-            checkpoint.check({"optimizer": trainer.optimizer.state_dict(), "scheduler": _state_of(scheduler)})
+            checkpoint.check({"optimizer": backend.optimizer.state_dict(), "scheduler": _state_of(scheduler)})
 
     def find(self, resume_from: str | Path | None) -> dict[str, Any] | None:
         """Return the checkpoint to resume from, if there is one; put those of another run away if not.
@@ -102,7 +102,8 @@ class Saver:
             "identity": self._identity,
             "configuration": run.recorder.config,
             "round": server_round,
-            "trainer": {**run.trainer.saved(), "state": run.current_state()},
+            "trainer": {**run.backend.state_dict(), "state": run.current_state()},
+            "left_out": run.clients.left_out_state(),
             "scheduler": _state_of(self._scheduler),
             "agenda": agenda.state(),
             "epoch": epoch.state(),
@@ -117,7 +118,8 @@ class Saver:
 
     def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
         """Bring a run to where a checkpoint was written."""
-        run.trainer.restore(saved["trainer"])
+        run.backend.load_state_dict(saved["trainer"])
+        run.clients.load_left_out(saved["left_out"])
         run.state |= saved["trainer"]["state"]
         if self._scheduler:
             self._scheduler.load_state_dict(saved["scheduler"])

@@ -27,21 +27,23 @@ from psl_flower.exchange import Clients
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
 from psl_flower.faults import FaultPolicy
-from psl_flower.flower import stopped_by_flower
+from psl_flower.flower import is_deployment, stopped_by_flower
+from psl_flower.methods import SplitMethod, make_method
 from psl_flower.samplers.base import PlanStep, Population, Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
+from psl_flower.server import LocalBackend, Loss, OptimizerFn
 from psl_flower.split import check_client_half, cut_model
 from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
 from psl_flower.strategy.agenda import Agenda, part, saved_population
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
+from psl_flower.strategy.context import Attempt
 from psl_flower.strategy.epoch import Epoch
-from psl_flower.strategy.evaluation import split_evaluate
+from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.saving import Saver, saved_result
-from psl_flower.strategy.server_step import Loss, OptimizerFn, SplitTrainer
-from psl_flower.strategy.step import Attempt, StepRunner
+from psl_flower.strategy.step import StepRunner
 from psl_flower.strategy.summary import RunSummary
 from psl_flower.strategy.tolerance import Stall
 
@@ -71,6 +73,8 @@ class ParallelSplitLearning(Strategy):
         The whole model; copied, not changed. Its weights do not matter: `start` is given them.
     cut : str, optional
         Qualified name of the first server-side submodule. None for a `SplitModel`.
+    method : str or SplitMethod
+        The way of splitting, see `psl_flower.methods`; the clients need the same.
     sampler : Sampler, optional
         Decides the quotas. Default: ``UniformGlobalSampler(batch_size=128)``.
     optimizer : callable, optional
@@ -128,6 +132,7 @@ class ParallelSplitLearning(Strategy):
         model: nn.Module,
         *,
         cut: str | None = None,
+        method: str | SplitMethod = "parallel",
         sampler: Sampler | None = None,
         optimizer: OptimizerFn = _sgd,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
@@ -156,7 +161,7 @@ class ParallelSplitLearning(Strategy):
             if not callable(function):
                 raise ConfigError(f"{name} must be callable, got {function!r:.80}")
         self.sampler = sampler or UniformGlobalSampler(batch_size=128)
-        self.cut = cut
+        self.cut, self.method = cut, make_method(method)
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
@@ -172,8 +177,6 @@ class ParallelSplitLearning(Strategy):
         self.transport = check_choice(transport, "transport", TRANSPORTS)
         self.stream_options = stream_options or StreamOptions()
         self.faults = faults or FaultPolicy()
-        if self.faults.max_gradient_norm is not None:  # each client's share must be seen
-            self.stream_options = replace(self.stream_options, sum_gradients=False)
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", least=0)
         self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
         self.resume_from = resume_from
@@ -241,9 +244,11 @@ class ParallelSplitLearning(Strategy):
         num_rounds = check_int(num_rounds, "num_rounds", least=1)
         timeout = check_float(timeout, "timeout", above=0)
         state = arrays_to_state(initial_arrays, self._template)
-        trainer = self._trainer(state)
-        scheduler = self._scheduler(trainer.optimizer) if self._scheduler else None
-        saver = self._saver(trainer, scheduler)
+        backend = self._backend(state)
+        scheduler = self._scheduler(backend.optimizer) if self._scheduler else None
+        saver = self._saver(backend, scheduler)
+        deployment = is_deployment(grid)
+        policy = replace(self.faults, mistakes=self.faults.mistakes or ("exclude" if deployment else "stop"))
         saved = saver.find(self.resume_from)
         result, begin = Result() if saved is None else saved_result(saved), time.monotonic()
         position, first_round = (None, 1) if saved is None else (saved["metrics_position"], saved["round"])
@@ -254,32 +259,47 @@ class ParallelSplitLearning(Strategy):
             RunRecorder(self._output_dir, self._configuration(num_rounds), position, self._callbacks) as recorder,
         ):
             stops.append(carrier.stop)
-            tolerate = self.faults.tolerate
+            config = dict(train_config or {})
             clients = Clients(
-                carrier, label_counts=self.sampler.needs_label_counts, config=train_config, tolerate=tolerate
+                carrier,
+                label_counts=self.sampler.needs_label_counts,
+                config=config,
+                tolerate=policy.tolerate,
+                may_grow=deployment,
             )
             summary = RunSummary.from_dict(saved["summary"]) if saved else RunSummary()
             run = Run(
-                trainer=trainer,
+                backend=backend,
                 clients=clients,
                 runner=StepRunner(
-                    trainer,
+                    self.method,
+                    backend,
                     clients,
-                    policy=self.faults,
-                    timeout=self.faults.step_timeout or timeout,
-                    config=dict(train_config or {}),
+                    policy=policy,
+                    timeout=policy.step_timeout or timeout,
+                    separate=not self.stream_options.sum_gradients,
+                    config=config,
                     summary=summary,
+                ),
+                evaluator=Evaluator(
+                    self.method,
+                    backend,
+                    clients,
+                    batch_size=self.evaluate_batch_size,
+                    timeout=timeout,
+                    config=config,
+                    evaluate_config=dict(evaluate_config or {}),
+                    summary=summary,
+                    tolerate=policy.tolerate,
                 ),
                 recorder=recorder,
                 progress=Progress(num_rounds),
                 summary=summary,
-                policy=self.faults,
+                policy=policy,
                 saved=saved,
                 state=state,
                 result=result,
                 timeout=timeout,
-                train_config=dict(train_config or {}),
-                evaluate_config=dict(evaluate_config or {}),
             )
             try:
                 if saved is None:
@@ -315,29 +335,30 @@ class ParallelSplitLearning(Strategy):
         virtual_clock = self._virtual_clock(agenda.population)
         stall, skips = Stall(), 0
         with epoch:
-            while len(agenda.owing()):
+            while len(run.owing(agenda)):
                 self._look_for_clients(run, agenda, epoch, virtual_clock)
                 begin = time.monotonic()
-                step = agenda.step(run.at_hand(agenda.owing()))
+                step = agenda.step(run.at_hand(run.owing(agenda)))
                 epoch.seconds_plan += time.monotonic() - begin
-                orders, waits = agenda.orders(len(epoch), step), self._waits(virtual_clock, step)
+                orders = agenda.orders(len(epoch), step, run.clients.left_out)
+                waits = self._waits(virtual_clock, step)
                 with StepError.located(f"round {server_round}, step {len(epoch)}"):
-                    attempt = run.attempt(orders, waits)
-                    nothing = attempt.outcome is None and not attempt.skipped
+                    attempt = run.attempt(agenda, orders, waits)
+                    nothing = attempt.record is None and not attempt.skipped
                     if nothing and run.give_up(attempt, agenda, stall, committed=len(epoch) > 0):
                         break
                     skips = skips + 1 if attempt.skipped else 0
                     _check_skips(skips)
                 if attempt.skipped:
-                    agenda.done(part(step, attempt.batch), _labels(attempt))
-                elif attempt.outcome is not None:
-                    step = part(step, attempt.batch)
+                    agenda.done(part(step, attempt.counts()), _labels(attempt))
+                elif attempt.record is not None:
+                    step = part(step, attempt.counts())
                     agenda.done(step, _labels(attempt))
                     stall.over()
                     self._measure(attempt)
                     simulated = virtual_clock.advance(step.clients, step.quotas) if virtual_clock else None
                     record = _step_record(server_round, len(epoch), attempt, time.monotonic() - begin, simulated)
-                    epoch.add(record, step, attempt.outcome.class_counts)
+                    epoch.add(record, step, attempt.record.class_counts)
                     done, of = len(epoch), len(epoch) + agenda.steps_left()
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
                     if self.checkpoint_every and done % self.checkpoint_every == 0 and agenda.steps_left():
@@ -370,7 +391,7 @@ class ParallelSplitLearning(Strategy):
     def _look_for_clients(self, run: Run, agenda: Agenda, epoch: Epoch, virtual_clock: VirtualClock | None) -> None:
         """Find clients that failed before on the nodes where they are now, and let new ones in if they may enter."""
         at_once = self.faults.join == "step"
-        if not self.faults.tolerate or not (at_once or run.absences.failing() & set(run.at_hand(agenda.owing()))):
+        if not self.faults.tolerate or not (at_once or run.absences.failing() & set(run.at_hand(run.owing(agenda)))):
             return
         joined = run.clients.look_again(self.faults.step_timeout or run.timeout)
         if not joined:
@@ -387,17 +408,7 @@ class ParallelSplitLearning(Strategy):
         if not self.evaluate_every or server_round % self.evaluate_every:
             return {}
         with StepError.located(f"round {server_round}, evaluation"):
-            metrics = split_evaluate(
-                run.clients,
-                run.trainer,
-                run.evaluation_door,
-                batch_size=self.evaluate_batch_size,
-                timeout=run.timeout,
-                config=run.train_config,
-                evaluate_config=run.evaluate_config,
-                summary=run.summary,
-                tolerate=self.faults.tolerate,
-            )
+            metrics = run.evaluator.evaluate()
         if metrics is None:
             return {}
         result.evaluate_metrics_clientapp[server_round] = metrics
@@ -423,20 +434,20 @@ class ParallelSplitLearning(Strategy):
         return dict(zip(step.clients.tolist(), times.tolist(), strict=True))
 
     def _measure(self, attempt: Attempt) -> None:
-        """Let an estimator see how long each client worked on a committed step: its forward and its last backward."""
+        """Let an estimator see how long each client worked on a committed step: its first and its last request."""
         if isinstance(self._delays, DelayEstimator):
-            for client, batch in attempt.batch.items():
-                forward, *_, backward = attempt.answers[client]
-                self._delays.observe(client, len(batch.labels), forward.seconds + backward.seconds)
+            for client, count in attempt.counts().items():
+                seconds = attempt.seconds[client]
+                self._delays.observe(client, count, seconds[0] + sum(seconds[-1:] if len(seconds) > 1 else ()))
 
     # --- its parts ---------------------------------------------------------------------------------------------------
-    def _trainer(self, state: Mapping[str, torch.Tensor]) -> SplitTrainer:
+    def _backend(self, state: Mapping[str, torch.Tensor]) -> LocalBackend:
         client, server = copy.deepcopy((self._halves.client, self._halves.server))  # `start` may be called again
         for half in (client, server):
             half.load_state_dict({name: state[name] for name in half.state_dict()})
-        return SplitTrainer(
-            client,
-            server,
+        return LocalBackend(
+            dict(zip(self.method.parts, (client, server), strict=True)),
+            self.method.parts,
             optimizer=self._optimizer,
             loss=self._loss,
             device=self._device,
@@ -444,11 +455,11 @@ class ParallelSplitLearning(Strategy):
             order=self._parameter_order,
         )
 
-    def _saver(self, trainer: SplitTrainer, scheduler: Any) -> Saver:
+    def _saver(self, backend: LocalBackend, scheduler: Any) -> Saver:
         checkpoints = None
         if self._output_dir is not None and self.keep_checkpoints:
             checkpoints = Checkpoints(Path(self._output_dir) / checkpoint.FOLDER, self.keep_checkpoints)
-        return Saver(checkpoints, trainer, scheduler, template=self._template, cut=self.cut, sampler=self.sampler)
+        return Saver(checkpoints, backend, scheduler, template=self._template, cut=self.cut, sampler=self.sampler)
 
     def _configuration(self, num_rounds: int) -> dict[str, Any]:
         return {
@@ -456,6 +467,7 @@ class ParallelSplitLearning(Strategy):
             "strategy": {
                 "num_rounds": num_rounds,
                 "cut": self.cut,
+                "method": self.method.name,
                 "sampler": repr(self.sampler),
                 "delays": repr(self._delays),
                 "simulated_delays": repr(self._simulated),
@@ -514,7 +526,11 @@ class ParallelSplitLearning(Strategy):
 
 
 def _labels(attempt: Attempt) -> dict[int, Any]:
-    return {client: part.labels.numpy() for client, part in attempt.batch.items()}
+    """Return the labels of each client's examples, where the server knows them."""
+    counts, labels = attempt.counts(), attempt.labels
+    if not isinstance(labels, torch.Tensor):
+        return {}
+    return dict(zip(counts, (part.numpy() for part in torch.split(labels, list(counts.values()))), strict=True))
 
 
 def _check_skips(in_a_row: int) -> None:
@@ -525,17 +541,16 @@ def _check_skips(in_a_row: int) -> None:
 def _step_record(
     server_round: int, index: int, attempt: Attempt, seconds: float, simulated: float | None
 ) -> StepRecord:
-    outcome, answers = attempt.outcome, [a for each in attempt.answers.values() for a in each]
-    assert outcome is not None
+    outcome, counts = attempt.record, attempt.counts()
     return StepRecord(
         round=server_round,
         step=index,
         loss=outcome.loss,
         accuracy=None if outcome.correct is None else outcome.correct / outcome.predictions,
-        batch_size=sum(len(part.labels) for part in attempt.batch.values()),
-        clients=len(attempt.batch),
-        bytes_sent=sum(a.bytes_sent for a in answers),
-        bytes_received=sum(a.bytes_received for a in answers),
+        batch_size=sum(counts.values()),
+        clients=len(counts),
+        bytes_sent=attempt.bytes_sent,
+        bytes_received=attempt.bytes_received,
         seconds_real=seconds,
         seconds_simulated=simulated,
     )

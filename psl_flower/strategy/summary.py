@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from psl_flower.exchange import Answer
+from psl_flower.failures import Failure
+from psl_flower.protocol import Reply
 from psl_flower.strategy.progress import clock
 
 log = logging.getLogger("flwr.psl_flower")
 
 _SLOWEST = 5  # clients shown
-
-# Kinds of failures, by what their texts hold; the first that fits. What clients raised comes first, for it may say
-# anything.
-_REASONS = {
-    "client error": r"^(error -?\d+|[\w.]*(Error|Exception|Interrupt)): ",
-    "timeout": "no reply within",
-    "unreachable": "did not accept a message|not connected|process is gone|stream|reads nothing|did not come back",
-    "another step": "reply to another step",
-    "not finite": "expected finite values",
-    "label range": "^labels: expected integers from",
-    "shape": "shape:",
-    "dtype": "dtype:",
-    "tensors missing or unknown": "^gradients: |^activations: expected",
-    "malformed": "^bad reply|^expected ",
-    "other": "",
-}
-
-
-def reason_of(failure: str) -> str:
-    """Return what kind of failure a text describes, in a word or two."""
-    return next(reason for reason, text in _REASONS.items() if re.search(text, failure))
 
 
 @dataclass
@@ -58,6 +37,8 @@ class RunSummary:
         Examples that had to be asked for again.
     examples_unseen : dict of int to int
         By client: examples that an epoch went without, over all epochs.
+    excluded : dict of int to str
+        Clients that the run goes without because of a mistake, and which.
     failures : dict of int to int
         By client: requests it did not answer as asked.
     refused : dict of str to int
@@ -87,6 +68,7 @@ class RunSummary:
     examples_skipped: int = 0
     examples_redone: int = 0
     examples_unseen: Counter[int] = field(default_factory=Counter)
+    excluded: dict[int, str] = field(default_factory=dict)
     failures: Counter[int] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     evaluation_failures: Counter[int] = field(default_factory=Counter)
@@ -102,9 +84,9 @@ class RunSummary:
     client_seconds: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     client_examples: Counter[int] = field(default_factory=Counter)
 
-    def exchanged(self, answers: Mapping[int, Answer], seconds: float, counts: Mapping[int, int]) -> None:
+    def exchanged(self, reply: Reply, seconds: float, counts: Mapping[int, int]) -> None:
         """Count an exchange that took `seconds`; `counts` are the examples asked of each client."""
-        replied = {client: a.seconds for client, a in answers.items() if a.reply is not None}
+        replied = {client: s for client, s in reply.seconds.items() if client not in reply.failures}
         worked = min(max(replied.values(), default=0.0), seconds)
         self.seconds_clients += worked
         self.seconds_wire += seconds - worked
@@ -112,14 +94,14 @@ class RunSummary:
             self.client_seconds[client] += its_seconds
             self.client_examples[client] += counts[client]
 
-    def refuse(self, failures: Mapping[int, str]) -> None:
-        """Count failures; texts by client."""
-        self.refused.update(map(reason_of, failures.values()))
+    def refuse(self, failures: Mapping[int, Failure]) -> None:
+        """Count failures; by client."""
+        self.refused.update(failure.kind.value for failure in failures.values())
         self.failures.update(failures.keys())
 
-    def refuse_in_evaluation(self, failures: Mapping[int, str]) -> None:
-        """Count failures of split evaluation; texts by client."""
-        self.evaluation_refused.update(map(reason_of, failures.values()))
+    def refuse_in_evaluation(self, failures: Mapping[int, Failure]) -> None:
+        """Count failures of split evaluation; by client."""
+        self.evaluation_refused.update(failure.kind.value for failure in failures.values())
         self.evaluation_failures.update(failures.keys())
 
     def slowest(self) -> dict[int, float]:
@@ -131,7 +113,7 @@ class RunSummary:
         """Return whether nothing went wrong."""
         skipped = self.steps_skipped + self.steps_redone + self.clipped
         refused = self.refused or self.evaluation_refused or self.ignored
-        return not (skipped or refused or self.examples_unseen)
+        return not (skipped or refused or self.examples_unseen or self.excluded)
 
     def report(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds."""
@@ -166,6 +148,8 @@ class RunSummary:
             log.warning("%d contributions of clients were scaled down to max_gradient_norm", self.clipped)
         if self.steps_skipped:
             log.warning("%d steps of %d examples were not finite", self.steps_skipped, self.examples_skipped)
+        if self.excluded:
+            log.warning("The run went without clients that made a mistake: %s", _listed(self.excluded))
         if self.examples_unseen:
             log.warning("Examples not seen, by client: %s", _shown(self.examples_unseen))
 
@@ -192,3 +176,7 @@ class RunSummary:
 def _shown(counts: Mapping[Any, int]) -> str:
     items: Iterable[tuple[Any, int]] = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{key} {n}" for key, n in items)
+
+
+def _listed(mistakes: Mapping[int, str]) -> str:
+    return "; ".join(f"client {client}: {why}" for client, why in sorted(mistakes.items())[:_SLOWEST])

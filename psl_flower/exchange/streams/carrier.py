@@ -14,7 +14,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
-from psl_flower.exchange.base import Answer, Carrier
+from psl_flower.exchange.base import Carrier
+from psl_flower.exchange.codec import decode_reply, encode_request
+from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.streams.endpoint import (
     Closed,
     Connection,
@@ -26,11 +28,11 @@ from psl_flower.exchange.streams.endpoint import (
     Stopped,
     Unsent,
 )
-from psl_flower.exchange.streams.frames import Frame
-from psl_flower.exchange.streams.groups import Group, decode_group_reply, encode_group, group_requests
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Ticket, Tokens
-from psl_flower.protocol import ATTACH, Request
+from psl_flower.failures import Failure, Kind
+from psl_flower.flower import error_kind
+from psl_flower.protocol import ATTACH, Reply, Request
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -38,6 +40,7 @@ log = logging.getLogger("flwr.psl_flower")
 _TTL = 30 * 24 * 3600.0
 # The reply of an attach message only matters if it fails: looking for it may not slow down what it waits for.
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5  # seconds
+_READ_SECONDS = 5.0  # for replies that have been sent already
 # A request that ended this many processes is not tried on another.
 _MAX_MOVES = 3
 
@@ -55,30 +58,46 @@ class _Home:
 class _Exchange:
     """One exchange under way."""
 
-    requests: Mapping[int, Request]
+    request: Request
     timeout: float
     begin: float = field(default_factory=time.monotonic)
-    answers: dict[int, Answer] = field(default_factory=dict)
+    reply: Reply = field(default_factory=Reply)
     moves: Counter[int] = field(default_factory=Counter)
     over: bool = False
+
+    def __post_init__(self) -> None:
+        self._position = {node: i for i, node in enumerate(self.request.nodes)}
+        self._open = set(self.request.nodes)
 
     def elapsed(self) -> float:
         return time.monotonic() - self.begin
 
-    def fail(self, nodes: Iterable[int], reason: str) -> None:
-        for node in nodes:
-            self.answers.setdefault(node, Answer(None, reason, self.elapsed()))
+    def add(self, reply: Reply) -> None:
+        """Take a reply; nodes that were given up in the meantime have none any more."""
+        late = reply.answered() - self._open
+        if not late:
+            self.reply.add(reply)
+            self._open -= reply.answered()
+
+    def fail(self, nodes: Iterable[int], kind: Kind, reason: str) -> None:
+        failed = [node for node in nodes if node in self._open]
+        self.reply.failures |= dict.fromkeys(failed, Failure(kind, reason))
+        self.reply.seconds |= dict.fromkeys(failed, self.elapsed())
+        self._open.difference_update(failed)
 
     def open_nodes(self) -> list[int]:
-        return [node for node in self.requests if node not in self.answers]
+        return [node for node in self.request.nodes if node in self._open] if self._open else []
+
+    def part(self, nodes: Iterable[int]) -> Request:
+        return self.request.take([self._position[node] for node in nodes])
 
 
 @dataclass(eq=False)
 class _Sent:
-    """A group on its way to a process."""
+    """A request on its way to a process."""
 
     connection: Connection
-    group: Group
+    request: Request
     bytes_sent: int = 0
 
 
@@ -107,7 +126,8 @@ class StreamCarrier(Carrier):
         self._homes: dict[int, _Home] = {}
         self._homeless: dict[int, str] = {}  # clients whose process ended, and why no other has them yet
         self._attaching: dict[int, str] = {}  # attach messages not known to have failed, by node
-        self._refused: dict[int, str] = {}  # what came of those that have
+        self._refused: dict[int, Failure] = {}  # what came of those that have
+        self._unread: set[str] = set()  # attach messages of clients that are in, whose replies are still to come
         self._number = 0
         self._sent: dict[int, _Sent] = {}
         self._exchange: _Exchange | None = None
@@ -132,7 +152,7 @@ class StreamCarrier(Carrier):
         self._endpoint.close()
 
     # --- attaching ---------------------------------------------------------------------------------------------------
-    def attach(self, nodes: Iterable[int], timeout: float) -> dict[int, str]:
+    def attach(self, nodes: Iterable[int], timeout: float) -> dict[int, Failure]:
         """Have clients open their streams, those that have none; return why the others did not.
 
         Parameters
@@ -152,19 +172,36 @@ class StreamCarrier(Carrier):
             left = end - time.monotonic()
             if left <= 0:
                 reason = f"it opened no stream within {timeout:g} s: see whether its node still runs"
-                self._refused |= dict.fromkeys(waiting, reason)
+                self._refused |= dict.fromkeys(waiting, _gone(reason))
                 break
             if not self._next_event(min(look, left)):
                 self._look_for_refusals()
                 look = min(1.5 * look, _LONGEST_LOOK)
         for node in new:
-            self._attaching.pop(node, None)
+            message_id = self._attaching.pop(node, None)
+            if message_id is not None and node in self._homes and self._homes[node].resident:
+                self._unread.add(message_id)
+        self._read_replies()
         self._balance(new & self._homes.keys())
         processes = len({home.connection for home in self._homes.values()})
         log.info("%d clients are connected by %d streams to %s.", len(self._homes), processes, self.address)
         return {node: self._refused.pop(node) for node in new if node in self._refused}
 
-    def attach_new(self, nodes: Iterable[int], timeout: float) -> dict[int, str]:
+    def _read_replies(self) -> None:
+        """Pull the replies to the attach messages of clients that are in: they tell nothing new.
+
+        As long as a reply is not pulled, Flower keeps the message, and its simulation looks at every message it keeps
+        for each of its nodes, ten times a second: that took longer than the training.
+        """
+        end, wait = time.monotonic() + _READ_SECONDS, _FIRST_LOOK
+        while self._unread and time.monotonic() < end:
+            for message in self._grid.pull_messages(list(self._unread)):
+                self._unread.discard(message.metadata.reply_to_message_id)
+            if self._unread:
+                time.sleep(wait)
+                wait = min(2 * wait, _LONGEST_LOOK)
+
+    def attach_new(self, nodes: Iterable[int], timeout: float) -> dict[int, Failure]:
         """Have those clients open their streams that never had one; who lost it is invited again by `exchange`."""
         strangers = [node for node in nodes if node not in self._homes and node not in self._homeless]
         return self.attach(strangers, min(timeout, self.options.attach_timeout)) if strangers else {}
@@ -187,7 +224,7 @@ class StreamCarrier(Carrier):
         else:
             self._attaching |= {node: str(i) for node, i in zip(messages, ids, strict=True) if i}
         for node in messages.keys() - self._attaching.keys():
-            self._refused[node] = "Flower did not accept a message to it: the node has left"
+            self._refused[node] = _gone("Flower did not accept a message to it: the node has left")
 
     def _look_for_refusals(self) -> None:
         """Read the replies to attach messages: in the simulation they come at once, in a deployment only to fail."""
@@ -233,12 +270,12 @@ class StreamCarrier(Carrier):
                 self._homes |= {node: _Home(connection, True, config) for node, config in moved.items()}
 
     # --- exchanging --------------------------------------------------------------------------------------------------
-    def exchange(self, requests: Mapping[int, Request], timeout: float) -> dict[int, Answer]:
-        """Send a request to each node and wait until all are answered or `timeout` is over."""
+    def exchange(self, request: Request, timeout: float) -> Reply:
+        """Ask all nodes of a request and wait until all have answered or `timeout` is over."""
         self._check_stopped()
-        current = _Exchange(requests, timeout)
-        for node, reason in self.attach_new(requests, timeout).items():
-            current.fail([node], reason)
+        current = _Exchange(request, timeout)
+        for node, failure in self.attach_new(request.nodes, timeout).items():
+            current.fail([node], failure.kind, failure.detail)
         self._exchange = current
         try:
             self._handle_waiting()
@@ -247,7 +284,7 @@ class StreamCarrier(Carrier):
         finally:
             current.over = True
             self._exchange = None
-        return {node: current.answers[node] for node in requests}
+        return current.reply
 
     def _wait(self, current: _Exchange) -> None:
         look = _FIRST_LOOK
@@ -264,17 +301,16 @@ class StreamCarrier(Carrier):
             look = min(1.5 * look, _LONGEST_LOOK)
             self._look_for_refusals()
             if current.elapsed() > self.options.attach_timeout:
-                self._refused |= {n: f"{why}; it did not come back" for n, why in self._homeless.items()}
+                self._refused |= {n: _gone(f"{why}; it did not come back") for n, why in self._homeless.items()}
             for node in [n for n in current.open_nodes() if n in self._homeless and n in self._refused]:
-                current.fail([node], self._refused.pop(node))
+                refused = self._refused.pop(node)
+                current.fail([node], refused.kind, refused.detail)
                 self._attaching.pop(node, None)
 
     def _give_up(self, current: _Exchange) -> None:
         """Answer for those that did not."""
-        late = current.open_nodes()
-        current.fail(
-            late, f"no reply within {current.timeout:g} s: raise timeout, or see whether the client still runs"
-        )
+        reason = f"no reply within {current.timeout:g} s: raise timeout, or see whether the client still runs"
+        current.fail(current.open_nodes(), Kind.TIMEOUT, reason)
         # a process that is stuck while others work would hold up every step: the others take over its clients
         stuck = {s.connection for s in self._sent.values() if s.connection.closing is None}
         others = set(self._resident_connections()) - stuck
@@ -289,21 +325,20 @@ class StreamCarrier(Carrier):
         current = self._exchange
         if current is None:
             return
-        by_connection: dict[Connection, dict[int, Request]] = {}
+        by_connection: dict[Connection, list[int]] = {}
         invited = []
         for node in nodes:
             if node in self._homes:
-                by_connection.setdefault(self._homes[node].connection, {})[node] = current.requests[node]
+                by_connection.setdefault(self._homes[node].connection, []).append(node)
             elif node in self._homeless and node not in self._attaching:
                 invited.append(node)
         self._invite(invited)
-        for connection, requests in by_connection.items():
-            for group in group_requests(requests, separate=not self.options.sum_gradients):
-                self._number += 1
-                self._sent[self._number] = sent = _Sent(connection, group)
-                if not connection.send(self._job(self._number, sent, current)) and connection.closing is None:
-                    del self._sent[self._number]
-                    current.fail(group.nodes, "its process reads nothing any more")
+        for connection, some in by_connection.items():
+            self._number += 1
+            self._sent[self._number] = sent = _Sent(connection, current.part(some))
+            if not connection.send(self._job(self._number, sent, current)) and connection.closing is None:
+                del self._sent[self._number]
+                current.fail(some, Kind.UNREACHABLE, "its process reads nothing any more")
 
     def _job(self, number: int, sent: _Sent, current: _Exchange) -> Job:
         """Return what makes the frame, in the thread that sends it, when those before it are out."""
@@ -311,17 +346,12 @@ class StreamCarrier(Carrier):
         def make() -> Frame | None:
             if current.over:
                 return None
-            group, connection = sent.group, sent.connection
-            version = None if group.weights is None else group.weights.version
-            new = version is not None and version != connection.sent_weights
+            known, wire_dtype = sent.connection.sent_weights, self.options.wire_dtype
             try:
-                frame = encode_group(group, number, with_weights=new, wire_dtype=self.options.wire_dtype)
+                frame, sent.bytes_sent = encode_request(sent.request, number, sent=known, wire_dtype=wire_dtype)
             except ProtocolError as error:
                 self._endpoint.events.put(Unsent(number, str(error)))
                 return None
-            sent.bytes_sent = frame.num_bytes()
-            if new:
-                connection.sent_weights = version
             return frame
 
         return make
@@ -352,7 +382,7 @@ class StreamCarrier(Carrier):
         else:
             sent = self._sent.pop(event.number, None)
             if sent is not None and self._exchange is not None:
-                self._exchange.fail(sent.group.nodes, event.reason)
+                self._exchange.fail(sent.request.nodes, Kind.MALFORMED, event.reason)
 
     def _joined(self, event: Joined) -> None:
         node = event.node
@@ -369,20 +399,16 @@ class StreamCarrier(Carrier):
             self.ignored["late"] += 1  # its exchange is over; or nobody asked this process
             return
         del self._sent[number]
-        current, nodes = self._exchange, sent.group.nodes
-        elapsed = current.elapsed()
+        current = self._exchange
         try:
-            replies, failures, seconds = decode_group_reply(frame, sent.group)
+            reply = decode_reply(frame, sent.request)
         except ProtocolError as error:
-            current.fail(nodes, f"bad reply: {error}")
+            current.fail(sent.request.nodes, error.kind, f"bad reply: {error}")
             return
-        ways = (sent.bytes_sent, frame.num_bytes())
-        for i, node in enumerate(nodes):
-            if node not in current.answers:
-                # bytes of a group are its clients' together; the sum over them is exact
-                out, back = (total // len(nodes) + (i < total % len(nodes)) for total in ways)
-                worked = seconds.get(node, elapsed)
-                current.answers[node] = Answer(replies.get(node), failures.get(node), worked, out, back)
+        elapsed = current.elapsed()
+        reply.seconds = {node: min(seconds, elapsed) for node, seconds in reply.seconds.items()}
+        reply.bytes_sent = sent.bytes_sent
+        current.add(reply)
 
     def _lost(self, connection: Connection, reason: str) -> None:
         """Find other homes for the clients of a process that is gone, and ask again what it was asked."""
@@ -408,9 +434,11 @@ class StreamCarrier(Carrier):
         again = [node for node in current.open_nodes() if node in lost]
         current.moves.update(again)
         tired = [node for node in again if current.moves[node] > _MAX_MOVES]
-        current.fail(tired, f"its process is gone ({reason}), for the {_MAX_MOVES + 1}th time in this exchange")
+        more = f"its process is gone ({reason}), for the {_MAX_MOVES + 1}th time in this exchange"
+        current.fail(tired, Kind.UNREACHABLE, more)
         orphans = [n for n in again if n in self._homeless and lost[n].resident]
-        current.fail(orphans, f"its process is gone ({reason}), and no other is left to take it over")
+        none = f"its process is gone ({reason}), and no other is left to take it over"
+        current.fail(orphans, Kind.UNREACHABLE, none)
         self._send([node for node in current.open_nodes() if node in lost])
 
 
@@ -418,9 +446,13 @@ def _same(frame: Frame) -> Frame:
     return frame
 
 
-def _refusal(message: Message) -> str:
+def _gone(reason: str) -> Failure:
+    return Failure(Kind.UNREACHABLE, reason)
+
+
+def _refusal(message: Message) -> Failure:
     """Return why an attach message did not lead to a stream."""
     if message.has_error():
-        return f"error {message.error.code}: {message.error.reason}"
+        return Failure(error_kind(message.error.code), f"error {message.error.code}: {message.error.reason}")
     record = message.content.config_records.get("attach", ConfigRecord())
-    return str(record.get("failure") or record.get("ended") or "its reply names no reason")
+    return _gone(str(record.get("failure") or record.get("ended") or "its reply names no reason"))

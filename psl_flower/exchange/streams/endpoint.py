@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 
 from psl_flower.errors import ConfigError, ProtocolError
-from psl_flower.exchange.streams.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
-from psl_flower.exchange.streams.groups import REPLY
+from psl_flower.exchange.codec import REPLY, Sent
+from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
 
@@ -109,7 +109,7 @@ class Connection:
     def __init__(self, peer: str) -> None:
         self.peer = peer
         self.id = next(Connection._ids)
-        self.sent_weights: str | None = None  # version; read and written by the jobs, which run one after the other
+        self.sent_weights: Sent = {}  # read and written by the jobs, which run one after the other
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing: str | None = None

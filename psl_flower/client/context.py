@@ -1,0 +1,79 @@
+"""What a stage of a method is given on a client: the parts of the model, and what earlier stages of the step kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psl_flower import tree
+from psl_flower.client.client import SplitClient
+from psl_flower.client.part import ClientPart, parameter_gradients
+from psl_flower.data.batch import Batch
+from psl_flower.protocol import Orders
+from psl_flower.samplers.base import IntArray
+from psl_flower.tree import Tree
+
+
+class BoundPart:
+    """A part of the model with the weights of the step, as stages call it."""
+
+    def __init__(self, part: ClientPart, client: SplitClient, *, training: bool) -> None:
+        self._part, self._client, self._training = part, client, training
+
+    def __call__(self, inputs: Tree) -> Tree:
+        """Run the part on a batch, in training or evaluation mode as the request has it."""
+        with self._part.running(training=self._training) as module:
+            return self._client.forward(module, tree.to_device(inputs, self._part.device))
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The trainable parameters, by whole-model name."""
+        return self._part.parameters
+
+    def gradients(self, outputs: Tree, gradients: Tree) -> dict[str, Tensor | None]:
+        """Return the parameter gradients, given those of the outputs; None for parameters that took no part."""
+        return parameter_gradients(self._part.parameters, outputs, gradients)
+
+
+class ClientContext:
+    """One client in one step, or several that a process serves as one.
+
+    The parts of the model are attributes: ``client.head(batch.inputs)``.
+
+    Attributes
+    ----------
+    kept : dict
+        What a stage keeps for those after it.
+    counts : (A,) int64
+        Examples of each client.
+    training : bool
+    """
+
+    def __init__(
+        self, clients: Sequence[SplitClient], parts: Mapping[str, ClientPart], orders: Orders, batch: Batch
+    ) -> None:
+        self._parts = {name: BoundPart(part, clients[0], training=not orders.test) for name, part in parts.items()}
+        self.kept: dict[str, Any] = {}
+        self.counts: IntArray = orders.counts
+        self.training = not orders.test
+        self.batch = batch
+        self.checksums: IntArray | None = None
+
+    def __getattr__(self, name: str) -> BoundPart:
+        parts = self.__dict__.get("_parts", {})
+        if name not in parts:
+            raise AttributeError(f"there is no part {name!r} on the client, only {', '.join(parts)}")
+        part: BoundPart = parts[name]
+        return part
+
+    def num_bytes(self) -> int:
+        """Return the bytes of what is kept: a lower bound of what the graphs hold."""
+        return sum(tree.num_bytes(value) for value in self.kept.values() if isinstance(value, Tensor | tuple | dict))
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return the state of torch's generator for a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -1,0 +1,153 @@
+"""A part of the model at work on a client, in pure torch: it takes on the server's weights, runs, and is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psl_flower import tree
+from psl_flower.errors import ConfigError
+from psl_flower.protocol import Weights
+from psl_flower.tree import Tree
+
+Forward = Callable[[Callable[..., Tree], Any], Tree]
+
+
+class ClientPart:
+    """One part of the model in one process, for all clients there: they all have the same weights in a step.
+
+    The weights that arrive are copied into the module's own memory and stay there until others arrive: a backward pass
+    that runs some of the forward pass again (activation checkpointing) finds them.
+
+    Parameters
+    ----------
+    name : str
+        As the method calls it.
+    module : nn.Module
+        Returns a tensor or a tree of tensors. Its own weights are never read.
+    device : torch.device
+        Where it runs.
+    """
+
+    def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.module = module.to(device)
+        self._versions: tuple[str, str] | None = None
+        self.parameters: dict[str, nn.Parameter] = {}
+
+    def load(self, weights: Weights) -> None:
+        """Take on weights, unless they are there.
+
+        Raises
+        ------
+        ConfigError
+            If they are not this part's.
+        """
+        versions = (weights.version, weights.constants_version)
+        if versions == self._versions:
+            return
+        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        self._check(own, {**weights.parameters, **weights.constants})
+        old = self._versions
+        self._versions = None
+        given = dict(weights.parameters)
+        if old is None or old[1] != weights.constants_version:
+            given |= weights.constants
+        with torch.no_grad():
+            for name, tensor in given.items():
+                if own[name].dtype == tensor.dtype:
+                    own[name].copy_(tensor)
+                else:  # the server's model has another dtype: it decides
+                    own[name].data = tensor.to(self.device, copy=True)
+        self.parameters = {name: p for name, p in self.module.named_parameters() if name in weights.parameters}
+        for name, p in self.module.named_parameters():
+            p.requires_grad_(name in weights.parameters)
+        self._versions = versions
+
+    @contextmanager
+    def running(self, *, training: bool) -> Iterator[nn.Module]:
+        """Give the module in training or evaluation mode.
+
+        Raises
+        ------
+        ConfigError
+            If its forward pass changes a buffer or parameter: the change would be lost, for clients keep no state.
+        """
+        if self.module.training is not training:
+            self.module.train(training)
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        before = {name: t._version for name, t in state.items()}
+        with torch.set_grad_enabled(training):
+            yield self.module
+        after = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        # written to in place, or another tensor put in its place
+        changed = {name for name, t in state.items() if after.get(name) is not t or t._version != before[name]}
+        if changed:
+            self._versions = None
+        if changed and training:  # evaluation needs no state afterwards
+            name = min(changed)
+            kind = "buffer" if name in dict(self.module.named_buffers()) else "parameter"
+            raise ConfigError(
+                f"the client half's forward pass changes its {kind} {name!r}, but clients keep no state between "
+                "steps: replace that layer (see replace_batch_norm), or cut the model before it"
+            )
+
+    def _check(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+        rule = "server and client must cut the same model in the same place"
+        if different := sorted(given.keys() ^ own.keys()):
+            where = "the server's" if different[0] in given else "the client's"
+            raise ConfigError(
+                f"{rule}: {len(different)} names of the client half differ, {different[0]!r} is only in {where}"
+            )
+        for name, mine in own.items():
+            if (other := given[name].shape) != mine.shape:
+                raise ConfigError(
+                    f"{rule}: shape of {name!r}: the client's is {tuple(mine.shape)}, the server's {tuple(other)}"
+                )
+
+
+def parameter_gradients(parameters: Mapping[str, Tensor], outputs: Tree, gradients: Tree) -> dict[str, Tensor | None]:
+    """Return the gradients of parameters, given those of what they went into.
+
+    Parameters
+    ----------
+    parameters : dict of str to Tensor
+        Leaves.
+    outputs : tree
+        Attached to the graph.
+    gradients : tree
+        Of the same form; None for tensors that have none.
+
+    Returns
+    -------
+    dict of str to Tensor or None
+        On the CPU; None for parameters that took no part.
+
+    Raises
+    ------
+    ConfigError
+        If the gradients do not fit the outputs.
+    """
+    given = dict(zip(tree.paths(gradients, "output"), tree.leaves(gradients), strict=True))
+    roots, weights = [], []
+    for path, output in zip(tree.paths(outputs, "output"), tree.leaves(outputs), strict=True):
+        gradient = given.pop(path, None)
+        if gradient is None or not output.requires_grad:
+            continue
+        if gradient.shape != output.shape or gradient.dtype != output.dtype:
+            raise ConfigError(
+                f"the gradient of {path} must be {output.dtype} {tuple(output.shape)}, "
+                f"got {gradient.dtype} {tuple(gradient.shape)}"
+            )
+        roots.append(output)
+        weights.append(gradient.to(output.device))
+    if given:
+        raise ConfigError(f"gradients of what did not cross the cut: {', '.join(given)[:200]}")
+    if not roots or not parameters:
+        return dict.fromkeys(parameters)
+    found = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True)
+    return {name: None if g is None else g.cpu() for name, g in zip(parameters, found, strict=True)}

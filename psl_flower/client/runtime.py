@@ -1,0 +1,278 @@
+"""A process's answers to requests: for all its clients of a step at once, where that is what each by itself would do.
+
+All clients of a step have the same weights, so a pass over all their rows computes what a pass for each would, a hundred
+times faster on a step of a hundred clients. It does so only if the model's part treats each example by itself, which is a
+rule here, and draws no random numbers, which would be each client's own. Neither is guessed from the layers: the first
+pass is compared with a pass over a single row, and torch's generator is looked at after every pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from psl_flower import tree
+from psl_flower.client.client import SplitClient
+from psl_flower.client.context import ClientContext, random_state
+from psl_flower.client.process import RunState
+from psl_flower.data.batch import Batch, check_drawn_again, checksum
+from psl_flower.devices import reseed, seeded
+from psl_flower.errors import ConfigError, ProtocolError
+from psl_flower.exchange.validation import is_finite
+from psl_flower.failures import Failure, Kind
+from psl_flower.methods.base import SplitMethod, Stage
+from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request
+from psl_flower.protocol import Kind as LeafKind
+from psl_flower.tree import Tree
+
+log = logging.getLogger("flwr.psl_flower")
+
+MakeClient = Callable[[int, Config], SplitClient]
+
+
+class CannotJoinError(Exception):
+    """These clients must be served one at a time; if `lasting`, always."""
+
+    def __init__(self, reason: str, *, lasting: bool) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
+
+
+def answer(method: SplitMethod, state: RunState, make_client: MakeClient, request: Request) -> Reply:
+    """Return the reply to a request; what goes wrong for a client is its own failure, never raised.
+
+    Parameters
+    ----------
+    method : SplitMethod
+        The one the clients were built for: they answer its stages and no others.
+    state : RunState
+        The process's.
+    make_client : callable
+        Takes a node id and the configuration; returns the client, the same one each time.
+    request : Request
+    """
+    if any(request.delays):
+        time.sleep(max(request.delays))  # simulated stragglers wait side by side
+    begin = time.monotonic()
+    reply, clients = Reply(), []
+    for node in request.nodes:
+        try:
+            clients.append(make_client(node, request.config))
+        except Exception as exc:  # the user's code: the server learns what happened
+            reply.failures[node] = _failure(exc, node)
+    if clients:
+        request = request.take([i for i, node in enumerate(request.nodes) if node not in reply.failures])
+        _answer(method, state, request, clients, reply)
+    _share(reply, request, time.monotonic() - begin)
+    return reply
+
+
+def _answer(
+    method: SplitMethod, state: RunState, request: Request, clients: Sequence[SplitClient], reply: Reply
+) -> None:
+    if request.stage == DESCRIBE:
+        for node, client in zip(request.nodes, clients, strict=True):
+            try:
+                reply.descriptions[node] = client.describe(
+                    label_counts=request.label_counts, method=method.name, model=state.signature
+                )
+            except Exception as exc:
+                reply.failures[node] = _failure(exc, node)
+        return
+    try:
+        stage = _stage(method, request)
+    except ProtocolError as error:
+        reply.failures |= dict.fromkeys(request.nodes, error.failure())
+        return
+    work = _Work(method, stage, state)
+    part = _together(work, request, clients)
+    if part is not None:
+        reply.parts.append(part)
+        return
+    for i, (node, client) in enumerate(zip(request.nodes, clients, strict=True)):
+        try:
+            reply.parts.append(work.do(request.take([i]), [client]))
+        except Exception as exc:
+            reply.failures[node] = _failure(exc, node)
+    if not request.separate:
+        reply.parts = _summed(reply.parts)
+
+
+def _stage(method: SplitMethod, request: Request) -> Stage:
+    """Return what a request asks for, if this method has it."""
+    stage = method.stages().get(request.stage)
+    if stage is None:
+        raise ProtocolError(
+            f"this client was built for method {method.name!r}, which has no stage {request.stage!r:.80}: "
+            "give server and client the same method"
+        )
+    kinds = {name: leaf.kind for name, leaf in request.inputs.items()}
+    if kinds != dict(stage.inputs):
+        raise ProtocolError(f"stage {stage.name!r} takes {dict(stage.inputs)}, got {kinds}")
+    if missing := set(method.client_parts()) - request.weights.keys():
+        raise ProtocolError(f"stage {stage.name!r} needs the weights of {', '.join(sorted(missing))}")
+    return stage
+
+
+def _together(work: _Work, request: Request, clients: Sequence[SplitClient]) -> Part | None:
+    """Return one part for all clients, or None if they must be served one at a time."""
+    if work.state.one_at_a_time or len(clients) < 2 or not work.stage.joint:
+        return None
+    try:
+        return work.do(request, clients)
+    except CannotJoinError as reason:
+        if reason.lasting:
+            work.state.one_at_a_time = True
+            log.info("Clients of this process run one at a time: %s.", reason)
+    except Exception as exc:  # one client's fault: serving each by itself tells whose
+        log.debug("A joint pass failed: %s: %s", type(exc).__name__, exc)
+    return None
+
+
+class _Work:
+    """A stage, done for one client or for several as one."""
+
+    def __init__(self, method: SplitMethod, stage: Stage, state: RunState) -> None:
+        self.method, self.stage, self.state = method, stage, state
+
+    def do(self, request: Request, clients: Sequence[SplitClient]) -> Part:
+        """Return what the stage gives for these clients."""
+        orders = request.orders
+        assert orders is not None  # `_stage` has seen to it, with the codec
+        sums = LeafKind.SUM in self.stage.outputs.values()
+        if len(clients) > 1 and request.separate and sums:
+            raise CannotJoinError("each client's own sum is asked for", lasting=False)
+        for name, weights in request.weights.items():
+            self._parts()[name].load(weights)
+        key = _key(request, orders)
+        inputs = {n: leaf.value[0] if leaf.kind is LeafKind.EACH else leaf.value for n, leaf in request.inputs.items()}
+        if self.stage.after is None:
+            context, outputs = self._begin(self.stage, orders, clients, inputs)
+        else:
+            # absent if the stage before was done in another process, which is gone, or for another set of clients
+            context = self.state.contexts.pop(key) or self._again(self.stage.after, orders, clients)
+            outputs = self.stage.function(self.method, context, **inputs)
+        if self._goes_on():
+            self.state.contexts.put(key, context)
+        leaves = self._leaves(outputs, orders)
+        if len(clients) > 1 and sums and not all(_finite(l) for l in leaves.values() if l.kind is LeafKind.SUM):
+            raise CannotJoinError("the sum is not finite: the server shall see whose it is", lasting=False)
+        return Part(request.nodes, leaves, orders.step, context.checksums if self.stage.after is None else None)
+
+    def _parts(self) -> Mapping[str, Any]:
+        assert self.state.parts is not None
+        return self.state.parts
+
+    def _goes_on(self) -> bool:
+        return any(other.after == self.stage.name for other in self.method.stages().values())
+
+    def _begin(
+        self, stage: Stage, orders: Orders, clients: Sequence[SplitClient], inputs: Mapping[str, Any]
+    ) -> tuple[ClientContext, Mapping[str, Tree]]:
+        """Draw the batch and do the first stage of a step."""
+        device = next(iter(self._parts().values())).device
+        with seeded(0, device):  # puts the generators back once, not once a client
+            batches = []
+            for client, order in zip(clients, orders.each(), strict=True):
+                reseed(order.step_seed(), device)
+                batches.append(client.draw_batch(order))
+            context = ClientContext(clients, self._parts(), orders, _join(batches))
+            if orders.checksums is None:
+                context.checksums = np.array([checksum(batch) for batch in batches])
+            else:
+                for order, batch, before in zip(orders.each(), batches, orders.checksums.tolist(), strict=True):
+                    check_drawn_again(batch, before, f"client {order.client}, step {order.step}")
+            if len(clients) == 1:
+                return context, stage.function(self.method, context, context.batch, **inputs)
+            if any(type(client).forward is not SplitClient.forward for client in clients):
+                raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
+            reseed(0, device)
+            before = random_state(device)
+            outputs = stage.function(self.method, context, context.batch, **inputs)
+            if not torch.equal(before, random_state(device)):
+                raise CannotJoinError("the client half draws random numbers, which are each client's own", lasting=True)
+        return context, outputs
+
+    def _again(self, after: str, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
+        """Do the stage again that this one goes on from."""
+        before = self.method.stages()[after]
+        if before.after is not None or before.inputs:
+            raise CannotJoinError(f"stage {after!r} is not known in this process any more", lasting=False)
+        context, _ = self._begin(before, orders, clients, {})
+        return context
+
+    def _leaves(self, outputs: Mapping[str, Tree], orders: Orders) -> dict[str, Leaf]:
+        if not isinstance(outputs, Mapping) or set(outputs) != set(self.stage.outputs):
+            raise ConfigError(f"stage {self.stage.name!r} must return {', '.join(self.stage.outputs) or 'nothing'}")
+        leaves = {}
+        for name, kind in self.stage.outputs.items():
+            if kind is LeafKind.ROWS and (rows := tree.rows(outputs[name], name)) != orders.num_rows:
+                raise ConfigError(
+                    f"every row of a batch must give one row of {name}: a batch of {orders.num_rows} gave {rows}. Where "
+                    "the model drops the batch dimension (squeeze, mean over the batch), keep it: flatten(1), say"
+                )
+            value = [outputs[name]] if kind is LeafKind.EACH else outputs[name]
+            leaves[name] = Leaf(kind, value, name in self.stage.exact)
+        return leaves
+
+
+def _key(request: Request, orders: Orders) -> tuple[Hashable, ...]:
+    """Return what identifies the work of a step for some clients."""
+    # with the weights' versions: a process may hold what was kept for a stage whose next went to another process
+    versions = tuple(weights.version for weights in request.weights.values())
+    step = (versions, orders.seed, orders.epoch, orders.step, orders.test)
+    classes = None if orders.class_counts is None else orders.class_counts.tobytes()
+    return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes)
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    try:
+        inputs, target = ([getattr(b, name) for b in batches] for name in ("inputs", "target"))
+        size = sum(b.size for b in batches)
+        return Batch(tree.join(inputs, "inputs"), tree.join(target, "target"), size)
+    except (ConfigError, RuntimeError, TypeError) as exc:
+        raise CannotJoinError(f"the clients' batches differ: {exc}", lasting=False) from exc
+
+
+def _summed(parts: list[Part]) -> list[Part]:
+    """Return parts that hold sums only as their sum, or as they are if it is not finite: the server shall see whose."""
+    sums = bool(parts) and all(leaf.kind is LeafKind.SUM for part in parts for leaf in part.outputs.values())
+    if len(parts) < 2 or not sums or not parts[0].outputs:
+        return parts
+    first, *others = parts
+    total = {name: leaf.value for name, leaf in first.outputs.items()}
+    for part in others:
+        for name, leaf in part.outputs.items():
+            total[name] = tree.add(total[name], leaf.value)
+    leaves = {name: Leaf(LeafKind.SUM, value) for name, value in total.items()}
+    if not all(map(_finite, leaves.values())):
+        return parts
+    return [Part(tuple(node for part in parts for node in part.nodes), leaves, first.step)]
+
+
+def _finite(leaf: Leaf) -> bool:
+    return all(map(is_finite, tree.leaves(leaf.value)))
+
+
+def _share(reply: Reply, request: Request, seconds: float) -> None:
+    """Note how long each client worked: its simulated delay, and its share by examples of what all took together."""
+    counts = [max(count, 1) for count in request.counts()]
+    delays = request.delays or (0.0,) * len(counts)
+    total = sum(counts)
+    for node, count, delay in zip(request.nodes, counts, delays, strict=True):
+        reply.seconds[node] = delay + seconds * count / total
+
+
+def _failure(exc: Exception, node: int) -> Failure:
+    log.debug("node %d: %s", node, exc, exc_info=exc)
+    if isinstance(exc, ProtocolError):
+        return exc.failure()
+    return Failure(Kind.RAISED, f"{type(exc).__name__}: {exc}")
+
+
+__all__ = ["CannotJoinError", "answer"]

@@ -1,0 +1,1 @@
+"""Examples: how a client's data is read."""

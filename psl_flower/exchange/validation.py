@@ -1,0 +1,233 @@
+"""What is let in: every reply is checked here against what its stage gives, before anything is computed with it."""
+
+from __future__ import annotations
+
+import cmath
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psl_flower.errors import ProtocolError
+from psl_flower.exchange.codec import leaves_of
+from psl_flower.failures import Failure
+from psl_flower.failures import Kind as FailureKind
+from psl_flower.methods.base import Stage
+from psl_flower.protocol import Kind, Leaf, Part, Reply, Request
+from psl_flower.tree import map_leaves
+
+# What the leaves of a reply look like: dtype and shape without the batch, by path.
+Spec = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """The parts of a reply that passed, and what is wrong with the other clients."""
+
+    parts: list[Part]
+    failures: dict[int, Failure]
+
+
+class Validator:
+    """Checks replies against what was asked for; learns what crosses the cuts.
+
+    The server cannot know the shape of the rows beforehand: it is what most clients have sent. Every client has one vote
+    a stage, what it sent last; a draw changes nothing, at first the lowest id decides it. So a bad reply to the very
+    first request, which may be the only one, shuts nobody out for longer than a step.
+    """
+
+    def __init__(self) -> None:
+        self._specs: dict[str, Spec] = {}
+        self._votes: dict[str, dict[int, Spec]] = {}
+
+    def check(
+        self, stage: Stage, request: Request, reply: Reply, expected: Mapping[str, Mapping[str, Tensor]]
+    ) -> Checked:
+        """Return what passes.
+
+        Parameters
+        ----------
+        stage : Stage
+        request : Request
+            By client id, as is `reply`.
+        reply : Reply
+        expected : dict of str to dict
+            What sums must look like, by the name of the output: tensors of the same names, shapes and dtypes. A sum of
+            another name is voted on as rows are.
+        """
+        step = None if request.orders is None else request.orders.step
+        counts = dict(zip(request.nodes, request.counts(), strict=True))
+        failures, passed, specs = dict(reply.failures), [], {}
+        for part in reply.parts:
+            try:
+                _check_form(part, stage, step)
+                specs[id(part)] = _spec(part, expected)
+                passed.append(part)
+            except ProtocolError as error:
+                failures |= dict.fromkeys(part.nodes, error.failure())
+        sent: dict[int, Spec] = {}
+        for part in passed:
+            sent.update(dict.fromkeys(part.nodes, specs[id(part)]))
+        spec = self._vote(stage.name, sent)
+        parts = []
+        for part in passed:
+            wrong = None if spec is None else _difference(specs[id(part)], spec)
+            guilty = self._values(part, counts, expected) if wrong is None else dict.fromkeys(part.nodes, wrong)
+            failures |= guilty
+            if not guilty:
+                parts.append(part)
+            elif rest := [i for i, node in enumerate(part.nodes) if node not in guilty]:
+                parts.append(_without(part, rest, counts))
+        if parts:
+            if spec is not None:
+                self._specs[stage.name] = spec
+            self._votes.setdefault(stage.name, {}).update(sent)
+        return Checked(parts, dict(sorted(failures.items())))
+
+    def forget(self, clients: Iterable[int]) -> None:
+        """Take their votes from clients that turned out to send what the server's part cannot use."""
+        for name, votes in self._votes.items():
+            for client in clients:
+                votes.pop(client, None)
+            if not votes:
+                self._specs.pop(name, None)
+
+    def _vote(self, stage: str, sent: Mapping[int, Spec]) -> Spec | None:
+        """Return what most clients have sent, these ones last."""
+        now = self._specs.get(stage)
+        if now is not None and all(spec == now for spec in sent.values()):
+            return now
+        votes = Counter({**self._votes.get(stage, {}), **sent}.values())
+        best = max(votes.values(), default=0)
+        if now is not None and votes[now] == best:
+            return now
+        return next((spec for spec, count in votes.items() if count == best), None)
+
+    def _values(
+        self, part: Part, counts: Mapping[int, int], expected: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[int, Failure]:
+        """Return the clients of a part whose values are not those asked for."""
+        failures: dict[int, Failure] = {}
+        for name, leaf in part.outputs.items():
+            if leaf.kind is Kind.SUM and name in expected:
+                try:
+                    _check_sum(name, leaf.value, expected[name])
+                except ProtocolError as error:
+                    failures |= dict.fromkeys(part.nodes, error.failure())
+                continue
+            for path, tensor in leaves_of(leaf.value, name):
+                if is_finite(tensor):
+                    continue
+                if leaf.kind is not Kind.ROWS:
+                    failures |= dict.fromkeys(part.nodes, _not_finite(path, tensor))
+                    continue
+                pieces = torch.split(tensor, [counts[node] for node in part.nodes])
+                failures |= {
+                    node: _not_finite(path, rows)
+                    for node, rows in zip(part.nodes, pieces, strict=True)
+                    if not is_finite(rows)
+                }
+        return failures
+
+
+def _check_form(part: Part, stage: Stage, step: int | None) -> None:
+    if part.step != step:
+        raise ProtocolError(f"reply to another step: expected step {step}, got {part.step}", FailureKind.STEP)
+    kinds = {name: leaf.kind for name, leaf in part.outputs.items()}
+    if kinds != dict(stage.outputs):
+        shown = [", ".join(f"{n} ({k.value})" for n, k in each.items()) or "nothing" for each in (stage.outputs, kinds)]
+        raise ProtocolError(f"{stage.name} gives {shown[0]}, got {shown[1]}")
+
+
+def _spec(part: Part, expected: Mapping[str, Any]) -> Spec:
+    found = []
+    for name, leaf in part.outputs.items():
+        if leaf.kind is Kind.SUM and name in expected:
+            continue
+        values = leaf.value[:1] if leaf.kind is Kind.EACH else [leaf.value]
+        for value in values:
+            for path, tensor in leaves_of(value, name):
+                found.append((path, tensor.dtype, tuple(tensor.shape[leaf.kind is Kind.ROWS :])))
+    return tuple(found)
+
+
+def _difference(spec: Spec, expected: Spec) -> Failure | None:
+    """Return how what a client sent differs from what most sent."""
+    if spec == expected:
+        return None
+    theirs = {path: (dtype, shape) for path, dtype, shape in spec}
+    for path, dtype, shape in expected:
+        if path not in theirs:
+            return Failure(
+                FailureKind.NAMES, f"{path}: expected as of the others, got {', '.join(theirs) or 'nothing'}"
+            )
+        if theirs[path][1] != shape:
+            return Failure(FailureKind.SHAPE, f"{path}: shape: expected {shape} a row, got {theirs[path][1]}")
+        if theirs[path][0] != dtype:
+            return Failure(FailureKind.DTYPE, f"{path}: dtype: expected {dtype}, got {theirs[path][0]}")
+    return Failure(FailureKind.NAMES, f"expected {len(expected)} tensors as of the others, got {len(spec)}")
+
+
+def _check_sum(output: str, tensors: Any, expected: Mapping[str, Tensor]) -> None:
+    """Raise ProtocolError unless there is a finite tensor, or None, for each of `expected`."""
+    if not isinstance(tensors, Mapping):
+        raise ProtocolError(f"{output}: expected tensors by name")
+    if missing := sorted(set(expected) - set(tensors)):
+        raise ProtocolError(f"{output}: {len(missing)} missing, the first is {missing[0]!r}", FailureKind.NAMES)
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise ProtocolError(
+            f"{output}: {len(unknown)} of unknown name, the first is {unknown[0]!r:.80}", FailureKind.NAMES
+        )
+    for name, tensor in tensors.items():
+        like = expected[name]
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ProtocolError(f"{output} of {name!r}: expected a tensor, got a tree", FailureKind.NAMES)
+        if tensor.shape != like.shape:
+            shapes = f"expected {tuple(like.shape)}, got {tuple(tensor.shape)}"
+            raise ProtocolError(f"{output} of {name!r}: shape: {shapes}", FailureKind.SHAPE)
+        if tensor.dtype != like.dtype:
+            raise ProtocolError(
+                f"{output} of {name!r}: dtype: expected {like.dtype}, got {tensor.dtype}", FailureKind.DTYPE
+            )
+        if not is_finite(tensor):
+            failure = _not_finite(f"{output} of {name!r}", tensor)
+            raise ProtocolError(failure.detail, failure.kind)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # A sum is finite only if all its terms are, and takes a tenth of the time. It may overflow by itself: then look.
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+
+
+def _not_finite(name: str, tensor: Tensor) -> Failure:
+    wrong = int((~torch.isfinite(tensor)).sum())
+    return Failure(FailureKind.NOT_FINITE, f"{name}: expected finite values, got {wrong} NaN or infinite")
+
+
+def _without(part: Part, kept: list[int], counts: Mapping[int, int]) -> Part:
+    """Return the part with some of its nodes only, by position; sums cannot be divided and are never guilty in part."""
+    sizes = [counts[node] for node in part.nodes]
+
+    def rows(tensor: Tensor) -> Tensor:
+        pieces = torch.split(tensor, sizes)
+        return torch.cat([pieces[i] for i in kept])
+
+    def some(leaf: Leaf) -> Leaf:
+        if leaf.kind is Kind.ROWS:
+            return Leaf(leaf.kind, map_leaves(rows, leaf.value), leaf.exact)
+        return Leaf(leaf.kind, [leaf.value[i] for i in kept]) if leaf.kind is Kind.EACH else leaf
+
+    return Part(
+        tuple(part.nodes[i] for i in kept),
+        {name: some(leaf) for name, leaf in part.outputs.items()},
+        part.step,
+        None if part.checksums is None else part.checksums[kept],
+    )

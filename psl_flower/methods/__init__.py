@@ -1,0 +1,20 @@
+"""Ways of splitting: each is one file that holds both ends of a step."""
+
+from psl_flower.methods.base import CLIENT, EACH, ROWS, SERVER, SHARED, SUM, SplitMethod, Stage, stage
+from psl_flower.methods.parallel import ParallelSplit
+from psl_flower.methods.registry import METHODS, make_method
+
+__all__ = [
+    "CLIENT",
+    "EACH",
+    "METHODS",
+    "ROWS",
+    "SERVER",
+    "SHARED",
+    "SUM",
+    "ParallelSplit",
+    "SplitMethod",
+    "Stage",
+    "make_method",
+    "stage",
+]

@@ -1,0 +1,122 @@
+"""What a way of splitting is: both ends of a step, on one page.
+
+A method says which parts the model has and where each lives, what the clients do (its *stages*) and what the server does
+in a step. It knows of no transport and no Flower; membership, plans, transactions, carriers, checkpoints and records know
+of no method. See ``docs/architecture.md`` for how to add one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from psl_flower.errors import ConfigError
+from psl_flower.protocol import DESCRIBE, Kind
+
+if TYPE_CHECKING:  # for readers and type checkers: a method never makes one
+    from psl_flower.strategy.context import EvaluationContext, RoundContext, StepContext
+
+ROWS, SUM, EACH, SHARED = Kind.ROWS, Kind.SUM, Kind.EACH, Kind.SHARED
+
+CLIENT, SERVER = "client", "server"  # where a part lives
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a client does on request: a method's function and what it takes and gives.
+
+    Parameters
+    ----------
+    name : str
+        Of the function.
+    function : callable
+        Takes (method, client, batch, **inputs), without the batch if it goes on `after` another stage.
+    inputs, outputs : dict of str to Kind
+        Each leaf that travels.
+    after : str, optional
+        The stage it goes on from, which has drawn the batch and kept what this one needs; it is done again where the
+        process no longer has that.
+    joint : bool
+        Whether several clients of a process may do it as one; never where something is EACH client's.
+    exact : tuple of str
+        Outputs with rows that never travel in fewer bits: labels, say.
+    """
+
+    name: str
+    function: Callable[..., Mapping[str, Any]]
+    inputs: Mapping[str, Kind]
+    outputs: Mapping[str, Kind]
+    after: str | None
+    joint: bool
+    exact: tuple[str, ...]
+
+
+def stage(
+    *,
+    inputs: Mapping[str, Kind] | None = None,
+    outputs: Mapping[str, Kind] | None = None,
+    after: str | None = None,
+    joint: bool = True,
+    exact: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function of a method a stage that clients answer; see `Stage`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        kinds = [*(inputs or {}).values(), *(outputs or {}).values()]
+        alone = not joint or EACH in kinds
+        made = Stage(function.__name__, function, dict(inputs or {}), dict(outputs or {}), after, not alone, exact)
+        function.stage = made  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+class SplitMethod(ABC):
+    """A way of splitting; see the module's text.
+
+    Attributes
+    ----------
+    name : str
+        What users call it.
+    parts : dict of str to str
+        Where each part of the model lives, `CLIENT` or `SERVER`, in the model's order.
+    """
+
+    name: ClassVar[str]
+    parts: ClassVar[Mapping[str, str]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for each in cls.stages().values():
+            if each.after is not None and each.after not in cls.stages():
+                raise ConfigError(
+                    f"stage {each.name!r} goes on after {each.after!r}, which is no stage of {cls.__name__}"
+                )
+            if each.name == DESCRIBE or SUM in each.inputs.values() or SHARED in each.outputs.values():
+                raise ConfigError(f"stage {each.name!r}: not to be called {DESCRIBE!r}, take SUM, or give SHARED")
+
+    @classmethod
+    def stages(cls) -> dict[str, Stage]:
+        """Return the stages by name."""
+        found = (getattr(getattr(cls, name), "stage", None) for name in dir(cls))
+        return {each.name: each for each in found if isinstance(each, Stage)}
+
+    def client_parts(self) -> list[str]:
+        """Return the names of the parts on the clients."""
+        return [name for name, place in self.parts.items() if place == CLIENT]
+
+    @abstractmethod
+    def step(self, ctx: StepContext) -> Any:
+        """Make one step: call stages, run the server's parts, and commit. A transaction: it commits, or nothing was."""
+
+    @abstractmethod
+    def evaluate(self, ctx: EvaluationContext) -> Any:
+        """Evaluate the model on the test examples of the context's clients."""
+
+    def begin_round(self, ctx: RoundContext) -> None:  # noqa: B027 - most methods have nothing to do
+        """Do what comes before the first step of a round."""
+
+    def end_round(self, ctx: RoundContext) -> None:  # noqa: B027 - likewise
+        """Do what comes after the last step of a round."""

@@ -1,0 +1,24 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+from psl_flower.errors import ConfigError
+from psl_flower.methods.base import SplitMethod
+from psl_flower.methods.parallel import ParallelSplit
+
+METHODS: dict[str, type[SplitMethod]] = {method.name: method for method in (ParallelSplit,)}
+
+
+def make_method(method: str | SplitMethod) -> SplitMethod:
+    """Return the method of a name, or the one given.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither.
+    """
+    if isinstance(method, SplitMethod):
+        return method
+    if method in METHODS:
+        return METHODS[method]()
+    raise ConfigError(f"method must be a SplitMethod or one of {', '.join(METHODS)}, got {method!r:.80}")

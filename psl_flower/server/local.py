@@ -1,0 +1,358 @@
+"""The server backend of one process, in pure torch: forward, backward, commit, rollback, state."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from psl_flower import tree
+from psl_flower.devices import seeded
+from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
+from psl_flower.protocol import Weights
+from psl_flower.samplers.base import IntArray
+from psl_flower.tree import Tree
+
+Loss = Callable[[Any, Any], Tensor]
+OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+CLIENT = "client"  # where a part lives, as in `psl_flower.methods`
+
+
+class RowsError(StepError):
+    """Some rows of a batch cannot be used.
+
+    Parameters
+    ----------
+    message : str
+    rows : dict of int to str
+        What is wrong with each, by its position in the batch.
+    """
+
+    def __init__(self, message: str, rows: Mapping[int, str]) -> None:
+        super().__init__(message)
+        self.rows = dict(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a server part made of a batch.
+
+    Parameters
+    ----------
+    loss : float
+        Mean over the batch.
+    weight : float
+        What the mean was taken over: examples, or what the loss counts of them.
+    correct, predictions : int or None
+        Right predictions, and predictions made (examples, times positions for dense prediction); None unless it is
+        classification.
+    class_counts : (C,) int64 or None
+        Labels of each class in the batch; None unless it is classification.
+    gradient : tree or None
+        Of the inputs, None for what is not differentiable. None in evaluation.
+    parameter_gradients : dict of str to Tensor or None
+        Of the part, by whole-model name.
+    """
+
+    loss: float
+    weight: float
+    correct: int | None
+    predictions: int | None
+    class_counts: IntArray | None
+    gradient: Tree = None
+    parameter_gradients: Mapping[str, Tensor | None] | None = None
+
+
+class LocalBackend:
+    """The master copy of all parts, in this process, and the one optimizer over them.
+
+    Parameters
+    ----------
+    parts : dict of str to nn.Module
+        Their parameters and buffers are named as in the whole model. Changed in place.
+    places : dict of str to str
+        Where each part runs, "client" or "server".
+    optimizer : callable
+        Makes the one optimizer over the trainable parameters of all parts, in the whole model's order.
+    loss : callable
+        Takes (outputs, target) and returns the mean over the batch.
+    device : torch.device
+        Where they live.
+    classification : bool
+        Whether labels are class indices: they are checked, and accuracy is computed.
+    order : iterable of str
+        The whole model's parameter names, in order.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        places: Mapping[str, str],
+        *,
+        optimizer: OptimizerFn,
+        loss: Loss,
+        device: torch.device,
+        classification: bool,
+        order: Iterable[str],
+    ) -> None:
+        self.parts = {name: part.to(device) for name, part in parts.items()}
+        self.device, self.loss, self.classification = device, loss, classification
+        self._on_clients = [name for name in parts if places[name] == CLIENT]
+        # all names of tied parameters: a part may know one by another name first than the whole model does
+        named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}
+        parameters = [named[name] for name in order if name in named and named[name].requires_grad]
+        if not parameters:
+            raise ConfigError("the model has no parameter to train: set requires_grad on some")
+        self.optimizer = optimizer(parameters)
+        self._session = secrets.token_hex(8)
+        self._version = 0
+        self._constants_version = 0
+        self._weights: dict[str, Weights] | None = None
+
+    # --- state -------------------------------------------------------------------------------------------------------
+    def weights(self) -> dict[str, Weights]:
+        """Return the state of the parts on the clients; the same objects until it changes."""
+        if self._weights is None:
+            self._weights = {name: self._weights_of(name) for name in self._on_clients}
+        return self._weights
+
+    def _weights_of(self, name: str) -> Weights:
+        part = self.parts[name]
+        frozen = {n: p.detach() for n, p in part.named_parameters() if not p.requires_grad}
+        return Weights(
+            {n: p.detach() for n, p in part.named_parameters() if p.requires_grad},
+            {**frozen, **{n: t.detach() for n, t in part.named_buffers()}},
+            f"{self._session}.{self._version}",
+            f"{self._session}.constants.{self._constants_version}",
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of all parts' state, on the CPU."""
+        held = {name: t for part in self.parts.values() for name, t in part.state_dict().items()}
+        return {name: t.detach().to("cpu", copy=True) for name, t in held.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on from here."""
+        state = self.state()
+        held = {name: t for part in self.parts.values() for name, t in part.named_buffers()}
+        passing = {name: t for name, t in held.items() if name not in state}  # not persistent
+        return {"state": state, "buffers": passing, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for part in self.parts.values():
+            part.load_state_dict({name: saved["state"][name] for name in part.state_dict()})
+        buffers = {name: t for part in self.parts.values() for name, t in part.named_buffers()}
+        with torch.no_grad():
+            for name, t in saved["buffers"].items():
+                buffers[name].copy_(t)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self._constants_version += 1
+        self._changed()
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._weights = None
+
+    # --- training ----------------------------------------------------------------------------------------------------
+    def part(self, name: str, seed: int) -> ServerPart:
+        """Return a part for one step, in which everything random comes from `seed`."""
+        return ServerPart(self, self.parts[name], seed)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make a step all or nothing: what happened before an error is undone.
+
+        The optimizer steps last, so only buffers (batch norm) and gradients need undoing; randomness is seeded for each
+        step and leaves the generators as they were.
+        """
+        held = [t for name, part in self.parts.items() if name not in self._on_clients for t in part.buffers()]
+        before = [t.clone() for t in held]
+        try:
+            yield
+        except BaseException:
+            self.clear_gradients()
+            with torch.no_grad():
+                for t, value in zip(held, before, strict=True):
+                    t.copy_(value)
+            raise
+
+    def commit(self, gradients: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+        """Step the optimizer.
+
+        Parameters
+        ----------
+        gradients : dict of str to dict
+            By part, its parameters' gradients by name; None for those that took no part.
+        """
+        for part, tensors in gradients.items():
+            parameters = dict(self.parts[part].named_parameters())
+            for name, gradient in tensors.items():
+                parameters[name].grad = None if gradient is None else gradient.to(self.device)
+        self.optimizer.step()
+        self._changed()
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, also of parameters that the optimizer leaves out."""
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
+
+
+class ServerPart:
+    """A part of the model that runs on the server, in one step.
+
+    Parameters
+    ----------
+    backend : LocalBackend
+    module : nn.Module
+        Takes what crosses the cut, one argument a tensor.
+    seed : int
+        Of everything random in it.
+    """
+
+    def __init__(self, backend: LocalBackend, module: nn.Module, seed: int) -> None:
+        self._backend, self._module, self._seed = backend, module, seed
+
+    def forward_backward(self, inputs: Tree, target: Tree) -> Outcome:
+        """Run the part on the global batch, take the loss, and back-propagate.
+
+        Parameters
+        ----------
+        inputs, target : tree
+            Of the same rows.
+
+        Raises
+        ------
+        RowsError
+            If some labels are no class indices.
+        StepError
+            If the part cannot take the inputs.
+        DivergenceError
+            If the loss or its gradients at the cut are not finite.
+        """
+        backend = self._backend
+        leaves = tree.map_leaves(self._leaf, inputs)
+        labels = self._target(target)
+        backend.clear_gradients()
+        self._module.train()
+        with seeded(self._seed, backend.device):
+            outputs, loss, classes = self._finish(leaves, labels)
+            value = loss.item()
+            if not torch.isfinite(loss):
+                raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")
+            torch.autograd.backward(loss)
+        gradient = tree.map_leaves(lambda leaf: leaf.grad, leaves)
+        if not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
+            raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
+        return Outcome(
+            loss=value,
+            weight=float(tree.rows(labels, "target")),
+            correct=int((outputs.argmax(dim=1) == labels).sum()) if classes else None,
+            predictions=labels.numel() if classes else None,
+            class_counts=torch.bincount(labels.flatten(), minlength=classes).cpu().numpy() if classes else None,
+            gradient=gradient,
+            parameter_gradients={name: p.grad for name, p in self._module.named_parameters() if p.requires_grad},
+        )
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tree, target: Tree) -> Outcome:
+        """Run the part in evaluation mode, and take the loss."""
+        self._module.eval()
+        labels = self._target(target)
+        outputs, loss, classes = self._finish(tree.to_device(inputs, self._backend.device), labels)
+        return Outcome(
+            loss=loss.item(),
+            weight=float(tree.rows(labels, "target")),
+            correct=int((outputs.argmax(dim=1) == labels).sum()) if classes else None,
+            predictions=labels.numel() if classes else None,
+            class_counts=None,
+        )
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        moved = tensor.detach().to(self._backend.device)
+        return moved.requires_grad_(moved.is_floating_point() or moved.is_complex())
+
+    def _target(self, target: Tree) -> Any:
+        labels = tree.to_device(target, self._backend.device)
+        # losses take class indices as int64 only
+        if self._backend.classification and isinstance(labels, Tensor) and _is_integer(labels):
+            return labels.long()
+        return labels
+
+    def _finish(self, inputs: Tree, labels: Any) -> tuple[Any, Tensor, int]:
+        """Return the outputs, the loss, and the number of classes (0 unless it is classification)."""
+        rows = tree.rows(inputs, "activations")
+        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+        try:
+            outputs = run_on_batch(self._module, arguments, rows)
+            classes = self._check_labels(outputs, labels)
+            loss = self._backend.loss(outputs, labels)
+        except PSLError:
+            raise
+        except Exception as exc:
+            shown = ", ".join(
+                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape[1:])}" for t in tree.leaves(inputs)
+            )
+            raise StepError(
+                f"the server half failed on {rows} rows of activations {shown}: {type(exc).__name__}: {exc}"
+            ) from exc
+        if loss.ndim:
+            raise ConfigError(f"the loss must be the mean over the batch, got shape {tuple(loss.shape)}")
+        return outputs, loss, classes
+
+    def _check_labels(self, outputs: Any, labels: Any) -> int:
+        """Return the number of classes (0 unless it is classification), or raise RowsError."""
+        if not self._backend.classification:
+            return 0
+        if (
+            not isinstance(outputs, Tensor)
+            or outputs.ndim < 2
+            or not isinstance(labels, Tensor)
+            or not _is_integer(labels)
+        ):
+            raise ConfigError(
+                "classification needs outputs (batch, classes, ...) and integer labels, got outputs "
+                f"{getattr(outputs, 'shape', type(outputs).__name__)} and labels {getattr(labels, 'dtype', '')}: "
+                "pass classification=False for other losses"
+            )
+        classes = outputs.shape[1]
+        wrong = (labels < 0) | (labels >= classes)
+        if not bool(wrong.any()):
+            return classes
+        rule = f"labels: expected integers from 0 to {classes - 1}"
+        rows = wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong
+        found = {int(i): f"{rule}, got {int(labels[i][wrong[i]].flatten()[0])}" for i in rows.nonzero().flatten()}
+        raise RowsError("labels must be class indices", found)
+
+
+def run_on_batch(module: nn.Module, inputs: Sequence[Any], batch_size: int) -> Any:
+    """Run a module on a batch; batch norm that sees one value a channel normalises by its running statistics.
+
+    An epoch may end in a batch of one example: with fixed quotas, or if a client is lost from the last step. Of one
+    value a channel there are no statistics, and torch refuses it. Layers that see several positions of the example have
+    statistics, and use them, as in centralised training.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training] if batch_size == 1 else []
+    hooks = [norm.register_forward_pre_hook(_choose_statistics) for norm in norms]
+    try:
+        return module(*inputs)
+    finally:
+        for norm, hook in zip(norms, hooks, strict=True):
+            hook.remove()
+            norm.train()
+
+
+def _choose_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    values, channels = inputs[0].numel(), inputs[0].shape[1]
+    norm.train(values > channels)
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

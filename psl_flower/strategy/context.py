@@ -1,0 +1,356 @@
+"""What a method is given on the server: the clients of a step, the server's parts, and the commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psl_flower import tree
+from psl_flower.errors import ConfigError, PSLError
+from psl_flower.exchange.validation import Validator
+from psl_flower.failures import Failure, Kind
+from psl_flower.methods.base import SplitMethod, Stage
+from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights
+from psl_flower.protocol import Kind as LeafKind
+from psl_flower.server import LocalBackend, ServerPart
+from psl_flower.server.local import RowsError
+from psl_flower.tree import Tree
+
+Exchange = Callable[[Request], Reply]
+
+
+class LostClientsError(PSLError):
+    """Clients were lost after they had contributed to a step: it is to be made again without them."""
+
+    def __init__(self, failures: Mapping[int, Failure]) -> None:
+        super().__init__(f"lost {len(failures)} clients")
+        self.failures = dict(failures)
+
+
+class TooFewError(PSLError):
+    """Too little arrived for a step to be worth making."""
+
+
+@dataclass(eq=False)
+class Attempt:
+    """What came of an attempt at a step.
+
+    Parameters
+    ----------
+    orders : Orders
+        Of all clients that were asked.
+    record : Outcome or None
+        What the method returned; None: nothing was applied.
+    clients : tuple of int
+        Whose examples were applied.
+    labels : tree or None
+        Theirs, in the same order, where the server knows them.
+    skipped : bool
+        Whether their examples were not applied after all, because the loss or gradients are not finite.
+    lost : dict of int to Failure
+        Clients that are not in it, and why.
+    seconds : dict of int to list of float
+        How long each client worked, request by request.
+    bytes_sent, bytes_received : int
+        Of tensors.
+    """
+
+    orders: Orders
+    record: Any = None
+    clients: tuple[int, ...] = ()
+    labels: Tree = None
+    skipped: bool = False
+    lost: dict[int, Failure] = field(default_factory=dict)
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def counts(self) -> dict[int, int]:
+        """Return the examples of each client that were applied."""
+        counts = dict(zip(self.orders.clients.tolist(), self.orders.counts.tolist(), strict=True))
+        return {client: counts[client] for client in self.clients}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Asking:
+    """How a context asks clients.
+
+    Parameters
+    ----------
+    exchange : callable
+        Takes a request whose nodes are client ids, and returns the reply.
+    validator : Validator
+    separate : bool
+        Whether sums are wanted client by client.
+    config, evaluate_config : dict
+        Sent along.
+    refuse : callable
+        Told of failures, and the name of the stage; raises where they end the run.
+    """
+
+    exchange: Exchange
+    validator: Validator
+    separate: bool = False
+    config: Config = field(default_factory=dict)
+    evaluate_config: Config = field(default_factory=dict)
+    refuse: Callable[[Mapping[int, Failure], int, str], None]
+
+
+class CallContext:
+    """Asks the clients of one batch, and holds the parts that run on the server.
+
+    Parts are attributes: ``ctx.body.forward_backward(...)``.
+    """
+
+    def __init__(
+        self,
+        method: SplitMethod,
+        backend: LocalBackend,
+        asking: Asking,
+        orders: Orders,
+        *,
+        seed: int,
+        delays: Mapping[int, float] | None = None,
+    ) -> None:
+        self.method, self.backend, self.orders = method, backend, orders
+        self._asking, self._seed, self._delays = asking, seed, dict(delays or {})
+        self._weights: Mapping[str, Weights] = backend.weights()
+        self._sent: dict[str, Leaf] = {}
+
+    def __getattr__(self, name: str) -> ServerPart:
+        method = self.__dict__.get("method")
+        if method is None or method.parts.get(name) != "server":
+            raise AttributeError(f"there is no part {name!r} on the server")
+        part: ServerPart = self.backend.part(name, self._seed)
+        return part
+
+    @property
+    def clients(self) -> list[int]:
+        """The clients of the batch, ascending."""
+        return [int(client) for client in self.orders.clients]
+
+    def _request(self, stage: Stage, orders: Orders, inputs: Mapping[str, Tree]) -> Request:
+        if set(inputs) != set(stage.inputs):
+            raise ConfigError(
+                f"stage {stage.name!r} takes {', '.join(stage.inputs) or 'nothing'}, got {', '.join(inputs)}"
+            )
+        clients = tuple(orders.clients.tolist())
+        first = stage.after is None
+        return Request(
+            stage=stage.name,
+            nodes=clients,
+            orders=orders,
+            weights=self._weights,
+            inputs={name: Leaf(kind, inputs[name]) for name, kind in stage.inputs.items()},
+            delays=tuple(self._delays.get(c, 0.0) for c in clients) if first and self._delays else (),
+            separate=self._asking.separate,
+            config=self._asking.config,
+            evaluate_config=self._asking.evaluate_config if orders.test else {},
+        )
+
+    def _ask(self, stage: Stage, request: Request) -> tuple[list[Part], dict[int, Failure]]:
+        reply = self._asking.exchange(request)
+        expected = {name: weights.parameters for name, weights in self._weights.items()}
+        checked = self._asking.validator.check(stage, request, reply, expected)
+        return checked.parts, checked.failures
+
+
+class StepContext(CallContext):
+    """One attempt at a step, with the clients that have not been lost from it.
+
+    Parameters
+    ----------
+    enough : float
+        Examples that the step needs.
+    """
+
+    def __init__(self, *arguments: Any, enough: float, attempt: Attempt, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._enough, self._attempt = enough, attempt
+        self._first: dict[str, list[Part]] = {}  # replies that do not depend on who takes part, by stage
+        self._begun = False
+        self.committed = False
+        self.clip: Callable[[list[Part], str], list[Part]] | None = None
+        self.labels: Tree = None
+
+    def without(self, lost: Iterable[int]) -> StepContext:
+        """Go on without some clients, from the beginning; what the others have sent first stays."""
+        kept = np.flatnonzero(~np.isin(self.orders.clients, list(lost)))
+        self._keep(kept)
+        self._begun = False
+        return self
+
+    def _keep(self, positions: Any) -> None:
+        self.orders = self.orders.take(positions)
+        if self.orders.num_rows < max(self._enough, 1):
+            raise TooFewError
+
+    def call(self, function: Any, **inputs: Tree) -> Any:
+        """Ask all clients of the step for a stage at once.
+
+        Parameters
+        ----------
+        function : stage of the method
+        inputs : trees
+            What it takes, by name: ROWS in the order of the clients, EACH as a list, SHARED as it is.
+
+        Returns
+        -------
+        namespace
+            What it gives, by name: ROWS joined, SUM added up, EACH as a list.
+
+        Raises
+        ------
+        LostClientsError, TooFewError
+            If clients fail; not for the method to catch.
+        """
+        stage: Stage = function.stage
+        parts = self._first_parts(stage) if not self._begun and not inputs else None
+        if parts is None:
+            request = self._request(stage, self.orders, inputs)
+            parts, failures = self._ask(stage, request)
+            if failures:
+                self._asking.refuse(failures, len(request.nodes), stage.name)
+                more, failures = self._once_more(stage, request, failures) if self._begun else ([], failures)
+                parts += more
+            if failures and self._begun:
+                raise LostClientsError(failures)
+            self._attempt.lost |= failures
+            if not self._begun and not inputs and LeafKind.SUM not in stage.outputs.values():
+                self._first[stage.name] = parts
+            if failures:
+                self._keep(np.flatnonzero(~np.isin(self.orders.clients, list(failures))))
+        self._begun = True
+        self._remember_checksums(parts)
+        sent = gather(stage, parts, self.orders, self._attempt.orders, self.clip)
+        if "labels" in stage.outputs and not self.orders.test:
+            self._attempt.labels = sent.labels
+        return sent
+
+    def _first_parts(self, stage: Stage) -> list[Part] | None:
+        return self._first.get(stage.name)
+
+    def _once_more(
+        self, stage: Stage, request: Request, failures: Mapping[int, Failure]
+    ) -> tuple[list[Part], dict[int, Failure]]:
+        """Ask those again that failed and had contributed before; return what comes of it."""
+        at = {client: i for i, client in enumerate(request.nodes)}
+        parts: list[Part] = []
+        left: dict[int, Failure] = {}
+        for some in _apart(failures, self._asking.separate):
+            more, still = self._ask(stage, request.take([at[client] for client in some]))
+            parts += more
+            left |= still
+        self._asking.refuse(left, len(request.nodes), stage.name)
+        return parts, left
+
+    def _remember_checksums(self, parts: list[Part]) -> None:
+        if self.orders.checksums is not None or any(part.checksums is None for part in parts):
+            return
+        found = {n: c for part in parts for n, c in zip(part.nodes, part.checksums.tolist(), strict=True)}  # type: ignore[union-attr]
+        self.orders = replace(self.orders, checksums=np.array([found[c] for c in self.orders.clients.tolist()]))
+
+    def commit(self, **gradients: Mapping[str, Tensor | None]) -> None:
+        """Step the optimizer over all parts, with their gradients by part."""
+        self.backend.commit(gradients)
+        self.committed = True
+
+
+class EvaluationContext(CallContext):
+    """Evaluation of some test examples."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.lost: dict[int, Failure] = {}
+
+    def call(self, function: Any, **inputs: Tree) -> Any:
+        """Ask all clients for a stage at once, in evaluation mode; as in `StepContext.call`."""
+        stage: Stage = function.stage
+        request = self._request(stage, self.orders, inputs)
+        parts, failures = self._ask(stage, request)
+        asked = self.orders
+        if failures:
+            self.lost |= failures
+            if inputs:
+                raise LostClientsError(failures)
+            self.orders = self.orders.take(np.flatnonzero(~np.isin(self.orders.clients, list(failures))))
+            if not len(self.orders):
+                raise TooFewError
+        return gather(stage, parts, self.orders, asked, None)
+
+
+class RoundContext(CallContext):
+    """What comes before and after the steps of a round, with all its clients."""
+
+
+def gather(stage: Stage, parts: list[Part], orders: Orders, asked: Orders, clip: Any) -> SimpleNamespace:
+    """Return what clients sent as the method sees it, in ascending client id whoever sent it with whom.
+
+    Parameters
+    ----------
+    orders : Orders
+        Of the clients whose rows are wanted.
+    asked : Orders
+        Of all whose rows may be in the parts.
+    """
+    parts = sorted(parts, key=lambda part: min(part.nodes))
+    nodes = [node for part in parts for node in part.nodes]
+    position = {node: i for i, node in enumerate(nodes)}
+    order = np.array([position[client] for client in orders.clients.tolist()], dtype=np.int64)
+    chosen = None
+    if not np.array_equal(order, np.arange(len(nodes))):
+        counts = asked.counts[np.searchsorted(asked.clients, nodes)]
+        starts = np.cumsum(counts) - counts
+        chosen = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order]))
+    found: dict[str, Any] = {}
+    for name, kind in stage.outputs.items():
+        if kind is LeafKind.ROWS:
+            joined = tree.join([part.outputs[name].value for part in parts], name)
+            found[name] = joined if chosen is None else tree.take(joined, chosen)
+        elif kind is LeafKind.SUM:
+            total: Tree = None
+            for part in clip(parts, name) if clip else parts:
+                total = tree.add(total, part.outputs[name].value)
+            found[name] = total
+        else:
+            values = [value for part in parts for value in part.outputs[name].value]
+            found[name] = [values[i] for i in order]
+    return SimpleNamespace(**found)
+
+
+def _apart(failures: Mapping[int, Failure], separate: bool) -> list[list[int]]:
+    """Return the clients that failed, in groups to ask again.
+
+    Where several sent one sum that was refused, each is asked by itself: only one of them may be at fault.
+    """
+    refused = [] if separate else [c for c, f in failures.items() if f.kind.is_mistake and f.kind is not Kind.RAISED]
+    others = [client for client in failures if client not in refused]
+    return ([others] if others else []) + [[client] for client in refused]
+
+
+def by_client(error: RowsError, orders: Orders) -> dict[int, Failure]:
+    """Return the failures of the clients whose rows cannot be used."""
+    failures: dict[int, Failure] = {}
+    for row, why in error.rows.items():
+        failures.setdefault(orders.client_of(row), Failure(Kind.LABELS, why))
+    return failures
+
+
+__all__ = [
+    "Asking",
+    "Attempt",
+    "CallContext",
+    "EvaluationContext",
+    "LostClientsError",
+    "RoundContext",
+    "StepContext",
+    "TooFewError",
+    "by_client",
+    "gather",
+]
