@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from psl_flower.errors import ConfigError
@@ -12,14 +14,42 @@ from psl_flower.errors import ConfigError
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators for a while, and put them back."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        if device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too, for good
-        else:
-            torch.manual_seed(seed)
-        yield
+    """Seed the global generators of Python, numpy and torch for a while, and put them back.
+
+    Saving and putting back takes some 0.3 ms, far longer than seeding: whoever works for many clients in a row opens
+    one block, and calls `reseed` in it for each.
+
+    Parameters
+    ----------
+    seed : int
+        Not negative, below 2**64.
+    device : torch.device
+        Whose generator is seeded and put back beside that of the CPU.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global one is what users draw from)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            reseed(seed, device)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Seed the global generators of Python, numpy and torch; only within a `seeded` block, which puts them back.
+
+    Takes some 10 µs on the CPU. Equal seeds give equal numbers in any process, whatever was drawn before.
+    """
+    random.seed(seed)
+    # numpy and torch both start a Mersenne twister from 32 bits: of the same ones, they would draw the same numbers
+    np.random.seed((seed ^ 0x9E3779B9) & 0xFFFFFFFF)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all GPUs too, for good
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

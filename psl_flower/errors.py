@@ -6,6 +6,7 @@ The tree::
     ├── ConfigError (ValueError)       an argument or a configuration value breaks a rule
     │   └── CutError                   a model cannot be cut where it was asked to be
     ├── ProtocolError (ValueError)     a record from the wire breaks the protocol
+    ├── BadRowsError (ValueError)      some of a client's examples cannot be used
     ├── MembershipError (RuntimeError) the clients at hand cannot form a population
     ├── StepError (RuntimeError)       a training or evaluation step could not be completed
     │   └── DivergenceError            its loss or gradients are NaN or infinite
@@ -72,3 +73,20 @@ class DivergenceError(StepError):
 
 class StoppedError(PSLError, RuntimeError):
     """The run was ended from outside: by Ctrl-C, or ``flwr stop``."""
+
+
+class BadRowsError(PSLError, ValueError):
+    """Some of a client's examples cannot be used, while others can: they are to be left out.
+
+    Parameters
+    ----------
+    message : str
+        What happened, naming the data.
+    rows : dict[int, str], optional
+        What is wrong with each, keyed by its index in the dataset.
+    """
+
+    def __init__(self, message: str, rows: dict[int, str] | None = None) -> None:
+        self.message = message
+        self.rows = dict(rows or {})
+        super().__init__(message + "".join(f"\n  example {index}: {why}" for index, why in sorted(self.rows.items())))

@@ -1,0 +1,32 @@
+"""Where in the user's own code an exception comes from."""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from pathlib import Path
+
+_OURS = str(Path(__file__).parent)
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {_OURS})
+
+
+def where(error: BaseException) -> str:
+    """Return the place and text of an exception: "data.py:31 in __getitem__: OSError: cannot open img_0007.png".
+
+    The place is the last frame of its traceback that is neither psl_flower's nor a library's: the line that its user
+    can mend. Without one (it was raised and caught within libraries), the text alone.
+    """
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if _is_users(frame.filename):
+            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {text}"
+    return text
+
+
+def _is_users(filename: str) -> bool:
+    if filename.startswith("<frozen") or not filename:
+        return False
+    path = Path(filename)
+    return not (
+        {"site-packages", "dist-packages"} & set(path.parts) or any(path.is_relative_to(lib) for lib in _LIBRARIES)
+    )

@@ -1,0 +1,208 @@
+"""Trees: what a batch, what crosses a cut, and its gradient are made of.
+
+A tree is a tensor (a leaf), a tuple of trees, or a dict of trees with string keys. In a tree of rows, batch rows come
+first in every leaf: a leaf of n rows is (n, ...).
+
+The leaves of a dict come in ascending order of its keys, whatever the order in which it was filled. Both ends of a wire
+therefore see the same leaves in the same places, and the batches of two clients join if they hold the same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psl_flower.errors import ConfigError
+
+Tree: TypeAlias = Any  # Tensor | tuple[Tree, ...] | dict[str, Tree]
+# The same without tensors, fit for JSON: None for a leaf, a list for a tuple, a dict for a dict.
+Structure: TypeAlias = Any  # None | list[Structure] | dict[str, Structure]
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+def as_tree(value: Any, name: str) -> Tree:
+    """Return what people's code returns as a tree.
+
+    Parameters
+    ----------
+    value : Tensor, array, sequence or mapping
+        Lists become tuples, mappings (a ``BatchEncoding``, a ``ModelOutput``) dicts, arrays tensors; a list of numbers
+        becomes a tensor, too.
+    name : str
+        What the value is, for messages: "inputs" gives paths such as ``inputs['mask'][0]``.
+
+    Raises
+    ------
+    ConfigError
+        If a leaf is something else, or a key is no string; the message names its path.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
+        return torch.as_tensor(np.require(value, requirements=["W"]))  # torch warns of memory it must not write to
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(f"the keys of {name} must be strings, got {key!r}: rename it")
+        return {key: as_tree(value[key], f"{name}[{key!r}]") for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(x, int | float | np.number | np.bool_) for x in value):
+            return torch.as_tensor(np.asarray(value)) if isinstance(value[0], np.generic) else torch.tensor(value)
+        return tuple(as_tree(part, f"{name}[{i}]") for i, part in enumerate(value))
+    raise ConfigError(f"{name} must be a tensor, or a tuple or dict of tensors, got {value!r:.60} ({_kind(value)})")
+
+
+def structure(tree: Tree) -> Structure:
+    """Return a tree's structure: equal for trees that hold leaves in the same places, and fit for JSON."""
+    if isinstance(tree, tuple):
+        return [structure(part) for part in tree]
+    if isinstance(tree, dict):
+        return {key: structure(tree[key]) for key in sorted(tree)}
+    return None
+
+
+def build(structure: Structure, leaves: Sequence[Tensor]) -> Tree:
+    """Return the tree of a structure and its leaves, in their order.
+
+    Raises
+    ------
+    ConfigError
+        If there are more leaves, or fewer, or the structure is none.
+    """
+    rest = iter(leaves)
+    tree = _build(structure, rest)
+    if next(rest, None) is not None:
+        raise ConfigError(f"the structure {structure!r:.200} has fewer leaves than the {len(leaves)} given")
+    return tree
+
+
+def _build(structure: Structure, rest: Iterator[Tensor]) -> Tree:
+    if structure is None:
+        leaf = next(rest, None)
+        if leaf is None:
+            raise ConfigError("the structure has more leaves than were given")
+        return leaf
+    if isinstance(structure, list):
+        return tuple(_build(part, rest) for part in structure)
+    if isinstance(structure, dict):
+        return {key: _build(structure[key], rest) for key in sorted(structure)}
+    raise ConfigError(f"a tree is made of leaves, tuples and dicts, its structure holds {structure!r:.60}")
+
+
+# --- walking ---------------------------------------------------------------------------------------------------------
+def leaves(tree: Tree) -> list[Tensor]:
+    """Return the leaves of a tree, those of a dict in ascending order of its keys."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = tree if isinstance(tree, tuple) else [tree[key] for key in sorted(tree)]
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+def paths(tree: Tree, name: str) -> list[str]:
+    """Return where each leaf stands, in the order of `leaves`: ``name['mask'][0]``."""
+    if isinstance(tree, Tensor):
+        return [name]
+    parts = list(enumerate(tree)) if isinstance(tree, tuple) else [(key, tree[key]) for key in sorted(tree)]
+    return [path for key, part in parts for path in paths(part, f"{name}[{key!r}]")]
+
+
+def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """Return a tree of what `function` makes of the leaves at each place of trees of one structure."""
+    if isinstance(tree, tuple):
+        return tuple(map_leaves(function, *parts) for parts in zip(tree, *others, strict=True))
+    if isinstance(tree, dict):
+        return {key: map_leaves(function, tree[key], *(other[key] for other in others)) for key in sorted(tree)}
+    return function(tree, *others)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+def rows(tree: Tree, name: str) -> int:
+    """Return how many rows every leaf has.
+
+    Raises
+    ------
+    ConfigError
+        If there is no leaf, a leaf has no dimension, or two leaves disagree.
+    """
+    found = leaves(tree)
+    if not found:
+        raise ConfigError(f"{name} must hold at least one tensor, got {tree!r:.60}")
+    for i, leaf in enumerate(found):
+        if leaf.ndim == 0:
+            raise ConfigError(f"batch rows come first in every tensor: {paths(tree, name)[i]} has no dimension")
+        if leaf.shape[0] != found[0].shape[0]:
+            where = paths(tree, name)
+            raise ConfigError(
+                f"batch rows come first in every tensor: {where[0]} has {found[0].shape[0]} rows, "
+                f"{where[i]} has {leaf.shape[0]} {_spec(leaf)}"
+            )
+    return int(found[0].shape[0])
+
+
+def join(trees: Sequence[Tree], name: str, of: Sequence[str] | None = None) -> Tree:
+    """Return one tree with the rows of all, one after the other; that of a single tree is the tree itself.
+
+    Parameters
+    ----------
+    trees : sequence of trees
+        At least one.
+    name : str
+        What they are, for messages.
+    of : sequence of str, optional
+        Whose each of them is, for messages: "client 3".
+
+    Raises
+    ------
+    ConfigError
+        If two trees differ in structure, or a leaf in its dtype or its shape beyond the rows; the message names the
+        leaf and both owners.
+    """
+    if not trees:
+        raise ConfigError(f"there must be at least one tree of {name} to join, got none")
+    if len(trees) == 1:
+        return trees[0]
+    whose = [f"part {i}" for i in range(len(trees))] if of is None else of
+    first, shape = leaves(trees[0]), structure(trees[0])
+    columns = [[leaf] for leaf in first]
+    for tree, owner in zip(trees[1:], whose[1:], strict=True):
+        if structure(tree) != shape:
+            raise ConfigError(
+                f"{name} must hold the same names and parts everywhere: {whose[0]} has "
+                f"{', '.join(paths(trees[0], name))}; {owner} has {', '.join(paths(tree, name))}"
+            )
+        for i, leaf in enumerate(leaves(tree)):
+            if leaf.shape[1:] != first[i].shape[1:] or leaf.dtype != first[i].dtype:
+                raise ConfigError(
+                    f"{paths(tree, name)[i]} must be alike everywhere but for the number of rows: "
+                    f"{whose[0]} has {_spec(first[i])}, {owner} has {_spec(leaf)}; "
+                    "where lengths vary, pad them all to one"
+                )
+            columns[i].append(leaf)
+    return build(shape, [torch.cat(column) for column in columns])
+
+
+def split(tree: Tree, counts: Sequence[int], name: str) -> list[Tree]:
+    """Return trees of `counts` rows each, one after the other: the inverse of `join`. Their leaves are views.
+
+    Raises
+    ------
+    ConfigError
+        If the counts do not add up to the rows there are.
+    """
+    if (total := sum(counts)) != (held := rows(tree, name)) or min(counts, default=0) < 0:
+        raise ConfigError(f"{name} of {held} rows cannot be split into {list(counts)}, which add up to {total}")
+    pieces = [torch.split(leaf, list(counts)) for leaf in leaves(tree)]
+    shape = structure(tree)
+    return [build(shape, part) for part in zip(*pieces, strict=True)]
+
+
+def _spec(leaf: Tensor) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}".replace(" builtins.", " ")
