@@ -66,7 +66,7 @@ def check_data_fn(function: Callable[..., Any]) -> None:
         # the number of partitions may well have a default; this client's own may not
         if p in _NODE_CONFIG and p not in bound and (p in needed or p != "num_partitions"):
             given = [f"context.node_config[{_NODE_CONFIG[q]!r}]" for q in parameters if q in _NODE_CONFIG]
-            given += [f"{q}=..." for q in needed if q not in _NODE_CONFIG]
+            given += [f"{q}=..." for q in parameters if q in needed - _NODE_CONFIG.keys()]
             raise ConfigError(
                 f"data_fn is called with the client's context, but {name} is a function of ({', '.join(parameters)}): "
                 f"pass data_fn=lambda context: {name}({', '.join(given)})"
@@ -120,7 +120,7 @@ def _pair(what: Any) -> tuple[Any, Any]:
 
 def _is_table(what: Any) -> bool:
     """Return whether this is (x, y) or (x1, x2, ..., y): tensors or arrays, one row an example."""
-    return isinstance(what, tuple | list) and len(what) > 1 and all(map(_is_tensor, what))
+    return isinstance(what, tuple) and len(what) > 1 and all(map(_is_tensor, what))
 
 
 def _is_tensor(what: Any) -> bool:
@@ -163,9 +163,7 @@ def _checked(what: Any, name: str) -> Any:
             "columns, datasets.Dataset.from_dict(data).with_format('torch')"
         )
     elif hasattr(what, "iloc"):
-        remedy = (
-            "of a DataFrame, return tensors (torch.tensor(frame[inputs].values), torch.tensor(frame[label].values))"
-        )
+        remedy = "of its columns, return (torch.tensor(frame[names].values), torch.tensor(frame[label].values))"
     elif what is None:
         remedy = "is a return statement missing?"
     if remedy:
@@ -174,7 +172,12 @@ def _checked(what: Any, name: str) -> Any:
 
 
 def _table(parts: tuple[Any, ...], name: str) -> TensorDataset:
-    tensors = [torch.as_tensor(part) for part in parts]
+    try:
+        tensors = [torch.as_tensor(part) for part in parts]
+    except TypeError as error:
+        raise ConfigError(
+            f"arrays returned by data_fn must hold numbers, not so in the {name} ({error}): map labels to integers"
+        ) from error
     shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
     if any(t.ndim == 0 for t in tensors) or len({len(t) for t in tensors}) != 1:
         raise ConfigError(

@@ -41,7 +41,7 @@ def _inputs_and_label(batch: Any, target: str, name: str) -> tuple[Any, Any]:
         if key is None and not optional:
             asked = " or ".join(map(repr, LABEL_NAMES if target == LABEL_NAMES[0] else (target,)))
             raise ConfigError(
-                f"the label of a dict row must be under the name {asked}, the rows of the {name} have no such label, but "
+                f"the label of a dict row must be under the name {asked}, the rows of the {name} hold "
                 f"{', '.join(sorted(map(repr, batch)))}: name it, e.g. target='fine_label'; target='input' trains an "
                 "autoencoder"
             )
