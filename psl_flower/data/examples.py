@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -208,7 +209,7 @@ def _not_finite(batch: Batch, indices: list[int]) -> dict[int, str]:
     bad: dict[int, str] = {}
     for i, leaf in enumerate(leaves(batch.inputs)):
         # a sum takes a fortieth of the time; where it is not finite, it may only have overflowed
-        if not (leaf.is_floating_point() or leaf.is_complex()) or leaf.sum().isfinite():
+        if not (leaf.is_floating_point() or leaf.is_complex()) or cmath.isfinite(leaf.sum().item()):
             continue
         for row in (~leaf.isfinite().reshape(batch.size, -1).all(dim=1)).nonzero().flatten().tolist():
             bad[indices[row]] = (

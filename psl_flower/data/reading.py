@@ -32,7 +32,7 @@ def read_columns(dataset: Any, indices: Sequence[int]) -> Any:
     if _offers(dataset, "get_batch"):
         return dataset.get_batch(np.asarray(indices, dtype=np.int64))
     if is_plain(dataset):
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         return tuple(tensor[chosen] for tensor in dataset.tensors)
     return None
 

@@ -4,6 +4,7 @@ import functools
 import logging
 import re
 
+import datasets
 import numpy as np
 import pandas
 import pytest
@@ -176,6 +177,19 @@ def test_a_loaders_collate_fn_goes_before_the_general_one():
     train, _ = open_data(DataLoader(DATA, collate_fn=own), collate_fn=general)
     assert train.batch([0, 1]).inputs.tolist() == [1, 1]
     assert open_data(DataLoader(DATA), collate_fn=general)[0].collate_fn is general
+
+
+def test_the_loaders_of_flowers_quickstart(told):
+    """Rows are dicts of a Hugging Face dataset with transforms, in loaders for training and test data."""
+    whole = datasets.Dataset.from_dict({"img": X.tolist(), "label": Y.tolist()}).train_test_split(0.2, seed=42)
+    whole = whole.with_transform(lambda rows: {**rows, "img": [torch.tensor(img) / 2 for img in rows["img"]]})
+    train, test = open_data((DataLoader(whole["train"], batch_size=4, shuffle=True), DataLoader(whole["test"])))
+    for examples, part in ((train, whole["train"]), (test, whole["test"])):
+        batch = examples.batch([1, 0])
+        assert torch.equal(batch.inputs["img"], torch.stack([part[1]["img"], part[0]["img"]]))
+        assert batch.target.tolist() == [part[1]["label"], part[0]["label"]]
+    assert sorted(train.labels().tolist() + test.labels().tolist()) == sorted(Y.tolist())
+    assert len(told()) == 2  # one for each, for they differ
 
 
 @pytest.mark.parametrize("how", ["sampler", "batch_sampler"])
