@@ -43,7 +43,8 @@ def as_tree(value: Any, name: str) -> Tree:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
-        return torch.as_tensor(np.require(value, requirements=["W"]))  # torch warns of memory it must not write to
+        # torch takes no array that runs backwards, and warns of one that it must not write to
+        return torch.as_tensor(np.require(value, requirements=["C", "W"]))
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):

@@ -162,7 +162,7 @@ def _checked(what: Any, name: str) -> Any:
             f"it is a mapping with {sorted(map(str, what))[:8]}. Of splits, return (data['train'], data['test']); of "
             "columns, datasets.Dataset.from_dict(data).with_format('torch')"
         )
-    elif hasattr(what, "iloc"):
+    elif hasattr(type(what), "iloc"):
         remedy = "of its columns, return (torch.tensor(frame[names].values), torch.tensor(frame[label].values))"
     elif what is None:
         remedy = "is a return statement missing?"

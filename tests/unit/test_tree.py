@@ -100,6 +100,8 @@ def test_what_code_returns_becomes_a_tree():
     assert (found["z"].dtype, found["n"].dtype) == (torch.int64, torch.float32)
     found["a"][1].add_(1)
     assert read_only.tolist() == [0, 1, 2]
+    assert tree.as_tree(np.arange(3)[::-1], "x").tolist() == [2, 1, 0]
+    assert tree.as_tree(np.arange(2, dtype=np.uint8), "x").dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
