@@ -18,8 +18,8 @@ class FaultPolicy:
 
     An outage is a process that is gone, or does not reply in time. The client loses that step only: the step goes on
     with the others (the loss is the mean over what arrived), and what the client owes is drawn later in the epoch. A
-    mistake is code that raises, or a reply that is not what was asked for: it would happen again. Failures are logged as
-    warnings and counted in the run's summary.
+    mistake is code that raises, or a reply that is not what was asked for: it would happen again. Failures are logged
+    as warnings and counted in the run's summary.
 
     Parameters
     ----------
