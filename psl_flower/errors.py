@@ -5,6 +5,7 @@ The tree::
     PSLError
     ├── ConfigError (ValueError)       an argument or a configuration value breaks a rule
     │   └── CutError                   a model cannot be cut where it was asked to be
+    ├── LabelError (ValueError)        labels of a batch are no class indices
     ├── ProtocolError (ValueError)     a record from the wire breaks the protocol
     ├── MembershipError (RuntimeError) the clients at hand cannot form a population
     ├── StepError (RuntimeError)       a training or evaluation step could not be completed
@@ -12,10 +13,11 @@ The tree::
     └── StoppedError (RuntimeError)    the run was ended from outside
 
 Every message names the rule, the value found and the remedy. Errors of other libraries are mapped
-onto this tree with ``raise ... from exc``.
+onto this tree with ``raise ... from exc``. `StopTraining` stands beside it: it is no error, but how a user's code asks
+for the end of a run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -29,6 +31,22 @@ class ConfigError(PSLError, ValueError):
 
 class CutError(ConfigError):
     """A model cannot be cut at the named place."""
+
+
+class LabelError(PSLError, ValueError):
+    """Labels of a batch are no class indices.
+
+    Parameters
+    ----------
+    message : str
+        What is expected, and what was found.
+    rows : iterable of int
+        Positions in the batch of the examples whose labels are wrong; empty where that cannot be told.
+    """
+
+    def __init__(self, message: str, rows: Iterable[int] = ()) -> None:
+        self.rows = tuple(rows)
+        super().__init__(message)
 
 
 class ProtocolError(PSLError, ValueError):
@@ -72,3 +90,13 @@ class DivergenceError(StepError):
 
 class StoppedError(PSLError, RuntimeError):
     """The run was ended from outside: by Ctrl-C, or ``flwr stop``."""
+
+
+class StopTraining(Exception):
+    """Raised by a callback or by `evaluate_fn`: the run is to end here, in order, with all that it leaves behind.
+
+    Parameters
+    ----------
+    reason : str
+        Logged.
+    """
