@@ -107,17 +107,17 @@ class Monitor:
         return float(values[check_choice(self.name, f"{self._who}: monitor", values)])
 
 
-class Best:
-    """The best value of a metric so far.
+class BestValue:
+    """The best value of a metric so far, and its round.
 
     Parameters
     ----------
     monitor : str
-        The metric's name: tells, with ``mode="auto"``, whether it is to fall (losses, errors) or to rise (accuracy).
-    mode : str
-        "min", "max" or "auto".
+        The metric's name.
     who : str
         Who asks, for errors.
+    mode : str
+        "min": less is better; "max": more; "auto": as the name tells (losses and errors fall, accuracies rise).
     min_delta : float
         By how much a value must be better, at least.
 
@@ -127,25 +127,52 @@ class Best:
         If an argument is out of range, or the name does not tell what is better.
     """
 
-    def __init__(self, monitor: str, mode: str, who: str, min_delta: float = 0.0) -> None:
+    def __init__(self, monitor: str, who: str, *, mode: str = "auto", min_delta: float = 0.0) -> None:
+        self._monitor = Monitor(monitor, who)
+        self.name = monitor
         if check_choice(mode, f"{who}: mode", ("auto", "min", "max")) == "auto":
             mode = expected_mode(monitor) or ""
         if not mode:
             raise ConfigError(
                 f"{who}: the name {monitor!r} does not tell whether less or more is better: pass mode='min' or 'max'"
             )
-        self.mode = mode
+        self._sign = 1 if mode == "max" else -1
         self._min_delta = check_float(min_delta, f"{who}: min_delta", least=0)
-        self.value = math.nan
+        self.start({})
 
-    def better(self, value: float) -> bool:
-        """Take a new value in, and return whether it is better than all before; NaN never is."""
-        if math.isnan(value):
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Begin a run; `config` is what a callback hears at its start."""
+        self.value = math.nan
+        self.round: int | None = None
+        strategy = config.get("strategy", {})
+        self._evaluate_every = strategy.get("evaluate_every", 1) if isinstance(strategy, Mapping) else 1
+        self._monitor.check(self._evaluate_every)
+
+    def update(self, server_round: int, values: Mapping[str, float]) -> bool | None:
+        """Take a round in, and return whether it is better than all before; None if it was not measured.
+
+        NaN is never better.
+
+        Parameters
+        ----------
+        server_round : int
+            1-based.
+        values : dict of str to float
+            What `round_values` returned.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such metric.
+        """
+        evaluated = self._evaluate_every > 0 and server_round % self._evaluate_every == 0
+        value = self._monitor.read(values, evaluated=evaluated)
+        if value is None:
+            return None
+        gain = self._sign * (value - self.value)
+        if math.isnan(value) or (self.round is not None and not gain > self._min_delta):
             return False
-        gain = self.value - value if self.mode == "min" else value - self.value
-        if not math.isnan(self.value) and not gain > self._min_delta:
-            return False
-        self.value = value
+        self.value, self.round = value, server_round
         return True
 
 

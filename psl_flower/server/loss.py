@@ -208,7 +208,7 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
         return True
-    return torch.equal(one.detach().flatten(), other.detach().flatten().to(one.dtype))
+    return torch.equal(one.detach().flatten(), other.detach().flatten().to(one))
 
 
 def _spread(operands: Sequence[Any]) -> str | None:

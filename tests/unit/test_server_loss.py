@@ -182,8 +182,19 @@ def test_other_losses_are_told_by_shapes():
     outputs, labels = rows_of(CLASSES), classes()
     assert weighted(focal, outputs, labels, 12).predictions.score()[1] == 12
     assert weighted(focal, outputs, labels, 12, classify=False).predictions is None
-    multi = (outputs > 0).long()
-    assert weighted(lambda o, y: F.mse_loss(o, y.double()), outputs, multi, 12).predictions is None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels"),
+    [((12, 5), (12, 5)), ((5, 5), (5, 5)), ((12, 1), (12, 1)), ((12, 1), (12,)), ((12,), (12,))],
+    ids=["labels of several classes", "as many rows as classes", "one logit", "one logit, flat labels", "flat"],
+)
+def test_binary_cross_entropy_is_not_scored_by_classes(outputs, labels):
+    def loss(o, y):
+        return F.binary_cross_entropy_with_logits(o.reshape(y.shape), y.float())
+
+    ones = torch.ones(labels, dtype=torch.long)
+    assert weighted(loss, torch.randn(outputs), ones, labels[0]).predictions is None
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
