@@ -72,7 +72,7 @@ def split_module(model: nn.Module, cut: str, tail: str | None = None) -> tuple[n
     names = [_first_name(root, name) for name in cuts]
     where = f"cut {cut!r}" + ("" if tail is None else f", tail {tail!r}")
     try:
-        recorded = without_raw_inputs(trace(root, names), names)
+        recorded = without_raw_inputs(root, trace(root, names), names)
         graphs = divide(root, recorded, names)
     except CutError as error:
         raise CutError(f"{where}: {error}{_suggestions(model, cut)}") from error.__cause__
@@ -129,7 +129,7 @@ def _candidates(root: nn.Module, parent: str, depth: int | None) -> Iterator[str
         return  # nor can anything deeper be cut, for that needs the same code traced
     for child in children:
         try:
-            divide(root, without_raw_inputs(recorded, [child]), [child])
+            divide(root, without_raw_inputs(root, recorded, [child]), [child])
         except CutError:
             pass
         else:

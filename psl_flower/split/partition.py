@@ -68,13 +68,13 @@ def divide(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> list[dict[b
     return [{mode: divided[graph][i] for mode, graph in recorded.graphs.items()} for i in range(len(cuts) + 1)]
 
 
-def without_raw_inputs(recorded: Trace, cuts: Sequence[str]) -> Trace:
+def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
     """Let the inputs that may be None be None for good where they would have to cross a cut as they are."""
     arguments = recorded.arguments
     raw: set[str] = set()
     for graph in recorded.graphs.values():
         nodes = list(graph.nodes)
-        pieces = _assign(nodes, _starts(nodes, cuts), *_classify(nodes))
+        pieces = _assign(root, nodes, _starts(nodes, cuts), *_classify(nodes))
         raw |= {str(node.target) for sent in pieces.sent for node in sent if _is_input(node)}
     optional = [n for n in arguments.inputs if n in raw and arguments.signature.parameters[n].default is None]
     if not optional:
@@ -101,7 +101,7 @@ def _without(graph: fx.Graph, names: Iterable[str]) -> fx.Graph:
 
 def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str]) -> list[fx.Graph]:
     nodes = list(graph.nodes)
-    pieces = _assign(nodes, _starts(nodes, cuts), *_classify(nodes))
+    pieces = _assign(root, nodes, _starts(nodes, cuts), *_classify(nodes))
     _check_parameters(root, pieces)
     for piece, sent in enumerate(pieces.sent):
         for node in sent:
@@ -146,10 +146,16 @@ def _classify(nodes: Iterable[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
     return facts, from_data
 
 
-def _assign(nodes: Sequence[fx.Node], starts: Sequence[int], facts: set[fx.Node], from_data: set[fx.Node]) -> _Pieces:
+def _assign(
+    root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], facts: set[fx.Node], from_data: set[fx.Node]
+) -> _Pieces:
     """Say which piece runs a node, and what the pieces hand to one another."""
     last = len(starts)
-    own = {node: sum(start <= position for start in starts) for position, node in enumerate(nodes)}
+    own = {
+        node: 0 if _is_raw(node) else sum(start <= position for start in starts) for position, node in enumerate(nodes)
+    }
+    for piece in range(2, last + 1):
+        own.update(dict.fromkeys(_joins(root, nodes, own, piece, facts, from_data), piece))
     runs: dict[fx.Node, set[int]] = {}
     for node in reversed(nodes):
         if node in from_data or not node.users or own[node] == last:
@@ -167,8 +173,8 @@ def _assign(nodes: Sequence[fx.Node], starts: Sequence[int], facts: set[fx.Node]
             if source in from_data and own[source] < piece
         }
         for node in running[piece]:
-            # a number two pieces back is on the same side: its tensor is kept, and it is asked again
-            if node in facts and not _is_known_of_any_batch(node):
+            # a number known two pieces back is known on the same side: its tensor is kept, and asked again
+            if node in facts:
                 wanted |= {s for s in _tensors_of(node, facts) if s in from_data and own[s] == piece - 2}
         needed.append(wanted)
 
@@ -180,13 +186,57 @@ def _assign(nodes: Sequence[fx.Node], starts: Sequence[int], facts: set[fx.Node]
     return _Pieces(running, sent=handed(1), kept=handed(2))
 
 
+def _joins(
+    root: nn.Module,
+    nodes: Sequence[fx.Node],
+    own: dict[fx.Node, int],
+    piece: int,
+    facts: set[fx.Node],
+    from_data: set[fx.Node],
+) -> list[fx.Node]:
+    """Return what stands ahead of a piece and is better run in it: what joins a skip connection to its input.
+
+    ``self.up(torch.cat([skip, x], 1))``: if the cat ran before the piece that starts at `up`, the skip connection would
+    cross to the other side and back. It has no parameters and is for this piece only, so it can run there.
+    """
+    position = {node: i for i, node in enumerate(nodes)}
+    late: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if (
+            own[node] == piece - 1
+            and node.op in ("call_function", "call_method", "call_module")
+            and not _state(root, node)
+            and node.users
+            and all(own[user] == piece or user in late for user in node.users)
+            # nothing comes in between: it might change in place what this reads
+            and all(
+                own[user] == piece or user in late or position[user] <= position[node]
+                for source in node.all_input_nodes
+                for user in source.users
+            )
+        ):
+            late.add(node)
+    joined: list[fx.Node] = []
+    for node in nodes:
+        if (
+            node in late
+            and node not in facts
+            and (
+                any(source in joined for source in node.all_input_nodes)
+                or any(s in from_data and own[s] == piece - 2 for s in _tensors_of(node, facts))
+            )
+        ):
+            joined.append(node)
+    return joined
+
+
 def _tensors_of(node: fx.Node, facts: set[fx.Node]) -> Iterator[fx.Node]:
-    """Yield the nodes a fact was asked of, through other facts."""
+    """Yield what a node is computed from; instead of sizes and other facts, what they were asked of."""
     for source in node.all_input_nodes:
-        if source in facts:
-            yield from _tensors_of(source, facts)
-        else:
+        if source not in facts:
             yield source
+        elif not _is_known_of_any_batch(source):
+            yield from _tensors_of(source, facts)
 
 
 def _piece_graph(pieces: _Pieces, piece: int) -> fx.Graph:
