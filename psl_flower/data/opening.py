@@ -103,8 +103,8 @@ def open_data(
     """
     if target == INPUT and _is_table(what):
         raise ConfigError(
-            f"with target='input' data_fn must {_FORMS}: of {len(what)} tensors it is not clear whether they are inputs "
-            "and labels, or training and test data. Return TensorDataset(x), or a pair of these"
+            f"with target='input' data_fn must {_FORMS}: of {len(what)} tensors it is not clear whether they are "
+            "inputs and labels, or training and test data. Return TensorDataset(x), or a pair of these"
         )
     train, test = _pair(what)
     options: dict[str, Any] = {"target": target, "collate_fn": collate_fn}
