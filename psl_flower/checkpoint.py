@@ -66,7 +66,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             tree = json.loads((file.metadata() or {})[_TREE])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # Copied into memory of torch's own: what is read lies as the file has it, aligned to fewer bytes, and some
+            # processors then add in another order, so that a resumed run would differ in the last bit.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         found: dict[str, Any] = _decode(tree, tensors)
         if found["version"] != VERSION:
             raise ConfigError(f"{path} is a checkpoint of version {found['version']}, this is version {VERSION}")
