@@ -243,7 +243,7 @@ class ParallelSplitLearning(Strategy):
         state = arrays_to_state(initial_arrays, self._template)
         trainer = self._trainer(state)
         scheduler = self._scheduler(trainer.optimizer) if self._scheduler else None
-        saver = self._saver(trainer, scheduler)
+        saver = self._saver(trainer, scheduler, num_rounds)
         saved = saver.find(self.resume_from)
         result, begin = Result() if saved is None else saved_result(saved), time.monotonic()
         position, first_round = (None, 1) if saved is None else (saved["metrics_position"], saved["round"])
@@ -251,7 +251,7 @@ class ParallelSplitLearning(Strategy):
         with (
             stopped_by_flower() as stops,
             open_carrier(grid, self.transport, self.stream_options) as carrier,
-            RunRecorder(self._output_dir, self._configuration(num_rounds), position, self._callbacks) as recorder,
+            RunRecorder(self._output_dir, saver.configuration(), position, self._callbacks) as recorder,
         ):
             stops.append(carrier.stop)
             tolerate = self.faults.tolerate
@@ -444,33 +444,39 @@ class ParallelSplitLearning(Strategy):
             order=self._parameter_order,
         )
 
-    def _saver(self, trainer: SplitTrainer, scheduler: Any) -> Saver:
+    def _saver(self, trainer: SplitTrainer, scheduler: Any, num_rounds: int) -> Saver:
         checkpoints = None
         if self._output_dir is not None and self.keep_checkpoints:
             checkpoints = Checkpoints(Path(self._output_dir) / checkpoint.FOLDER, self.keep_checkpoints)
-        return Saver(checkpoints, trainer, scheduler, template=self._template, cut=self.cut, sampler=self.sampler)
+        return Saver(
+            checkpoints,
+            trainer,
+            scheduler,
+            template=self._template,
+            options=self._settings(num_rounds),
+            run_config=self._run_config,
+        )
 
-    def _configuration(self, num_rounds: int) -> dict[str, Any]:
+    def _settings(self, num_rounds: int) -> dict[str, Any]:
         return {
-            **self._run_config,
-            "strategy": {
-                "num_rounds": num_rounds,
-                "cut": self.cut,
-                "sampler": repr(self.sampler),
-                "delays": repr(self._delays),
-                "simulated_delays": repr(self._simulated),
-                "sleep": self._sleep,
-                "transport": self.transport,
-                "stream_options": repr(self.stream_options),
-                "device": str(self._device),
-                "min_available_nodes": self.min_available_nodes,
-                "evaluate_every": self.evaluate_every,
-                "evaluate_batch_size": self.evaluate_batch_size,
-                "faults": repr(self.faults),
-                "checkpoint_every": self.checkpoint_every,
-                "keep_checkpoints": self.keep_checkpoints,
-                "resume_from": None if self.resume_from is None else str(self.resume_from),
-            },
+            "num_rounds": num_rounds,
+            "cut": self.cut,
+            "sampler": self.sampler,
+            "loss": self._loss,
+            "classification": self._classification,
+            "delays": self._delays,
+            "simulated_delays": self._simulated,
+            "sleep": self._sleep,
+            "transport": self.transport,
+            "stream_options": self.stream_options,
+            "device": str(self._device),
+            "min_available_nodes": self.min_available_nodes,
+            "evaluate_every": self.evaluate_every,
+            "evaluate_batch_size": self.evaluate_batch_size,
+            "faults": self.faults,
+            "checkpoint_every": self.checkpoint_every,
+            "keep_checkpoints": self.keep_checkpoints,
+            "resume_from": None if self.resume_from is None else str(self.resume_from),
         }
 
     def summary(self) -> None:
