@@ -36,6 +36,7 @@ from psl_flower.strategy.agenda import Agenda, part, saved_population
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import split_evaluate
+from psl_flower.strategy.folder import FolderLock
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
 from psl_flower.strategy.run import Run
@@ -240,6 +241,21 @@ class ParallelSplitLearning(Strategy):
         """
         num_rounds = check_int(num_rounds, "num_rounds", least=1)
         timeout = check_float(timeout, "timeout", above=0)
+        with FolderLock(self._output_dir):
+            return self._run(
+                grid, initial_arrays, num_rounds, timeout, train_config or {}, evaluate_config or {}, evaluate_fn
+            )
+
+    def _run(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        timeout: float,
+        train_config: Mapping[str, Any],
+        evaluate_config: Mapping[str, Any],
+        evaluate_fn: EvaluateFn | None,
+    ) -> Result:
         state = arrays_to_state(initial_arrays, self._template)
         trainer = self._trainer(state)
         scheduler = self._scheduler(trainer.optimizer) if self._scheduler else None

@@ -334,6 +334,20 @@ def test_newer_checkpoints_of_another_branch_are_kept(tmp_path):
     assert first.name not in {path.name for path in (tmp_path / "checkpoints").iterdir()}  # as many as are kept
 
 
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    refused = []
+
+    def begin_another(server_round, arrays):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(ConfigError, match=r"another run writes to .*: process \d+ on "):
+            start(make(tmp_path, resume_from="latest"))
+        refused.append(before == {path: path.read_bytes() for path in before})
+
+    start(make(tmp_path), num_rounds=1, evaluate_fn=begin_another)
+    assert refused == [True, True]
+    start(make(tmp_path, resume_from="latest"), num_rounds=1)
+
+
 class Shrunk(SplitClient):
     def __init__(self, half, train, test=None, **options):
         super().__init__(half, torch.utils.data.Subset(train, range(7)), test, **options)
