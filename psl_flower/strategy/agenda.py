@@ -45,6 +45,9 @@ class Agenda:
         The epoch's clients with all they hold.
     epoch : int
         0-based.
+    state : dict, optional
+        The `state_dict` of an earlier one to go on from, instead of planning the epoch; `population` must be that of
+        `saved_population` then, but for the delays.
 
     Raises
     ------
@@ -52,9 +55,14 @@ class Agenda:
         If the sampler cannot plan for this population.
     """
 
-    def __init__(self, sampler: Sampler, population: Population, epoch: int) -> None:
+    def __init__(
+        self, sampler: Sampler, population: Population, epoch: int, state: Mapping[str, Any] | None = None
+    ) -> None:
         self._sampler, self._epoch = sampler, epoch
         self.population = population
+        if state is not None:
+            self.load_state_dict(state)
+            return
         self.replans = 0
         self._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
         counts = population.label_counts
@@ -177,7 +185,7 @@ class Agenda:
         self._cursors, self._due, self.population = cursors, due, population
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return everything as numbers and arrays: who owes what, and the plan for the rest."""
         plan = self._plan.take(np.arange(self._next, len(self._plan)))
         return {
@@ -197,30 +205,20 @@ class Agenda:
             },
         }
 
-    @classmethod
-    def restored(cls, sampler: Sampler, population: Population, epoch: int, state: Mapping[str, Any]) -> Agenda:
-        """Return the agenda that `state` described.
-
-        Parameters
-        ----------
-        sampler, population, epoch
-            As for a new one; `population` must be that of `saved_population`, but for the delays.
-        """
-        agenda = cls.__new__(cls)
-        agenda._sampler, agenda._epoch, agenda.population = sampler, epoch, population
-        agenda.replans, agenda._taken = state["replans"], state["taken"]
-        agenda._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
-        agenda._cursors.used, agenda._cursors.used_by_class = state["used"], state["used_by_class"]
-        agenda._seen = state["seen"]
-        rest = Population(population.client_ids, population.sizes)
-        plan = agenda._plan = BatchPlan(rest, **state["plan"])
-        agenda._next, agenda._due = 0, np.zeros(len(population), dtype=np.int64)
-        np.add.at(agenda._due, plan.rows(), plan.quotas)
-        return agenda
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, for the population that it was of."""
+        people = self.population
+        self.replans, self._taken = state["replans"], state["taken"]
+        self._cursors = Cursors(people.client_ids, seed=self._sampler.seed, epoch=self._epoch)
+        self._cursors.used, self._cursors.used_by_class = state["used"], state["used_by_class"]
+        self._seen = state["seen"]
+        plan = self._plan = BatchPlan(Population(people.client_ids, people.sizes), **state["plan"])
+        self._next, self._due = 0, np.zeros(len(people), dtype=np.int64)
+        np.add.at(self._due, plan.rows(), plan.quotas)
 
 
 def saved_population(state: Mapping[str, Any], now: Population) -> Population:
-    """Return the population of an agenda's `state`, without delays.
+    """Return the population of an agenda's `state_dict`, without delays.
 
     Raises
     ------

@@ -78,7 +78,7 @@ class Epoch:
         """Return the class counts of the examples used so far, (C,); those of all data once the epoch is over."""
         return _stack(self._class_counts).sum(axis=0) if self._class_counts else None
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return everything, for a checkpoint."""
         return {
             "steps": [asdict(record) for record in self._steps],
@@ -88,8 +88,8 @@ class Epoch:
             "seconds_plan": self.seconds_plan,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; what it has written is not written again."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; what it has written is not written again."""
         self._steps = [StepRecord(**values) for values in state["steps"]]
         self._waiting = [StepRecord(**values) for values in state["waiting"]]
         self._class_counts = [] if state["class_counts"] is None else list(state["class_counts"])

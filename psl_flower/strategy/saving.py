@@ -21,7 +21,6 @@ from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.server_step import SplitTrainer
 from psl_flower.strategy.settings import Change
-from psl_flower.strategy.tolerance import Absences
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -127,28 +126,28 @@ class Saver:
             "settings": self._settings,
             "changes": self._history,
             "round": server_round,
-            "trainer": {**run.trainer.saved(), "state": run.current_state()},
+            "trainer": {**run.trainer.state_dict(), "state": run.current_state()},
             "scheduler": _state_of(self._scheduler),
-            "agenda": agenda.state(),
-            "epoch": epoch.state(),
+            "agenda": agenda.state_dict(),
+            "epoch": epoch.state_dict(),
             "pooled": run.saved_pooled(),
-            "absences": run.absences.state(),
-            "delays": delays.to_dict() if isinstance(delays, DelayEstimator) else None,
+            "absences": run.absences.state_dict(),
+            "delays": delays.state_dict() if isinstance(delays, DelayEstimator) else None,
             "metrics_position": run.recorder.position(),
-            "summary": run.summary.to_dict(),
+            "summary": run.summary.state_dict(),
             "result": {name: _plain(getattr(run.result, name)) for name in _RESULT_METRICS},
         }
         self._checkpoints.save(server_round, len(epoch), tree)
 
     def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
         """Bring a run to where a checkpoint was written, with the settings that it has now."""
-        run.trainer.restore(saved["trainer"])
+        run.trainer.load_state_dict(saved["trainer"])
         run.state |= saved["trainer"]["state"]
         if self._scheduler:
             self._scheduler.load_state_dict(saved["scheduler"])
         settings.apply(run.trainer.optimizer, self._scheduler, saved["settings"], self._settings)
         run.restore_pooled(saved["pooled"])
-        run.absences = Absences.restored(saved["absences"])
+        run.absences.load_state_dict(saved["absences"])
         run.summary.resumed += 1
         log.info("Resumed in round %d, after step %d.", saved["round"], _steps(saved))
         if self._changes:

@@ -112,21 +112,21 @@ class SplitTrainer:
         both = {**self.client.state_dict(), **self.server.state_dict()}
         return {name: t.detach().to("cpu", copy=True) for name, t in both.items()}
 
-    def saved(self) -> dict[str, Any]:
-        """Return what `restore` needs to go on from here: state, and the optimizer's."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, for a checkpoint: both halves' state, and the optimizer's."""
         state = self.state()
         passing = {name: t for name, t in self.server.named_buffers() if name not in state}  # not persistent
         return {"state": state, "buffers": passing, "optimizer": self.optimizer.state_dict()}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `saved` returned."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
         for half in (self.client, self.server):
-            half.load_state_dict({name: saved["state"][name] for name in half.state_dict()})
+            half.load_state_dict({name: state["state"][name] for name in half.state_dict()})
         buffers = dict(self.server.named_buffers())
         with torch.no_grad():
-            for name, t in saved["buffers"].items():
+            for name, t in state["buffers"].items():
                 buffers[name].copy_(t)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self._version += 1
         self._weights = None
 

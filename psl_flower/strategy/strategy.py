@@ -274,7 +274,9 @@ class ParallelSplitLearning(Strategy):
             clients = Clients(
                 carrier, label_counts=self.sampler.needs_label_counts, config=train_config, tolerate=tolerate
             )
-            summary = RunSummary.from_dict(saved["summary"]) if saved else RunSummary()
+            summary = RunSummary()
+            if saved is not None:
+                summary.load_state_dict(saved["summary"])
             run = Run(
                 trainer=trainer,
                 clients=clients,
@@ -304,7 +306,7 @@ class ParallelSplitLearning(Strategy):
                 else:
                     saver.restore(run, saved)
                     if saved["delays"] is not None and isinstance(self._delays, DelayEstimator):
-                        self._delays = DelayEstimator.from_dict(saved["delays"])
+                        self._delays.load_state_dict(saved["delays"])
                 for server_round in range(first_round, num_rounds + 1):
                     record = self._train_epoch(run, saver, server_round)
                     if scheduler:
@@ -375,11 +377,11 @@ class ParallelSplitLearning(Strategy):
             agenda = Agenda(self.sampler, self._with_delays(people), server_round - 1)
         else:
             people = self._with_delays(saved_population(saved["agenda"], people))
-            agenda = Agenda.restored(self.sampler, people, server_round - 1, saved["agenda"])
+            agenda = Agenda(self.sampler, people, server_round - 1, saved["agenda"])
         seconds_plan = time.monotonic() - begin
         epoch = Epoch(run.recorder, server_round, agenda.population, pooled=run.pooled_counts(agenda.population))
         if saved is not None:
-            epoch.restore(saved["epoch"])
+            epoch.load_state_dict(saved["epoch"])
         epoch.seconds_plan += seconds_plan
         return agenda, epoch
 

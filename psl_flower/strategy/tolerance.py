@@ -47,17 +47,14 @@ class Absences:
         """Return the clients whose last attempt failed."""
         return set(self._failures)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return everything, for a checkpoint."""
         return {"attempt": self._attempt, "failures": dict(self._failures), "until": dict(self._until)}
 
-    @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> Absences:
-        """Return the absences that `state` described."""
-        absences = cls()
-        absences._attempt = state["attempt"]
-        absences._failures, absences._until = dict(state["failures"]), dict(state["until"])
-        return absences
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._attempt = state["attempt"]
+        self._failures, self._until = dict(state["failures"]), dict(state["until"])
 
 
 # Attempts before anything is given up, and how long to pause between them: so that a client that is restarted is found,

@@ -366,7 +366,7 @@ def test_measured_delays_are_remembered(tmp_path, caplog):
     caplog.set_level("INFO", "flwr.psl_flower")
     start(strategy, num_rounds=1)
     assert "Resumed in round 1, after step 6." in caplog.text  # steps whose deviation is not known yet count, too
-    replies = sum(len(client["quotas"]) for client in strategy._delays.to_dict()["clients"].values())
+    replies = sum(len(client["quotas"]) for client in strategy._delays.state_dict()["clients"].values())
     assert replies == sum(line["clients"] for line in lines(tmp_path) if line["kind"] == "step")
 
 

@@ -69,9 +69,9 @@ def _check_an_epoch(name, seed, loss, restore):
         if not len(owing):
             break
         if restore and rng.random() < 0.2:
-            state = agenda.state()
+            state = agenda.state_dict()
             saved = replace(saved_population(state, people), delays=people.delays)
-            agenda = Agenda.restored(sampler, saved, 2, state)
+            agenda = Agenda(sampler, saved, 2, state)
         here = rng.permutation(owing)[: max(1, int(np.ceil(len(owing) * (1 - rng.random() * loss))))]
         step = agenda.step(np.sort(here))
         assert same(step, twin.step(np.sort(here)))  # which is never restored
