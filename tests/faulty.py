@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 from flwr.app import Context, Error, Message
+from psl_flower.strategy.server_step import SplitTrainer
 from support import CUT, NUM_CLASSES, client_sizes, load_partition, tiny_resnet
 
 from psl_flower import InProcessGrid, SplitClient, split_client_app
 from psl_flower.exchange.codec import decode_tensor, encode_tensor
 from psl_flower.flower import ERROR_CLIENT_APP
 from psl_flower.protocol import BACKWARD, FORWARD
-from psl_flower.strategy.server_step import SplitTrainer
 
 DRAWN = {}  # (weights' version, client): the indices that a backward pass was last about
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from faulty import RecordingTrainer, assert_each_used_once, recording_app
 from flwr.app import ArrayRecord
+from psl_flower.client.group import GroupServer
 from support import CUT, NUM_CLASSES, client_sizes, sgd, tiny_resnet
 
 from psl_flower import FaultPolicy, InProcessGrid, ParallelSplitLearning, UniformGlobalSampler
 from psl_flower.client import app as app_module
 from psl_flower.client import group as group_module
 from psl_flower.client import stream as stream_module
-from psl_flower.client.group import GroupServer
 from psl_flower.client.stream import StreamClient
 from psl_flower.exchange.streams.carrier import StreamCarrier
 from psl_flower.protocol import BACKWARD, FORWARD, Activations, BackwardRequest, ForwardRequest, Gradients

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from psl_flower.exchange.door import Door
 
 from psl_flower.exchange import Answer
-from psl_flower.exchange.door import Door
 from psl_flower.protocol import Activations, Description, Gradients
 
 NAN, INF = float("nan"), float("inf")

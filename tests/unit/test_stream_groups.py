@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
-from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.streams.frames import Decoder, Frame, encode
 from psl_flower.exchange.streams.groups import (
     GroupReply,
@@ -15,8 +13,10 @@ from psl_flower.exchange.streams.groups import (
     encode_group_reply,
     group_requests,
 )
-from psl_flower.exchange.streams.options import StreamOptions, split_address
 from psl_flower.exchange.streams.tensors import Packer, Unpacker
+
+from psl_flower.errors import ConfigError, ProtocolError
+from psl_flower.exchange.streams.options import StreamOptions, split_address
 from psl_flower.protocol import (
     Activations,
     BackwardRequest,

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from flwr.app import ConfigRecord
 from flwr.clientapp import ClientApp
+from psl_flower.exchange.streams.frames import CHUNK_BYTES, MAX_CHUNK_BYTES, Decoder, Frame, encode
 from support import CUT, load_partition, tiny_resnet
 
 from psl_flower import InProcessGrid, split_client_app
@@ -18,7 +19,6 @@ from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.exchange.streams import StreamCarrier, StreamOptions
 from psl_flower.exchange.streams.endpoint import METHOD
-from psl_flower.exchange.streams.frames import CHUNK_BYTES, MAX_CHUNK_BYTES, Decoder, Frame, encode
 from psl_flower.exchange.streams.security import Ticket, Tokens, make_identity
 from psl_flower.exchange.transport import AutoCarrier, open_carrier
 from psl_flower.protocol import DescribeRequest, Description
