@@ -100,7 +100,7 @@ class SplitMethod(ABC):
     @classmethod
     def stages(cls) -> dict[str, Stage]:
         """Return the stages by name."""
-        found = (getattr(getattr(cls, name), "stage", None) for name in dir(cls))
+        found = (getattr(getattr(cls, name, None), "stage", None) for name in dir(cls))
         return {each.name: each for each in found if isinstance(each, Stage)}
 
     def client_parts(self) -> list[str]:
