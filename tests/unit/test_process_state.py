@@ -4,13 +4,13 @@ import cloudpickle
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
+from psl_flower.client.worker import Graph
 from support import CUT, client_sizes, load_partition, population, tiny_resnet
 
 from psl_flower import split_client_app
 from psl_flower.client import app as app_module
 from psl_flower.client import process
 from psl_flower.client.process import GraphCache, forget_runs, run_state
-from psl_flower.client.worker import Graph
 from psl_flower.exchange.codec import RequestEncoder, decode_reply
 from psl_flower.flower import become_server
 from psl_flower.protocol import BackwardRequest, DescribeRequest, ForwardRequest, Weights, WorkOrder

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from psl_flower.strategy.server_step import SplitTrainer
 from support import CUT, tiny_resnet
 from torch import nn
 from torch.nn import functional as F
@@ -12,7 +13,6 @@ from psl_flower import SplitModel
 from psl_flower.errors import ConfigError, StepError
 from psl_flower.protocol import Activations, Gradients
 from psl_flower.split import cut_model
-from psl_flower.strategy.server_step import SplitTrainer
 
 CPU = torch.device("cpu")
 

@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 import torch
+from psl_flower.client.worker import Graph, Worker
 from torch import nn
 from torch.nn import functional as F
 
-from psl_flower.client.worker import Graph, Worker
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_tensors, encode_tensors
