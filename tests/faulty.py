@@ -44,8 +44,8 @@ class RecordingRunner(StepRunner):
         changed = self.backend.weights()["head"].version != before
         assert changed == (attempt.record is not None)
         if changed:
-            drawn = {client: DRAWN[orders.epoch, orders.step, client] for client in attempt.clients}
-            assert {client: len(indices) for client, indices in drawn.items()} == attempt.counts()
+            where = (orders.epoch, orders.step)
+            drawn = {client: (n, DRAWN.get((*where, client))) for client, n in attempt.counts().items()}
             self.committed.append((orders.epoch, drawn))
         return attempt
 
@@ -53,7 +53,8 @@ class RecordingRunner(StepRunner):
         """Return the examples that committed steps used, by (epoch, client), as often as they did."""
         found = defaultdict(list)
         for epoch, drawn in self.committed:
-            for client, indices in drawn.items():
+            for client, (count, indices) in drawn.items():
+                assert len(indices) == count
                 found[epoch, client] += indices.tolist()
         return found
 
