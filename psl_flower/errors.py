@@ -5,6 +5,7 @@ The tree::
     PSLError
     ├── ConfigError (ValueError)       an argument or a configuration value breaks a rule
     │   └── CutError                   a model cannot be cut where it was asked to be
+    ├── LabelError (ValueError)        labels of a batch are no class indices
     ├── ProtocolError (ValueError)     a record from the wire breaks the protocol
     ├── BadRowsError (ValueError)      some of a client's examples cannot be used
     ├── MembershipError (RuntimeError) the clients at hand cannot form a population
@@ -13,10 +14,11 @@ The tree::
     └── StoppedError (RuntimeError)    the run was ended from outside
 
 Every message names the rule, the value found and the remedy. Errors of other libraries are mapped
-onto this tree with ``raise ... from exc``.
+onto this tree with ``raise ... from exc``. `StopTraining` stands beside it: it is no error, but how a user's code asks
+for the end of a run.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from psl_flower.failures import Failure, Kind
@@ -32,6 +34,22 @@ class ConfigError(PSLError, ValueError):
 
 class CutError(ConfigError):
     """A model cannot be cut at the named place."""
+
+
+class LabelError(PSLError, ValueError):
+    """Labels of a batch are no class indices.
+
+    Parameters
+    ----------
+    message : str
+        What is expected, and what was found.
+    rows : iterable of int
+        Positions in the batch of the examples whose labels are wrong; empty where that cannot be told.
+    """
+
+    def __init__(self, message: str, rows: Iterable[int] = ()) -> None:
+        self.rows = tuple(rows)
+        super().__init__(message)
 
 
 class ProtocolError(PSLError, ValueError):
@@ -107,3 +125,13 @@ class BadRowsError(PSLError, ValueError):
         self.message = message
         self.rows = dict(rows or {})
         super().__init__(message + "".join(f"\n  example {index}: {why}" for index, why in sorted(self.rows.items())))
+
+
+class StopTraining(Exception):
+    """Raised by a callback or by `evaluate_fn`: the run is to end here, in order, with all that it leaves behind.
+
+    Parameters
+    ----------
+    reason : str
+        Logged.
+    """

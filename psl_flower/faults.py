@@ -16,19 +16,19 @@ NON_FINITE_LOSS = ("stop", "skip")
 class FaultPolicy:
     """What a run does when clients fail.
 
-    An outage is a process that is gone, or does not reply in time. The client loses that step only: the step goes on with
-    the others (the loss is the mean over what arrived), and what the client owes is drawn later in the epoch. A mistake is
-    code that raises, or a reply that is not what was asked for: it would happen again. Failures are logged as warnings and
-    counted in the run's summary.
+    An outage is a process that is gone, or does not reply in time. The client loses that step only: the step goes on
+    with the others (the loss is the mean over what arrived), and what the client owes is drawn later in the epoch. A
+    mistake is code that raises, or a reply that is not what was asked for: it would happen again. Failures are logged
+    as warnings and counted in the run's summary.
 
     Parameters
     ----------
     tolerate : bool
         False: the first failure ends the run.
     mistakes : str, optional
-        "stop": the first one ends the run, with client, rule and remedy. "exclude": whoever makes one is left out for the
-        run, which ends once nobody is left. "retry": as an outage. Default: "stop" in process and in Flower's simulation,
-        where all clients are the user's own code; "exclude" in a deployment, where they are others'.
+        "stop": the first one ends the run, with client, rule and remedy. "exclude": whoever makes one is left out for
+        the run, which ends once nobody is left. "retry": as an outage. Default: "stop" in process and in Flower's
+        simulation, where all clients are the user's own code; "exclude" in a deployment, where they are others'.
     step_timeout : float, optional
         Seconds that clients have for one exchange of a step, of which it has two. Default: `timeout` of `start`.
     min_batch_fraction : float

@@ -7,8 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-FloatArray = NDArray[np.float64]
-Indices = NDArray[np.intp]
+from psl_flower.typing import FloatArray, IndexArray
 
 
 class Rows:
@@ -25,7 +24,7 @@ class Rows:
         self._limits: list[FloatArray] = []
         self._parts: list[tuple[NDArray[np.generic], ...]] = []
 
-    def new(self, limits: ArrayLike) -> Indices:
+    def new(self, limits: ArrayLike) -> IndexArray:
         """Add a row for each number of `limits` (its right-hand side) and return their indices, of the same shape."""
         values = np.asarray(limits, dtype=np.float64)
         first, self.num_rows = self.num_rows, self.num_rows + values.size
@@ -55,12 +54,12 @@ class Solution:
         The least value.
     point : (n,) float64
         The variables.
-    prices : (m,) float64
+    duals : (m,) float64
         What the value gains when an equality's right-hand side does, a unit.
     """
 
-    def __init__(self, value: float, point: FloatArray, prices: FloatArray) -> None:
-        self.value, self.point, self.prices = value, point, prices
+    def __init__(self, value: float, point: FloatArray, duals: FloatArray) -> None:
+        self.value, self.point, self.duals = value, point, duals
 
 
 class LinearProgram:
@@ -77,7 +76,7 @@ class LinearProgram:
         self._costs: list[FloatArray] = []
         self._num_variables = 0
 
-    def variables(self, shape: int | tuple[int, ...], cost: ArrayLike = 0.0) -> Indices:
+    def variables(self, shape: int | tuple[int, ...], cost: ArrayLike = 0.0) -> IndexArray:
         """Add variables and return their indices, of the given shape; `cost` is broadcast to it."""
         costs = np.broadcast_to(np.asarray(cost, dtype=np.float64), shape)
         first, self._num_variables = self._num_variables, self._num_variables + costs.size

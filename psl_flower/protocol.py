@@ -18,8 +18,8 @@ from torch import Tensor
 from psl_flower import tree
 from psl_flower.errors import ProtocolError
 from psl_flower.failures import Failure
-from psl_flower.samplers.base import IntArray
 from psl_flower.tree import Tree
+from psl_flower.typing import IntArray
 
 DESCRIBE = "describe"  # the one stage that every client has, whatever its method
 

@@ -1,7 +1,7 @@
 """Trees: what a batch, what crosses a cut, and its gradient are made of.
 
-A tree is a tensor (a leaf), a tuple of trees, or a dict of trees with string keys. None stands where there is no tensor:
-the gradient of what has none, say. In a tree of rows, batch rows come first in every leaf: a leaf of n rows is (n, ...).
+A tree is a tensor (a leaf), a tuple of trees, or a dict of trees with string keys. None stands where there is no
+tensor: the gradient of what has none, say. In a tree of rows, batch rows come first: a leaf of n rows is (n, ...).
 
 The leaves of a dict come in ascending order of its keys, whatever the order in which it was filled. Both ends of a wire
 therefore see the same leaves in the same places, and the batches of two clients join if they hold the same keys.
@@ -43,7 +43,8 @@ def as_tree(value: Any, name: str) -> Tree:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
-        return torch.as_tensor(np.require(value, requirements=["W"]))  # torch warns of memory it must not write to
+        # torch takes no array that runs backwards, and warns of one that it must not write to
+        return torch.as_tensor(np.require(value, requirements=["C", "W"]))
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -222,7 +223,7 @@ def split(tree: Tree, counts: Sequence[int], name: str) -> list[Tree]:
     """
     if (total := sum(counts)) != (held := rows(tree, name)) or min(counts, default=0) < 0:
         raise ConfigError(f"{name} of {held} rows cannot be split into {list(counts)}, which add up to {total}")
-    pieces = [leaf.split(list(counts)) for leaf in leaves(tree)]
+    pieces = [torch.split(leaf, list(counts)) for leaf in leaves(tree)]
     shape = structure(tree)
     return [build(shape, part) for part in zip(*pieces, strict=True)]
 

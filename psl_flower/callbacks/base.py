@@ -1,15 +1,16 @@
-"""The callback interface, and a group of callbacks that cannot harm the run."""
+"""The callback interface, and a group of callbacks: one that fails is dropped, one that asks for it ends the run."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, StopTraining
+from psl_flower.records import RoundRecord, StepRecord
 
 if TYPE_CHECKING:
-    from psl_flower.strategy.result import RoundRecord, StepRecord
+    from torch import Tensor
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -20,7 +21,17 @@ class Callback:
     It is called in the server's process, between steps: what takes long there makes the run longer. It hears every step
     and round of the run once and in order, also of a run that is resumed: those before the checkpoint come again, right
     after `on_run_start`.
+
+    It may ask for the end of the run, by raising `StopTraining` or by setting `stop`: the run ends in order then, with
+    result, model and summary, before the next round at the latest.
+
+    Attributes
+    ----------
+    stop : str or None
+        Why the run is to end; None while it is not.
     """
+
+    stop: str | None = None
 
     def on_run_start(self, config: Mapping[str, Any]) -> None:
         """Hear the resolved configuration, before the first step."""
@@ -31,12 +42,21 @@ class Callback:
     def on_round(self, record: RoundRecord) -> None:
         """Hear of a round and the evaluations after it."""
 
+    def on_model(self, server_round: int, state: Mapping[str, Tensor]) -> None:
+        """Hear the whole model's state dict after a round, next to `on_round`; not of rounds that come again.
+
+        It is the run's own: copy what is kept, change nothing.
+        """
+
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Hear that the run is over: what ``summary.json`` holds, and under "completed" whether it got to its end."""
 
 
 class CallbackGroup(Callback):
     """Several callbacks as one. One that raises is dropped with a warning: logging must not end a training.
+
+    Two exceptions are not failures: `StopTraining` sets that callback's `stop`; `ConfigError` comes through and ends
+    the run, for a callback whose setting is wrong does not do what it is there for.
 
     Parameters
     ----------
@@ -54,8 +74,16 @@ class CallbackGroup(Callback):
             if not isinstance(callback, Callback):
                 raise ConfigError(f"callbacks must be psl_flower.callbacks.Callback objects, got {callback!r:.80}")
 
+    @property
+    def stopped(self) -> str | None:
+        """Why the run is to end, with the name of the callback that says so; None while none does."""
+        asking = [(type(c).__name__, c.stop) for c in self._callbacks if c.stop is not None]
+        return f"{asking[0][0]}: {asking[0][1]}" if asking else None
+
     def on_run_start(self, config: Mapping[str, Any]) -> None:
         """Tell all."""
+        for callback in self._callbacks:
+            callback.stop = None  # of an earlier run
         self._tell(lambda callback: callback.on_run_start(config))
 
     def on_step(self, record: StepRecord) -> None:
@@ -66,6 +94,10 @@ class CallbackGroup(Callback):
         """Tell all."""
         self._tell(lambda callback: callback.on_round(record))
 
+    def on_model(self, server_round: int, state: Mapping[str, Tensor]) -> None:
+        """Tell all."""
+        self._tell(lambda callback: callback.on_model(server_round, state))
+
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Tell all."""
         self._tell(lambda callback: callback.on_run_end(summary))
@@ -74,6 +106,10 @@ class CallbackGroup(Callback):
         for callback in list(self._callbacks):
             try:
                 call(callback)
+            except StopTraining as reason:
+                callback.stop = str(reason) or "no reason given"
+            except ConfigError:
+                raise
             except Exception as error:
                 self._callbacks.remove(callback)
                 name = type(callback).__name__

@@ -59,8 +59,8 @@ def split_client_app(
     Returns
     -------
     ClientApp
-        With handlers for ``query.describe``, for each stage of the method (``train.forward``, ``evaluate.forward``, ...),
-        and for ``train.attach``, which opens a stream that carries the same requests.
+        With handlers for ``query.describe``, for each stage of the method (``train.forward``, ``evaluate.forward``,
+        ...), and for ``train.attach``, which opens a stream that carries the same requests.
     """
     for function, name in ((model_fn, "model_fn"), (data_fn, "data_fn"), (client_class, "client_class")):
         if not callable(function):

@@ -14,8 +14,8 @@ from psl_flower.data.batch import Batch
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError
 from psl_flower.protocol import Config, Description, WorkOrder
-from psl_flower.samplers.base import IntArray
 from psl_flower.tree import Tree, as_tree, rows
+from psl_flower.typing import IntArray
 
 # What an order of examples depends on.
 _OrderKey = tuple[int, int, int, tuple[int, ...]]

@@ -13,8 +13,8 @@ from psl_flower.client.client import SplitClient
 from psl_flower.client.part import ClientPart, parameter_gradients
 from psl_flower.data.batch import Batch
 from psl_flower.protocol import Orders
-from psl_flower.samplers.base import IntArray
 from psl_flower.tree import Tree
+from psl_flower.typing import IntArray
 
 
 class BoundPart:

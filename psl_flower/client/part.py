@@ -1,4 +1,4 @@
-"""A part of the model at work on a client, in pure torch: it takes on the server's weights, runs, and is differentiated."""
+"""A part of the model at work on a client, in pure torch: it takes on weights, runs, and is differentiated."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ _MAX_RUNS = 2
 class ContextCache:
     """What the stages of a step kept, bounded by the bytes of it; the oldest go first.
 
-    What identifies the work is a tuple, and its first item names weights and step. What belongs to another step than the
-    latest can never be used again: it is dropped, however much room there is.
+    What identifies the work is a tuple, and its first item names weights and step. What belongs to another step than
+    the latest can never be used again: it is dropped, however much room there is.
     """
 
     def __init__(self, max_bytes: int) -> None:

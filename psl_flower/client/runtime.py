@@ -1,7 +1,9 @@
 """A process's answers to requests: for all its clients of a step at once, where that is what each by itself would do.
 
-All clients of a step have the same weights, so a pass over all their rows computes what a pass for each would, a hundred
-times faster on a step of a hundred clients. It does so only if the model's part treats each example by itself, which is a
+All clients of a step have the same weights, so a pass over all their rows computes what a pass for each would, a
+hundred
+times faster on a step of a hundred clients. It does so only if the model's part treats each example by itself, which
+is a
 rule here, and draws no random numbers, which would be each client's own. Neither is guessed from the layers: the first
 pass is compared with a pass over a single row, and torch's generator is looked at after every pass.
 """
@@ -161,7 +163,11 @@ class _Work:
         if self._goes_on():
             self.state.contexts.put(key, context)
         leaves = self._leaves(outputs, orders)
-        if len(clients) > 1 and sums and not all(_finite(l) for l in leaves.values() if l.kind is LeafKind.SUM):
+        if (
+            len(clients) > 1
+            and sums
+            and not all(_finite(leaf) for leaf in leaves.values() if leaf.kind is LeafKind.SUM)
+        ):
             raise CannotJoinError("the sum is not finite: the server shall see whose it is", lasting=False)
         return Part(request.nodes, leaves, orders.step, context.checksums if self.stage.after is None else None)
 
@@ -214,8 +220,8 @@ class _Work:
         for name, kind in self.stage.outputs.items():
             if kind is LeafKind.ROWS and (rows := tree.rows(outputs[name], name)) != orders.num_rows:
                 raise ConfigError(
-                    f"every row of a batch must give one row of {name}: a batch of {orders.num_rows} gave {rows}. Where "
-                    "the model drops the batch dimension (squeeze, mean over the batch), keep it: flatten(1), say"
+                    f"every row of a batch must give one row of {name}: a batch of {orders.num_rows} gave {rows}. "
+                    "Where the model drops the batch dimension (squeeze, mean over the batch), keep it: flatten(1), say"
                 )
             value = [outputs[name]] if kind is LeafKind.EACH else outputs[name]
             leaves[name] = Leaf(kind, value, name in self.stage.exact)

@@ -1,1 +1,17 @@
-"""Examples: how a client's data is read."""
+"""A client's data: whatever people bring, read as batches of inputs and target. Pure torch and numpy."""
+
+from psl_flower.data.batch import Batch, check_drawn_again, checksum
+from psl_flower.data.binding import bind_inputs, forward_signature
+from psl_flower.data.examples import Examples
+from psl_flower.data.opening import check_data_fn, open_data
+
+__all__ = [
+    "Batch",
+    "Examples",
+    "bind_inputs",
+    "check_data_fn",
+    "check_drawn_again",
+    "checksum",
+    "forward_signature",
+    "open_data",
+]

@@ -47,11 +47,11 @@ def checksum(batch: Batch) -> int:
     return total
 
 
-def _sampled(leaf: Tensor) -> memoryview:
+def _sampled(leaf: Tensor) -> bytes:
     flat = leaf.detach().reshape(-1)
     step = -(-len(flat) // _MOST_SAMPLED) | 1  # odd: it meets all columns of a picture whose width is a power of 2
     some = (flat[::step] if step > 1 else flat).contiguous().cpu()
-    return memoryview(some.view(torch.uint8).numpy())
+    return some.view(torch.uint8).numpy().tobytes()
 
 
 def check_drawn_again(batch: Batch, before: int, name: str) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from psl_flower.errors import MembershipError, ProtocolError
 from psl_flower.exchange.base import Carrier
 from psl_flower.failures import Failure, Kind
+from psl_flower.population import Population
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
-from psl_flower.samplers.base import Population
 from psl_flower.samplers.rounding import round_to_sum
 
 log = logging.getLogger("flwr.psl_flower")
@@ -196,8 +196,8 @@ class Clients:
             elapsed = time.monotonic() - begin
             if not self._may_grow and elapsed >= _OWN_NODES_SECONDS:
                 raise MembershipError(
-                    f"min_available_nodes is {min_nodes}, there are {len(nodes)} nodes, and no more can come: start the "
-                    "grid or the simulation with more, or lower min_available_nodes"
+                    f"min_available_nodes is {min_nodes}, there are {len(nodes)} nodes, and no more can come: "
+                    "start the grid or the simulation with more, or lower min_available_nodes"
                 )
             if elapsed >= timeout:
                 raise MembershipError(

@@ -31,8 +31,8 @@ from psl_flower.protocol import (
     Request,
     Weights,
 )
-from psl_flower.samplers.base import IntArray
 from psl_flower.tree import Tree
+from psl_flower.typing import IntArray
 
 REQUEST = "request"
 REPLY = "reply"
@@ -178,8 +178,8 @@ def _encode_orders(orders: Orders, packer: Packer) -> dict[str, Any]:
 
 
 def _decode_orders(header: Mapping[str, Any], length: int, unpacker: Unpacker) -> Orders:
-    scalars = {name: _get(header, name, int) for name in _SCALARS}
-    columns = {name: unpacker.column(header.get(name), torch.int64, (length,)) for name in _COLUMNS}
+    scalars: dict[str, Any] = {name: _get(header, name, int) for name in _SCALARS}
+    columns: dict[str, Any] = {name: unpacker.column(header.get(name), torch.int64, (length,)) for name in _COLUMNS}
     negative = [name for name, values in {**scalars, **columns}.items() if np.min(values) < 0]
     if negative or (length and columns["counts"].min() < 1):
         raise ProtocolError("orders must not hold negative numbers, and count at least one example a client")

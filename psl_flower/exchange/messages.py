@@ -70,11 +70,12 @@ class MessageCarrier(Carrier):
         while waiting:
             self._check_stopped()
             for message in self._grid.pull_messages([*waiting, *self._late]):
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is None:
+                message_id = message.metadata.reply_to_message_id
+                if message_id not in waiting:
                     self._ignore(message)
                 else:
-                    reply.add(_reply(single[node], message, time.monotonic() - begin))
+                    request_to = single[waiting.pop(message_id)]
+                    reply.add(_reply(request_to, message, time.monotonic() - begin))
             elapsed = time.monotonic() - begin
             if elapsed >= timeout:
                 break

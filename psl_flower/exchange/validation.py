@@ -34,7 +34,8 @@ class Checked:
 class Validator:
     """Checks replies against what was asked for; learns what crosses the cuts.
 
-    The server cannot know the shape of the rows beforehand: it is what most clients have sent. Every client has one vote
+    The server cannot know the shape of the rows beforehand: it is what most clients have sent. Every client has one
+    vote
     a stage, what it sent last; a draw changes nothing, at first the lowest id decides it. So a bad reply to the very
     first request, which may be the only one, shuts nobody out for longer than a step.
     """

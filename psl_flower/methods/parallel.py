@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from psl_flower.methods.base import CLIENT, ROWS, SERVER, SUM, SplitMethod, stage
 
@@ -19,7 +20,7 @@ class ParallelSplit(SplitMethod):
     """
 
     name = "parallel"
-    parts = {"head": CLIENT, "body": SERVER}
+    parts: ClassVar[Mapping[str, str]] = {"head": CLIENT, "body": SERVER}
 
     # --- on a client ------------------------------------------------------------------------------------------------
     @stage(outputs={"activations": ROWS, "labels": ROWS}, exact=("labels",))

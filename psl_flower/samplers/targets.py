@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from psl_flower.checks import check_choice
-from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.samplers.rounding import round_to_sum, spread_evenly
+from psl_flower.typing import FloatArray, IndexArray, IntArray
 
 TARGETS = ("random", "stratified")
 
@@ -50,8 +50,8 @@ def class_targets(kind: str, class_counts: ArrayLike, batch_size: int, rng: np.r
     return table.reshape(num_steps, len(counts))
 
 
-def leaned_targets(
-    targets: IntArray, level: NDArray[np.intp], lean: FloatArray, most: int, rng: np.random.Generator
+def tilted_targets(
+    targets: IntArray, level: IndexArray, tilt: FloatArray, most: int, rng: np.random.Generator
 ) -> IntArray:
     """Exchange classes between the steps of different levels.
 
@@ -61,9 +61,9 @@ def leaned_targets(
         Examples of each class in each step.
     level : (T,) intp
         Level of each step.
-    lean : (G, C) float64
+    tilt : (G, C) float64
         By how many examples of each class the steps of each level should exceed their targets, in all; rows and columns
-        add up to 0. It is rounded, and cut back where `most` or the examples at hand do not allow it.
+        add up to 0. It is rounded, and cut back where `most` or the examples there are do not allow it.
     most : int
         How many examples a step exchanges at most; but those of the lowest level present make up for all others, and
         exchange what it takes.
@@ -81,10 +81,10 @@ def leaned_targets(
     reserve = np.flatnonzero(level == lowest)
     spare = targets[reserve].sum(axis=0)
     owed = np.zeros_like(spare)  # what the others have too much of each class
-    for g in range(len(lean) - 1, lowest, -1):
+    for g in range(len(tilt) - 1, lowest, -1):
         steps = np.flatnonzero(level == g)
-        wanted = np.minimum(np.ceil(lean[g].clip(0) - 1e-6).astype(np.int64), spare - owed.clip(0))
-        given_up = (-lean[g]).clip(0)
+        wanted = np.minimum(np.ceil(tilt[g].clip(0) - 1e-6).astype(np.int64), spare - owed.clip(0))
+        given_up = (-tilt[g]).clip(0)
         if not (wanted.any() and given_up.any()):
             continue
         wanted = spread_evenly(wanted, min(int(wanted.sum()), most * len(steps)), rng)
@@ -112,9 +112,7 @@ def _interleaved(counts: IntArray, rng: np.random.Generator) -> IntArray:
     return labels[np.argsort(places, kind="stable")]
 
 
-def _remove(
-    table: IntArray, steps: NDArray[np.intp], counts: IntArray, most: int, rng: np.random.Generator
-) -> IntArray:
+def _remove(table: IntArray, steps: IndexArray, counts: IntArray, most: int, rng: np.random.Generator) -> IntArray:
     """Take `counts` of each class, or what there is, from steps that have most of it; return the vacant places, (n,).
 
     No step gives more than `most`.
@@ -130,9 +128,7 @@ def _remove(
     return vacant
 
 
-def _add(
-    table: IntArray, steps: NDArray[np.intp], vacant: IntArray, counts: IntArray, rng: np.random.Generator
-) -> None:
+def _add(table: IntArray, steps: IndexArray, vacant: IntArray, counts: IntArray, rng: np.random.Generator) -> None:
     """Put `counts` of each class into the vacant places, as many in all, of steps that have least of it."""
     vacant = vacant.copy()
     for label in np.flatnonzero(counts):

@@ -1,5 +1,26 @@
-"""The server's end of a step: the master copy of the model, the parts that run here, and the one optimizer over all."""
+"""The server's end of a step, in pure torch: the master copy of the model, its parts here, optimizer, loss and scores."""
 
-from psl_flower.server.local import LocalBackend, Loss, OptimizerFn, Outcome, ServerPart, run_on_batch
+from psl_flower.server.local import LocalBackend, OptimizerFn, Outcome, ServerPart, run_on_batch
+from psl_flower.server.loss import Loss, WeightedLoss, weighted
+from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
+from psl_flower.server.optimizer import Scheduler, make_optimizer, make_scheduler
 
-__all__ = ["LocalBackend", "Loss", "OptimizerFn", "Outcome", "ServerPart", "run_on_batch"]
+__all__ = [
+    "LocalBackend",
+    "Loss",
+    "OptimizerFn",
+    "Outcome",
+    "Predictions",
+    "Scheduler",
+    "Scores",
+    "ServerPart",
+    "WeightedLoss",
+    "check_metrics",
+    "classes_of",
+    "make_optimizer",
+    "make_scheduler",
+    "run_on_batch",
+    "weighted",
+    "why_no_accuracy",
+    "wrong_rows",
+]

@@ -16,8 +16,8 @@ from psl_flower import tree
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
 from psl_flower.protocol import Weights
-from psl_flower.samplers.base import IntArray
 from psl_flower.tree import Tree
+from psl_flower.typing import IntArray
 
 Loss = Callable[[Any, Any], Tensor]
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -185,7 +185,7 @@ class LocalBackend:
                         t.copy_(values[name])
             raise
 
-    def commit(self, gradients: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+    def commit(self, gradients: Mapping[str, Mapping[str, Tensor | None] | None]) -> None:
         """Step the optimizer.
 
         Parameters
@@ -195,7 +195,7 @@ class LocalBackend:
         """
         for part, tensors in gradients.items():
             parameters = dict(self.parts[part].named_parameters())
-            for name, gradient in tensors.items():
+            for name, gradient in (tensors or {}).items():
                 parameters[name].grad = None if gradient is None else gradient.to(self.device)
         self.optimizer.step()
         self._changed()

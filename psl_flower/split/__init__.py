@@ -1,16 +1,21 @@
-"""Cutting a model in two: by name with torch.fx, by hand, and keeping batch statistics out of the client half."""
+"""Cutting a model in two or three, by name with torch.fx or by hand; keeping batch statistics off the clients."""
 
 from psl_flower.split.cut import cut_candidates, split_module
+from psl_flower.split.half import input_names
 from psl_flower.split.model import Halves, SplitModel, cut_model
 from psl_flower.split.norm import batch_statistics_layers, check_client_half, replace_batch_norm
+from psl_flower.split.rowwise import CannotTellError, find_mixing
 
 __all__ = [
+    "CannotTellError",
     "Halves",
     "SplitModel",
     "batch_statistics_layers",
     "check_client_half",
     "cut_candidates",
     "cut_model",
+    "find_mixing",
+    "input_names",
     "replace_batch_norm",
     "split_module",
 ]

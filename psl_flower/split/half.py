@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
 import linecache
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from psl_flower.errors import ConfigError, CutError
+from psl_flower.split.arguments import Arguments
 from psl_flower.split.trace import Trace
 
+M = TypeVar("M", bound=nn.Module)
 
-class TracedHalf(nn.Module):
+
+@dataclass(frozen=True)
+class CutNames:
+    """Where a model was cut: the names given, None for what was cut by hand."""
+
+    cut: str | None = None
+    tail: str | None = None
+
+
+class Part(nn.Module):
+    """A part of a cut model.
+
+    It knows where the model was cut, and which of its modules the model's own ``train`` leaves in the other mode.
+
+    Parameters
+    ----------
+    cut : CutNames
+    """
+
+    def __init__(self, cut: CutNames) -> None:
+        super().__init__()
+        self.cut_names = cut
+        self._psl_pinned: dict[bool, list[str]] = {True: [], False: []}
+
+    def signature(self) -> inspect.Signature:
+        """Return how the part is called."""
+        return inspect.signature(self.forward)
+
+    def train(self, mode: bool = True) -> Part:
+        """Set the mode, leaving out the submodules that the model's own ``train`` leaves out."""
+        super().train(mode)
+        for name in self._psl_pinned[mode]:
+            self.get_submodule(name).training = not mode
+        return self
+
+    def _pin(self, pinned: Mapping[bool, frozenset[str]]) -> None:
+        names = {name for name, _ in self.named_modules()}
+        self._psl_pinned = {mode: sorted(some & names) for mode, some in pinned.items()}
+
+
+class TracedHalf(Part):
     """The part of a traced model that some graphs use, under the names it has in the whole model.
 
     Modules, parameters and buffers are those of `root` (not copies), at the same qualified names. Where the model does
@@ -32,10 +77,14 @@ class TracedHalf(nn.Module):
         What to run for each value of ``training``.
     trace : Trace
         Where the graphs come from.
+    cut : CutNames
     """
 
-    def __init__(self, root: nn.Module, graphs: Mapping[bool, fx.Graph], trace: Trace) -> None:
-        super().__init__()
+    # how the model is called, in the part that takes its inputs
+    arguments: Arguments | None = None
+
+    def __init__(self, root: nn.Module, graphs: Mapping[bool, fx.Graph], trace: Trace, cut: CutNames) -> None:
+        super().__init__(cut)
         called, read = (
             {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == op}
             for op in ("call_module", "get_attr")
@@ -44,21 +93,18 @@ class TracedHalf(nn.Module):
             self._graft(root, name)
         self._graft_aliases(root)
         self.training = root.training
-        names = {name for name, _ in self.named_modules()}
-        self._psl_pinned = {mode: sorted(pinned & names) for mode, pinned in trace.pinned.items()}
+        self._pin(trace.pinned)
         self._psl_sources = {mode: _source(graph) for mode, graph in graphs.items()}
         self._psl_programs = {mode: _compile(*source) for mode, source in self._psl_sources.items()}
 
-    def forward(self, *inputs: Any) -> Any:
-        """Run the program for the present mode."""
-        return self._psl_programs[self.training](self, *inputs)
+    def signature(self) -> inspect.Signature:
+        """Return how the part is called."""
+        return super().signature() if self.arguments is None else self.arguments.signature
 
-    def train(self, mode: bool = True) -> TracedHalf:
-        """Set the mode, leaving out the submodules that the model's own ``train`` leaves out."""
-        super().train(mode)
-        for name in self._psl_pinned[mode]:
-            self.get_submodule(name).training = not mode
-        return self
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Run the program for the present mode."""
+        values = inputs if self.arguments is None else self.arguments.bind(inputs, named)
+        return self._psl_programs[self.training](self, *values)
 
     def _graft(self, root: nn.Module, name: str) -> None:
         """Put the module, parameter, buffer or constant of `root` called `name` into this half, unless it is there."""
@@ -131,7 +177,7 @@ def _compile(code: str, names: Mapping[str, Any]) -> Callable[..., Any]:
     return program
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: M) -> M:
     """Return a deep copy of a model.
 
     Raises
@@ -146,39 +192,50 @@ def copy_model(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
+def input_names(half: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments a model's first part is called with, those it can do without included.
+
+    They are those of the model's own ``forward`` (of ``client.forward`` for a SplitModel), ``*args`` and ``**kwargs``
+    left out.
+    """
+    signature = half.signature() if isinstance(half, Part) else inspect.signature(half.forward)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(name for name, parameter in signature.parameters.items() if parameter.kind not in variable)
+
+
 def as_activations(values: Any, inputs: Sequence[Any], names: Sequence[str] = ()) -> tuple[torch.Tensor, ...]:
-    """Return what a client half computed as a tuple of tensors, each with one row an example.
+    """Return what a part computed as a tuple of tensors, each with one row an example.
 
     Parameters
     ----------
     values : Tensor or sequence of Tensor
     inputs : sequence
-        What the client half was given; the first tensor in it says how many examples there are.
+        What the part was given, trees of tensors; the first tensor says how many examples there are.
     names : sequence of str
         What to call the values in an error; by default their positions.
 
     Raises
     ------
     CutError
-        If a value is not a tensor, or its first dimension is not the batch: the server could not put the batches of
-        several clients together.
+        If a value is not a tensor, or its first dimension is not the batch: the batches of several clients could not
+        be put together.
     """
     activations = tuple(values) if isinstance(values, list | tuple) else (values,)
     if not activations:
-        raise CutError("nothing crosses the cut: the client half must return at least one tensor")
+        raise CutError("nothing crosses the cut: the part before it must return at least one tensor")
     names = names or [f"number {position}" for position in range(len(activations))]
     for name, value in zip(names, activations, strict=True):
         if not isinstance(value, torch.Tensor):
             raise CutError(
                 f"only tensors can cross the cut, value {name} is a {type(value).__name__}: cut elsewhere, or cut by "
-                f"hand so that the client half returns a tensor or a tuple of tensors"
+                f"hand so that the part before it returns a tensor or a tuple of tensors"
             )
-    batch = next(value.shape[:1] for value in (*inputs, *activations) if isinstance(value, torch.Tensor))
+    batch = next(v.shape[:1] for v in (*tree_leaves(inputs), *activations) if isinstance(v, torch.Tensor))
     for name, value in zip(names, activations, strict=True):
         if value.dim() == 0 or value.shape[:1] != batch:
             raise CutError(
                 f"every tensor that crosses the cut must have the batch as its first dimension, value {name} has shape "
-                f"{tuple(value.shape)} for a batch of {', '.join(map(str, batch))}: cut elsewhere, or cut by hand: "
-                f"SplitModel(client=..., server=...)"
+                f"{tuple(value.shape)} for a batch of {', '.join(map(str, batch))}: reshape with x.flatten(1) instead "
+                f"of squeeze() or view(-1), cut elsewhere, or cut by hand: SplitModel(client=..., server=...)"
             )
     return activations

@@ -21,6 +21,7 @@ from psl_flower.split.half import copy_model
 from psl_flower.split.model import SplitModel, cut_model
 
 _MOST_GROUPS = 32
+_KNOWN = (_BatchNorm.forward, nn.SyncBatchNorm.forward, _InstanceNorm.forward)
 
 
 class FeatureGroupNorm(nn.GroupNorm):
@@ -37,12 +38,22 @@ class FeatureGroupNorm(nn.GroupNorm):
 
 
 def batch_statistics_layers(module: nn.Module) -> list[str]:
-    """Return the names of the layers that keep statistics over examples: batch norms and tracking instance norms."""
-    return [name for name, layer in module.named_modules() if _has_batch_statistics(layer)]
+    """Return the names of torch's own layers that compute with statistics over examples when `module` trains.
+
+    They are batch norms and tracking instance norms, unless they are frozen: kept in evaluation mode by the ``train``
+    of the module they are in, with statistics of their own. Layers with a forward of their own are left out; what
+    those do, and functions such as ``F.batch_norm``, only running them tells (`find_mixing`).
+    """
+    flags = {layer: layer.training for layer in module.modules()}
+    module.train()
+    names = [name for name, layer in module.named_modules() if _has_batch_statistics(layer)]
+    for layer, flag in flags.items():
+        layer.training = flag
+    return names
 
 
 def check_client_half(half: nn.Module) -> None:
-    """Refuse a client half with batch statistics.
+    """Refuse a client half whose layers have batch statistics.
 
     Raises
     ------
@@ -54,7 +65,8 @@ def check_client_half(half: nn.Module) -> None:
         raise ConfigError(
             f"the client half must treat examples one by one, but {listing(layers)} normalise "
             f"over the batch: use replace_batch_norm(model, before=cut) (before='server' for a SplitModel) where the "
-            f"model is made, on the server and in model_fn"
+            f"model is made, on the server and in model_fn, or freeze them by keeping them in evaluation mode in the "
+            f"model's train()"
         )
 
 
@@ -62,7 +74,8 @@ def replace_batch_norm(model: nn.Module, before: str | None = None) -> nn.Module
     """Return a copy of a model with group normalisation in place of layers with batch statistics.
 
     A layer over C channels becomes a GroupNorm of gcd(32, C) groups with the same scale, shift and eps; running
-    averages are dropped. (After BatchNorm1d on inputs (N, C), the C features form one group.)
+    averages are dropped. (After BatchNorm1d on inputs (N, C), the C features form one group.) Frozen layers and those
+    with a forward of their own stay, see `batch_statistics_layers`.
 
     Parameters
     ----------
@@ -94,7 +107,11 @@ def replace_batch_norm(model: nn.Module, before: str | None = None) -> nn.Module
 
 
 def _has_batch_statistics(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) or (isinstance(layer, _InstanceNorm) and layer.track_running_stats)
+    if type(layer).forward not in _KNOWN:
+        return False
+    if isinstance(layer, _BatchNorm):
+        return layer.training or layer.running_mean is None
+    return isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats
 
 
 def _group_norm(layer: nn.Module) -> nn.GroupNorm:

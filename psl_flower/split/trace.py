@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,14 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psl_flower.errors import CutError
+from psl_flower.split.arguments import Arguments, alike, choose_inputs
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
 # traces apart, and the tracer lets modules that other threads call meanwhile run as ever.
 _FX_LOCK = threading.Lock()
+
+# From inputs by name to what a model is called with.
+Call = Callable[[dict[str, Any]], tuple[list[Any], dict[str, Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,44 +35,47 @@ class Trace:
     graphs : dict[bool, fx.Graph]
         The model's graph for each value its ``training`` flag takes; one and the same graph if they do not differ.
     pinned : dict[bool, frozenset[str]]
-        Submodules that ``model.train(mode)`` leaves in the other mode (a model that overrides ``train`` to keep a part
-        of itself frozen), for each ``mode``.
+        See `pinned_modules`.
+    arguments : Arguments
+        Which arguments the graphs take.
     """
 
     graphs: dict[bool, fx.Graph]
     pinned: dict[bool, frozenset[str]]
+    arguments: Arguments
 
 
-def trace(root: nn.Module, cut: str) -> Trace:
-    """Record what `root` does around the submodule `cut`.
+def trace(root: nn.Module, cuts: Sequence[str]) -> Trace:
+    """Record what `root` does around the submodules `cuts`.
 
-    Only `root` and the modules that contain `cut` are traced through; every other module is called as it is. So a
-    module is free to do what torch.fx cannot record, as long as the cut is not inside it.
+    Only `root` and the modules that contain a cut are traced through; every other module is called as it is. So a
+    module is free to do what torch.fx cannot record, as long as no cut is inside it.
 
     Parameters
     ----------
     root : nn.Module
         Constants that its forward makes are stored on it; otherwise it is left as it was.
-    cut : str
-        Qualified name of a submodule, the first one ``root.named_modules()`` gives it.
+    cuts : sequence of str
+        Qualified names of submodules, the first ones ``root.named_modules()`` gives them.
 
     Raises
     ------
     CutError
-        If the code around the cut depends on values, draws random numbers, or switches autograd or autocast.
+        If the code around a cut depends on values, draws random numbers, or switches autograd or autocast.
     """
-    steps = cut.split(".")
-    opened = frozenset(".".join(steps[:depth]) for depth in range(len(steps)))
+    paths = [cut.split(".") for cut in cuts]
+    opened = frozenset(".".join(path[:depth]) for path in paths for depth in range(len(path)))
     flags = {module: module.training for module in root.modules()}
     graphs: dict[bool, fx.Graph] = {}
-    pinned: dict[bool, frozenset[str]] = {}
     try:
+        arguments = Arguments.of(root)
         for mode in (True, False):
             root.train(mode)
-            pinned[mode] = frozenset(name for name, module in root.named_modules() if module.training != mode)
-            graph = _trace_once(root, opened)
-            same = (other for other in graphs.values() if str(other) == str(graph))
-            graphs[root.training] = next(same, graph)
+            arguments = choose_inputs(root, arguments, partial(_trace_once, root, opened, arguments.positions))
+        for mode in (True, False):
+            root.train(mode)
+            graph = _trace_once(root, opened, arguments.positions, arguments.inputs)
+            graphs[root.training] = next((other for other in graphs.values() if alike(root, graph, other)), graph)
     except CutError:
         raise
     except Exception as error:  # symbolic execution runs the user's code: anything may come
@@ -80,17 +87,32 @@ def trace(root: nn.Module, cut: str) -> Trace:
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return Trace(graphs, pinned)
+    return Trace(graphs, pinned_modules(root), arguments)
 
 
-def _trace_once(root: nn.Module, opened: frozenset[str]) -> fx.Graph:
+def pinned_modules(root: nn.Module) -> dict[bool, frozenset[str]]:
+    """Return which submodules ``root.train(mode)`` leaves in the other mode, for each ``mode``.
+
+    There are some where a class overrides ``train`` to keep a part of itself frozen. `root` is left in its mode.
+    """
+    flags = {module: module.training for module in root.modules()}
+    pinned = {}
+    for mode in (True, False):
+        root.train(mode)
+        pinned[mode] = frozenset(name for name, module in root.named_modules() if module.training != mode)
+    for module, flag in flags.items():
+        module.training = flag
+    return pinned
+
+
+def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
     """Trace `root` in its present mode, refusing what would happen now, once, instead of at every call."""
     remedy = "or cut by hand: SplitModel(client=..., server=...)."
     attributes = _attributes(root)
     for _ in range(3):  # more than once, for these generators are global: it may have been another thread that drew
         states = _random_states()
         with _FX_LOCK, _RefuseRandomTensors():  # type: ignore[no-untyped-call]
-            graph = _PathTracer(opened).trace(root)
+            graph = _PathTracer(opened, call, inputs).trace(root)
         if _random_states() == states:
             break
     else:
@@ -111,9 +133,9 @@ def _trace_once(root: nn.Module, opened: frozenset[str]) -> fx.Graph:
 class _PathTracer(fx.Tracer):
     """A tracer that goes through the modules named in `opened` and calls all others whole."""
 
-    def __init__(self, opened: frozenset[str]) -> None:
+    def __init__(self, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> None:
         super().__init__(param_shapes_constant=True)
-        self._opened = opened
+        self._opened, self._call, self._inputs = opened, call, inputs
         self._contexts = _contexts()
         self._thread = threading.get_ident()
 
@@ -123,15 +145,14 @@ class _PathTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Make placeholders of the inputs that have no default; the others keep their default."""
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        inputs = [
-            parameter.name
-            for parameter in inspect.signature(self.root.forward).parameters.values()
-            if parameter.default is parameter.empty and parameter.kind in positional
-        ]
-        # calling the module, not its forward, runs the hooks on it as well
-        return self.root.__call__, [self.create_proxy("placeholder", name, (), {}) for name in inputs]
+        """Make placeholders of the inputs; the other arguments keep their default."""
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._inputs]
+
+        def run(*values: Any) -> Any:
+            positional, named = self._call(dict(zip(self._inputs, values, strict=True)))
+            return self.root(*positional, **named)  # calling the module, not its forward, runs the hooks on it as well
+
+        return run, proxies
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

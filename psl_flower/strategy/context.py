@@ -256,7 +256,7 @@ class StepContext(CallContext):
         found = {n: c for part in parts for n, c in zip(part.nodes, part.checksums.tolist(), strict=True)}  # type: ignore[union-attr]
         self.orders = replace(self.orders, checksums=np.array([found[c] for c in self.orders.clients.tolist()]))
 
-    def commit(self, **gradients: Mapping[str, Tensor | None]) -> None:
+    def commit(self, **gradients: Mapping[str, Tensor | None] | None) -> None:
         """Step the optimizer over all parts, with their gradients by part."""
         self.backend.commit(gradients)
         self.committed = True

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from psl_flower.batch_plan import PlanStep
 from psl_flower.protocol import Orders
-from psl_flower.samplers.base import IntArray, PlanStep
+from psl_flower.typing import IntArray
 
 
 class Cursors:

@@ -16,17 +16,18 @@ from psl_flower.errors import StepError
 from psl_flower.exchange import Clients
 from psl_flower.failures import Failure, Kind
 from psl_flower.faults import FaultPolicy
+from psl_flower.population import Population
 from psl_flower.protocol import Orders
-from psl_flower.samplers.base import IntArray, Population
 from psl_flower.server import LocalBackend
-from psl_flower.strategy.agenda import Agenda
 from psl_flower.strategy.context import Attempt
 from psl_flower.strategy.evaluation import Evaluator
+from psl_flower.strategy.ledger import EpochLedger
 from psl_flower.strategy.progress import Progress
-from psl_flower.strategy.result import RunRecorder
+from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.step import StepRunner
 from psl_flower.strategy.summary import RunSummary
-from psl_flower.strategy.tolerance import Absences, Stall
+from psl_flower.strategy.tolerance import Backoff, Retries
+from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -49,7 +50,7 @@ class Run:
     timeout: float
 
     def __post_init__(self) -> None:
-        self.absences = Absences()
+        self.backoff = Backoff()
         self.given_up: set[int] = set()  # clients that owed examples at the end of the last epoch they were in
         self.missing: set[int] = set()  # those of them that gave nothing at all
         self.committed = False  # a step, in this process
@@ -67,26 +68,26 @@ class Run:
         return saved
 
     # --- clients that fail -------------------------------------------------------------------------------------------
-    def at_hand(self, owing: IntArray) -> IntArray:
+    def available(self, unfinished: IntArray) -> IntArray:
         """Return the clients to go on with: those that owe and are not left out; all, if there are none."""
-        absent = self.absences.left_out()
-        kept = np.array([client for client in owing if client not in absent], dtype=np.int64)
-        return kept if len(kept) else owing
+        absent = self.backoff.left_out()
+        kept = np.array([client for client in unfinished if client not in absent], dtype=np.int64)
+        return kept if len(kept) else unfinished
 
-    def owing(self, agenda: Agenda) -> IntArray:
+    def unfinished(self, ledger: EpochLedger) -> IntArray:
         """Return the clients that owe examples and are not excluded."""
-        owing = agenda.owing()
-        return owing[~np.isin(owing, list(self.clients.excluded))] if self.clients.excluded else owing
+        found, excluded = ledger.unfinished(), list(self.clients.excluded)
+        return found[~np.isin(found, excluded)] if excluded else found
 
-    def attempt(self, agenda: Agenda, orders: Orders, waits: Mapping[int, float]) -> Attempt:
+    def attempt(self, ledger: EpochLedger, orders: Orders, waits: Mapping[int, float]) -> Attempt:
         """Try a step, and remember who failed."""
-        self.absences.next_attempt()
+        self.backoff.next_attempt()
         attempt = self.runner.attempt(orders, waits)
         nothing = attempt.record is None and not attempt.skipped
-        self._leave_out_rows(agenda, attempt, nothing=nothing)
+        self._leave_out_rows(ledger, attempt, nothing=nothing)
         self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
-        self.absences.failed(c for c, f in attempt.lost.items() if f.kind is not Kind.UNREADABLE)
-        self.absences.succeeded(attempt.clients)
+        self.backoff.failed(c for c, f in attempt.lost.items() if f.kind is not Kind.UNREADABLE)
+        self.backoff.succeeded(attempt.clients)
         self.given_up.difference_update(attempt.clients)
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
@@ -106,7 +107,7 @@ class Run:
             summary.examples_redone += sum(examples[client] for client in attempt.lost)
         return attempt
 
-    def _leave_out_rows(self, agenda: Agenda, attempt: Attempt, *, nothing: bool) -> None:
+    def _leave_out_rows(self, ledger: EpochLedger, attempt: Attempt, *, nothing: bool) -> None:
         """Leave examples out for good that clients cannot read: all others are still drawn."""
         for client, failure in attempt.lost.items():
             if failure.kind is not Kind.UNREADABLE:
@@ -116,7 +117,7 @@ class Run:
                 attempt.lost[client] = Failure(Kind.RAISED, f"it names no example that is its own: {failure.detail}")
                 continue
             labels = [failure.labels[row] for row in new if row in failure.labels]
-            agenda.leave_out(client, labels, len(new), lost=not nothing)
+            ledger.leave_out(client, labels, len(new), lost=not nothing)
 
     def _exclude(self, mistakes: Mapping[int, Failure]) -> None:
         """Leave clients out for the rest of the run, where the policy says so.
@@ -135,15 +136,15 @@ class Run:
         if self.clients.excluded >= self.clients.members.keys():
             raise StepError("every client made a mistake, nobody is left to train with", mistakes)
 
-    def give_up(self, attempt: Attempt, agenda: Agenda, stall: Stall, *, committed: bool) -> bool:
+    def give_up(self, attempt: Attempt, ledger: EpochLedger, retries: Retries, *, committed: bool) -> bool:
         """Return whether to give up the rest of an epoch after an attempt that nothing came of; else wait a little.
 
         Parameters
         ----------
         attempt : Attempt
-        agenda : Agenda
+        ledger : EpochLedger
             The epoch's.
-        stall : Stall
+        retries : Retries
             The epoch's; told of the attempt.
         committed : bool
             Whether the epoch has a step.
@@ -160,34 +161,33 @@ class Run:
             return False  # what is left of those examples is asked for next
         if all_failed and not (self.committed or self.answered):
             everyone = len(attempt.lost) == len(self.clients.members)
-            alike = (
-                len(attempt.lost) > 1 and len({f.detail for f in attempt.lost.values()}) == 1
-            )  # a bug, in others too
+            details = {failure.detail for failure in attempt.lost.values()}
+            alike = len(attempt.lost) > 1 and len(details) == 1  # a bug, in others too
             if everyone or alike:
                 raise StepError(f"all {len(attempt.lost)} clients failed, before any step was completed", attempt.lost)
         # no waiting for those again for whom an earlier epoch has waited in vain
-        known = set(self.owing(agenda).tolist()) <= self.given_up
+        known = set(self.unfinished(ledger).tolist()) <= self.given_up
         patience = 0.0 if known else self.policy.patience
-        stall.failures = attempt.lost | stall.failures  # what began it says more than what followed
-        if stall.hopeless(patience):
-            people = agenda.population
-            if not committed or self.absences.failing().issuperset(people.client_ids[people.sizes > 0].tolist()):
-                raise StepError("no step could be completed, all clients fail", stall.failures)
+        retries.failures = attempt.lost | retries.failures  # what began it says more than what followed
+        if retries.exhausted(patience):
+            population = ledger.population
+            if not committed or self.backoff.failing().issuperset(population.client_ids[population.sizes > 0].tolist()):
+                raise StepError("no step could be completed, all clients fail", retries.failures)
             return True
         if all_failed:
-            pause = stall.pause(patience)
+            pause = retries.pause(patience)
             self.summary.seconds_waiting += pause
             time.sleep(pause)
         return False
 
-    def close_epoch(self, server_round: int, agenda: Agenda) -> int:
+    def close_epoch(self, server_round: int, ledger: EpochLedger) -> int:
         """Report and return the examples that the epoch went without."""
-        owed = dict(zip(agenda.population.client_ids.tolist(), agenda.owed.tolist(), strict=True))
+        owed = dict(zip(ledger.population.client_ids.tolist(), ledger.remaining.tolist(), strict=True))
         unseen = {client: n for client, n in owed.items() if n}
-        self.summary.replans += agenda.replans
+        self.summary.replans += ledger.replans
         self.summary.examples_unseen.update(unseen)
         self.given_up |= unseen.keys()
-        held = dict(zip(agenda.population.client_ids.tolist(), agenda.population.sizes.tolist(), strict=True))
+        held = dict(zip(ledger.population.client_ids.tolist(), ledger.population.sizes.tolist(), strict=True))
         self.missing = {client for client, n in unseen.items() if n == held[client]}
         for client, n in unseen.items():
             log.warning("round %d went without %d examples of %s", server_round, n, self.clients.name(client))
@@ -197,7 +197,7 @@ class Run:
                 "round %d went without %d examples that %s cannot read", server_round, n, self.clients.name(client)
             )
         self.summary.examples_unseen.update(here)
-        return sum(unseen.values()) + sum(here.values())
+        return int(sum(unseen.values()) + sum(here.values()))
 
     def with_members(self, population: Population, joined: list[int]) -> Population:
         """Return a population with clients added that have joined."""

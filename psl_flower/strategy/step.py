@@ -106,7 +106,7 @@ class StepRunner:
         return attempt
 
     def _try(self, ctx: StepContext, attempt: Attempt) -> bool:
-        """Have the method make the step once; return whether it is done with, or else to be made without some clients."""
+        """Have the method make the step; return whether that is over, or to be done again without some clients."""
         try:
             with self.backend.transaction():
                 attempt.record = self.method.step(ctx)

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from psl_flower import checkpoint
+from psl_flower.batch_plan import PlanStep
 from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import Checkpoints
 from psl_flower.checks import check_choice, check_float, check_int
@@ -29,23 +30,25 @@ from psl_flower.exchange.transport import TRANSPORTS, open_carrier
 from psl_flower.faults import FaultPolicy
 from psl_flower.flower import is_deployment, stopped_by_flower
 from psl_flower.methods import SplitMethod, make_method
-from psl_flower.samplers.base import PlanStep, Population, Sampler
+from psl_flower.population import Population
+from psl_flower.records import RoundRecord, StepRecord
+from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.server import LocalBackend, Loss, OptimizerFn
 from psl_flower.split import check_client_half, cut_model
 from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
-from psl_flower.strategy.agenda import Agenda, part, saved_population
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.context import Attempt
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import Evaluator
+from psl_flower.strategy.ledger import EpochLedger, part, saved_population
 from psl_flower.strategy.progress import Progress, clock
-from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
+from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.saving import Saver, saved_result
 from psl_flower.strategy.step import StepRunner
 from psl_flower.strategy.summary import RunSummary
-from psl_flower.strategy.tolerance import Stall
+from psl_flower.strategy.tolerance import Retries
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -316,7 +319,7 @@ class ParallelSplitLearning(Strategy):
                             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                             scheduler.step()
                     result.arrays = state_to_arrays(run.current_state())
-                    result.train_metrics_clientapp[server_round] = record.metrics()
+                    result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
                     in_clients = self._evaluate_in_clients(run, server_round, result)
                     on_server = _evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
                     recorder.round(replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server))
@@ -331,77 +334,80 @@ class ParallelSplitLearning(Strategy):
 
     def _train_epoch(self, run: Run, saver: Saver, server_round: int) -> RoundRecord:
         """Use every example of every client once."""
-        agenda, epoch = self._open_epoch(run, server_round)
-        virtual_clock = self._virtual_clock(agenda.population)
-        stall, skips = Stall(), 0
+        ledger, epoch = self._open_epoch(run, server_round)
+        virtual_clock = self._virtual_clock(ledger.population)
+        retries, skips = Retries(), 0
         with epoch:
-            while len(run.owing(agenda)):
-                self._look_for_clients(run, agenda, epoch, virtual_clock)
+            while len(run.unfinished(ledger)):
+                self._look_for_clients(run, ledger, epoch, virtual_clock)
                 begin = time.monotonic()
-                step = agenda.step(run.at_hand(run.owing(agenda)))
+                step = ledger.step(run.available(run.unfinished(ledger)))
                 epoch.seconds_plan += time.monotonic() - begin
-                orders = agenda.orders(len(epoch), step, run.clients.left_out)
+                orders = ledger.orders(len(epoch), step, run.clients.left_out)
                 waits = self._waits(virtual_clock, step)
                 with StepError.located(f"round {server_round}, step {len(epoch)}"):
-                    attempt = run.attempt(agenda, orders, waits)
+                    attempt = run.attempt(ledger, orders, waits)
                     nothing = attempt.record is None and not attempt.skipped
-                    if nothing and run.give_up(attempt, agenda, stall, committed=len(epoch) > 0):
+                    if nothing and run.give_up(attempt, ledger, retries, committed=len(epoch) > 0):
                         break
                     skips = skips + 1 if attempt.skipped else 0
                     _check_skips(skips)
                 if attempt.skipped:
-                    agenda.done(part(step, attempt.counts()), _labels(attempt))
+                    ledger.done(part(step, attempt.counts()), _labels(attempt))
                 elif attempt.record is not None:
                     step = part(step, attempt.counts())
-                    agenda.done(step, _labels(attempt))
-                    stall.over()
+                    ledger.done(step, _labels(attempt))
+                    retries.succeeded()
                     self._measure(attempt)
                     simulated = virtual_clock.advance(step.clients, step.quotas) if virtual_clock else None
                     record = _step_record(server_round, len(epoch), attempt, time.monotonic() - begin, simulated)
                     epoch.add(record, step, attempt.record.class_counts)
-                    done, of = len(epoch), len(epoch) + agenda.steps_left()
+                    done, of = len(epoch), len(epoch) + ledger.steps_left()
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
-                    if self.checkpoint_every and done % self.checkpoint_every == 0 and agenda.steps_left():
-                        saver.save(run, server_round, agenda, epoch, self._delays)
-            saver.save(run, server_round, agenda, epoch, self._delays)
-            unseen = run.close_epoch(server_round, agenda)
+                    if self.checkpoint_every and done % self.checkpoint_every == 0 and ledger.steps_left():
+                        saver.save(run, server_round, ledger, epoch, self._delays)
+            saver.save(run, server_round, ledger, epoch, self._delays)
+            unseen = run.close_epoch(server_round, ledger)
             record_of_round = epoch.summary(unseen)
         if not unseen:
-            run.remember_pooled_counts(agenda.population, epoch.pooled())
+            run.remember_pooled_counts(ledger.population, epoch.pooled())
         _log_round(record_of_round)
         return record_of_round
 
-    def _open_epoch(self, run: Run, server_round: int) -> tuple[Agenda, Epoch]:
+    def _open_epoch(self, run: Run, server_round: int) -> tuple[EpochLedger, Epoch]:
         """Return what there is to do in an epoch, and its bookkeeping: a new one, or the one to be resumed."""
         run.clients.refresh(self.min_available_nodes, run.timeout, run.missing)
-        people, saved = run.clients.population(), run.take_saved()
+        population, saved = run.clients.population(), run.take_saved()
         begin = time.monotonic()
         if saved is None:
-            agenda = Agenda(self.sampler, self._with_delays(people), server_round - 1)
+            ledger = EpochLedger(self.sampler, self._with_delays(population), server_round - 1)
         else:
-            people = self._with_delays(saved_population(saved["agenda"], people))
-            agenda = Agenda.restored(self.sampler, people, server_round - 1, saved["agenda"])
+            population = self._with_delays(saved_population(saved["agenda"], population))
+            ledger = EpochLedger.restored(self.sampler, population, server_round - 1, saved["agenda"])
         seconds_plan = time.monotonic() - begin
-        epoch = Epoch(run.recorder, server_round, agenda.population, pooled=run.pooled_counts(agenda.population))
+        epoch = Epoch(run.recorder, server_round, ledger.population, pooled=run.pooled_counts(ledger.population))
         if saved is not None:
             epoch.restore(saved["epoch"])
         epoch.seconds_plan += seconds_plan
-        return agenda, epoch
+        return ledger, epoch
 
-    def _look_for_clients(self, run: Run, agenda: Agenda, epoch: Epoch, virtual_clock: VirtualClock | None) -> None:
+    def _look_for_clients(
+        self, run: Run, ledger: EpochLedger, epoch: Epoch, virtual_clock: VirtualClock | None
+    ) -> None:
         """Find clients that failed before on the nodes where they are now, and let new ones in if they may enter."""
         at_once = self.faults.join == "step"
-        if not self.faults.tolerate or not (at_once or run.absences.failing() & set(run.at_hand(run.owing(agenda)))):
+        failing = run.backoff.failing() & set(run.available(run.unfinished(ledger)).tolist())
+        if not self.faults.tolerate or not (at_once or failing):
             return
         joined = run.clients.look_again(self.faults.step_timeout or run.timeout)
         if not joined:
             return
         log.info("clients that joined%s: %s", "" if at_once else ", from the next round on", sorted(joined))
         if at_once:
-            agenda.admit(self._with_delays(run.with_members(agenda.population, joined)))
-            epoch.population = agenda.population
+            ledger.admit(self._with_delays(run.with_members(ledger.population, joined)))
+            epoch.population = ledger.population
             if virtual_clock and self._simulated:
-                ids = agenda.population.client_ids
+                ids = ledger.population.client_ids
                 virtual_clock.update(ids, self._simulated.delays(ids))
 
     def _evaluate_in_clients(self, run: Run, server_round: int, result: Result) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from process_grid import SPAWN, ProcessGrid
+from psl_flower.exchange.streams.frames import CHUNK_BYTES
 
 from psl_flower import SplitModel, split_client_app
 from psl_flower.exchange.streams import StreamCarrier
 from psl_flower.exchange.streams.endpoint import CHANNEL_OPTIONS
-from psl_flower.exchange.streams.frames import CHUNK_BYTES
 from psl_flower.exchange.streams.security import SERVER_NAME, make_identity
 from psl_flower.protocol import ForwardRequest, Weights, WorkOrder
 

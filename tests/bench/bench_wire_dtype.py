@@ -13,14 +13,14 @@ import statistics
 
 import numpy as np
 import torch
+from psl_flower.exchange.streams.tensors import Packer, Unpacker
+from psl_flower.strategy.server_step import SplitTrainer
 
 from psl_flower.app.datasets import SPECS, load_arrays
 from psl_flower.app.images import ImageSet
 from psl_flower.app.models import build_model, default_cut
-from psl_flower.exchange.streams.tensors import Packer, Unpacker
 from psl_flower.protocol import Activations, Gradients
 from psl_flower.split import cut_model
-from psl_flower.strategy.server_step import SplitTrainer
 
 # dataset: (examples, epochs, batch size, learning rate)
 TRAININGS = {"digits": (1437, 15, 64, 0.02), "fashion-mnist": (6000, 4, 128, 0.02)}

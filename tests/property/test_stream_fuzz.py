@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from psl_flower.errors import ProtocolError
 from psl_flower.exchange.streams.frames import Decoder, Frame, encode
 from psl_flower.exchange.streams.groups import (
     GroupReply,
@@ -21,6 +19,8 @@ from psl_flower.exchange.streams.groups import (
     encode_group_reply,
     group_requests,
 )
+
+from psl_flower.errors import ProtocolError
 from psl_flower.protocol import (
     Activations,
     BackwardRequest,

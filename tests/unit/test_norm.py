@@ -2,13 +2,22 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from psl_flower.errors import ConfigError, CutError
-from psl_flower.split import SplitModel, batch_statistics_layers, check_client_half, cut_model, replace_batch_norm
+from psl_flower.split import (
+    SplitModel,
+    batch_statistics_layers,
+    check_client_half,
+    cut_model,
+    find_mixing,
+    replace_batch_norm,
+)
+from psl_flower.split.norm import FeatureGroupNorm
 from psl_flower.torchvision_compat import import_torchvision
 
 models = import_torchvision().models
@@ -147,3 +156,61 @@ def test_check_client_half():
     check_client_half(nn.Sequential(nn.GroupNorm(1, 4), nn.LayerNorm(4), nn.InstanceNorm2d(4)))
     tracking = nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.SyncBatchNorm(4))
     assert batch_statistics_layers(tracking) == ["0", "1"]
+
+
+class Frozen(nn.Module):
+    """Keeps a batch norm in evaluation mode, as fine-tuning code does."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.stem, self.frozen, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4, **options), nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 2)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, x):
+        return self.head(self.norm(self.frozen(self.stem(x))))
+
+
+@pytest.mark.parametrize("make", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_frozen_layer_has_no_batch_statistics(make):
+    model = Frozen().train()
+    assert batch_statistics_layers(model) == ["norm"]
+    assert model.norm.training
+    half = make(cut_model(model, "norm").client.eval())
+    check_client_half(half)
+    assert not any(module.training for module in half.modules())
+    assert not half.train().get_submodule("frozen").training
+    replaced = replace_batch_norm(model)
+    assert [type(layer) for layer in (replaced.frozen, replaced.norm)] == [nn.BatchNorm1d, FeatureGroupNorm]
+    with pytest.raises(ConfigError, match="'frozen' normalise"):  # without running averages, evaluation uses the batch
+        check_client_half(cut_model(Frozen(track_running_stats=False), "norm").client)
+
+
+def test_layers_frozen_by_a_split_model():
+    class Whole(SplitModel):
+        def train(self, mode=True):
+            super().train(mode)
+            self.client[1].eval()
+            return self
+
+    parts = {"client": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "server": nn.Linear(4, 2)}
+    client = cut_model(Whole(**parts)).client
+    check_client_half(client)
+    assert not client.train().get_submodule("client.1").training
+    with pytest.raises(ConfigError, match=r"'client\.1' normalise"):
+        check_client_half(cut_model(SplitModel(**parts)).client)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_judged_when_it_runs():
+    class Fused(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = nn.Sequential(nn.Linear(4, 4), Fused(4))
+    check_client_half(model)
+    assert type(replace_batch_norm(model)[1]) is Fused
+    assert "'1' (Fused) fails on an example alone" in find_mixing(model, torch.randn(3, 4), module=model)

@@ -13,8 +13,8 @@ from psl_flower.app.task import make_optimizer
 from psl_flower.experiments.data import Data
 from psl_flower.experiments.schedule import Schedule, client_turns
 from psl_flower.experiments.setting import Setting
-from psl_flower.samplers.base import FloatArray
 from psl_flower.stragglers import step_times
+from psl_flower.typing import FloatArray
 
 
 class Algorithm(ABC):
@@ -41,9 +41,9 @@ class Algorithm(ABC):
     def __init__(self, setting: Setting, data: Data, model: nn.Module) -> None:
         self.setting, self.data, self.model = setting, data, model
         self.optimizers = [self.make_optimizer(model.parameters())]
-        people, delays = data.population(), setting.config.make_delays()[1]
-        self.delays = None if delays is None else delays.delays(people.client_ids)
-        self.population = replace(people, delays=self.delays)
+        population, delays = data.population(), setting.config.make_delays()[1]
+        self.delays = None if delays is None else delays.delays(population.client_ids)
+        self.population = replace(population, delays=self.delays)
 
     @abstractmethod
     def schedule(self, epoch: int) -> Schedule:

@@ -1,0 +1,81 @@
+"""How a dataset is read: in the fastest way that is surely what reading it item by item gives."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Subset, TensorDataset
+
+from psl_flower.errors import ConfigError
+
+
+def check_map_style(dataset: Any, name: str) -> None:
+    """Raise ConfigError unless a dataset has a length and items."""
+    if isinstance(dataset, type) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ConfigError(
+            f"the {name} must be a map-style dataset (with __len__ and __getitem__), got {dataset!r:.80}"
+            + (": make an instance of it" if isinstance(dataset, type) else "")
+        )
+
+
+def read_columns(dataset: Any, indices: Sequence[int]) -> Any:
+    """Return the examples at `indices` as one batch, in the form of a row, or None if the dataset offers no such way.
+
+    It is offered by a method ``get_batch(indices)``, which is given an (n,) int64 array, and by a `TensorDataset`, not
+    a subclass: that may have items of its own.
+    """
+    dataset, indices = _unwrapped(dataset, indices)
+    if _offers(dataset, "get_batch"):
+        return dataset.get_batch(np.asarray(indices, dtype=np.int64))
+    if is_plain(dataset):
+        chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
+        return tuple(tensor[chosen] for tensor in dataset.tensors)
+    return None
+
+
+def read_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """Return the examples at `indices`, by torch's batched fetch (``__getitems__``) if offered, else one at a time."""
+    dataset, indices = _unwrapped(dataset, indices)
+    if _offers(dataset, "__getitems__"):
+        return list(dataset.__getitems__(list(indices)))
+    return [dataset[i] for i in indices]
+
+
+def is_plain(dataset: Any) -> bool:
+    """Return whether a dataset is a `TensorDataset`, or a `Subset` of one: reading it runs no code of its user's."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) is TensorDataset
+
+
+def _unwrapped(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[int]]:
+    """Return what a `Subset` (or one of another) is part of, with the indices there."""
+    while type(dataset) is Subset:
+        indices = [_whole(dataset.indices[i]) for i in indices]
+        dataset = dataset.dataset
+    return dataset, indices
+
+
+def _whole(index: Any) -> Any:
+    try:
+        return operator.index(index)  # lists of tensors or numpy integers are common
+    except TypeError:
+        return index
+
+
+def _offers(dataset: Any, method: str) -> bool:
+    """Return whether the class of a dataset has a method to read many items that knows of its ``__getitem__``.
+
+    A subclass that overrides ``__getitem__`` alone does not; nor does a wrapper that passes unknown names on to the
+    dataset within.
+    """
+    for cls in type(dataset).__mro__:
+        if callable(cls.__dict__.get(method)):
+            return True
+        if "__getitem__" in cls.__dict__:
+            return False
+    return False

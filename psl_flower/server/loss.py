@@ -1,0 +1,225 @@
+"""A loss as a sum and a weight: parts that are added up give the loss of all of them pooled.
+
+A loss is the mean over what counts in a batch. Means of means are wrong as soon as parts count differently: with
+`ignore_index`, class weights, sequences of uneven lengths. What a mean is over cannot be read off a user's function,
+but it can be seen while the function runs: torch tells a `TorchFunctionMode` of all that is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from psl_flower.errors import ConfigError, LabelError
+from psl_flower.server.metrics import Predictions, is_integer, logits_of, wrong_rows
+
+Loss = Callable[[Any, Any], Tensor]
+
+_CROSS_ENTROPIES = {f: inspect.signature(f) for f in (F.cross_entropy, F.nll_loss)}
+_DIVISIONS = (Tensor.div, Tensor.div_, Tensor.true_divide, torch.div, torch.true_divide)
+_MEANS = (Tensor.mean, torch.mean)
+_DIFFERENCES = (Tensor.sub, torch.sub, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedLoss:
+    """The loss of a batch, and how much it weighs among others.
+
+    Parameters
+    ----------
+    mean : scalar Tensor
+        As the user's function returned it, with its graph.
+    weight : float
+        What the mean is over: the targets that count, or the sum of their class weights; else the examples. 0 where
+        nothing counts, and the mean is NaN.
+    predictions : Predictions or None
+        Of classes, and the labels; None unless it is classification.
+    broadcast : str or None
+        A sentence if outputs and labels were spread over each other in the loss.
+    """
+
+    mean: Tensor
+    weight: float
+    predictions: Predictions | None = None
+    broadcast: str | None = None
+
+    @property
+    def sum(self) -> float:
+        """The mean times the weight; 0 where nothing counts."""
+        return self.mean.item() * self.weight if self.weight else 0.0
+
+
+def weighted(loss: Loss, outputs: Any, labels: Any, rows: int, *, classify: bool = True) -> WeightedLoss:
+    """Compute a user's loss of a batch, and find how much it weighs.
+
+    The weight is, in this order,
+
+    - where ``cross_entropy`` or ``nll_loss`` (also as modules) is called with its mean, by whatever function, and all
+      such calls count the same: the targets that count, times their class weights;
+    - where what is returned is a total divided by a tensor of one number (``total / mask.sum()``): that number;
+    - where it is a ``mean()`` (``loss[mask].mean()``): its elements. Both may be scaled, and added if they count alike;
+    - else `rows`. A sum of two losses that count differently has no weight that is right for both.
+
+    The sum of `WeightedLoss.sum` over parts, divided by that of their weights, equals the loss of all parts pooled.
+
+    Parameters
+    ----------
+    loss : callable
+        Takes (outputs, labels) and returns the mean over the batch.
+    outputs, labels
+        What the model returned, and the batch's labels.
+    rows : int
+        Examples in the batch.
+    classify : bool
+        Whether labels may be class indices. If so, and the loss is no cross-entropy, shapes tell whether they are.
+
+    Raises
+    ------
+    LabelError
+        If labels are no class indices. In ``cross_entropy`` that is found before torch's kernel runs, which on a GPU
+        would leave the process without it.
+    ConfigError
+        If the loss is no scalar tensor.
+    """
+    watch = _Watch(labels)
+    shaped = Predictions.of(outputs, labels) if classify else None
+    try:
+        with watch:
+            mean = loss(outputs, labels)
+    except LabelError:
+        raise
+    except Exception as exc:
+        if not watch.targets:
+            _check_labels(shaped, exc)
+        raise
+    if not isinstance(mean, Tensor) or mean.ndim:
+        shown = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else type(mean).__name__
+        raise ConfigError(f"the loss must be the mean over the batch, a tensor of one number, got {shown}")
+    if not watch.targets:
+        _check_labels(shaped, None)
+    predictions = watch.predictions(outputs) if classify and watch.targets else shaped
+    return WeightedLoss(mean, watch.weight_of(mean, rows), predictions, watch.broadcast)
+
+
+def _check_labels(predictions: Predictions | None, cause: Exception | None) -> None:
+    if predictions is None:
+        return
+    rows, text = wrong_rows(predictions.targets, predictions.classes)
+    if rows:
+        raise LabelError(f"{text}; pass classification=False if they are none", rows) from cause
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the functions of torch that a loss calls, as far as they tell what its mean is over."""
+
+    def __init__(self, labels: Any) -> None:
+        super().__init__()
+        self._labels = labels
+        self._weights: list[float] = []  # of cross-entropies that are means
+        # by the id of a tensor that is a mean, it, which keeps the id its own, and what gives the number it is over
+        self._means: dict[int, tuple[Tensor, list[Callable[[], float]]]] = {}
+        self.targets: list[Predictions] = []  # of cross-entropies with class indices
+        self.broadcast: str | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _CROSS_ENTROPIES:
+            self._cross_entropy(**_arguments(_CROSS_ENTROPIES[func], args, kwargs))
+        elif func in _DIFFERENCES and self.broadcast is None:
+            self.broadcast = _spread([*args, *kwargs.values()])
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.ndim == 0:
+            divisors = self._divisors(func, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
+            if divisors:
+                self._means[id(result)] = (result, divisors)
+        return result
+
+    def weight_of(self, mean: Tensor, rows: int) -> float:
+        """Return what a loss is the mean over."""
+        if self._weights and all(math.isclose(w, self._weights[0]) for w in self._weights):
+            return self._weights[0]
+        if self._weights or id(mean) not in self._means:
+            return rows
+        first, *others = (float(divisor()) for divisor in self._means[id(mean)][1])
+        sound = math.isfinite(first) and first >= 0 and all(math.isclose(other, first) for other in others)
+        return first if sound else rows
+
+    def predictions(self, outputs: Any) -> Predictions | None:
+        """Return what cross-entropy was given, where its targets are the labels; None where that is not clear."""
+        of_labels = [seen for seen in self.targets if _same(seen.targets, self._labels)]
+        if len(of_labels) > 1:  # an auxiliary head beside the main one
+            logits = logits_of(outputs)
+            of_labels = [seen for seen in of_labels if logits is not None and _same(seen.logits, logits)]
+        return of_labels[0] if len(of_labels) == 1 else None
+
+    def _divisors(self, func: Any, operands: list[Tensor]) -> list[Callable[[], float]]:
+        """Return what gives the numbers that the scalar result of a function is the mean over; empty if it is none."""
+        if func in _MEANS:
+            return [operands[0].numel]
+        known = [self._means[id(t)][1] for t in operands if id(t) in self._means]
+        if known and len(known) == len(operands):  # means that are scaled or added
+            return [divisor for each in known for divisor in each]
+        if func in _DIVISIONS and len(operands) == 2 and not known and not operands[1].requires_grad:
+            return [operands[1].item]
+        return []
+
+    def _cross_entropy(
+        self, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, **legacy: Any
+    ) -> None:
+        if input.ndim == 1:  # one example without a batch
+            input, target = input[None], target[None]
+        if is_integer(target):
+            self._check_range(target, input.shape[1], ignore_index)
+            self.targets.append(Predictions(input.detach(), target, ignore_index))
+        if reduction != "mean" or legacy.get("size_average") is False or legacy.get("reduce") is False:
+            return
+        if not is_integer(target):  # probabilities: all of them count, whatever the class weights
+            self._weights.append(input.numel() / input.shape[1])
+            return
+        counted = target[target != ignore_index]
+        self._weights.append(float(counted.numel() if weight is None else weight.detach()[counted].sum()))
+
+    def _check_range(self, target: Tensor, classes: int, ignore_index: int) -> None:
+        positions, text = wrong_rows(target, classes, ignore_index)
+        if positions:
+            rows = wrong_rows(self._labels, classes, ignore_index)[0] if _same(target, self._labels) else []
+            raise LabelError(text, rows)
+
+
+def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two tensors hold the same values, in whatever shape."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.numel() != other.numel():
+        return False
+    if one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+        return True
+    return torch.equal(one.detach().flatten(), other.detach().flatten().to(one))
+
+
+def _spread(operands: Sequence[Any]) -> str | None:
+    """Return a sentence if (n,) and (n, 1) meet, which torch spreads to (n, n)."""
+    shapes = [tuple(t.shape) for t in operands[:2] if isinstance(t, Tensor)]
+    if len(shapes) < 2 or sorted(map(len, shapes)) != [1, 2]:
+        return None
+    flat, column = sorted(shapes, key=len)
+    if column != (flat[0], 1) or flat[0] == 1:
+        return None
+    return (
+        f"the loss compares {shapes[0]} with {shapes[1]}, which torch spreads to {(flat[0], flat[0])}: every output is "
+        "compared with every label. Give both one shape: labels (n, 1), or outputs.squeeze(1)"
+    )

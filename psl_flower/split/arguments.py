@@ -1,0 +1,179 @@
+"""Which arguments of ``forward`` are inputs.
+
+The rule: those without a default, and those whose default is None, which is how models write "may be given". An
+argument with another default (``steps=2``) is a setting and keeps it.
+
+torch.fx records one way through the code, so one None must not decide the way. ``x is None`` cannot be seen while
+tracing, but its effect can: a recording with the argument must be the one without it, but for the argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from psl_flower.errors import CutError
+
+_NAMED = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.KEYWORD_ONLY,
+)
+_BRANCHES = (
+    "forward does something else where it is None, and a cut model does one thing only. If it is always given, remove "
+    "its default from forward; else leave it out, or cut by hand: SplitModel(client=..., server=...)"
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a traced model.
+
+    Parameters
+    ----------
+    signature : inspect.Signature
+        The model's own, without ``*args`` and ``**kwargs``.
+    inputs : tuple of str
+        Those the recording takes, in order.
+    fixed : dict[str, str]
+        Those that keep their default, and why.
+    """
+
+    signature: inspect.Signature
+    inputs: tuple[str, ...]
+    fixed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Arguments:
+        """Return the arguments of a model before anything is known of its code."""
+        signature = inspect.signature(model.forward)
+        named = [parameter for parameter in signature.parameters.values() if parameter.kind in _NAMED]
+        inputs = [p.name for p in named if p.default is p.empty or p.default is None]
+        fixed = {
+            p.name: f"it has a default, {p.default!r:.40}, so it is a setting and keeps it"
+            for p in named
+            if p.name not in inputs
+        }
+        return cls(signature.replace(parameters=named), tuple(inputs), fixed)
+
+    def without(self, names: Collection[str], reason: str = _BRANCHES) -> Arguments:
+        """Let arguments keep their default."""
+        inputs = tuple(name for name in self.inputs if name not in names)
+        return replace(self, inputs=inputs, fixed={**self.fixed, **dict.fromkeys(names, reason)})
+
+    def required(self) -> tuple[str, ...]:
+        """Return the inputs without which the model cannot be called: where all may be None, the first."""
+        parameters = self.signature.parameters
+        return tuple(n for n in self.inputs if parameters[n].default is inspect.Parameter.empty) or self.inputs[:1]
+
+    def positions(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return what to call the model with, as hooks on it expect: by position as far as that goes."""
+        bound = inspect.BoundArguments(self.signature, dict(given))
+        last = max((i for i, name in enumerate(self.signature.parameters) if name in given), default=-1)
+        for name, parameter in list(self.signature.parameters.items())[: last + 1]:
+            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or name in given:
+                bound.arguments[name] = given.get(name, parameter.default)
+        bound.arguments = {name: bound.arguments[name] for name in self.signature.parameters if name in bound.arguments}
+        return list(bound.args), bound.kwargs
+
+    def bind(self, values: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+        """Return the inputs a call gives, in order.
+
+        Raises
+        ------
+        TypeError
+            If an argument is missing, unknown, or given twice.
+        CutError
+            If one is given that keeps its default.
+        """
+        bound = self.signature.bind(*values, **named)
+        bound.apply_defaults()
+        for name, reason in self.fixed.items():
+            value, default = bound.arguments[name], self.signature.parameters[name].default
+            if value is not default and not (isinstance(value, bool | int | float | str) and value == default):
+                raise CutError(f"the argument {name!r} was given, but {reason}.")
+        return [bound.arguments[name] for name in self.inputs]
+
+
+def choose_inputs(root: nn.Module, arguments: Arguments, record: Callable[[tuple[str, ...]], fx.Graph]) -> Arguments:
+    """Find out which arguments with the default None may be inputs.
+
+    Parameters
+    ----------
+    root : nn.Module
+        The model in the mode to look at.
+    arguments : Arguments
+        What to choose from.
+    record : callable
+        Traces the model with the arguments named, the others keeping their default.
+    """
+    needed = arguments.required()
+    if len(needed) == len(arguments.inputs):
+        return arguments
+    bare, needed = _least(arguments.inputs, needed, record)
+    others = [name for name in arguments.inputs if name not in needed]
+
+    def harmless(names: Sequence[str]) -> bool:
+        given = tuple(name for name in arguments.inputs if name in needed or name in names)
+        try:
+            return alike(root, record(given), bare, ignoring=names)
+        except Exception:  # the user's code, with what it may not expect
+            return False
+
+    if harmless(others):
+        return arguments
+    free = [name for name in others if harmless([name])]
+    if len(free) > 1 and not harmless(free):  # what one does may depend on another
+        free = []
+    return arguments.without([name for name in others if name not in free])
+
+
+def _least(
+    inputs: tuple[str, ...], needed: tuple[str, ...], record: Callable[[tuple[str, ...]], fx.Graph]
+) -> tuple[fx.Graph, tuple[str, ...]]:
+    """Return a recording with as few inputs as the code runs with, and these."""
+    attempts = [needed]
+    for name in inputs:
+        if name not in attempts[-1]:
+            attempts.append(tuple(n for n in inputs if n == name or n in attempts[-1]))
+    for attempt in attempts[:-1]:
+        try:
+            return record(attempt), attempt
+        except Exception:  # None may be what it fails on
+            continue
+    return record(attempts[-1]), attempts[-1]
+
+
+def alike(root: nn.Module, graph: fx.Graph, other: fx.Graph, ignoring: Collection[str] = ()) -> bool:
+    """Whether two graphs of a model do the same, where the inputs `ignoring` are None."""
+    ours, theirs = _steps(graph, ignoring), _steps(other, ignoring)
+    return len(ours) == len(theirs) and all(
+        mine == yours or _same_constant(root, mine, yours) for mine, yours in zip(ours, theirs, strict=True)
+    )
+
+
+def _steps(graph: fx.Graph, ignoring: Collection[str]) -> list[tuple[Any, ...]]:
+    numbers: dict[fx.Node, tuple[str, int] | None] = {}
+    steps = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target in ignoring:
+            numbers[node] = None
+            continue
+        steps.append((node.op, node.target, fx.map_arg((node.args, node.kwargs), numbers.__getitem__)))
+        numbers[node] = ("the value of step", len(steps))
+    return steps
+
+
+def _same_constant(root: nn.Module, mine: tuple[Any, ...], yours: tuple[Any, ...]) -> bool:
+    """Whether two steps read equal constants: a tensor made in forward gets another name each time it is recorded."""
+    if not mine[0] == yours[0] == "get_attr":
+        return False
+    if not all(step[1].startswith("_tensor_constant") for step in (mine, yours)):
+        return False
+    one, two = getattr(root, mine[1]), getattr(root, yours[1])
+    return not one.is_meta and one.dtype == two.dtype and one.device == two.device and torch.equal(one, two)

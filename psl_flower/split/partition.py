@@ -1,0 +1,363 @@
+"""Dividing a recorded model into consecutive pieces, which run in turn on the client and on the server.
+
+A piece starts where the model first enters the submodule it is named after. What is not computed from the examples
+(parameters, constants, sizes) lives where it is used, wherever the code mentions it first. What a piece computes goes
+to the next one; what is needed again two pieces later, which is on the same side, is kept there and does not cross.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from psl_flower.errors import CutError
+from psl_flower.split.half import as_activations
+from psl_flower.split.trace import Trace
+
+NAMES = {2: ("client half", "server half"), 3: ("head", "body", "tail")}
+_SIDES = ("client", "server")
+_BY_HAND = "SplitModel(client=..., server=...)"
+
+# What to ask a tensor for that is no tensor: known without its values, but `item` and `tolist`.
+_FACTS = frozenset({"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_sparse"})
+_FACT_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "get_device", "element_size"})
+_FACT_METHODS |= {"is_floating_point", "is_complex", "is_contiguous", "item", "tolist", "len"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Pieces:
+    """The nodes of a graph by piece.
+
+    Parameters
+    ----------
+    runs : list of list of fx.Node
+        What each piece runs.
+    sent : list of list of fx.Node
+        What each piece hands to the next, across a cut.
+    kept : list of list of fx.Node
+        What each piece hands to the one after that, on its own side.
+    """
+
+    runs: list[list[fx.Node]]
+    sent: list[list[fx.Node]]
+    kept: list[list[fx.Node]]
+
+
+def divide(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> list[dict[bool, fx.Graph]]:
+    """Divide what was recorded at one or two cuts.
+
+    Returns
+    -------
+    list of dict[bool, fx.Graph]
+        For each piece its graph in each mode. The first takes the model's inputs and the last returns its outputs.
+        Between them go tuples of tensors; of three pieces, the first returns two, ``(sent, kept)``, and the last takes
+        what the second returned and then what was kept.
+
+    Raises
+    ------
+    CutError
+        If it cannot be divided so.
+    """
+    divided = {graph: _divide(root, graph, cuts) for graph in recorded.graphs.values()}
+    _check_disjoint(root, divided.values(), len(cuts) + 1)
+    return [{mode: divided[graph][i] for mode, graph in recorded.graphs.items()} for i in range(len(cuts) + 1)]
+
+
+def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
+    """Let the inputs that may be None be None for good where they would have to cross a cut as they are."""
+    arguments = recorded.arguments
+    raw: set[str] = set()
+    for graph in recorded.graphs.values():
+        nodes = list(graph.nodes)
+        pieces = _assign(root, nodes, _starts(nodes, cuts), *_classify(nodes))
+        raw |= {str(node.target) for sent in pieces.sent for node in sent if _is_input(node)}
+    optional = [n for n in arguments.inputs if n in raw and arguments.signature.parameters[n].default is None]
+    if not optional:
+        return recorded
+    reason = (
+        f"its value is used after the cut, so raw examples would be sent to the server: leave it out, cut later, or "
+        f"cut by hand if that is intended: {_BY_HAND}"
+    )
+    graphs = {graph: _without(graph, optional) for graph in recorded.graphs.values()}
+    return Trace(
+        {mode: graphs[graph] for mode, graph in recorded.graphs.items()},
+        recorded.pinned,
+        arguments.without(optional, reason),
+    )
+
+
+def _without(graph: fx.Graph, names: Iterable[str]) -> fx.Graph:
+    """Return a copy of a graph that has None in place of some inputs."""
+    copy = fx.Graph()
+    values: dict[fx.Node, Any] = {node: None for node in graph.nodes if _is_input(node) and node.target in names}
+    copy.output(copy.graph_copy(graph, values))
+    return copy
+
+
+def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str]) -> list[fx.Graph]:
+    nodes = list(graph.nodes)
+    pieces = _assign(root, nodes, _starts(nodes, cuts), *_classify(nodes))
+    _check_parameters(root, pieces)
+    for piece, sent in enumerate(pieces.sent):
+        for node in sent:
+            if _is_raw(node):
+                raise CutError(
+                    f"the input {_input_name(node)!r} is used after the cut, so raw examples would be sent to the "
+                    f"server: cut later, or cut by hand if that is intended: {_BY_HAND}."
+                )
+        if not sent:
+            what = "it" if piece == 0 else f"the tail {cuts[1]!r}"
+            raise CutError(f"nothing computed before {what} is used after it, so no tensor would cross the cut.")
+    return [_piece_graph(pieces, piece) for piece in range(len(cuts) + 1)]
+
+
+def _starts(nodes: Sequence[fx.Node], cuts: Sequence[str]) -> list[int]:
+    """Return where each cut, or a module inside it, is first called."""
+    starts: list[int] = []
+    for cut in cuts:
+        calls = [node.op == "call_module" and f"{node.target}.".startswith(f"{cut}.") for node in nodes]
+        if True not in calls:
+            raise CutError(f"the model never calls {'it' if cut == cuts[0] else repr(cut)}.")
+        starts.append(calls.index(True))
+    if sorted({*starts}) != starts:
+        raise CutError(f"the tail {cuts[1]!r} must come after it, but the model calls it before, or with it.")
+    return starts
+
+
+def _classify(nodes: Iterable[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Return the nodes that are facts (sizes, dtypes, numbers) and the nodes computed from the examples' values."""
+    facts: set[fx.Node] = set()
+    from_data: set[fx.Node] = set()
+    for node in nodes:
+        sources = node.all_input_nodes
+        if node.op == "placeholder":
+            from_data.add(node)
+        elif node.op in ("call_function", "call_method") and (
+            _asks_for_fact(node) or (sources and facts.issuperset(sources))
+        ):
+            facts.add(node)
+        elif not from_data.isdisjoint(sources):
+            from_data.add(node)
+    return facts, from_data
+
+
+def _assign(
+    root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], facts: set[fx.Node], from_data: set[fx.Node]
+) -> _Pieces:
+    """Say which piece runs a node, and what the pieces hand to one another."""
+    last = len(starts)
+    own = {
+        node: 0 if _is_raw(node) else sum(start <= position for start in starts) for position, node in enumerate(nodes)
+    }
+    for piece in range(2, last + 1):
+        own.update(dict.fromkeys(_joins(root, nodes, own, piece, facts, from_data), piece))
+    runs: dict[fx.Node, set[int]] = {}
+    for node in reversed(nodes):
+        if node in from_data or not node.users or own[node] == last:
+            runs[node] = {own[node]}
+        else:  # what does not come from the examples runs where it is used
+            runs[node] = set().union(*(runs[user] for user in node.users))
+    running = [[node for node in nodes if piece in runs[node]] for piece in range(last + 1)]
+    needed: list[set[fx.Node]] = []
+    for piece in range(last + 1):
+        wanted = {
+            source
+            for node in running[piece]
+            if node not in facts
+            for source in node.all_input_nodes
+            if source in from_data and own[source] < piece
+        }
+        for node in running[piece]:
+            # a number known two pieces back is known on the same side: its tensor is kept, and asked again
+            if node in facts:
+                wanted |= {s for s in _tensors_of(node, facts) if s in from_data and own[s] == piece - 2}
+        needed.append(wanted)
+
+    def handed(steps: int) -> list[list[fx.Node]]:
+        return [
+            [node for node in nodes if own[node] == i and node in wanted] for i, wanted in enumerate(needed[steps:])
+        ]
+
+    return _Pieces(running, sent=handed(1), kept=handed(2))
+
+
+def _joins(
+    root: nn.Module,
+    nodes: Sequence[fx.Node],
+    own: dict[fx.Node, int],
+    piece: int,
+    facts: set[fx.Node],
+    from_data: set[fx.Node],
+) -> list[fx.Node]:
+    """Return what stands ahead of a piece and is better run in it: what joins a skip connection to its input.
+
+    ``self.up(torch.cat([skip, x], 1))``: if the cat ran before the piece that starts at `up`, the skip connection would
+    cross to the other side and back. It has no parameters and is for this piece only, so it can run there.
+    """
+    position = {node: i for i, node in enumerate(nodes)}
+    late: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if (
+            own[node] == piece - 1
+            and node.op in ("call_function", "call_method", "call_module")
+            and not _state(root, node)
+            and node.users
+            and all(own[user] == piece or user in late for user in node.users)
+            # nothing comes in between: it might change in place what this reads
+            and all(
+                own[user] == piece or user in late or position[user] <= position[node]
+                for source in node.all_input_nodes
+                for user in source.users
+            )
+        ):
+            late.add(node)
+    joined: list[fx.Node] = []
+    for node in nodes:
+        if (
+            node in late
+            and node not in facts
+            and (
+                any(source in joined for source in node.all_input_nodes)
+                or any(s in from_data and own[s] == piece - 2 for s in _tensors_of(node, facts))
+            )
+        ):
+            joined.append(node)
+    return joined
+
+
+def _tensors_of(node: fx.Node, facts: set[fx.Node]) -> Iterator[fx.Node]:
+    """Yield what a node is computed from; instead of sizes and other facts, what they were asked of."""
+    for source in node.all_input_nodes:
+        if source not in facts:
+            yield source
+        elif not _is_known_of_any_batch(source):
+            yield from _tensors_of(source, facts)
+
+
+def _piece_graph(pieces: _Pieces, piece: int) -> fx.Graph:
+    graph = fx.Graph()
+    last = len(pieces.runs) - 1
+    received = [*pieces.sent[piece - 1], *(pieces.kept[piece - 2] if piece > 1 else [])] if piece else []
+    given = [graph.placeholder(node.name) for node in received]
+    # Copies, because the model may go on in place, which autograd refuses on the leaf tensors a piece receives.
+    copies = {node: graph.call_method("clone", (tensor,)) for node, tensor in zip(received, given, strict=True)}
+    for node in pieces.runs[piece]:
+        if all(source in copies for source in node.all_input_nodes):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        elif _is_batch_size(node):
+            shape = graph.call_function(getattr, (given[0], "shape"))
+            copies[node] = graph.call_function(operator.getitem, (shape, 0))
+        elif _is_device_of_input(node):
+            copies[node] = graph.call_function(getattr, (given[0], "device"))
+        elif not _is_shape_of_input(node):
+            side = _SIDES[(piece + 1) % 2]
+            raise CutError(
+                f"{node.format_node()} is a number that only the {side} knows, and only tensors cross the cut: compute "
+                f"it from a tensor that crosses, cut elsewhere, or cut by hand: {_BY_HAND}."
+            )
+    if piece < last:
+        inputs = tuple(given or (copies[node] for node in pieces.runs[piece] if _is_input(node)))
+
+        def handed(nodes: list[fx.Node]) -> fx.Node:
+            names = tuple(repr(node.name) for node in nodes)
+            return graph.call_function(as_activations, (tuple(copies[node] for node in nodes), inputs, names))
+
+        out = handed(pieces.sent[piece])
+        keeps = piece + 2 <= last
+        kept = handed(pieces.kept[piece]) if keeps and pieces.kept[piece] else ()
+        graph.output((out, kept) if keeps else out)
+    return graph
+
+
+def _asks_for_fact(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in _FACTS
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _FACT_METHODS
+
+
+def _is_input(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _is_raw(node: Any) -> bool:
+    """Whether a node is an input, or an entry of an input that is a dictionary."""
+    if not isinstance(node, fx.Node):
+        return False
+    return _is_input(node) or (
+        node.target is operator.getitem and isinstance(node.args[1], str) and _is_raw(node.args[0])
+    )
+
+
+def _input_name(node: fx.Node) -> str:
+    return str(node.target if _is_input(node) else node.args[1])
+
+
+def _is_shape_of_input(node: Any) -> bool:
+    """Whether a node is ``x.shape`` or ``x.size()``, of an input x."""
+    if not isinstance(node, fx.Node) or not node.args or not _is_raw(node.args[0]):
+        return False
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    return node.target == "size" and len(node.args) == 1 and not node.kwargs
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """Whether a node is ``x.shape[0]``, ``x.size()[0]`` or ``x.size(0)``, of an input x."""
+    if node.target is operator.getitem:
+        return _is_shape_of_input(node.args[0]) and node.args[1:] == (0,)
+    asked = [*node.args[1:], *node.kwargs.values()]
+    return node.target == "size" and _is_raw(node.args[0]) and asked == [0]
+
+
+def _is_device_of_input(node: fx.Node) -> bool:
+    return node.target is getattr and _is_raw(node.args[0]) and node.args[1] == "device"
+
+
+def _is_known_of_any_batch(node: fx.Node) -> bool:
+    """Whether any tensor of the batch tells what this node asks an input for."""
+    if _is_shape_of_input(node):
+        return all(_is_batch_size(user) for user in node.users)
+    return _is_batch_size(node) or _is_device_of_input(node)
+
+
+def _state(root: nn.Module, node: fx.Node) -> dict[str, torch.Tensor]:
+    """Return the parameters and persistent buffers that a node uses, by their names in the whole model."""
+    target = str(node.target)
+    if node.op == "call_module":
+        return dict(root.get_submodule(target).state_dict(prefix=f"{target}.", keep_vars=True))
+    if node.op == "get_attr":
+        owner, _, name = target.rpartition(".")
+        kept = root.get_submodule(owner).state_dict(keep_vars=True)
+        return {target: kept[name]} if name in kept else {}
+    return {}
+
+
+def _check_parameters(root: nn.Module, pieces: _Pieces) -> None:
+    """Refuse a piece with nothing to train; a tail may be just that, for it is there to keep labels on the client."""
+    names = NAMES[len(pieces.runs)]
+    remedies = ("cut later", "cut earlier" if len(names) == 2 else "cut earlier, or let the tail begin later")
+    for name, nodes, remedy in zip(names, pieces.runs, remedies, strict=False):
+        if not any(isinstance(value, nn.Parameter) for node in nodes for value in _state(root, node).values()):
+            raise CutError(f"the {name} would have no parameters, {remedy}.")
+
+
+def _check_disjoint(root: nn.Module, divided: Iterable[Sequence[fx.Graph]], pieces: int) -> None:
+    """Refuse parameters and persistent buffers used on both sides (in training, in evaluation, or one in each)."""
+    names: tuple[dict[int, str], dict[int, str]] = ({}, {})
+    for graphs in divided:
+        for piece, graph in enumerate(graphs):
+            side = names[piece % 2]
+            side.update((id(value), name) for node in graph.nodes for name, value in _state(root, node).items())
+    for key in names[0].keys() & names[1].keys():
+        ours, theirs = names[0][key], names[1][key]
+        other = f" (there as {theirs!r})" if ours != theirs else ""
+        raise CutError(
+            f"{ours!r} would be needed on the client and on the server{other}: cut where all that uses it is on one "
+            f"side, or give each side its own."
+        )

@@ -1,0 +1,268 @@
+"""Whether a function treats the rows of a batch one by one, told by what it does.
+
+A client half sees its own quota of the global batch. If an example's activations depended on the others in its batch,
+or the batch were not the first dimension, training would differ from centralised training without a word. No list of
+layers can tell: a batch norm may be frozen, and ``h - h.mean(0)`` is no layer. So some rows are run alone, and compared
+with themselves in the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_RULE = "the client half must treat examples one by one, or training is not what it would be with all data in one place"
+_NORMALISE = (
+    "replace layers that normalise over the batch with replace_batch_norm(model, before=cut) (before='server' for a "
+    "SplitModel) where the model is made, on the server and in model_fn, and compute nothing over dimension 0"
+)
+_RESHAPE = "keep the batch as the first dimension, with x.flatten(1) instead of x.squeeze() or x.view(-1)"
+
+
+class CannotTellError(Exception):
+    """The batch does not show whether examples are treated one by one."""
+
+
+def find_mixing(run: Callable[[Any], Any], inputs: Any, *, module: nn.Module | None = None) -> str | None:
+    """Return why a function does not treat the rows of a batch one by one, or None if it does.
+
+    The first and the last row are each run alone and compared with the batch's, within rounding. Dropout, which makes
+    rows differ rightly, is off meanwhile; all else is as it is.
+
+    Parameters
+    ----------
+    run : callable
+        Takes a tree of inputs (dict, list, tuple, tensor) and returns a tree of tensors, each with a row an example.
+        It is called a few times, without gradients, and with copies of rows; buffers that it changes are changed.
+    inputs : tree
+        A batch; tensors have the batch first, what is no tensor is given as it is.
+    module : nn.Module, optional
+        What `run` runs. The first of its submodules that mixes rows is named, and submodules that draw random numbers
+        without being dropout (such as stochastic depth) are in evaluation mode meanwhile.
+
+    Returns
+    -------
+    str or None
+        The rule, what was found, and the remedy.
+
+    Raises
+    ------
+    CannotTellError
+        If there is one row only, all rows are alike, or random numbers other than dropout's are drawn.
+    """
+    rows = next((len(leaf) for leaf in _tensors(inputs) if leaf.dim()), 0)
+    if not rows:
+        raise CannotTellError("there is no example to run")
+    devices = range(torch.cuda.device_count())
+    with torch.no_grad(), torch.random.fork_rng(devices), _NoDropout(), _resting(module, lambda: run(_pick(inputs))):
+        before = _random_states()
+        whole = _tensors(run(_pick(inputs)))
+        if found := _misshapen(whole, rows):
+            return f"{_RULE}: {found}; {_RESHAPE}"
+        found = _difference(run, inputs, whole, rows, module, random=before != _random_states())
+    if found:
+        return f"{_RULE}: {found}"
+    if all(same(leaf, leaf[:1].expand_as(leaf)) for leaf in _tensors(inputs) if leaf.dim()):
+        raise CannotTellError("all examples of the batch are alike")
+    return None
+
+
+def _difference(
+    run: Callable[[Any], Any],
+    inputs: Any,
+    whole: list[Tensor],
+    rows: int,
+    module: nn.Module | None,
+    *,
+    random: bool,
+) -> str | None:
+    """Say what a row alone shows, and the remedy; None if it is as in the batch."""
+    for row in sorted({0, rows - 1}):
+        watch = _Watch(module, 0, 1)
+        try:
+            with watch:
+                alone = _tensors(run(_pick(inputs, row, rows)))
+        except Exception as error:  # the batch went well, so it is the single row that the code cannot take
+            who = watch.running[-1] if watch.running else "it"
+            return f"{who} fails on an example alone ({type(error).__name__}: {error}); {_NORMALISE}, and {_RESHAPE}"
+        if found := _misshapen(alone, 1):
+            return f"{found}; {_RESHAPE}"
+        if random:
+            raise CannotTellError("random numbers other than dropout's are drawn, so no two passes are alike")
+        if rows == 1:
+            raise CannotTellError("a batch of one example has nothing to compare it with")
+        for i, (joint, single) in enumerate(zip(whole, alone, strict=True)):
+            if not same(joint[row : row + 1], single):
+                with _Watch(module, row, rows) as joint_watch:
+                    run(_pick(inputs))
+                where = joint_watch.first_difference(watch) or f"output {i}{watch.last()}"
+                return f"{where} for an example depends on the other {rows - 1} in its batch; {_NORMALISE}"
+    return None
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal, but for rounding; NaN equals NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
+    if not one.numel():
+        return True
+    largest = max(part.abs().nan_to_num(0.0, 0.0, 0.0).max().item() for part in (one, other))
+    # rounding is some multiples of eps, what batch statistics do is far above its root
+    return torch.allclose(one, other, rtol=0.0, atol=torch.finfo(one.dtype).eps ** 0.5 * largest, equal_nan=True)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _pick(tree: Any, row: int | None = None, rows: int = 0) -> Any:
+    """Return a copy of a batch, because code may change it in place, or of one row of it."""
+
+    def pick(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return (leaf[row : row + 1] if row is not None and leaf.dim() and len(leaf) == rows else leaf).clone()
+
+    return tree_map(pick, tree)
+
+
+def _misshapen(outputs: Sequence[Tensor], rows: int) -> str | None:
+    for i, output in enumerate(outputs):
+        if output.dim() == 0 or len(output) != rows:
+            batch = "one example alone" if rows == 1 else f"a batch of {rows}"
+            return f"output {i} has shape {tuple(output.shape)} for {batch}"
+    return None
+
+
+def _random_states() -> list[bytes]:
+    return [state.numpy().tobytes() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
+
+
+# Functions whose only randomness is dropout, and the argument that switches it off.
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_SWITCHES: dict[Callable[..., Any], tuple[str, Any]] = {
+    **dict.fromkeys(_DROPOUTS, ("training", False)),
+    F.multi_head_attention_forward: ("dropout_p", 0.0),
+}
+_PLAIN_DROPOUTS = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout)
+
+
+class _NoDropout(TorchFunctionMode):
+    """No dropout while this is entered; on this thread only, and however the functions were imported."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PLAIN_DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func in _SWITCHES:
+            bound = inspect.signature(func).bind(*args, **kwargs)
+            bound.arguments.update([_SWITCHES[func]])
+            return func(*bound.args, **bound.kwargs)
+        if func is F.scaled_dot_product_attention:
+            causal = {"is_causal": args[5]} if len(args) > 5 else {}
+            return func(*args[:4], **{**kwargs, **causal, "dropout_p": 0.0})
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _resting(module: nn.Module | None, run: Callable[[], Any]) -> Iterator[None]:
+    """Put those submodules in evaluation mode that draw random numbers themselves, found out by running once."""
+    frames: list[list[Any]] = []
+    drawing: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        frames.append([_random_states(), False])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        state, inner = frames.pop()
+        drew = state != _random_states()
+        if drew and not inner and module.training:
+            drawing.append(module)
+        if frames:
+            frames[-1][1] |= drew
+
+    if module is not None:
+        with _hooked(module, enter, leave):
+            run()
+    for one in drawing:
+        one.training = False
+    try:
+        yield
+    finally:
+        for one in drawing:
+            one.training = True
+
+
+class _Watch:
+    """Records what the submodules of a module are given and compute for one row.
+
+    Parameters
+    ----------
+    module : nn.Module or None
+        None records nothing.
+    row, rows : int
+        Which row of how many.
+    """
+
+    def __init__(self, module: nn.Module | None, row: int, rows: int) -> None:
+        self._module, self._row, self._rows = module, row, rows
+        self._names = {} if module is None else {one: name for name, one in module.named_modules()}
+        self._seen: list[tuple[str, Tensor | None]] = []
+        self._last: str | None = None
+        self.running: list[str] = []
+
+    def __enter__(self) -> _Watch:
+        self._hooks = ExitStack()
+        if self._module is not None:
+            self._hooks.enter_context(_hooked(self._module, self._before, self._after))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.close()
+
+    def first_difference(self, other: _Watch) -> str | None:
+        """Return the first that differs from what another watch saw of the same row."""
+        for (what, mine), (same_what, theirs) in zip(self._seen, other._seen, strict=False):
+            if what != same_what:
+                return None
+            if mine is not None and theirs is not None and not same(mine, theirs):
+                return what
+        return None
+
+    def last(self) -> str:
+        """Say after which module the outputs were computed."""
+        return f" (computed after {self._last})" if self._last else ""
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        name = f"{self._names[module]!r} ({type(module).__name__})"
+        self.running.append(name)
+        self._note(f"what {name} is given", args)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._last = self.running.pop()
+        self._note(f"what {self._last} computes", output)
+
+    def _note(self, what: str, tree: Any) -> None:
+        tensor = next((t for t in _tensors(tree) if t.dim() and len(t) == self._rows), None)
+        self._seen.append((what, None if tensor is None else tensor[self._row : self._row + 1].clone()))
+
+
+@contextmanager
+def _hooked(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
+    """Call functions before and after the forward of every submodule."""
+    with ExitStack() as handles:
+        for one in module.modules():
+            if one is not module:
+                handles.callback(one.register_forward_pre_hook(before).remove)
+                handles.callback(one.register_forward_hook(after).remove)
+        yield

@@ -1,0 +1,222 @@
+"""Whether a client half treats examples one by one is told by what it does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from psl_flower.split import CannotTellError, cut_model, find_mixing
+from psl_flower.torchvision_compat import import_torchvision
+
+
+class Half(nn.Module):
+    """A convolution and a layer, and whatever `go` makes of them."""
+
+    def __init__(self, go=None, norm=None):
+        super().__init__()
+        self.conv, self.norm, self.layer, self.go = nn.Conv2d(1, 6, 5), norm or nn.Identity(), nn.Linear(6, 6), go
+        self.attention = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True)
+        self.cell = nn.LSTM(6, 6, num_layers=2, dropout=0.5, batch_first=True)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        return self.go(self, x)
+
+
+def features(half, x):
+    return half.norm(half.conv(x).flatten(1))
+
+
+def plain(half, x):
+    return half.layer(features(half, x))
+
+
+def dropout(half, x):
+    h = F.dropout(plain(half, x), 0.5, half.training)
+    return h, torch.dropout(h, 0.5, True), F.alpha_dropout(h, 0.5, training=True)
+
+
+def attention(half, x):
+    rows = features(half, x)[:, None, :].expand(-1, 3, -1)
+    q = rows[:, None]
+    return half.attention(rows, rows, rows)[0], F.scaled_dot_product_attention(q, q, q, None, 0.5, True)
+
+
+def recurrent(half, x):
+    return half.cell(features(half, x)[:, None, :])[0]
+
+
+def buffered(half, x):
+    return plain(half, x) - half.mean
+
+
+def masked(half, x):
+    h = plain(half, x)
+    return h, h > 0, torch.full_like(h, torch.nan)
+
+
+def in_place(half, x):
+    return plain(half, x.mul_(2).add_(1))
+
+
+def run(go, norm=None, rows=6, x=None, **options):
+    torch.manual_seed(0)
+    half = Half(go, norm).train()
+    x = torch.randn(rows, 1, 5, 5) if x is None else x
+    return find_mixing(half, x, module=half, **options)
+
+
+@pytest.mark.parametrize("go", [plain, dropout, attention, recurrent, buffered, masked, in_place])
+def test_what_treats_examples_one_by_one(go):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    x = torch.randn(6, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    half = Half(go).train()
+    torch.manual_seed(3)
+    assert find_mixing(half, x, module=half) is None
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(x, before)
+    assert all(module.training for module in half.modules())
+
+
+class FrozenNorm(nn.BatchNorm1d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6).eval(), FrozenNorm(6), nn.LayerNorm(6)])
+def test_frozen_norms(norm):
+    half = Half(plain, norm)
+    half.conv.train()
+    assert find_mixing(half, torch.randn(6, 1, 5, 5), module=half) is None
+
+
+def functional_norm(half, x):
+    return half.layer(F.batch_norm(features(half, x), None, None, training=True))
+
+
+def centred(half, x):
+    h = plain(half, x)
+    return h, h - h.mean(0)
+
+
+def running_sum(half, x):
+    return plain(half, x).cumsum(0)
+
+
+def shifted_up(half, x):
+    h = plain(half, x)
+    return torch.cat([h[1:], h[-1:]])
+
+
+def positions(half, x):
+    return half.norm(half.layer(x[:, 0, :, :1].expand(-1, -1, 6) ** 2).transpose(1, 2))
+
+
+def in_training_only(half, x):
+    h = F.dropout(plain(half, x), 0.5, half.training)
+    return h - h.mean(0) if half.training else h
+
+
+@pytest.mark.parametrize(
+    ("go", "norm", "words"),
+    [
+        (plain, nn.BatchNorm1d(6), "'norm' (BatchNorm1d) fails on an example alone (ValueError: Expected more than 1"),
+        (
+            positions,
+            nn.BatchNorm1d(6),
+            "what 'norm' (BatchNorm1d) computes for an example depends on the other 5 in its",
+        ),
+        (functional_norm, None, "(ValueError: Expected more than 1"),
+        (
+            centred,
+            None,
+            "output 1 (computed after 'layer' (Linear)) for an example depends on the other 5 in its batch",
+        ),
+        (running_sum, None, "output 0 (computed after 'layer' (Linear))"),
+        (shifted_up, None, "output 0 (computed after 'layer' (Linear))"),
+        (in_training_only, None, "output 0 (computed after 'layer' (Linear))"),
+        (
+            lambda half, x: half.layer(features(half, x) - features(half, x).mean(0)),
+            None,
+            "what 'layer' (Linear) is given",
+        ),
+    ],
+)
+def test_what_mixes_examples(go, norm, words):
+    found = run(go, norm)
+    assert found.startswith("the client half must treat examples one by one")
+    assert words in found
+    assert "replace_batch_norm(model, before=cut)" in found
+
+
+@pytest.mark.parametrize(
+    ("go", "words"),
+    [
+        (lambda half, x: half.conv(x).squeeze(), "output 0 has shape (6,) for one example alone"),
+        (lambda half, x: (plain(half, x), plain(half, x).mean(0)), "output 1 has shape (6,) for a batch of 4"),
+        (lambda half, x: plain(half, x).mean(), "output 0 has shape () for a batch of 4"),
+        (lambda half, x: plain(half, x).view(-1), "output 0 has shape (24,) for a batch of 4"),
+        (lambda half, x: torch.cat([half.conv(x).squeeze()] * 2, 1), "it fails on an example alone (IndexError"),
+    ],
+)
+def test_outputs_without_a_row_an_example(go, words):
+    found = run(go, rows=4)
+    assert words in found
+    assert "x.flatten(1) instead of x.squeeze()" in found
+
+
+def test_a_single_example_shows_its_shape_only():
+    assert "output 0 has shape (6,) for one example" in run(lambda half, x: half.conv(x).squeeze(), rows=1)
+    with pytest.raises(CannotTellError, match="one example"):
+        run(plain, rows=1)
+    with pytest.raises(CannotTellError, match="no example"):
+        run(plain, rows=0)
+
+
+def test_what_a_batch_cannot_tell():
+    with pytest.raises(CannotTellError, match="alike"):
+        run(plain, x=torch.zeros(4, 1, 5, 5))
+    with pytest.raises(CannotTellError, match="random numbers"):
+        run(lambda half, x: plain(half, x) + torch.rand_like(x[:, 0, 0, :1]))
+
+
+def test_stochastic_depth_is_switched_off():
+    depth = import_torchvision().ops.StochasticDepth(0.5, "row")
+    half = Half(lambda half, x: half.norm(half.layer(half.conv(x).flatten(1))), depth).train()
+    x = torch.randn(6, 1, 5, 5)
+    assert find_mixing(half, x, module=half) is None
+    assert depth.training
+    with pytest.raises(CannotTellError, match="random numbers"):
+        find_mixing(half, x)
+    half.go = lambda half, x: centred(half, x)[1]
+    assert "output 0" in find_mixing(half, x, module=half)
+
+
+def test_trees_of_inputs():
+    half = Half(plain)
+
+    def forward(batch):
+        h = half(batch["x"])
+        return {"h": h * batch["pair"][0] * batch["factor"], "more": (h - h[:1],)}
+
+    batch = {"x": torch.randn(3, 1, 5, 5), "pair": [torch.rand(3, 1), "a name"], "factor": torch.tensor(2.0)}
+    assert "output 1" in find_mixing(forward, batch)
+    assert find_mixing(lambda batch: forward(batch)["h"], batch) is None
+
+
+def test_a_cut_model_names_the_layer():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    client = cut_model(model, "3").client.train()
+    assert "'2' (BatchNorm1d)" in find_mixing(client, torch.randn(4, 1, 5, 5), module=client)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rounding_is_no_mixing(dtype):
+    torch.manual_seed(0)
+    half = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(8)]).to(dtype)
+    x = torch.randn(33, 64, dtype=dtype)
+    assert find_mixing(half, x, module=half) is None
+    assert "output 0 for an example depends on the other 32" in find_mixing(lambda x: half(x) - half(x).mean(0), x)
