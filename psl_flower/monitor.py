@@ -11,7 +11,7 @@ from psl_flower.checks import check_choice, check_float
 from psl_flower.errors import ConfigError
 
 if TYPE_CHECKING:
-    from psl_flower.strategy.result import RoundRecord
+    from psl_flower.records import RoundRecord
 
 log = logging.getLogger("flwr.psl_flower")
 

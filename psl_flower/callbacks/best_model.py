@@ -14,7 +14,7 @@ from psl_flower.monitor import BestValue, round_values
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from psl_flower.strategy.result import RoundRecord
+    from psl_flower.records import RoundRecord
 
 log = logging.getLogger("flwr.psl_flower")
 

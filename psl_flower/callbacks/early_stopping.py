@@ -10,7 +10,7 @@ from psl_flower.checks import check_int
 from psl_flower.monitor import BestValue, round_values
 
 if TYPE_CHECKING:
-    from psl_flower.strategy.result import RoundRecord
+    from psl_flower.records import RoundRecord
 
 
 class EarlyStopping(Callback):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 
