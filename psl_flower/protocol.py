@@ -291,6 +291,8 @@ class Description:
         Sizes of its training and test data.
     labels, counts : (m,) int64, optional
         The classes it holds and how many examples of each; only if asked for.
+    left_out : dict of int to str
+        Examples that it found it cannot read, and why; they are not in `counts`.
     method : str
         The way of splitting it was built for.
     model : str
@@ -302,6 +304,7 @@ class Description:
     num_test_examples: int
     labels: IntArray | None = None
     counts: IntArray | None = None
+    left_out: Mapping[int, str] = field(default_factory=dict)
     method: str = ""
     model: str = ""
 
@@ -333,8 +336,9 @@ class Description:
         if len(np.unique(self.labels)) != len(self.labels):
             raise ProtocolError("labels must be unique")
         # each count on its own first: the sum of huge ones wraps around
-        if (self.counts > self.num_examples).any() or self.counts.sum() != self.num_examples:
-            raise ProtocolError(f"label counts add up to {self.counts.sum()}, num_examples is {self.num_examples}")
+        readable = self.num_examples - len(self.left_out)
+        if (self.counts > readable).any() or self.counts.sum() != readable:
+            raise ProtocolError(f"label counts add up to {self.counts.sum()}, {readable} examples can be read")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client
 from psl_flower.client.runtime import answer
 from psl_flower.client.stream import attach_stream
+from psl_flower.data import check_data_fn
 from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_request, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
@@ -27,6 +28,8 @@ def split_client_app(
     *,
     cut: str | Callable[..., str] | None = None,
     data_fn: Callable[..., Any],
+    target: str = "label",
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     device: str = "auto",
     client_class: Callable[..., SplitClient] = SplitClient,
     method: str | SplitMethod = "parallel",
@@ -44,9 +47,13 @@ def split_client_app(
         Qualified name of the first server-side submodule, the server's; ``cut(context)``, if it is callable. None for a
         `SplitModel`.
     data_fn : callable
-        ``data_fn(context)`` or ``data_fn(context, config)`` returns the client's training data, a map-style dataset of
-        (input, label), or a pair (training data, test data). `config` is the strategy's `train_config`. Called once a
-        client and process, not once a message.
+        ``data_fn(context)`` or ``data_fn(context, config)`` returns the client's training data, or a pair (training
+        data, test data): map-style datasets, tensors (x, y), or data loaders, whose dataset and collate_fn are used. `config`
+        is the strategy's `train_config`. Called once a client and process, not once a message.
+    target : str
+        The name of the label in rows that are dicts (default: "label", then "labels"); "input": inputs are the target.
+    collate_fn : callable, optional
+        Makes a batch of a list of rows, as in a `DataLoader`.
     device : str
         "auto" (the first GPU if there is one) or a torch device.
     client_class : callable
@@ -65,7 +72,8 @@ def split_client_app(
     for function, name in ((model_fn, "model_fn"), (data_fn, "data_fn"), (client_class, "client_class")):
         if not callable(function):
             raise ConfigError(f"{name} must be callable, got {function!r:.80}")
-    recipe = ClientRecipe(model_fn, cut, data_fn, str(device), client_class, make_method(method))
+    check_data_fn(data_fn)
+    recipe = ClientRecipe(model_fn, cut, data_fn, str(device), client_class, make_method(method), target, collate_fn)
     app = ClientApp()
 
     # The handlers hold nothing but the recipe (see Note [Process state] in process.py).

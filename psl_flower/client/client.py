@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Subset, TensorDataset, default_collate
+from torch import nn
 
-from psl_flower.data.batch import Batch
-from psl_flower.devices import seeded
-from psl_flower.errors import ConfigError
+from psl_flower.data import Batch, Examples, bind_inputs, forward_signature
+from psl_flower.errors import BadRowsError, ConfigError
+from psl_flower.failures import Failure, Kind
 from psl_flower.protocol import Config, Description, WorkOrder
+from psl_flower.split.half import Part as ModelPart
 from psl_flower.tree import Tree, as_tree, rows
 from psl_flower.typing import IntArray
 
@@ -30,9 +29,9 @@ class SplitClient:
 
     Parameters
     ----------
-    train : map-style dataset of (input, label)
-        See `batch` for the ways it is read.
-    test : map-style dataset, optional
+    train : Examples or map-style dataset
+        See `psl_flower.data.Examples` for the forms of its rows.
+    test : Examples or map-style dataset, optional
         For split evaluation.
     partition_id : int, optional
         As the node is configured.
@@ -48,64 +47,41 @@ class SplitClient:
         partition_id: int | None = None,
         config: Config | None = None,
     ) -> None:
-        for dataset, name in ((train, "training"), (() if test is None else test, "test")):
-            if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-                raise ConfigError(
-                    f"the {name} data must be a map-style dataset (len and indexing), got {dataset!r:.80}"
-                )
-        self.train, self.test, self.partition_id = train, test, partition_id
-        self.config = dict(config or {})
+        data = [train] if test is None else [train, test]
+        self._known = [each if isinstance(each, Examples) else Examples(each) for each in data]
+        self.train: Any = self._known[0].dataset
+        self.test: Any = None if test is None else self._known[1].dataset
+        self.partition_id, self.config = partition_id, dict(config or {})
+        self._unreadable: dict[int, str] = {}  # examples found so when all labels were read, and why
         self._labels: IntArray | None = None
         self._permutation: tuple[_OrderKey, IntArray] | None = None
         self._by_class: tuple[_OrderKey, IntArray, IntArray] | None = None
 
     # --- to override -------------------------------------------------------------------------------------------------
-    def batch(self, dataset: Any, indices: IntArray) -> tuple[Any, Tensor]:
-        """Return the inputs (a tensor, or a tuple of tensors) and labels of the examples at `indices`.
+    def batch(self, dataset: Any, indices: IntArray) -> Any:
+        """Return the examples at `indices`: a `Batch`, or a pair of inputs and labels (trees of tensors).
 
-        Reads the dataset in the fastest way it offers: its own ``get_batch(indices)``; the tensors of a
-        ``TensorDataset``; ``__getitems__`` (torch's batched fetch); or one example at a time.
+        Reads the dataset in the fastest way it offers, see `psl_flower.data.Examples`.
         """
-        if hasattr(dataset, "get_batch"):
-            inputs, labels = dataset.get_batch(indices)
-        elif isinstance(dataset, TensorDataset):
-            rows = torch.from_numpy(indices)
-            *inputs, labels = (tensor[rows] for tensor in dataset.tensors)
-            inputs = inputs[0] if len(inputs) == 1 else tuple(inputs)
-        else:
-            fetch = getattr(dataset, "__getitems__", None)
-            examples = fetch(indices.tolist()) if fetch else [dataset[i] for i in indices.tolist()]
-            inputs, labels = default_collate([_pair(example) for example in examples])
-        return inputs, labels
+        return self._examples(dataset).batch(indices)
 
     def labels(self, dataset: Any) -> IntArray:
-        """Return the class of every example, (n,) int64: the dataset's `targets` or `labels` if it has them."""
-        found = _listed_labels(dataset)
-        if found is None:
-            rows = [np.arange(i, min(i + _READ_ROWS, len(dataset))) for i in range(0, len(dataset), _READ_ROWS)]
-            with seeded(0, torch.device("cpu")):  # reading an example may augment it
-                parts = [np.asarray(self.batch(dataset, some)[1]) for some in rows]
-            found = np.concatenate(parts) if parts else []
-        array = np.asarray(found)
-        if array.shape != (len(dataset),) or (len(array) and not np.issubdtype(array.dtype, np.integer)):
-            raise ConfigError(
-                f"this sampler plans by class: expected one whole number a label, got {array.dtype} {array.shape}; "
-                "use a sampler that needs no label counts"
-            )
-        return array.astype(np.int64)
+        """Return the class of every example, (n,) int64; -1 for examples that turned out not to be readable."""
+        return self._examples(dataset).labels(self._unreadable)
 
-    def forward(self, half: Callable[..., Tree], inputs: Tree) -> Tree:
+    def forward(self, half: nn.Module, inputs: Tree) -> Tree:
         """Run the client half on a batch; the tensors returned cross the cut."""
-        if isinstance(inputs, dict):
-            return half(**inputs)
-        return half(*inputs) if isinstance(inputs, tuple | list) else half(inputs)
+        signature = half.signature() if isinstance(half, ModelPart) else forward_signature(half)
+        arguments, named = bind_inputs(signature, inputs)
+        return half(*arguments, **named)
 
     # --- what the server asks ----------------------------------------------------------------------------------------
     def describe(self, *, label_counts: bool = False, method: str = "", model: str = "") -> Description:
         """Say how much data there is, and of which classes if asked."""
         labels = counts = None
         if label_counts:
-            labels, counts = np.unique(self._train_labels(), return_counts=True)
+            held = np.delete(self._train_labels(), list(self._unreadable))
+            labels, counts = np.unique(held, return_counts=True)
             if labels.size and labels[0] < 0:
                 raise ConfigError(f"labels must not be negative, got {labels[0]}")
         return Description(
@@ -114,6 +90,7 @@ class SplitClient:
             num_test_examples=0 if self.test is None else len(self.test),
             labels=labels,
             counts=None if counts is None else counts.astype(np.int64),
+            left_out=dict(self._unreadable),
             method=method,
             model=model,
         )
@@ -122,16 +99,27 @@ class SplitClient:
         """Return the examples of a work order."""
         if order.test:
             held = 0 if self.test is None else len(self.test)
-            if order.count > held - order.start:
+            if order.count > held - len(order.left_out) - order.start:
                 raise ConfigError(f"asked for {order.count} test examples from {order.start} on, of {held}")
-            dataset, indices = self.test, np.arange(order.start, order.start + order.count)
+            readable = np.setdiff1d(np.arange(held), order.left_out) if order.left_out else np.arange(held)
+            dataset, indices = self.test, readable[order.start : order.start + order.count]
         else:
             dataset, indices = self.train, self.draw(order)
-        inputs, target = self.batch(dataset, indices)
-        batch = Batch(as_tree(inputs, "inputs"), as_tree(torch.as_tensor(target), "target"), len(indices))
-        if rows((batch.inputs, batch.target), "a batch") != len(indices):
-            raise ConfigError(f"asked for {len(indices)} examples, the batch has {rows(batch.inputs, 'inputs')}")
+        found = self.batch(dataset, indices)
+        if isinstance(found, Batch):
+            return found
+        inputs, target = found
+        batch = Batch(as_tree(inputs, "inputs"), as_tree(torch.as_tensor(target), "label"), len(indices))
+        if (size := rows((batch.inputs, batch.target), "a batch")) != len(indices):
+            raise ConfigError(f"{type(self).__name__}.batch was asked for {len(indices)} examples, it returned {size}")
         return batch
+
+    def unreadable(self, error: BadRowsError) -> Failure:
+        """Return what a client says of examples that it cannot read, with their classes where it knows them."""
+        labels = {}
+        if self._labels is not None:
+            labels = {row: int(self._labels[row]) for row in error.rows if self._labels[row] >= 0}
+        return Failure(Kind.UNREADABLE, error.message, error.rows, labels)
 
     # --- the order of examples ---------------------------------------------------------------------------------------
     def draw(self, order: WorkOrder) -> IntArray:
@@ -178,34 +166,22 @@ class SplitClient:
         if self._by_class is None or self._by_class[0] != key:
             permutation = self._epoch_permutation(order)
             labels = self._train_labels()[permutation]
+            permutation, labels = permutation[labels >= 0], labels[labels >= 0]
             indices = permutation[np.argsort(labels, kind="stable")]
             self._by_class = (key, indices, np.concatenate(([0], np.cumsum(np.bincount(labels)))))
         return self._by_class[1], self._by_class[2]
 
     def _train_labels(self) -> IntArray:
         if self._labels is None:
-            self._labels = self.labels(self.train)
+            try:
+                self._labels = self.labels(self.train)
+            except BadRowsError as error:
+                self._unreadable = dict(error.rows)
+                self._labels = self.labels(self.train)
         return self._labels
 
-
-# Examples read at once where only their labels are wanted.
-_READ_ROWS = 256
-
-
-def _listed_labels(dataset: Any) -> Any:
-    """Return the labels a dataset lists apart from its examples, or None."""
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[-1]
-    if isinstance(dataset, Subset):
-        found = _listed_labels(dataset.dataset)
-        return None if found is None else np.asarray(found)[np.asarray(dataset.indices, dtype=np.int64)]
-    return getattr(dataset, "targets", getattr(dataset, "labels", None))
-
-
-def _pair(example: Any) -> Any:
-    if isinstance(example, tuple | list) and len(example) == 2:
-        return example
-    kind = type(example).__name__ + (f" of {len(example)}" if isinstance(example, tuple | list) else "")
-    raise ConfigError(
-        f"examples must be pairs (input, label), got a {kind}: convert them in data_fn, or override SplitClient.batch"
-    )
+    def _examples(self, dataset: Any) -> Examples:
+        for examples in self._known:
+            if examples.dataset is dataset:
+                return examples
+        return Examples(dataset)

@@ -12,6 +12,7 @@ from flwr.app import Context
 from psl_flower.client.client import SplitClient
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
+from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError
 from psl_flower.methods import SplitMethod
@@ -29,6 +30,8 @@ class ClientRecipe:
     device: str
     client_class: Callable[..., SplitClient]
     method: SplitMethod
+    target: str = "label"
+    collate_fn: Callable[[list[Any]], Any] | None = None
 
 
 def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
@@ -41,7 +44,7 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
             check_client_half(half)
             state.parts = {"head": ClientPart("head", half, pick_device(recipe.device))}
         data = _call(recipe.data_fn, context=context, config=config)
-        train, test = data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+        train, test = open_data(data, target=recipe.target, collate_fn=recipe.collate_fn)
         partition = context.node_config.get("partition-id")
         if partition is not None and type(partition) is not int:
             raise ConfigError(f"partition-id must be a whole number, got {partition!r}")

@@ -21,15 +21,18 @@ import torch
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext, random_state
+from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.data.batch import Batch, check_drawn_again, checksum
 from psl_flower.devices import reseed, seeded
-from psl_flower.errors import ConfigError, ProtocolError
+from psl_flower.errors import BadRowsError, ConfigError, ProtocolError, PSLError
 from psl_flower.exchange.validation import is_finite
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
+from psl_flower.origin import where
 from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request
 from psl_flower.protocol import Kind as LeafKind
+from psl_flower.split import CannotTellError, find_mixing
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -101,7 +104,7 @@ def _answer(
         try:
             reply.parts.append(work.do(request.take([i]), [client]))
         except Exception as exc:
-            reply.failures[node] = _failure(exc, node)
+            reply.failures[node] = _failure(exc, node, client)
     if not request.separate:
         reply.parts = _summed(reply.parts)
 
@@ -171,7 +174,7 @@ class _Work:
             raise CannotJoinError("the sum is not finite: the server shall see whose it is", lasting=False)
         return Part(request.nodes, leaves, orders.step, context.checksums if self.stage.after is None else None)
 
-    def _parts(self) -> Mapping[str, Any]:
+    def _parts(self) -> Mapping[str, ClientPart]:
         assert self.state.parts is not None
         return self.state.parts
 
@@ -189,6 +192,7 @@ class _Work:
                 reseed(order.step_seed(), device)
                 batches.append(client.draw_batch(order))
             context = ClientContext(clients, self._parts(), orders, _join(batches))
+            self._check_rows_alone(clients[0], context)
             if orders.checksums is None:
                 context.checksums = np.array([checksum(batch) for batch in batches])
             else:
@@ -204,6 +208,24 @@ class _Work:
             if not torch.equal(before, random_state(device)):
                 raise CannotJoinError("the client half draws random numbers, which are each client's own", lasting=True)
         return context, outputs
+
+    def _check_rows_alone(self, client: SplitClient, context: ClientContext) -> None:
+        """Refuse a model whose first part does not treat each example by itself, as soon as a batch can show it."""
+        if not context.training or context.batch.size < 2 or "rows" in self.state.verified:
+            return
+        part: ClientPart = next(iter(self._parts().values()))
+        part.module.train(True)
+
+        def run(inputs: Tree) -> Tree:
+            return client.forward(part.module, inputs)
+
+        try:
+            mixing = find_mixing(run, tree.to_device(context.batch.inputs, part.device), module=part.module)
+        except CannotTellError:
+            return  # another batch may tell
+        if mixing:
+            raise ConfigError(mixing)
+        self.state.verified.add("rows")
 
     def _again(self, after: str, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
         """Do the stage again that this one goes on from."""
@@ -275,11 +297,13 @@ def _share(reply: Reply, request: Request, seconds: float) -> None:
         reply.seconds[node] = delay + seconds * count / total
 
 
-def _failure(exc: Exception, node: int) -> Failure:
+def _failure(exc: Exception, node: int, client: SplitClient | None = None) -> Failure:
     log.debug("node %d: %s", node, exc, exc_info=exc)
     if isinstance(exc, ProtocolError):
         return exc.failure()
-    return Failure(Kind.RAISED, f"{type(exc).__name__}: {exc}")
+    if isinstance(exc, BadRowsError) and client is not None:
+        return client.unreadable(exc)
+    return Failure(Kind.RAISED, str(exc) if isinstance(exc, PSLError) else where(exc))
 
 
 __all__ = ["CannotJoinError", "answer"]

@@ -14,7 +14,7 @@ from psl_flower.data.batch import Batch
 from psl_flower.data.collating import collate
 from psl_flower.data.labels import listed_labels, telling_rows
 from psl_flower.data.reading import check_map_style, is_plain, read_columns, read_rows
-from psl_flower.data.rows import divide
+from psl_flower.data.rows import INPUT, divide
 from psl_flower.devices import seeded
 from psl_flower.errors import BadRowsError, ConfigError, PSLError
 from psl_flower.origin import where
@@ -95,7 +95,7 @@ class Examples:
             found = make(rows_read)
         inputs, target = divide(found, self.target, self.name)
         inputs = as_tree(inputs, "inputs")
-        target = inputs if self.target == "input" else as_tree(target, "label")
+        target = inputs if self.target == INPUT else as_tree(target, "label")
         for tree, name in ((inputs, "inputs"), (target, "label")):
             if (count := rows(tree, name)) != len(indices):
                 raise ConfigError(
@@ -158,7 +158,7 @@ class Examples:
         ConfigError
             If labels are not one whole number an example.
         """
-        if self.target == "input":
+        if self.target == INPUT:
             raise ConfigError("with target='input' examples have no classes: use a sampler that needs no label counts")
         listed = listed_labels(self.dataset, self.target)
         if listed is not None and self.plain:

@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from psl_flower.data.examples import Examples
+from psl_flower.data.rows import INPUT
 from psl_flower.errors import ConfigError
 
 _FORMS = "return a map-style dataset, or a pair (training data, test data)"
@@ -36,8 +37,8 @@ _NODE_CONFIG = {
     "num_partitions": "num-partitions",
 }
 
-# samplers of torch's that draw from all examples, however many they draw
-_OF_ALL = (SequentialSampler, RandomSampler, WeightedRandomSampler)
+# samplers that draw from all examples, however many they draw
+_OF_ALL = (RandomSampler, WeightedRandomSampler)
 
 _log = logging.getLogger("flwr.psl_flower")
 
@@ -100,6 +101,11 @@ def open_data(
     ConfigError
         If it is something else; the message says the remedy.
     """
+    if target == INPUT and _is_table(what):
+        raise ConfigError(
+            f"with target='input' data_fn must {_FORMS}: of {len(what)} tensors it is not clear whether they are "
+            "inputs and labels, or training and test data. Return TensorDataset(x), or a pair of these"
+        )
     train, test = _pair(what)
     options: dict[str, Any] = {"target": target, "collate_fn": collate_fn}
     return _open(train, "training data", **options), None if test is None else _open(test, "test data", **options)
@@ -133,9 +139,8 @@ def _is_data(what: Any) -> bool:
         return _is_table(what) and all(part.ndim > 0 for part in what)
     if isinstance(what, Mapping | str | bytes) or _is_tensor(what):
         return False
-    return hasattr(what, "__getitem__") or hasattr(
-        what, "__iter__"
-    )  # iterables are refused later, in a better sentence
+    # an iterable counts, to be refused later in a better sentence
+    return hasattr(what, "__getitem__") or hasattr(what, "__iter__")
 
 
 def _open(what: Any, name: str, target: str, collate_fn: Collate | None) -> Examples:

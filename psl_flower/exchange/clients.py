@@ -118,6 +118,7 @@ class Clients:
         self._members = dict(sorted(here.items()))
         if any(self._descriptions[node].partition_id is None for node in new if node in self._descriptions):
             log.warning("No node reports a partition-id: clients are numbered by the order of their node ids.")
+        self._note_left_out()
         if left:
             log.warning("clients that left: %s", _listed(set(left)))
 
@@ -156,6 +157,7 @@ class Clients:
                 log.warning("client %d is back, on node %d", client, node)
             self._members[client] = Member(client, node, description)
         self._members = dict(sorted(self._members.items()))
+        self._note_left_out()
         return joined
 
     def _describe(self, nodes: Iterable[int], timeout: float) -> list[str]:
@@ -221,6 +223,12 @@ class Clients:
         for row in new:
             log.warning("%s: example %d is left out: %s", self.name(client), row, failure.rows[row])
         return new
+
+    def _note_left_out(self) -> None:
+        """Leave out what clients said they cannot read when they described themselves."""
+        for client, member in self._members.items():
+            if rows := member.description.left_out:
+                self.leave_out(client, Failure(Kind.UNREADABLE, "", rows))
 
     def left_out_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds of who and what is left out."""

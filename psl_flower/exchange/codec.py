@@ -339,6 +339,7 @@ def _encode_description(each: Description) -> dict[str, Any]:
         "partition-id": each.partition_id,
         "num-examples": each.num_examples,
         "num-test-examples": each.num_test_examples,
+        "left-out": {str(row): why[:_MAX_TEXT] for row, why in list(each.left_out.items())[:_MAX_ROWS]},
         "method": each.method,
         "model": each.model,
     }
@@ -360,6 +361,10 @@ def _decode_description(header: Any) -> Description:
         num_test_examples=_get(header, "num-test-examples", int),
         labels=column("labels"),
         counts=column("counts"),
+        left_out={
+            _node(row): f"{why!s:.{_MAX_TEXT}}"
+            for row, why in _limited(_get(header, "left-out", dict), _MAX_ROWS).items()
+        },
         method=_get(header, "method", str)[:_MAX_TEXT],
         model=_get(header, "model", str)[: 2**20],
     )

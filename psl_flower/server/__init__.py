@@ -1,4 +1,4 @@
-"""The server's end of a step, in pure torch: the master copy of the model, its parts here, optimizer, loss and scores."""
+"""The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
 from psl_flower.server.local import LocalBackend, OptimizerFn, Outcome, ServerPart, run_on_batch
 from psl_flower.server.loss import Loss, WeightedLoss, weighted

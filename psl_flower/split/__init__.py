@@ -5,6 +5,7 @@ from psl_flower.split.half import input_names
 from psl_flower.split.model import Halves, SplitModel, cut_model
 from psl_flower.split.norm import batch_statistics_layers, check_client_half, replace_batch_norm
 from psl_flower.split.rowwise import CannotTellError, find_mixing
+from psl_flower.split.signature import difference, signature
 
 __all__ = [
     "CannotTellError",
@@ -14,8 +15,10 @@ __all__ = [
     "check_client_half",
     "cut_candidates",
     "cut_model",
+    "difference",
     "find_mixing",
     "input_names",
     "replace_batch_norm",
+    "signature",
     "split_module",
 ]

@@ -59,6 +59,11 @@ class Arguments:
             for p in named
             if p.name not in inputs
         }
+        if not inputs:
+            raise CutError(
+                f"forward{signature} of {type(model).__name__} names no input: arguments without a default are inputs, "
+                f"and those with the default None; name them, or cut by hand: SplitModel(client=..., server=...)."
+            )
         return cls(signature.replace(parameters=named), tuple(inputs), fixed)
 
     def without(self, names: Collection[str], reason: str = _BRANCHES) -> Arguments:

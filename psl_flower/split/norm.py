@@ -1,4 +1,4 @@
-"""Batch statistics have no place in a client half: finding such layers, and replacing them.
+"""Batch statistics have no place in a client half: finding layers that have them, and replacing them.
 
 A layer that normalises over its batch would see one client's quota instead of the global batch, and its running
 averages would drift apart between clients. Group normalisation works example by example, so with it parallel split
@@ -64,13 +64,13 @@ def check_client_half(half: nn.Module) -> None:
     if layers:
         raise ConfigError(
             f"the client half must treat examples one by one, but {listing(layers)} normalise "
-            f"over the batch: use replace_batch_norm(model, before=cut) (before='server' for a SplitModel) where the "
-            f"model is made, on the server and in model_fn, or freeze them by keeping them in evaluation mode in the "
-            f"model's train()"
+            f"over the batch: use replace_batch_norm(model, before=cut) (before='server' for a SplitModel, and "
+            f"tail=tail for a U shape) where the model is made, on the server and in model_fn, or freeze them by "
+            f"keeping them in evaluation mode in the model's train()"
         )
 
 
-def replace_batch_norm(model: nn.Module, before: str | None = None) -> nn.Module:
+def replace_batch_norm(model: nn.Module, before: str | None = None, tail: str | None = None) -> nn.Module:
     """Return a copy of a model with group normalisation in place of layers with batch statistics.
 
     A layer over C channels becomes a GroupNorm of gcd(32, C) groups with the same scale, shift and eps; running
@@ -82,7 +82,9 @@ def replace_batch_norm(model: nn.Module, before: str | None = None) -> nn.Module
     model : nn.Module or SplitModel
         Left untouched.
     before : str, optional
-        Replace only in the client half of this cut; for a SplitModel, "server". By default replace everywhere.
+        Replace only on the client side of this cut; for a SplitModel, "server". By default replace everywhere.
+    tail : str, optional
+        With `before`, where the client side goes on in a U shape; a SplitModel knows.
 
     Raises
     ------
@@ -91,12 +93,16 @@ def replace_batch_norm(model: nn.Module, before: str | None = None) -> nn.Module
     CutError
         If the model cannot be cut at `before`.
     """
-    part = model
+    parts: list[nn.Module] = [model]
     if before is not None:
-        if isinstance(model, SplitModel) and before != "server":
-            raise ConfigError(f"before must be 'server' for a SplitModel, got {before!r}")
-        part = cut_model(model, None if isinstance(model, SplitModel) else before).client
-    names = batch_statistics_layers(part)
+        if isinstance(model, SplitModel) and (before, tail) != ("server", None):
+            given = repr(before) if tail is None else f"{before!r} and tail={tail!r}"
+            raise ConfigError(f"before must be 'server' for a SplitModel, got {given}")
+        halves = cut_model(model) if isinstance(model, SplitModel) else cut_model(model, before, tail)
+        parts = [part for part in (halves.client, halves.tail) if part is not None]
+    elif tail is not None:
+        raise ConfigError(f"tail={tail!r} needs before, the cut where the client's first part ends")
+    names = [name for part in parts for name in batch_statistics_layers(part)]
     model = copy_model(model)
     replacements = {layer: _group_norm(layer) for layer in map(model.get_submodule, names)}
     for module in list(model.modules()):

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from psl_flower.errors import CutError
+
 _RULE = "the client half must treat examples one by one, or training is not what it would be with all data in one place"
 _NORMALISE = (
     "replace layers that normalise over the batch with replace_batch_norm(model, before=cut) (before='server' for a "
-    "SplitModel) where the model is made, on the server and in model_fn, and compute nothing over dimension 0"
+    "SplitModel, and tail=tail for a U shape) where the model is made, on the server and in model_fn, and compute "
+    "nothing over dimension 0"
 )
 _RESHAPE = "keep the batch as the first dimension, with x.flatten(1) instead of x.squeeze() or x.view(-1)"
 
@@ -45,8 +48,8 @@ def find_mixing(run: Callable[[Any], Any], inputs: Any, *, module: nn.Module | N
     inputs : tree
         A batch; tensors have the batch first, what is no tensor is given as it is.
     module : nn.Module, optional
-        What `run` runs. The first of its submodules that mixes rows is named, and submodules that draw random numbers
-        without being dropout (such as stochastic depth) are in evaluation mode meanwhile.
+        What `run` runs; nothing else may run it meanwhile. The first of its submodules that mixes rows is named, and
+        submodules that draw random numbers without being dropout (such as stochastic depth) are in evaluation mode.
 
     Returns
     -------
@@ -61,13 +64,18 @@ def find_mixing(run: Callable[[Any], Any], inputs: Any, *, module: nn.Module | N
     rows = next((len(leaf) for leaf in _tensors(inputs) if leaf.dim()), 0)
     if not rows:
         raise CannotTellError("there is no example to run")
-    devices = range(torch.cuda.device_count())
-    with torch.no_grad(), torch.random.fork_rng(devices), _NoDropout(), _resting(module, lambda: run(_pick(inputs))):
-        before = _random_states()
+    dice = _Dice(inputs)
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(dice.devices),
+        _NoDropout(),
+        _resting(module, dice, lambda: run(_pick(inputs))),
+    ):
+        before = dice.state()
         whole = _tensors(run(_pick(inputs)))
         if found := _misshapen(whole, rows):
             return f"{_RULE}: {found}; {_RESHAPE}"
-        found = _difference(run, inputs, whole, rows, module, random=before != _random_states())
+        found = _difference(run, inputs, whole, rows, module, random=before != dice.state())
     if found:
         return f"{_RULE}: {found}"
     if all(same(leaf, leaf[:1].expand_as(leaf)) for leaf in _tensors(inputs) if leaf.dim()):
@@ -91,8 +99,12 @@ def _difference(
             with watch:
                 alone = _tensors(run(_pick(inputs, row, rows)))
         except Exception as error:  # the batch went well, so it is the single row that the code cannot take
+            if isinstance(error, CutError):  # says all of it
+                return str(error)
             who = watch.running[-1] if watch.running else "it"
             return f"{who} fails on an example alone ({type(error).__name__}: {error}); {_NORMALISE}, and {_RESHAPE}"
+        if len(alone) != len(whole):
+            return f"there are {len(whole)} outputs for a batch of {rows}, and {len(alone)} for one example; {_RESHAPE}"
         if found := _misshapen(alone, 1):
             return f"{found}; {_RESHAPE}"
         if random:
@@ -144,8 +156,16 @@ def _misshapen(outputs: Sequence[Tensor], rows: int) -> str | None:
     return None
 
 
-def _random_states() -> list[bytes]:
-    return [state.numpy().tobytes() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
+class _Dice:
+    """Torch's generators on the devices of a batch."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.devices = sorted({tensor.device.index for tensor in _tensors(inputs) if tensor.is_cuda})
+
+    def state(self) -> list[bytes]:
+        """Return their states, only to compare them."""
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
+        return [state.numpy().tobytes() for state in states]
 
 
 # Functions whose only randomness is dropout, and the argument that switches it off.
@@ -175,17 +195,17 @@ class _NoDropout(TorchFunctionMode):
 
 
 @contextmanager
-def _resting(module: nn.Module | None, run: Callable[[], Any]) -> Iterator[None]:
+def _resting(module: nn.Module | None, dice: _Dice, run: Callable[[], Any]) -> Iterator[None]:
     """Put those submodules in evaluation mode that draw random numbers themselves, found out by running once."""
     frames: list[list[Any]] = []
     drawing: list[nn.Module] = []
 
     def enter(module: nn.Module, args: Any) -> None:
-        frames.append([_random_states(), False])
+        frames.append([dice.state(), False])
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         state, inner = frames.pop()
-        drew = state != _random_states()
+        drew = state != dice.state()
         if drew and not inner and module.training:
             drawing.append(module)
         if frames:

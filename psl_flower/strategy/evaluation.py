@@ -11,7 +11,7 @@ from flwr.app import MetricRecord
 from psl_flower.errors import StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.validation import Validator
-from psl_flower.failures import Failure
+from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
 from psl_flower.server import LocalBackend, Outcome
@@ -57,6 +57,7 @@ class Evaluator:
     ) -> None:
         self._method, self._backend, self._clients = method, backend, clients
         self._batch_size, self._summary, self._tolerate = batch_size, summary, tolerate
+        self._left_out: dict[int, tuple[int, ...]] = {}  # test examples that a client cannot read
         self._asking = Asking(
             exchange=lambda request: clients.exchange(request, timeout),
             validator=Validator(),
@@ -79,7 +80,8 @@ class Evaluator:
             If a client fails and that is not tolerated, or all fail.
         """
         members = self._clients.members.items()
-        left = {c: m.description.num_test_examples for c, m in members if m.description.num_test_examples}
+        left = {c: m.description.num_test_examples - len(self._left_out.get(c, ())) for c, m in members}
+        left = {client: n for client, n in left.items() if n > 0 and client not in self._clients.excluded}
         if not left:
             return None
         done = dict.fromkeys(left, 0)
@@ -89,6 +91,11 @@ class Evaluator:
             share = max(1, self._batch_size // len(left))
             counts = {client: min(share, n) for client, n in left.items()}
             outcome, failures = self._batch(done, counts)
+            for client, found in self._unreadable(failures).items():
+                left[client] -= found
+                del failures[client], counts[client]
+                if left[client] <= 0:
+                    del left[client]
             self._summary.refuse_in_evaluation(failures)
             if failures and (not self._tolerate or not (outcome or examples)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
@@ -103,6 +110,20 @@ class Evaluator:
             left = {client: n - counts[client] for client, n in left.items() if n > counts[client]}
         return _metrics(outcomes, examples)
 
+    def _unreadable(self, failures: Mapping[int, Failure]) -> dict[int, int]:
+        """Leave test examples out that clients cannot read; return how many more, by client."""
+        found = {}
+        for client, failure in failures.items():
+            before = set(self._left_out.get(client, ()))
+            new = [row for row in failure.rows if row not in before]
+            if failure.kind is Kind.UNREADABLE and new:
+                self._left_out[client] = tuple(sorted(before.union(new)))
+                found[client] = len(new)
+                for row in new:
+                    who = self._clients.name(client)
+                    log.warning("%s: test example %d is left out: %s", who, row, failure.rows[row])
+        return found
+
     def _batch(self, done: Mapping[int, int], counts: Mapping[int, int]) -> tuple[Outcome | None, dict[int, Failure]]:
         """Evaluate some examples of each client; return what is wrong with those that failed."""
         clients = np.array(sorted(counts), dtype=np.int64)
@@ -110,6 +131,7 @@ class Evaluator:
             clients=clients,
             starts=np.array([done[int(c)] for c in clients], dtype=np.int64),
             counts=np.array([counts[int(c)] for c in clients], dtype=np.int64),
+            left_out={int(c): self._left_out[int(c)] for c in clients if int(c) in self._left_out},
             test=True,
         )
         failures: dict[int, Failure] = {}

@@ -191,3 +191,21 @@ def test_inputs_of_a_model_cut_by_hand():
     client = cut_model(model).client
     assert input_names(client) == ("x", "scale")
     assert torch.equal(model.server(*client(x, scale=half)), model(x, scale=half))
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda *inputs: None, "forward(*inputs) of Any names no input"),
+        (lambda x=1: None, "forward(x=1) of Any names no input: arguments without a default are inputs"),
+    ],
+)
+def test_a_model_that_names_no_input(forward, words):
+    class Any(Net):
+        pass
+
+    model = Any()
+    model.forward = forward
+    with pytest.raises(CutError) as caught:
+        split_module(model, "head")
+    assert words in str(caught.value)

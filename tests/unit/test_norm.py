@@ -117,6 +117,20 @@ def test_a_split_model():
         replace_batch_norm(make(), before="client")
 
 
+def test_on_both_sides_of_a_u_shape():
+    model = models.resnet18()
+    replaced = replace_batch_norm(model, before="layer1", tail="layer4.1")
+    ours = {"bn1", "layer4.1.bn1", "layer4.1.bn2"}
+    assert batch_norms(model) - batch_norms(replaced) == ours
+    halves = cut_model(replaced, "layer1", tail="layer4.1")
+    check_client_half(halves.client)
+    check_client_half(halves.tail)
+    parts = {"client": nn.BatchNorm1d(4), "server": nn.BatchNorm1d(4), "tail": nn.BatchNorm1d(4)}
+    assert batch_norms(replace_batch_norm(SplitModel(**parts), before="server")) == {"server"}
+    with pytest.raises(ConfigError, match="tail='layer4' needs before"):
+        replace_batch_norm(model, tail="layer4")
+
+
 def test_a_model_that_cannot_be_traced():
     class Wild(nn.Module):
         def __init__(self):

@@ -15,6 +15,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -114,12 +115,20 @@ def test_options_reach_both():
         (Dataset, "map-style dataset .*make an instance"),
         (3, "map-style dataset"),
         (DataLoader(DATA, batch_size=None), "batch_size=None, whose items may be batches"),
+        (DataLoader(DATA, sampler=SequentialSampler(range(3))), "SequentialSampler draws 3 of 10 .*Subset"),
         (DataLoader(DATA, sampler=DistributedSampler(DATA, 2, 0)), "DistributedSampler draws 5 of 10 .*Subset"),
     ],
 )
 def test_other_things_are_refused_with_the_remedy(what, message):
     with pytest.raises(ConfigError, match=message):
         open_data(what)
+
+
+def test_of_two_tensors_an_autoencoder_cannot_tell_labels_from_test_data():
+    with pytest.raises(ConfigError, match="of 2 tensors it is not clear whether"):
+        open_data((X, X + 1), target="input")
+    train, test = open_data((TensorDataset(X), TensorDataset(X + 1)), target="input")
+    assert torch.equal(first_inputs(train) + 1, first_inputs(test))
 
 
 def test_a_single_tensor_has_no_labels():

@@ -127,7 +127,7 @@ def in_training_only(half, x):
         (
             positions,
             nn.BatchNorm1d(6),
-            "what 'norm' (BatchNorm1d) computes for an example depends on the other 5 in its",
+            "what 'norm' (BatchNorm1d) computes for an example depends on the other 5 in",
         ),
         (functional_norm, None, "(ValueError: Expected more than 1"),
         (
@@ -205,6 +205,15 @@ def test_trees_of_inputs():
     batch = {"x": torch.randn(3, 1, 5, 5), "pair": [torch.rand(3, 1), "a name"], "factor": torch.tensor(2.0)}
     assert "output 1" in find_mixing(forward, batch)
     assert find_mixing(lambda batch: forward(batch)["h"], batch) is None
+
+
+def test_a_cut_model_with_squeeze():
+    model = nn.Sequential()
+    model.add_module("trunk", Half(lambda half, x: half.conv(x).squeeze()))
+    model.add_module("head", nn.Linear(6, 2))
+    client = cut_model(model, "head").client
+    found = find_mixing(client, torch.randn(4, 1, 5, 5), module=client)
+    assert all(words in found for words in ("(6,) for a batch of 1", "x.flatten(1) instead of squeeze()"))
 
 
 def test_a_cut_model_names_the_layer():

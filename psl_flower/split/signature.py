@@ -1,0 +1,96 @@
+"""Whether two sides cut the same model in the same place, said before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from psl_flower.split.half import CutNames, Part
+from psl_flower.split.model import Halves
+
+_PARTS = ("client", "server", "tail")
+
+
+def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]:
+    """Return what tells a cut model from another: a small dictionary that JSON can hold.
+
+    Parameters
+    ----------
+    parts : nn.Module, sequence of nn.Module, or Halves
+        The client half, or the parts in the order in which they run.
+
+    Returns
+    -------
+    dict
+        "cut" and "tail", the names given or None, and "parts": for each part the number of its tensors (parameters and
+        buffers) and of the values in them, and a digest of their names and shapes.
+    """
+    if isinstance(parts, Halves):
+        parts = parts.parts
+    elif isinstance(parts, nn.Module):
+        parts = (parts,)
+    names = parts[0].cut_names if isinstance(parts[0], Part) else CutNames()
+    return {
+        "cut": names.cut,
+        "tail": names.tail,
+        "parts": {name: _content(part) for name, part in zip(_PARTS, parts, strict=False)},
+    }
+
+
+def difference(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], names: tuple[str, str] = ("the server", "the client")
+) -> str | None:
+    """Say how two signatures differ, or None where they are of the same cut of the same model.
+
+    Parameters
+    ----------
+    mine, theirs : mapping
+        Of `signature`; of the parts, those in both are compared. What comes from elsewhere may be anything.
+    names : tuple of str
+        What to call the sides.
+    """
+    remedy = "give both the same model and the same cut"
+    one, other = names
+    if _where(mine) != _where(theirs):
+        return f"{one} cuts {_where(mine)}, {other} {_where(theirs)}: {remedy}"
+    ours, yours = _parts(mine), _parts(theirs)
+    if not ours.keys() & yours.keys():
+        return f"{one} and {other} name no part of the model in common: {remedy}"
+    for part in _PARTS:
+        a, b = ours.get(part), yours.get(part)
+        if a is None or b is None or a == b:
+            continue
+        counts = [_counts(content) for content in (a, b)]
+        what = (
+            f"on {one} its {part} part has {counts[0]}, on {other} {counts[1]}"
+            if counts[0] != counts[1]
+            else f"names or shapes of the tensors in its {part} part differ"
+        )
+        return f"{one} and {other} cut {_where(mine)}, but not the same model: {what}; {remedy}"
+    return None
+
+
+def _content(part: nn.Module) -> dict[str, Any]:
+    shapes = {name: list(tensor.shape) for name, tensor in part.state_dict().items()}
+    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    values = sum(tensor.numel() for tensor in part.state_dict().values())
+    return {"tensors": len(shapes), "values": values, "digest": digest[:16]}
+
+
+def _where(signed: Mapping[str, Any]) -> str:
+    cut, tail = signed.get("cut"), signed.get("tail")
+    return ("by hand" if cut is None else f"at {cut!r:.80}") + ("" if tail is None else f" with the tail {tail!r:.80}")
+
+
+def _parts(signed: Mapping[str, Any]) -> Mapping[str, Any]:
+    parts = signed.get("parts")
+    return parts if isinstance(parts, Mapping) else {}
+
+
+def _counts(content: Any) -> str:
+    known = content if isinstance(content, Mapping) else {}
+    return f"{known.get('tensors')!r:.20} tensors with {known.get('values')!r:.20} values"

@@ -1,0 +1,70 @@
+"""Two sides that cut differently are told so in a sentence."""
+
+import json
+
+import pytest
+from torch import nn
+
+from psl_flower.split import SplitModel, cut_model, difference, signature
+
+
+def model(width=6):
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+
+
+MINE = signature(cut_model(model(), "2"))
+
+
+def test_a_signature_is_small_and_survives_json():
+    text = json.dumps(MINE)
+    assert len(text) < 300
+    assert json.loads(text) == MINE
+    assert (MINE["cut"], MINE["tail"], {*MINE["parts"]}) == ("2", None, {"client", "server"})
+    assert MINE["parts"]["client"]["values"] == 30
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        MINE,
+        signature(cut_model(model(), "2")),
+        signature(cut_model(model(), "2").parts),
+        signature(cut_model(model(), "2").client),  # a client that holds its half only
+    ],
+)
+def test_the_same_cut(theirs):
+    assert difference(MINE, theirs) is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        (signature(cut_model(model(), "3")), "the server cuts at '2', client 3 at '3'"),
+        (signature(cut_model(model(), "2", "4")), "the server cuts at '2', client 3 at '2' with the tail '4'"),
+        (
+            signature(cut_model(SplitModel(client=nn.Linear(4, 6), server=nn.Linear(6, 2)))),
+            "the server cuts at '2', client 3 by hand",
+        ),
+        (signature(cut_model(model(8), "2")), "part has 2 tensors with 30 values, on client 3 2 tensors with 40"),
+        (
+            signature(cut_model(nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 1)), "2").client),
+            "names or shapes of the tensors in its client part differ",
+        ),
+        ({}, "client 3 by hand"),
+        ({"cut": "2", "parts": 3}, "no part of the model in common"),
+        ({"cut": "2", "parts": {}}, "no part"),
+        ({"cut": "2", "parts": {"client": [1]}}, "on client 3 None tensors"),
+    ],
+)
+def test_different_cuts(theirs, words):
+    found = difference(MINE, theirs, ("the server", "client 3"))
+    assert words in found
+    assert found.endswith("give both the same model and the same cut")
+
+
+def test_models_cut_by_hand():
+    def halves(width):
+        return cut_model(SplitModel(client=nn.Linear(4, width), server=nn.Linear(width, 2)))
+
+    assert difference(signature(halves(6)), signature(halves(6))) is None
+    assert "cut by hand, but not the same model" in difference(signature(halves(6)), signature(halves(7)))
