@@ -3,59 +3,65 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 from flwr.app import Context, Error, Message
-from psl_flower.strategy.server_step import SplitTrainer
 from support import CUT, NUM_CLASSES, client_sizes, load_partition, tiny_resnet
 
-from psl_flower import InProcessGrid, SplitClient, split_client_app
-from psl_flower.exchange.codec import decode_tensor, encode_tensor
+from psl_flower import InProcessGrid, SplitClient, split_client_app, tree
+from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request, encode_reply
+from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.flower import ERROR_CLIENT_APP
-from psl_flower.protocol import BACKWARD, FORWARD
+from psl_flower.protocol import Leaf
+from psl_flower.strategy.step import StepRunner
 
-DRAWN = {}  # (weights' version, client): the indices that a backward pass was last about
+FORWARD, BACKWARD, EVALUATE = "train.forward", "train.backward", "evaluate.forward"  # types of messages
+
+DRAWN = {}  # (epoch, step, client): the indices that were drawn last
 
 
 class RecordingClient(SplitClient):
-    """Takes note of the examples of every backward pass."""
+    """Takes note of the examples of every training batch."""
 
-    def run_backward(self, request, graph):
-        DRAWN[request.weights.version, request.order.client] = (request.order.epoch, self.draw(request.order))
-        return super().run_backward(request, graph)
+    def draw(self, order):
+        indices = super().draw(order)
+        DRAWN[order.epoch, order.step, order.client] = indices
+        return indices
 
 
-class RecordingTrainer(SplitTrainer):
-    """Takes note of which clients were in each committed step."""
+class RecordingRunner(StepRunner):
+    """Takes note of which clients were in each committed step, and of their examples."""
 
     latest = None
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        RecordingTrainer.latest, self.committed = self, []
+        RecordingRunner.latest, self.committed = self, []
 
-    def forward_backward(self, batch, seed):
-        self.batch = {client: len(part.labels) for client, part in batch.items()}
-        return super().forward_backward(batch, seed)
-
-    def commit(self, gradients):
-        version = self.weights().version
-        super().commit(gradients)
-        self.committed.append((version, self.batch))
+    def attempt(self, orders, waits):
+        before = self.backend.weights()["head"].version
+        attempt = super().attempt(orders, waits)
+        changed = self.backend.weights()["head"].version != before
+        assert changed == (attempt.record is not None)
+        if changed:
+            where = (orders.epoch, orders.step)
+            drawn = {client: (n, DRAWN.get((*where, client))) for client, n in attempt.counts().items()}
+            self.committed.append((orders.epoch, drawn))
+        return attempt
 
     def used(self):
         """Return the examples that committed steps used, by (epoch, client), as often as they did."""
         found = defaultdict(list)
-        for version, batch in self.committed:
-            for client, count in batch.items():
-                epoch, indices = DRAWN[version, client]
+        for epoch, drawn in self.committed:
+            for client, (count, indices) in drawn.items():
                 assert len(indices) == count
                 found[epoch, client] += indices.tolist()
         return found
 
 
-def assert_each_used_once(trainer, num_clients, num_epochs, but=()):
+def assert_each_used_once(runner, num_clients, num_epochs, but=()):
     """Assert that every example of every client was in one committed step of each epoch."""
-    used = trainer.used()
+    used = runner.used()
     for epoch in range(num_epochs):
         for client, size in enumerate(client_sizes(num_clients)):
             if (epoch, client) not in but:
@@ -140,7 +146,7 @@ class FaultyGrid(InProcessGrid):
             self.injected[kind] += 1
             if kind == "timeout":
                 return None
-            CHANGES[kind](reply, "activations" if message.metadata.message_type == FORWARD else "gradients")
+            change_reply(message, reply, CHANGES[kind])
         return reply
 
     def pull_messages(self, message_ids):
@@ -156,16 +162,44 @@ def is_training(message):
     return message.metadata.message_type in (FORWARD, BACKWARD)
 
 
-def _tensor(change):
-    def tamper(reply, record):
-        arrays = reply.content[record]
-        name = next(iter(arrays))
-        arrays[name] = encode_tensor(change(decode_tensor(arrays[name]).clone()))
+# --- replies that are not what was asked for -------------------------------------------------------------------------
+def change_reply(message, answer, change):
+    """Change the reply that a message was answered with; return the answer."""
+    number, wire_dtype, request = decode_request(content_to_frame(message.content), WeightStore())
+    reply = change(decode_reply(content_to_frame(answer.content), request))
+    answer.content = frame_to_content(encode_reply(number, reply, request, wire_dtype))
+    return answer
 
-    return tamper
+
+def changed_parts(change):
+    """Return a change of a reply, given what makes another part of a part."""
+    return lambda reply: replace(reply, parts=[change(part) for part in reply.parts])
 
 
-def _poison(value):
+def changed_output(change, name=None):
+    """Return a change of a reply, given that of an output's value: the first's, unless another is named."""
+
+    def change_part(part):
+        chosen = name or next(iter(part.outputs))
+        leaf = part.outputs[chosen]
+        return replace(part, outputs={**part.outputs, chosen: Leaf(leaf.kind, change(leaf.value), leaf.exact)})
+
+    return changed_parts(change_part)
+
+
+def changed_tensor(change, name=None):
+    """Return a change of a reply, given that of a tensor: the first of an output."""
+
+    def change_value(value):
+        first, *others = tree.leaves(value)
+        return tree.build(tree.structure(value), [change(first.clone()), *others])
+
+    return changed_output(change_value, name)
+
+
+def poisoned(value):
+    """Return what puts a value in the first place of a tensor."""
+
     def change(tensor):
         tensor.view(-1)[0] = value
         return tensor
@@ -173,24 +207,11 @@ def _poison(value):
     return change
 
 
-def _mislabel(reply, record):
-    labels = reply.content["labels"]
-    labels["labels"] = encode_tensor(decode_tensor(labels["labels"]) + NUM_CLASSES)
-
-
-def _drop(reply, record):
-    del reply.content[record]
-
-
-def _misname(reply, record):
-    reply.content["reply"]["step"] = 10**6
-
-
 CHANGES = {
-    "not finite": _tensor(_poison(float("nan"))),
-    "shape": _tensor(lambda t: t[:, 1:] if t.ndim > 1 else t[1:]),
-    "dtype": _tensor(lambda t: t.double()),
-    "malformed": _drop,
-    "another step": _misname,
-    "label range": _mislabel,
+    "not finite": changed_tensor(poisoned(float("nan"))),
+    "shape": changed_tensor(lambda t: t[:, 1:] if t.ndim > 1 else t[1:]),
+    "dtype": changed_tensor(lambda t: t.double()),
+    "malformed": changed_parts(lambda part: replace(part, outputs={})),
+    "another step": changed_parts(lambda part: replace(part, step=10**6)),
+    "label range": changed_tensor(lambda labels: labels + NUM_CLASSES, "labels"),
 }

@@ -36,13 +36,14 @@ def train(folder: Path, beat: Callable[[], None]) -> None:
     """Train, or go on training, in `folder`."""
 
     class Beating(SplitClient):
-        def run_forward(self, request):
+        def draw_batch(self, order):
             beat()
-            return super().run_forward(request)
+            return super().draw_batch(order)
 
-        def run_backward(self, request, graph):
-            beat()
-            return super().run_backward(request, graph)
+        def forward(self, half, inputs):
+            (activations,) = super().forward(half, inputs)
+            activations.register_hook(lambda gradient: beat())
+            return (activations,)
 
     def before_and_after(function):
         def call(*arguments, **options):

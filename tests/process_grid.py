@@ -8,9 +8,13 @@ import threading
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from psl_flower.flower import ERROR_CLIENT_APP, become_server, make_run
+
+# what Flower answers with for a process that has died
+ERROR_CRASHED = getattr(ErrorCode, "CLIENT_APP_CRASHED", ErrorCode.UNKNOWN)
 
 SPAWN = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
 
@@ -54,7 +58,7 @@ class _Process:
                 self.pipe.send((message, context))
                 return self.pipe.recv()
             except (EOFError, OSError):
-                return Message(Error(ERROR_CLIENT_APP, "the process died"), reply_to=message)
+                return Message(Error(ERROR_CRASHED, "the process died"), reply_to=message)
 
 
 class ProcessGrid(Grid):

@@ -26,7 +26,8 @@ class BoundPart:
     def __call__(self, inputs: Tree) -> Tree:
         """Run the part on a batch, in training or evaluation mode as the request has it."""
         with self._part.running(training=self._training) as module:
-            return self._client.forward(module, tree.to_device(inputs, self._part.device))
+            outputs = self._client.forward(module, tree.to_device(inputs, self._part.device))
+        return tree.as_tree(outputs, f"what the {self._part.name} returns")
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:

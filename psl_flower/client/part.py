@@ -81,8 +81,12 @@ class ClientPart:
             self.module.train(training)
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         before = {name: t._version for name, t in state.items()}
-        with torch.set_grad_enabled(training):
-            yield self.module
+        try:
+            with torch.set_grad_enabled(training):
+                yield self.module
+        except BaseException:
+            self._versions = None  # who knows what it has changed
+            raise
         after = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         # written to in place, or another tensor put in its place
         changed = {name for name, t in state.items() if after.get(name) is not t or t._version != before[name]}

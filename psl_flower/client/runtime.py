@@ -68,6 +68,7 @@ def answer(method: SplitMethod, state: RunState, make_client: MakeClient, reques
     for node in request.nodes:
         try:
             clients.append(make_client(node, request.config))
+            clients[-1].config = {**request.config, **request.evaluate_config}
         except Exception as exc:  # the user's code: the server learns what happened
             reply.failures[node] = _failure(exc, node)
     if clients:

@@ -95,7 +95,7 @@ class Packer:
 
     def column(self, values: NDArray[Any]) -> Any:
         """Add a numpy array; return its description."""
-        return self._tensor(torch.from_numpy(np.ascontiguousarray(values)), False)
+        return self._tensor(torch.from_numpy(np.array(values, order="C")), False)
 
     def _tensor(self, tensor: Tensor, reduce: bool) -> dict[str, Any]:
         spec: dict[str, Any] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape)}

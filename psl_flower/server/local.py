@@ -185,15 +185,16 @@ class LocalBackend:
         The optimizer steps last, so only buffers (batch norm) and gradients need undoing; randomness is seeded for each
         step and leaves the generators as they were.
         """
-        held = [t for name, part in self.parts.items() if name not in self._on_clients for t in part.buffers()]
-        before = [t.clone() for t in held]
+        on_server = [part for name, part in self.parts.items() if name not in self._on_clients]
+        before = [{name: t.clone() for name, t in part.named_buffers()} for part in on_server]
         try:
             yield
         except BaseException:
             self.clear_gradients()
             with torch.no_grad():
-                for t, value in zip(held, before, strict=True):
-                    t.copy_(value)
+                for part, values in zip(on_server, before, strict=True):
+                    for name, t in part.named_buffers():  # by name: another tensor may stand in its place
+                        t.copy_(values[name])
             raise
 
     def commit(self, gradients: Mapping[str, Mapping[str, Tensor | None] | None]) -> None:

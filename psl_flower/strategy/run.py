@@ -134,7 +134,8 @@ class Run:
         self.summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
         for client, failure in mistakes.items():
             log.warning("%s is left out for the rest of the run, for a mistake: %s", self.clients.name(client), failure)
-        if self.clients.excluded >= self.clients.members.keys():
+        members = self.clients.members.items()
+        if self.clients.excluded.issuperset(client for client, m in members if m.description.num_examples):
             raise StepError("every client made a mistake, nobody is left to train with", mistakes)
 
     def give_up(self, attempt: Attempt, ledger: EpochLedger, retries: Retries, *, committed: bool) -> bool:

@@ -9,18 +9,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from faulty import RecordingTrainer, assert_each_used_once, recording_app
+from faulty import RecordingRunner, assert_each_used_once, poisoned, recording_app
 from flwr.app import ArrayRecord
-from psl_flower.client.group import GroupServer
 from support import CUT, NUM_CLASSES, client_sizes, sgd, tiny_resnet
 
 from psl_flower import FaultPolicy, InProcessGrid, ParallelSplitLearning, UniformGlobalSampler
-from psl_flower.client import app as app_module
-from psl_flower.client import group as group_module
+from psl_flower.client import runtime
 from psl_flower.client import stream as stream_module
 from psl_flower.client.stream import StreamClient
 from psl_flower.exchange.streams.carrier import StreamCarrier
-from psl_flower.protocol import BACKWARD, FORWARD, Activations, BackwardRequest, ForwardRequest, Gradients
+from psl_flower.protocol import Kind, Leaf
 from psl_flower.strategy import strategy as strategy_module
 from psl_flower.strategy import tolerance
 
@@ -31,139 +29,156 @@ NAN, INF = float("nan"), float("inf")
 
 @dataclass(frozen=True)
 class Case:
-    """How a reply is changed, the kind it is counted as, and what is said of it (by carrier, where they differ)."""
+    """How a part of a reply is changed, the kind it is counted as, and what is said of it.
+
+    Over streams, a frame whose rows do not add up is refused for all of its process.
+    """
 
     change: object
     kind: str
     text: str
-    over_streams: str = ""
-
-    def expected(self, transport):
-        return self.over_streams if transport == "streams" and self.over_streams else self.text
+    spoils_frame: bool = False
 
 
-def tensor(change):
-    return lambda reply: replace(reply, tensors=(change(reply.tensors[0].clone()),))
+def output(name, change):
+    """Return a change of a part, given that of an output's value."""
 
-
-def labels(change):
-    return lambda reply: replace(reply, labels=change(reply.labels))
-
-
-def gradient(change):
-    def tamper(reply):
-        name = next(iter(reply.tensors))
-        return replace(reply, tensors={**reply.tensors, name: change(reply.tensors[name].clone())})
+    def tamper(part):
+        leaf = part.outputs[name]
+        return replace(part, outputs={**part.outputs, name: Leaf(leaf.kind, change(leaf.value), leaf.exact)})
 
     return tamper
 
 
-def poison(value):
-    def change(t):
-        t.view(-1)[0] = value
-        return t
-
-    return change
+def tensor(change):
+    return output("activations", lambda tensors: (change(tensors[0].clone()),))
 
 
-def fewer(reply):
-    return replace(reply, tensors=(reply.tensors[0][1:],), labels=reply.labels[1:])
+def labels(change):
+    return output("labels", change)
 
 
-def without_one(reply):
-    return replace(reply, tensors=dict(list(reply.tensors.items())[1:]))
+def gradient(change):
+    def tamper(gradients):
+        name = next(iter(gradients))
+        return {**gradients, name: change(gradients[name].clone())}
+
+    return output("head", tamper)
 
 
-def with_one_more(reply):
-    return replace(reply, tensors={**reply.tensors, "nobody.knows": torch.ones(2)})
+def fewer(part):
+    return tensor(lambda t: t[1:])(labels(lambda y: y[1:])(part))
 
 
-def raises(reply):
+def without_one(gradients):
+    return dict(list(gradients.items())[1:])
+
+
+def with_one_more(gradients):
+    return {**gradients, "nobody.knows": torch.ones(2)}
+
+
+def raises(part):
     raise OSError("disk on fire")
 
 
-ROWS = r"bad reply: expected activations and labels of \d+ examples, got shape \(\d+"
+def of_step(change):
+    return lambda part: replace(part, step=change(part.step))
+
+
+def instead(name, kind, value):
+    return lambda part: replace(part, outputs={name: Leaf(kind, value)})
+
+
+ROWS = r"bad reply: {}: expected \d+ rows, got shape: \(\d+,"
 STEP = r"reply to another step: expected step \d+, got "
 NOT_FINITE = r"expected finite values, got 1 NaN or infinite"
+NAMES = "tensors missing or unknown"
 FORWARD_CASES = {
-    "an error": Case(raises, "client error", r"(error \d+: )?.*OSError: disk on fire"),
-    "too few": Case(fewer, "shape", r"activations\[0\]: shape: expected \((\d+), 4, 6, 6\), got \((?!\1)\d+, 4", ROWS),
-    "too few labels": Case(labels(lambda y: y[1:]), "shape", r"labels: shape: expected \(\d+,\), got \(\d+,\)", ROWS),
+    "an error": Case(raises, "client error", r"OSError: disk on fire"),
+    "too few": Case(fewer, "shape", ROWS.format(r"activations\[0\]"), spoils_frame=True),
+    "too few labels": Case(labels(lambda y: y[1:]), "shape", ROWS.format("labels"), spoils_frame=True),
     "shape": Case(
-        tensor(lambda t: t[:, 1:]), "shape", r"activations\[0\]: shape: expected \(\d+, 4, 6, 6\), got .*, 3,"
+        tensor(lambda t: t[:, 1:]),
+        "shape",
+        r"activations\[0\]: shape: expected \(4, 6, 6\) a row, got \(3, 6, 6\)",
     ),
-    "rank": Case(tensor(lambda t: t.flatten(1)), "shape", r"activations\[0\]: shape: expected .*, got \(\d+, 144\)"),
+    "rank": Case(
+        tensor(lambda t: t.flatten(1)),
+        "shape",
+        r"activations\[0\]: shape: expected \(4, 6, 6\) a row, got \(144,\)",
+    ),
     "dtype": Case(
         tensor(torch.Tensor.double), "dtype", r"activations\[0\]: dtype: expected torch.float32, got torch.float64"
     ),
     "labels of a dtype": Case(
         labels(torch.Tensor.float), "dtype", r"labels: dtype: expected torch.int64, got torch.float32"
     ),
-    "NaN": Case(tensor(poison(NAN)), "not finite", r"activations\[0\]: " + NOT_FINITE),
-    "infinite": Case(tensor(poison(-INF)), "not finite", r"activations\[0\]: " + NOT_FINITE),
+    "NaN": Case(tensor(poisoned(NAN)), "not finite", r"activations\[0\]: " + NOT_FINITE),
+    "infinite": Case(tensor(poisoned(-INF)), "not finite", r"activations\[0\]: " + NOT_FINITE),
     "labels too large": Case(
         labels(lambda y: y + NUM_CLASSES), "label range", r"labels: expected integers from 0 to 3, got [4-7]"
     ),
     "negative labels": Case(
         labels(lambda y: y - NUM_CLASSES), "label range", r"labels: expected integers from 0 to 3, got -[1-4]"
     ),
-    "two tensors": Case(
-        lambda r: replace(r, tensors=r.tensors * 2),
-        "tensors missing or unknown",
-        r"activations: expected 1 tensors, got 2",
-    ),
+    "two tensors": Case(output("activations", lambda t: t * 2), NAMES, r"expected 2 tensors as of the others, got 3"),
     "no tensor": Case(
-        lambda r: replace(r, tensors=()),
-        "malformed",
-        r"bad reply: .*",
-        r"bad reply: expected at least one tensor of act",
+        output("activations", lambda t: ()), NAMES, r"activations\[0\]: expected as of the others, got labels"
     ),
-    "of another step": Case(lambda r: replace(r, step=r.step + 3), "another step", STEP + r"\d+"),
-    "of no step": Case(lambda r: replace(r, step=None), "another step", STEP + "None", STEP + "None"),
-    "gradients": Case(lambda r: Gradients({}, (), r.step), "malformed", r"bad reply: .*", r"bad reply: .*"),
+    "no labels": Case(labels(lambda y: None), NAMES, r"labels: expected as of the others, got activations"),
+    "of another step": Case(of_step(lambda step: step + 3), "another step", STEP + r"\d+"),
+    "of no step": Case(of_step(lambda step: None), "another step", STEP + "None"),
+    "gradients": Case(
+        instead("head", Kind.SUM, {}),
+        "malformed",
+        r"forward gives activations \(rows\), labels \(rows\), got head \(sum\)",
+    ),
 }
 BACKWARD_CASES = {
-    "an error": Case(raises, "client error", r"(error \d+: )?.*OSError: disk on fire"),
-    "one missing": Case(without_one, "tensors missing or unknown", r"gradients: 1 missing, the first is 'layer1"),
-    "one too many": Case(
-        with_one_more, "tensors missing or unknown", r"gradients: 1 of unknown parameters, the first is 'nobody.knows'"
+    "an error": Case(raises, "client error", r"OSError: disk on fire"),
+    "one missing": Case(output("head", without_one), NAMES, r"head: 1 missing, the first is 'layer1"),
+    "one too many": Case(output("head", with_one_more), NAMES, r"head: 1 of unknown name, the first is 'nobody.knows'"),
+    "without names": Case(output("head", lambda g: tuple(g.values())), "malformed", "head: expected tensors by name"),
+    "trees": Case(
+        output("head", lambda g: {name: (t,) for name, t in g.items()}),
+        NAMES,
+        r"head of '.*': expected a tensor, got a tree",
     ),
-    "shape": Case(gradient(lambda g: g[1:]), "shape", r"gradient of '.*': shape: expected \(.*\), got \("),
+    "shape": Case(gradient(lambda g: g[1:]), "shape", r"head of '.*': shape: expected \(.*\), got \("),
     "dtype": Case(
-        gradient(torch.Tensor.double), "dtype", r"gradient of '.*': dtype: expected torch.float32, got torch.float64"
+        gradient(torch.Tensor.double), "dtype", r"head of '.*': dtype: expected torch.float32, got torch.float64"
     ),
-    "NaN": Case(gradient(poison(NAN)), "not finite", r"gradient of '.*': " + NOT_FINITE),
-    "infinite": Case(gradient(poison(INF)), "not finite", r"gradient of '.*': " + NOT_FINITE),
-    "of another step": Case(lambda r: replace(r, step=r.step + 3), "another step", STEP + r"\d+"),
+    "NaN": Case(gradient(poisoned(NAN)), "not finite", r"head of '.*': " + NOT_FINITE),
+    "infinite": Case(gradient(poisoned(INF)), "not finite", r"head of '.*': " + NOT_FINITE),
+    "of another step": Case(of_step(lambda step: step + 3), "another step", STEP + r"\d+"),
     "activations": Case(
-        lambda r: Activations((torch.ones(2),), torch.ones(2), r.step), "malformed", r"bad reply: .*", r"bad reply: .*"
+        instead("activations", Kind.ROWS, ()), "malformed", r"backward gives head \(sum\), got activations \(rows\)"
     ),
 }
-CASES = [(ForwardRequest, name, case, 1) for name, case in FORWARD_CASES.items()]
-CASES += [
-    (BackwardRequest, name, case, 2) for name, case in BACKWARD_CASES.items()
-]  # asked a second time in the same step
+CASES = [("forward", name, case, 1) for name, case in FORWARD_CASES.items()]
+CASES += [("backward", name, case, 2) for name, case in BACKWARD_CASES.items()]  # asked a second time in the same step
 
 
 class Tampering:
     """Changes replies of one client: a case after the other, with good steps in between."""
 
     def __init__(self, honest):
-        self.honest, self.left, self.good = honest, list(CASES), 0
+        self.honest, self.left = honest, list(CASES)
 
-    def __call__(self, client, state, node, request):
-        reply = self.honest(client, state, node, request)
-        order = getattr(request, "order", None)
-        if order is None or order.client != CULPRIT or not self.left:
-            return reply
-        kind, _, case, times = self.left[0]
-        if not isinstance(request, kind) or order.step % 2 == 0:
-            return reply
+    def __call__(self, work, request, clients):
+        part, orders = self.honest(work, request, clients), request.orders
+        (client,) = orders.clients
+        if client != CULPRIT or not self.left:
+            return part
+        stage, name, case, times = self.left[0]
+        if request.stage != stage or orders.step % 2 == 0:
+            return part
         if times == 1:
             self.left.pop(0)
         else:
-            self.left[0] = (kind, _, case, times - 1)
-        return case.change(reply)
+            self.left[0] = (stage, name, case, times - 1)
+        return case.change(part)
 
 
 class Warnings(logging.Handler):
@@ -175,7 +190,7 @@ class Warnings(logging.Handler):
 
     def emit(self, record):
         said = re.fullmatch(
-            rf"step \d+ (?:goes on without|is redone, for want of) client {CULPRIT}: (.*)",
+            rf"step \d+ (?:goes on without|is redone, for want of) client {CULPRIT} \(node \d+\): (.*)",
             record.getMessage(),
             re.DOTALL,
         )
@@ -191,11 +206,11 @@ def train(folder, transport, **policy):
         transport=transport,
         min_available_nodes=K,
         evaluate_every=0,
-        faults=FaultPolicy(**policy),
+        faults=FaultPolicy(mistakes="retry", **policy),
         output_dir=folder,
     )
     strategy.start(InProcessGrid(recording_app(), K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=3)
-    assert_each_used_once(RecordingTrainer.latest, K, 3)
+    assert_each_used_once(RecordingRunner.latest, K, 3)
     return json.loads((folder / "summary.json").read_text())
 
 
@@ -204,11 +219,10 @@ def refused(request, tmp_path_factory):
     """Return the carrier, what was said, and what was counted."""
     warnings = Warnings()
     with pytest.MonkeyPatch.context() as patch:
-        tampering = Tampering(app_module.answer)
-        for module in (app_module, group_module):
-            patch.setattr(module, "answer", tampering)
-        patch.setattr(GroupServer, "_joint", lambda *arguments: None)  # replies client by client
-        patch.setattr(strategy_module, "SplitTrainer", RecordingTrainer)
+        tampering = Tampering(runtime._Work.do)
+        patch.setattr(runtime._Work, "do", lambda *arguments: tampering(*arguments))
+        patch.setattr(runtime, "_together", lambda *arguments: None)  # replies client by client
+        patch.setattr(strategy_module, "StepRunner", RecordingRunner)
         patch.setattr(tolerance, "LONGEST_PAUSE", 0.0)
         logger = logging.getLogger("flwr.psl_flower")
         logger.addHandler(warnings)
@@ -220,11 +234,11 @@ def refused(request, tmp_path_factory):
     return request.param, warnings.texts, summary
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{kind.__name__}-{name}" for kind, name, *_ in CASES])
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{stage}-{name}" for stage, name, *_ in CASES])
 def test_a_bad_reply_is_refused_with_its_reason(refused, index):
-    transport, said, _ = refused
+    _, said, _ = refused
     assert len(said) == len(CASES)
-    assert re.match(CASES[index][2].expected(transport), said[index]), said[index]
+    assert re.match(CASES[index][2].text, said[index]), said[index]
 
 
 def test_bad_replies_are_counted_by_kind(refused):
@@ -233,9 +247,10 @@ def test_bad_replies_are_counted_by_kind(refused):
     for _, _, case, times in CASES:
         injected[case.kind] += times
     counted = summary["refused"]
-    if transport == "streams":  # a frame whose rows do not add up is malformed as a whole, for all of its process
-        assert counted.pop("malformed") > injected.pop("malformed")
-        injected["shape"] -= sum(case.over_streams == ROWS for case in FORWARD_CASES.values())
+    if transport == "streams":
+        spoilt = {case.kind for _, _, case, _ in CASES if case.spoils_frame}
+        assert spoilt == {"shape"}
+        assert counted.pop("shape") > injected.pop("shape")
     else:
         assert summary["failures"] == {str(CULPRIT): sum(injected.values())}
     assert counted == injected
@@ -244,25 +259,24 @@ def test_bad_replies_are_counted_by_kind(refused):
 # --- replies that nobody waits for, over streams; those over messages are in test_faults -----------------------------
 @pytest.fixture
 def _recording(monkeypatch):
-    monkeypatch.setattr(strategy_module, "SplitTrainer", RecordingTrainer)
-    monkeypatch.setattr(GroupServer, "_joint", lambda *arguments: None)
+    monkeypatch.setattr(strategy_module, "StepRunner", RecordingRunner)
 
 
 @pytest.mark.usefixtures("_recording")
 def test_replies_that_come_twice_over_a_stream_are_ignored_and_counted(tmp_path, monkeypatch):
-    handle, encode, sent = StreamClient._handle, stream_module.encode_group_reply, []
+    handle, encode, sent = StreamClient._handle, stream_module.encode_reply, []
 
-    def encoded(number, reply, wire_dtype):
-        sent.append(encode(number, reply, wire_dtype))
+    def encoded(*arguments):
+        sent.append(encode(*arguments))
         return sent[-1]
 
     def handled(self, frame):
         goes_on = handle(self, frame)
-        if frame.header.get("what") in (FORWARD, BACKWARD) and len(sent) <= 6:  # the first describes
+        if frame.header.get("stage") in ("forward", "backward") and len(sent) <= 6:  # the first describes
             self._outgoing.put(sent[-1])
         return goes_on
 
-    monkeypatch.setattr(stream_module, "encode_group_reply", encoded)
+    monkeypatch.setattr(stream_module, "encode_reply", encoded)
     monkeypatch.setattr(StreamClient, "_handle", handled)
     summary = train(tmp_path, "streams")
     assert summary["ignored"] == {"late": 5}
@@ -272,19 +286,19 @@ def test_replies_that_come_twice_over_a_stream_are_ignored_and_counted(tmp_path,
 @pytest.mark.usefixtures("_recording")
 def test_a_reply_over_a_stream_that_comes_too_late_is_ignored_and_counted(tmp_path, monkeypatch):
     given_up, late = threading.Event(), []
-    honest, give_up = group_module.answer, StreamCarrier._give_up
+    honest, give_up = stream_module.answer, StreamCarrier._give_up
 
-    def answer(client, state, node, request):
-        if isinstance(request, ForwardRequest) and request.order.step == 3 and not late:
-            late.append(node)
+    def answer(method, state, make_client, request):
+        if request.stage == "forward" and request.orders.step == 3 and not late:
+            late.append(request.nodes)
             assert given_up.wait(60)
-        return honest(client, state, node, request)
+        return honest(method, state, make_client, request)
 
     def noted(self, current):
         give_up(self, current)
         given_up.set()
 
-    monkeypatch.setattr(group_module, "answer", answer)
+    monkeypatch.setattr(stream_module, "answer", answer)
     monkeypatch.setattr(StreamCarrier, "_give_up", noted)
     summary = train(tmp_path, "streams", step_timeout=1.0)
     assert summary["ignored"] == {"late": 1}

@@ -3,14 +3,13 @@
 import json
 
 import pytest
-from faulty import FakeTime
+from faulty import EVALUATE, FakeTime
 from flwr.app import ArrayRecord
 from support import CUT, NUM_CLASSES, client_sizes, load_partition_with_test, sgd, tiny_resnet
 
 from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, UniformGlobalSampler, split_client_app
 from psl_flower.exchange import clients, messages
 from psl_flower.faults import FaultPolicy
-from psl_flower.protocol import EVALUATE
 from psl_flower.strategy import recorder as recorder_module
 
 K = 3
@@ -61,7 +60,7 @@ def train(folder, transport, grid_class=InProcessGrid, client_class=FailsToEvalu
         optimizer=sgd,
         transport=transport,
         min_available_nodes=K,
-        faults=FaultPolicy(step_timeout=60.0),
+        faults=FaultPolicy(step_timeout=60.0, mistakes="retry"),
         output_dir=folder,
     )
     app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition_with_test, client_class=client_class)

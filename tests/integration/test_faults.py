@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from faulty import (
+    BACKWARD,
     CHANGES,
+    FORWARD,
     FakeTime,
     FaultyGrid,
-    RecordingTrainer,
+    RecordingRunner,
     assert_each_used_once,
     is_training,
     recording_app,
@@ -35,9 +37,9 @@ from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, Unifor
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange import clients, messages
 from psl_flower.faults import FaultPolicy
-from psl_flower.protocol import BACKWARD, FORWARD
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.stragglers import DelayEstimator, delay_model
+from psl_flower.strategy import recorder as recorder_module
 from psl_flower.strategy import run, tolerance
 from psl_flower.strategy import strategy as strategy_module
 
@@ -45,11 +47,12 @@ K = 6
 
 
 @pytest.fixture(autouse=True)
-def _no_time_passes(monkeypatch):
+def _no_time_passes_and_no_picture(monkeypatch):
     clock = FakeTime()
     for module in (messages, clients, run, tolerance):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(strategy_module, "SplitTrainer", RecordingTrainer)
+    monkeypatch.setattr(strategy_module, "StepRunner", RecordingRunner)
+    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
 
 
 def make(*, num_clients=K, sampler=None, output_dir=None, optimizer=sgd, **options):
@@ -61,7 +64,7 @@ def make(*, num_clients=K, sampler=None, output_dir=None, optimizer=sgd, **optio
         optimizer=optimizer,
         output_dir=output_dir,
         min_available_nodes=options.pop("min_available_nodes", 1),
-        faults=FaultPolicy(**{"step_timeout": 5.0, **policy}),
+        faults=FaultPolicy(**{"step_timeout": 5.0, "mistakes": "retry", **policy}),
         evaluate_every=options.pop("evaluate_every", 0),
         **options,
     )
@@ -98,7 +101,7 @@ def summary_of(tmp_path):
 def test_a_fault_of_any_kind_is_survived_and_counted(kind, message_type, tmp_path):
     grid = OneFault(kind, message_type)
     result = start(make(output_dir=tmp_path), grid)
-    assert_each_used_once(RecordingTrainer.latest, K, 1)
+    assert_each_used_once(RecordingRunner.latest, K, 1)
     summary = summary_of(tmp_path)
     assert summary["refused"] == +grid.injected
     assert summary["ignored"] == +grid.ignorable
@@ -115,7 +118,7 @@ def test_a_client_lost_between_forward_and_backward_is_dropped_and_the_step_reco
     grid = OneFault("client error", BACKWARD, client=2, at=0, times=2)
     strategy = make(output_dir=tmp_path, sampler=UniformGlobalSampler(sum(client_sizes(K)), seed=3))
     result = start(strategy, grid)
-    assert_each_used_once(RecordingTrainer.latest, K, 1)
+    assert_each_used_once(RecordingRunner.latest, K, 1)
     model, optimizer = tiny_resnet(), None
     optimizer = sgd(model.parameters())
     for chosen in ([k for k in range(K) if k != 2], [2]):  # two steps: the others, then client 2
@@ -134,7 +137,7 @@ def test_a_client_lost_between_forward_and_backward_is_dropped_and_the_step_reco
 def test_labels_out_of_range_cost_their_client_the_step(tmp_path):
     start(make(output_dir=tmp_path), OneFault("label range", FORWARD))
     assert summary_of(tmp_path)["refused"] == {"label range": 1}
-    assert_each_used_once(RecordingTrainer.latest, K, 1)
+    assert_each_used_once(RecordingRunner.latest, K, 1)
 
 
 def options_for(name, num_clients=K):
@@ -182,7 +185,7 @@ def test_chaos(name, seed, tmp_path):
     """Nothing hangs, nothing is lost, nothing is used twice, with any sampler."""
     grid = Flaky(seed)
     result = start(make(**options_for(name), output_dir=tmp_path, patience=100.0), grid, num_rounds=3)
-    assert_each_used_once(RecordingTrainer.latest, K, 3)
+    assert_each_used_once(RecordingRunner.latest, K, 3)
     summary = summary_of(tmp_path)
     assert summary["refused"] == +grid.injected
     assert summary["ignored"] == +grid.ignorable
@@ -199,11 +202,11 @@ def test_chaos_on_class_targets_keeps_the_classes():
     wrong = []
 
     class CheckingClient(SplitClient):
-        def run_forward(self, request):
-            graph = super().run_forward(request)
-            counts = np.bincount(graph.labels.numpy(), minlength=len(request.order.class_counts))
-            wrong.append(not np.array_equal(counts, request.order.class_counts))
-            return graph
+        def draw_batch(self, order):
+            batch = super().draw_batch(order)
+            counts = np.bincount(batch.target.numpy(), minlength=len(order.class_counts))
+            wrong.append(not np.array_equal(counts, order.class_counts))
+            return batch
 
     app = split_client_app(
         tiny_resnet, cut=CUT, data_fn=lambda c: load_partition_with_test(c)[0], client_class=CheckingClient
@@ -247,12 +250,12 @@ class Outage(FaultyGrid):
 
 def test_a_client_gone_for_good_is_reported_with_what_was_not_seen(tmp_path, caplog):
     result = start(make(output_dir=tmp_path), Outage(), num_rounds=2)
-    used = RecordingTrainer.latest.used()
+    used = RecordingRunner.latest.used()
     seen = [len(used[epoch, 0]) for epoch in range(2)]
     unseen = [client_sizes(K)[0] - n for n in seen]
     assert seen[0] > 0
     assert seen[1] == 0
-    assert_each_used_once(RecordingTrainer.latest, K, 2, but=[(0, 0), (1, 0)])
+    assert_each_used_once(RecordingRunner.latest, K, 2, but=[(0, 0), (1, 0)])
     for r in (1, 2):
         assert result.train_metrics_clientapp[r]["examples_unseen"] == unseen[r - 1]
         assert f"round {r} went without {unseen[r - 1]} examples of client 0" in caplog.text
@@ -262,19 +265,19 @@ def test_a_client_gone_for_good_is_reported_with_what_was_not_seen(tmp_path, cap
 def test_a_client_that_left_between_epochs_may_be_back_in_the_next(caplog):
     class Leaves(FaultyGrid):
         def push_messages(self, pushed):
-            steps = len(RecordingTrainer.latest.committed)
+            steps = len(RecordingRunner.latest.committed)
             self.gone = {3} if 12 <= steps < 24 else set()
             return super().push_messages(pushed)
 
     start(make(), Leaves(recording_app(), K), num_rounds=3)
-    assert_each_used_once(RecordingTrainer.latest, K, 3, but=[(0, 1)])
+    assert_each_used_once(RecordingRunner.latest, K, 3, but=[(0, 1)])
     assert "clients that left: 1" in caplog.text
 
 
 def test_a_client_that_left_and_is_not_back_for_an_epoch_is_dropped(caplog):
     class Leaves(FaultyGrid):
         def push_messages(self, pushed):
-            self.gone = {3} if len(RecordingTrainer.latest.committed) >= 12 else set()
+            self.gone = {3} if len(RecordingRunner.latest.committed) >= 12 else set()
             return super().push_messages(pushed)
 
     result = start(make(), Leaves(recording_app(), K), num_rounds=3)
@@ -296,7 +299,7 @@ def test_a_client_that_fails_again_and_again_is_asked_ever_more_rarely():
 def test_a_client_that_is_back_late_in_the_epoch_still_gives_everything():
     grid = Outage(client=0, begin=1, end=20)
     start(make(), grid)
-    assert_each_used_once(RecordingTrainer.latest, K, 1)
+    assert_each_used_once(RecordingRunner.latest, K, 1)
 
 
 def test_a_client_back_on_another_node_is_found_there(caplog):
@@ -312,7 +315,7 @@ def test_a_client_back_on_another_node_is_found_there(caplog):
 
     grid = Restarting(recording_app(), K)
     start(make(), grid, num_rounds=2)
-    assert_each_used_once(RecordingTrainer.latest, K, 2)
+    assert_each_used_once(RecordingRunner.latest, K, 2)
     assert f"client 1 is back, on node {max(grid._contexts)}" in caplog.text
 
 
@@ -336,8 +339,8 @@ def test_new_clients_enter_with_the_next_epoch_or_at_once(join, name):
     strategy = make(**options_for(name), join=join)
     start(strategy, Joining(), num_rounds=2)
     late = [(0, 0), (0, 5)]
-    assert_each_used_once(RecordingTrainer.latest, K, 2, but=late if join == "epoch" else ())
-    used = RecordingTrainer.latest.used()
+    assert_each_used_once(RecordingRunner.latest, K, 2, but=late if join == "epoch" else ())
+    used = RecordingRunner.latest.used()
     assert all(used[key] == [] for key in late) == (join == "epoch")
 
 
@@ -354,14 +357,14 @@ def test_too_little_of_a_batch_is_not_applied(tmp_path):
 
     grid = Half(recording_app(), K)
     start(make(output_dir=tmp_path, min_batch_fraction=0.7), grid)
-    assert_each_used_once(RecordingTrainer.latest, K, 1)
+    assert_each_used_once(RecordingRunner.latest, K, 1)
     summary = summary_of(tmp_path)
     assert (summary["steps_redone"], summary["steps_short"]) == (1, 0)
 
 
 # --- when nothing can be done ----------------------------------------------------------------------------------------
 class Broken(SplitClient):
-    def run_forward(self, request):
+    def forward(self, half, inputs):
         raise ZeroDivisionError("a bug in every client")
 
 
@@ -389,7 +392,7 @@ def test_clients_that_fail_one_after_the_other_at_the_start_are_no_bug_of_all(tm
             return "client error" if fails else None
 
     start(make(output_dir=tmp_path), Unlucky(recording_app(), K))
-    assert_each_used_once(RecordingTrainer.latest, K, 1)
+    assert_each_used_once(RecordingRunner.latest, K, 1)
     assert summary_of(tmp_path)["steps_redone"] >= 2
 
 
@@ -414,7 +417,7 @@ def test_one_client_does_not_settle_alone_what_crosses_the_cut(tmp_path):
     summary = summary_of(tmp_path)
     assert set(summary["examples_unseen"]) == {str(bad)}
     assert summary["steps_committed"] == sum(client_sizes(3)) - client_sizes(3)[bad]
-    assert summary["refused"].keys() == {"other", "shape"}  # other: what the server half says of it
+    assert summary["refused"].keys() == {"shape"}
 
 
 def test_a_first_step_of_few_clients_that_fail_differently_is_no_bug_of_all(tmp_path):
@@ -457,10 +460,10 @@ def test_evaluation_goes_on_without_a_client_but_not_without_all(tmp_path, caplo
     class FailsToEvaluate(SplitClient):
         failing = ()
 
-        def evaluate(self, request):
-            if self.partition_id in self.failing:
+        def draw_batch(self, order):
+            if order.test and self.partition_id in self.failing:
                 raise OSError("no test data today")
-            return super().evaluate(request)
+            return super().draw_batch(order)
 
     app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition_with_test, client_class=FailsToEvaluate)
     FailsToEvaluate.failing = (1,)
@@ -526,12 +529,10 @@ def test_many_steps_in_a_row_that_are_not_finite_end_the_run():
 class Exaggerates(SplitClient):
     """Client 1's gradients are a million times too large."""
 
-    def run_backward(self, request, graph):
-        gradients = super().run_backward(request, graph)
-        if self.partition_id == 1:
-            for tensor in gradients.tensors.values():
-                tensor *= 1e6
-        return gradients
+    def forward(self, half, inputs):
+        (activations,) = super().forward(half, inputs)
+        factor = 1e6 if self.partition_id == 1 else 1.0
+        return ((activations - activations.detach()) * factor + activations.detach(),)
 
 
 @pytest.mark.parametrize("transport", ["messages", "streams"])

@@ -7,7 +7,15 @@ import pytest
 from flwr.app import ArrayRecord
 from support import CUT, client_sizes, largest_difference, load_partition, sgd, tiny_resnet
 
-from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, UniformGlobalSampler, split_client_app
+from psl_flower import (
+    FaultPolicy,
+    InProcessGrid,
+    ParallelSplitLearning,
+    SplitClient,
+    UniformGlobalSampler,
+    split_client_app,
+)
+from psl_flower.server import LocalBackend
 from psl_flower.strategy import strategy as strategy_module
 
 K = 6
@@ -44,6 +52,7 @@ def start(tmp_path, share, **options):
         min_available_nodes=K,
         evaluate_every=0,
         output_dir=tmp_path,
+        faults=FaultPolicy(mistakes="retry"),
         **options,
     )
     return strategy.start(InProcessGrid(app, K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=2)
@@ -66,7 +75,7 @@ def test_resuming_over_streams(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    class Dies(strategy_module.SplitTrainer):
+    class Dies(LocalBackend):
         left = 25
 
         def commit(self, gradients):
@@ -75,7 +84,7 @@ def test_resuming_over_streams(tmp_path, monkeypatch):
                 raise Killed
             super().commit(gradients)
 
-    monkeypatch.setattr(strategy_module, "SplitTrainer", Dies)
+    monkeypatch.setattr(strategy_module, "LocalBackend", Dies)
     with pytest.raises(Killed):
         start(tmp_path / "cut", 0.0, checkpoint_every=4)
     monkeypatch.undo()

@@ -8,6 +8,7 @@ from support import NUM_CLASSES, SIDE, client_sizes, load_partition, population,
 from torch import nn
 
 from psl_flower import (
+    FaultPolicy,
     InProcessGrid,
     ParallelSplitLearning,
     SplitClient,
@@ -31,11 +32,11 @@ class FailsOnce(SplitClient):
 
     at, failed = None, False
 
-    def run_forward(self, request):
-        if (request.order.client, request.order.step) == self.at and not FailsOnce.failed:
+    def draw_batch(self, order):
+        if (order.client, order.step) == self.at and not FailsOnce.failed:
             FailsOnce.failed = True
             raise OSError("not now")
-        return super().run_forward(request)
+        return super().draw_batch(order)
 
 
 def test_the_rest_of_an_epoch_may_be_one_example(tmp_path):
@@ -43,7 +44,13 @@ def test_the_rest_of_an_epoch_may_be_one_example(tmp_path):
     last = plan[len(plan) - 1]
     FailsOnce.at = (int(last.clients[last.quotas == 1][0]), len(plan) - 1)
     strategy = ParallelSplitLearning(
-        model_fn(), sampler=SAMPLER, optimizer=sgd, output_dir=tmp_path, min_available_nodes=K, evaluate_every=0
+        model_fn(),
+        sampler=SAMPLER,
+        optimizer=sgd,
+        output_dir=tmp_path,
+        min_available_nodes=K,
+        evaluate_every=0,
+        faults=FaultPolicy(mistakes="retry"),
     )
     app = split_client_app(model_fn, data_fn=load_partition, client_class=FailsOnce)
     result = strategy.start(InProcessGrid(app, K), ArrayRecord(model_fn().state_dict()), num_rounds=2)

@@ -72,9 +72,9 @@ def test_only_samplers_that_plan_by_class_ask_for_classes(monkeypatch):
     requests = []
     describe = SplitClient.describe
 
-    def spy(self, request):
-        requests.append(request.label_counts)
-        return describe(self, request)
+    def spy(self, *, label_counts, **more):
+        requests.append(label_counts)
+        return describe(self, label_counts=label_counts, **more)
 
     monkeypatch.setattr(SplitClient, "describe", spy)
     start(UniformGlobalSampler(24), 1)

@@ -16,10 +16,18 @@ from support import (
     tiny_resnet,
 )
 
-from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, UniformGlobalSampler, split_client_app
+from psl_flower import (
+    FaultPolicy,
+    InProcessGrid,
+    ParallelSplitLearning,
+    SplitClient,
+    UniformGlobalSampler,
+    split_client_app,
+)
 from psl_flower.errors import ConfigError, MembershipError
 from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.samplers.registry import SAMPLERS
+from psl_flower.server import LocalBackend
 from psl_flower.stragglers import DelayEstimator, delay_model
 from psl_flower.strategy import recorder as recorder_module
 from psl_flower.strategy import strategy as strategy_module
@@ -119,17 +127,16 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, tmp_path, caplog):
 class Absent(SplitClient):
     """Client 1 fails in a few steps of the second round."""
 
-    def run_forward(self, request):
-        order = request.order
+    def draw_batch(self, order):
         if order.client == 1 and order.epoch == 1 and 1 <= order.step < 8:
             raise OSError("not now")
-        return super().run_forward(request)
+        return super().draw_batch(order)
 
 
 @pytest.mark.parametrize("name", ["fls", "ugs", "aligned"])
 def test_resuming_while_a_client_is_left_out(name, tmp_path, monkeypatch):
     """What it owes, the plan without it and when it is tried again are in the checkpoint."""
-    options = {**options_for(name), "checkpoint_every": 3}
+    options = {**options_for(name), "checkpoint_every": 3, "faults": FaultPolicy(mistakes="retry")}
 
     def run(folder, **more):
         return start(make(tmp_path / folder, **options, **more), grid=InProcessGrid(client_app(Absent), K))
@@ -137,7 +144,7 @@ def test_resuming_while_a_client_is_left_out(name, tmp_path, monkeypatch):
     whole = run("whole")
     commits = sum(line["kind"] == "step" and line["round"] == 1 for line in lines(tmp_path / "whole")) + 8
 
-    class Dies(strategy_module.SplitTrainer):
+    class Dies(LocalBackend):
         left = commits
 
         def commit(self, gradients):
@@ -147,7 +154,7 @@ def test_resuming_while_a_client_is_left_out(name, tmp_path, monkeypatch):
             super().commit(gradients)
 
     with monkeypatch.context() as patch:
-        patch.setattr(strategy_module, "SplitTrainer", Dies)
+        patch.setattr(strategy_module, "LocalBackend", Dies)
         with pytest.raises(Killed):
             run("cut")
     resumed = run("cut", resume_from="latest")

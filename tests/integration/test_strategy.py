@@ -3,10 +3,21 @@
 import copy
 import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from faulty import (
+    BACKWARD,
+    EVALUATE,
+    FORWARD,
+    change_reply,
+    changed_output,
+    changed_parts,
+    changed_tensor,
+    poisoned,
+)
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg, Strategy
 from safetensors.torch import load_file
@@ -37,9 +48,9 @@ from psl_flower import (
     split_client_app,
 )
 from psl_flower.errors import ConfigError, MembershipError, StepError
-from psl_flower.exchange.codec import decode_tensor, encode_tensor
+from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.faults import FaultPolicy
-from psl_flower.protocol import BACKWARD, EVALUATE, FORWARD
+from psl_flower.server import LocalBackend
 from psl_flower.strategy import recorder as recorder_module
 from psl_flower.strategy import strategy as strategy_module
 
@@ -468,9 +479,10 @@ def test_evaluation_gives_the_share_of_those_that_are_done_to_the_others():
         return client_data(k, K), TensorDataset(*(t[: [10, 2, 2][k]] for t in client_data(k, K).tensors))
 
     class Counting(SplitClient):
-        def evaluate(self, request):
-            asked.append((self.partition_id, request.start, request.count))
-            return super().evaluate(request)
+        def draw_batch(self, order):
+            if order.test:
+                asked.append((self.partition_id, order.start, order.count))
+            return super().draw_batch(order)
 
     asked = []
     run(data_fn=load, client_class=Counting, evaluate_batch_size=12)
@@ -504,17 +516,13 @@ SEEN = []
 
 
 class Recording(SplitClient):
-    def run_forward(self, request):
-        SEEN.append(("forward", dict(self.config), dict(request.config)))
-        return super().run_forward(request)
+    def draw_batch(self, order):
+        SEEN.append(("evaluate" if order.test else "train", dict(self.config)))
+        return super().draw_batch(order)
 
-    def run_backward(self, request, graph):
-        SEEN.append(("backward", dict(self.config), dict(request.config)))
-        return super().run_backward(request, graph)
-
-    def evaluate(self, request):
-        SEEN.append(("evaluate", dict(self.config), {**request.config, **request.evaluate_config}))
-        return super().evaluate(request)
+    def forward(self, half, inputs):
+        SEEN.append(("forward", dict(self.config)))
+        return super().forward(half, inputs)
 
 
 def recording_data(context, config):
@@ -528,10 +536,11 @@ def test_train_config_reaches_data_and_handlers():
     start = {"train_config": ConfigRecord(config), "evaluate_config": ConfigRecord(more)}
     run(data_fn=recording_data, client_class=Recording, start=start, num_rounds=2)
     assert SEEN.count(("data", config)) == K  # once a client, not once a message or a round
-    assert ("forward", config, config) in SEEN
-    assert ("backward", config, config) in SEEN
-    assert ("evaluate", config, {**config, **more}) in SEEN
-    assert {entry[1:] == (config,) or entry[1] == config for entry in SEEN} == {True}
+    assert ("train", config) in SEEN
+    assert ("forward", config) in SEEN
+    assert ("evaluate", {**config, **more}) in SEEN
+    assert ("forward", {**config, **more}) in SEEN
+    assert all(seen == config for what, seen in SEEN if what in ("data", "train"))
 
 
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
@@ -640,7 +649,7 @@ def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
-class Watched(strategy_module.SplitTrainer):
+class Watched(LocalBackend):
     """Remembers the state after every commit."""
 
     latest = None
@@ -657,7 +666,7 @@ class Watched(strategy_module.SplitTrainer):
         optimizer = [
             s["momentum_buffer"].clone() for s in self.optimizer.state.values() if s.get("momentum_buffer") is not None
         ]
-        return self.state(), {n: b.clone() for n, b in self.server.named_buffers()}, optimizer
+        return self.state(), {n: b.clone() for n, b in self.parts["body"].named_buffers()}, optimizer
 
 
 class TamperingGrid(InProcessGrid):
@@ -672,147 +681,131 @@ class TamperingGrid(InProcessGrid):
         if (message.metadata.message_type, context.node_config["partition-id"]) == self.wanted:
             self.seen += 1
             if self.seen == self.at + 1:
-                return self.change(reply)
+                return self.change(message, reply)
         return reply
 
     def pull_messages(self, message_ids):
         return [reply for reply in super().pull_messages(message_ids) if reply is not None]
 
 
-def change_array(record, name, change):
-    def tamper(reply):
-        arrays = reply.content[record]
-        arrays[name] = encode_tensor(change(decode_tensor(arrays[name]).clone()))
-        return reply
-
-    return tamper
+def nothing(message, answer):
+    return None
 
 
-def change_header(**fields):
-    def tamper(reply):
-        reply.content["reply"].update(fields)
-        return reply
-
-    return tamper
+def of_reply(change):
+    return lambda message, answer: change_reply(message, answer, change)
 
 
-def drop_record(name):
-    def tamper(reply):
-        del reply.content[name]
-        return reply
-
-    return tamper
+def of_output(change, name=None):
+    return of_reply(changed_output(change, name))
 
 
-def drop_array(record, name):
-    def tamper(reply):
-        del reply.content[record][name]
-        return reply
-
-    return tamper
+def of_tensor(change, name=None):
+    return of_reply(changed_tensor(change, name))
 
 
-def poisoned(value):
-    def change(tensor):
-        tensor.view(-1)[3] = value
-        return tensor
-
-    return change
+def of_step(step):
+    return of_reply(changed_parts(lambda part: replace(part, step=step)))
 
 
+def no_record(message, answer):
+    del answer.content["buffers"]
+    return answer
+
+
+def step_as_text(message, answer):
+    frame = content_to_frame(answer.content)
+    frame.header["parts"][0]["step"] = "2"
+    answer.content = frame_to_content(frame)
+    return answer
+
+
+def without_bias(gradients):
+    return {name: g for name, g in gradients.items() if name != "stem.bias"}
+
+
+def of_bias(change):
+    return of_output(lambda gradients: {**gradients, "stem.bias": change(gradients["stem.bias"])})
+
+
+NO_RECORD = "bad reply: expected a frame and its buffers, got records named frame"
 FAULTS = {
-    "forward: missing": (FORWARD, lambda reply: None, "no reply within"),
-    "forward: no record": (
-        FORWARD,
-        drop_record("activations"),
-        "bad reply: expected an ArrayRecord named 'activations'",
-    ),
+    "forward: missing": (FORWARD, nothing, "no reply within"),
+    "forward: no record": (FORWARD, no_record, NO_RECORD),
     "forward: count": (
         FORWARD,
-        change_array("activations", "0", lambda t: t[1:]),
-        r"activations\[0\]: shape: expected \(",
+        of_tensor(lambda t: t[1:]),
+        r"bad reply: activations\[0\]: expected \d+ rows, got shape: \(\d+, 4, 6, 6\)",
     ),
     "forward: shape": (
         FORWARD,
-        change_array("activations", "0", lambda t: t[:, 1:]),
-        r"shape: expected .*4, 6, 6\), got .*3, 6, 6",
+        of_tensor(lambda t: t[:, 1:]),
+        r"activations\[0\]: shape: expected \(4, 6, 6\) a row, got \(3, 6, 6\)",
     ),
     "forward: dtype": (
         FORWARD,
-        change_array("activations", "0", lambda t: t.double()),
-        "dtype: expected torch.float32, got torch.float64",
+        of_tensor(lambda t: t.double()),
+        r"activations\[0\]: dtype: expected torch.float32, got torch.float64",
     ),
-    "forward: NaN": (
-        FORWARD,
-        change_array("activations", "0", poisoned(float("nan"))),
-        "expected finite values, got 1 NaN or infinite",
-    ),
-    "forward: infinite": (FORWARD, change_array("activations", "0", poisoned(float("inf"))), "expected finite values"),
+    "forward: NaN": (FORWARD, of_tensor(poisoned(float("nan"))), "expected finite values, got 1 NaN or infinite"),
+    "forward: infinite": (FORWARD, of_tensor(poisoned(float("inf"))), "expected finite values"),
     "forward: label": (
         FORWARD,
-        change_array("labels", "labels", lambda t: t + 4),
+        of_tensor(lambda t: t + 4, "labels"),
         "labels: expected integers from 0 to 3, got",
     ),
     "forward: negative label": (
         FORWARD,
-        change_array("labels", "labels", lambda t: t - 9),
+        of_tensor(lambda t: t - 9, "labels"),
         "labels: expected integers from 0 to 3, got -",
     ),
-    "forward: label count": (FORWARD, change_array("labels", "labels", lambda t: t[1:]), "labels: shape: expected"),
+    "forward: label count": (
+        FORWARD,
+        of_tensor(lambda t: t[1:], "labels"),
+        r"bad reply: labels: expected \d+ rows, got shape: \(\d+,\)",
+    ),
     "forward: label dtype": (
         FORWARD,
-        change_array("labels", "labels", lambda t: t.float()),
+        of_tensor(lambda t: t.float(), "labels"),
         "labels: dtype: expected torch.int64, got torch.float32",
     ),
-    "forward: step": (FORWARD, change_header(step=77), "reply to another step: expected step 2, got 77"),
-    "forward: step type": (FORWARD, change_header(step="2"), "bad reply: expected 'step' to be of type int"),
-    "backward: missing": (BACKWARD, lambda reply: None, "no reply within"),
-    "backward: no record": (BACKWARD, drop_record("gradients"), "bad reply: expected an ArrayRecord named 'gradients'"),
-    "backward: count": (
-        BACKWARD,
-        drop_array("gradients", "stem.bias"),
-        "gradients: 1 missing, the first is 'stem.bias'",
-    ),
+    "forward: step": (FORWARD, of_step(77), "reply to another step: expected step 2, got 77"),
+    "forward: step type": (FORWARD, step_as_text, "bad reply: expected 'step' to be of type int"),
+    "backward: missing": (BACKWARD, nothing, "no reply within"),
+    "backward: no record": (BACKWARD, no_record, NO_RECORD),
+    "backward: count": (BACKWARD, of_output(without_bias), "head: 1 missing, the first is 'stem.bias'"),
     "backward: unknown": (
         BACKWARD,
-        change_header(unused=["head.bias"]),
-        "1 of unknown parameters, the first is 'head.bias'",
+        of_output(lambda gradients: {**gradients, "head.bias": None}),
+        "head: 1 of unknown name, the first is 'head.bias'",
     ),
-    "backward: shape": (
-        BACKWARD,
-        change_array("gradients", "stem.bias", lambda t: t[1:]),
-        r"shape: expected \(4,\), got \(3,\)",
-    ),
-    "backward: dtype": (
-        BACKWARD,
-        change_array("gradients", "stem.bias", lambda t: t.half()),
-        "dtype: expected torch.float32",
-    ),
+    "backward: shape": (BACKWARD, of_bias(lambda t: t[1:]), r"shape: expected \(4,\), got \(3,\)"),
+    "backward: dtype": (BACKWARD, of_bias(lambda t: t.half()), "dtype: expected torch.float32"),
     "backward: NaN": (
         BACKWARD,
-        change_array("gradients", "stem.weight", poisoned(float("nan"))),
-        "gradient of 'stem.weight': expected finite values",
+        of_bias(lambda t: t * float("nan")),
+        "head of 'stem.bias': expected finite values, got 4 NaN or infinite",
     ),
-    "backward: step": (BACKWARD, change_header(step=1), "reply to another step: expected step 2, got 1"),
+    "backward: step": (BACKWARD, of_step(1), "reply to another step: expected step 2, got 1"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_reply_ends_its_step_and_nothing_of_it_is_applied(fault, monkeypatch, tmp_path):
     message_type, change, difference = FAULTS[fault]
-    monkeypatch.setattr(strategy_module, "SplitTrainer", Watched)
+    monkeypatch.setattr(strategy_module, "LocalBackend", Watched)
     strategy, _ = make(output_dir=tmp_path, faults=STRICT)
     grid = TamperingGrid(split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition), K, message_type, 1, 2, change)
     with pytest.raises(StepError, match=f"round 1, step 2: (?s:.*)client 1: .*{difference}") as caught:
         strategy.start(grid, ArrayRecord(tiny_resnet().state_dict()), num_rounds=1, timeout=0.3)
     assert list(caught.value.failures) == [1]
-    trainer = Watched.latest
-    assert len(trainer.committed) == 3  # the first state, and after steps 0 and 1
-    now, before = trainer.everything(), trainer.committed[-1]
+    backend = Watched.latest
+    assert len(backend.committed) == 3  # the first state, and after steps 0 and 1
+    now, before = backend.everything(), backend.committed[-1]
     for mine, theirs in zip(now[:2], before[:2], strict=True):
         assert largest_difference(mine, theirs) == 0
     assert all(torch.equal(a, b) for a, b in zip(now[2], before[2], strict=True))
-    assert all(p.grad is None for half in (trainer.client, trainer.server) for p in half.parameters())
+    assert all(p.grad is None for part in backend.parts.values() for p in part.parameters())
     steps, rounds = read_metrics(tmp_path)
     assert ([s["step"] for s in steps], rounds) == ([0, 1], [])
     assert not (tmp_path / "model.safetensors").exists()
@@ -823,36 +816,38 @@ class Failing(SplitClient):
 
     where, step = "", 0
 
-    def fail(self, where, step):
-        if (where, self.step, self.partition_id) == (self.where, step, 2):
-            raise OSError("disk on fire")
+    def draw_batch(self, order):
+        self.fails_in = None
+        if self.partition_id == 2 and (order.test or order.step == Failing.step):
+            self.fails_in = self.where
+        if self.fails_in == ("evaluate" if order.test else "forward"):
+            fail()
+        return super().draw_batch(order)
 
-    def run_forward(self, request):
-        self.fail("forward", request.order.step)
-        return super().run_forward(request)
+    def forward(self, half, inputs):
+        (activations,) = super().forward(half, inputs)
+        if self.fails_in == "backward":
+            activations.register_hook(fail)
+        return (activations,)
 
-    def run_backward(self, request, graph):
-        self.fail("backward", request.order.step)
-        return super().run_backward(request, graph)
 
-    def evaluate(self, request):
-        self.fail("evaluate", 1)
-        return super().evaluate(request)
+def fail(*_):
+    raise OSError("disk on fire")
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("forward", "round 1, step 1: 1 of 3 clients failed in the forward exchange"),
-        ("backward", "round 1, step 1: 1 of 3 clients failed in the backward exchange"),
+        ("forward", "round 1, step 1: 1 of 3 clients failed in forward"),
+        ("backward", "round 1, step 1: 1 of 3 clients failed in backward"),
         ("evaluate", "round 1, evaluation: 1 of 3 clients failed"),
     ],
 )
 def test_a_client_that_raises_is_named_with_its_error(where, message, monkeypatch):
-    monkeypatch.setattr(strategy_module, "SplitTrainer", Watched)
+    monkeypatch.setattr(strategy_module, "LocalBackend", Watched)
     monkeypatch.setattr(Failing, "where", where)
     monkeypatch.setattr(Failing, "step", 1)
-    with pytest.raises(StepError, match=message + r"(?s:.*)client 2: error \d+: OSError: disk on fire") as caught:
+    with pytest.raises(StepError, match=message + r"(?s:.*)client 2: OSError: disk on fire") as caught:
         run(client_class=Failing, data_fn=load_partition_with_test, faults=STRICT)
     assert list(caught.value.failures) == [2]
     committed = STEPS if where == "evaluate" else 1
@@ -861,11 +856,11 @@ def test_a_client_that_raises_is_named_with_its_error(where, message, monkeypatc
 
 
 EVALUATION_FAULTS = {
-    "missing": (lambda reply: None, "no reply within"),
-    "count": (change_array("activations", "0", lambda t: t[1:]), "shape: expected"),
-    "NaN": (change_array("activations", "0", poisoned(float("nan"))), "expected finite values"),
-    "label": (change_array("labels", "labels", lambda t: t + 4), "labels: expected integers from 0 to 3, got"),
-    "step": (change_header(step=0), "reply to another step: expected step None, got 0"),
+    "missing": (nothing, "no reply within"),
+    "count": (of_tensor(lambda t: t[1:]), r"activations\[0\]: expected \d+ rows, got shape: "),
+    "NaN": (of_tensor(poisoned(float("nan"))), "expected finite values"),
+    "label": (of_tensor(lambda t: t + 4, "labels"), "labels: expected integers from 0 to 3, got"),
+    "step": (of_step(77), "reply to another step: expected step 0, got 77"),
 }
 
 
@@ -882,17 +877,17 @@ def test_a_bad_reply_in_evaluation_is_named(fault):
 
 def test_several_failures_are_all_named():
     class AllFail(SplitClient):
-        def run_forward(self, request):
+        def forward(self, half, inputs):
             raise ValueError(f"I am {self.partition_id}")
 
     with pytest.raises(StepError) as caught:
         run(client_class=AllFail)
     assert set(caught.value.failures) == {0, 1, 2}
-    assert all(f"I am {k}" in why for k, why in caught.value.failures.items())
+    assert all(f"I am {k}" in str(why) for k, why in caught.value.failures.items())
 
 
 def test_the_first_step_is_all_or_nothing_too(monkeypatch):
-    monkeypatch.setattr(strategy_module, "SplitTrainer", Watched)
+    monkeypatch.setattr(strategy_module, "LocalBackend", Watched)
     monkeypatch.setattr(Failing, "where", "backward")
     monkeypatch.setattr(Failing, "step", 0)
     with pytest.raises(StepError):

@@ -25,7 +25,8 @@ from traps import Deadly, Trapped
 from psl_flower import FaultPolicy, ParallelSplitLearning, UniformGlobalSampler, split_client_app
 from psl_flower.errors import StepError
 from psl_flower.exchange.streams import StreamCarrier, StreamOptions
-from psl_flower.protocol import DescribeRequest, Description
+from psl_flower.failures import Kind
+from psl_flower.protocol import DESCRIBE, Request
 
 CLIENTS = 6
 
@@ -85,6 +86,10 @@ def test_in_a_deployment_the_client_is_attached_again(tmp_path):
         assert not any(each.process.is_alive() for each in grid.started)
 
 
+def question(num_nodes):
+    return Request(stage=DESCRIBE, nodes=tuple(range(100, 100 + num_nodes)))
+
+
 def processes(carrier, nodes):
     """Return the node ids of each process."""
     homes = {}
@@ -94,37 +99,36 @@ def processes(carrier, nodes):
 
 
 def test_a_stopped_process_costs_the_others_one_timeout_and_is_taken_over(tmp_path):
-    ask = dict.fromkeys(range(100, 100 + CLIENTS), DescribeRequest(False, {}))
+    ask = question(CLIENTS)
     with (
         ProcessGrid(functools.partial(make_app, tmp_path / "trap"), CLIENTS, num_processes=2) as grid,
         StreamCarrier(grid) as carrier,
     ):
-        assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
-        assert sorted(map(len, processes(carrier, ask))) == [3, 3]  # balanced
+        assert carrier.exchange(ask, 60).descriptions.keys() == set(ask.nodes)
+        assert sorted(map(len, processes(carrier, ask.nodes))) == [3, 3]  # balanced
         stopped = grid.resident[0].process.pid
         freeze(stopped)
-        answers = carrier.exchange(ask, 3)
-        failed = {node for node, a in answers.items() if a.failure}
-        assert len(failed) == 3
-        assert all("no reply within 3 s" in answers[node].failure for node in failed)
+        reply = carrier.exchange(ask, 3)
+        assert len(reply.failures) == len(reply.descriptions) == 3
+        assert all("no reply within 3 s" in failure.detail for failure in reply.failures.values())
+        assert {failure.kind for failure in reply.failures.values()} == {Kind.TIMEOUT}
         again = carrier.exchange(ask, 60)
-        assert all(isinstance(a.reply, Description) for a in again.values())
-        assert {n: a.reply.partition_id for n, a in again.items()} == {n: n - 100 for n in ask}
+        assert {n: d.partition_id for n, d in again.descriptions.items()} == {n: n - 100 for n in ask.nodes}
         os.kill(stopped, signal.SIGCONT)
-        assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
+        assert carrier.exchange(ask, 60).descriptions.keys() == set(ask.nodes)
 
 
 def test_in_a_deployment_a_stopped_process_only_fails_itself(tmp_path):
-    ask = dict.fromkeys((100, 101), DescribeRequest(False, {}))
+    ask = question(2)
     with (
         ProcessGrid(functools.partial(make_app, tmp_path / "trap"), 2) as grid,
         StreamCarrier(grid, StreamOptions(attach_timeout=60)) as carrier,
     ):
-        assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
+        assert carrier.exchange(ask, 60).descriptions.keys() == {100, 101}
         stopped = grid.started[0].process.pid
         freeze(stopped)
         for _ in range(20):  # more than wait in line: what is not read must not pile up
-            answers = carrier.exchange(ask, 0.2)
-            assert sorted(a.failure is None for a in answers.values()) == [False, True]
+            reply = carrier.exchange(ask, 0.2)
+            assert (len(reply.failures), len(reply.descriptions)) == (1, 1)
         os.kill(stopped, signal.SIGCONT)
-        assert all(isinstance(a.reply, Description) for a in carrier.exchange(ask, 60).values())
+        assert carrier.exchange(ask, 60).descriptions.keys() == {100, 101}

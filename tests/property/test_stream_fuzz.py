@@ -9,68 +9,68 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from psl_flower.exchange.streams.frames import Decoder, Frame, encode
-from psl_flower.exchange.streams.groups import (
-    GroupReply,
-    Part,
-    decode_group,
-    decode_group_reply,
-    encode_group,
-    encode_group_reply,
-    group_requests,
-)
 
 from psl_flower.errors import ProtocolError
-from psl_flower.protocol import (
-    Activations,
-    BackwardRequest,
-    DescribeRequest,
-    Description,
-    EvaluateRequest,
-    ForwardRequest,
-    Gradients,
-    Weights,
-    WorkOrder,
-)
+from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request, encode_reply, encode_request
+from psl_flower.exchange.frames import Decoder, Frame, encode
+from psl_flower.failures import Failure
+from psl_flower.failures import Kind as FailureKind
+from psl_flower.protocol import DESCRIBE, Description, Kind, Leaf, Orders, Part, Reply, Request, Weights
 
-WEIGHTS = Weights({"w": torch.arange(6.0).reshape(2, 3)}, {"b": torch.tensor(3)}, "v1")
-
-
-def order(client, count=2, by_class=False):
-    classes = (np.array([0, 1]), np.array([1, count - 1])) if by_class else (None, None)
-    return WorkOrder(
-        client=client, seed=1, epoch=2, step=3, start=4, count=count, class_starts=classes[0], class_counts=classes[1]
-    )
-
-
-def cut_gradient(count=2):
-    return (torch.randn(count, 5), None)
-
-
+WEIGHTS = {"head": Weights({"w": torch.arange(6.0).reshape(2, 3)}, {"b": torch.tensor(3)}, "v1", "c1")}
 NODES = (2**63 + 5, 7)
 CONFIG = {"a": 1, "b": [1.5, float("inf")], "c": b"\0", "d": "x", "e": True}
+
+
+def orders(counts=(2, 3), **more):
+    counts = np.array(counts)
+    return Orders(clients=np.arange(2), starts=np.array([4, 0]), counts=counts, seed=1, epoch=2, step=3, **more)
+
+
+def rows(n):
+    return (torch.randn(n, 5), None, {"x": torch.randn(n)})
+
+
+BY_CLASS = {"class_starts": np.array([[0, 1], [0, 1]]), "class_counts": np.array([[1, 1], [1, 2]])}
+COMMON = {"nodes": NODES, "weights": WEIGHTS, "config": CONFIG}
 REQUESTS = {
-    "describe": dict.fromkeys(NODES, DescribeRequest(True, CONFIG)),
-    "forward": {n: ForwardRequest(order(i, 2 + i, True), WEIGHTS, CONFIG, 0.5) for i, n in enumerate(NODES)},
-    "backward": {n: BackwardRequest(order(i), WEIGHTS, cut_gradient(), CONFIG) for i, n in enumerate(NODES)},
-    "evaluate": {n: EvaluateRequest(i, 2, WEIGHTS, CONFIG, {"f": 2}) for i, n in enumerate(NODES)},
+    "describe": Request(stage=DESCRIBE, nodes=NODES, label_counts=True, config=CONFIG),
+    "forward": Request(stage="forward", orders=orders(**BY_CLASS), delays=(0.5, 0.5), **COMMON),
+    "backward": Request(
+        stage="backward",
+        orders=orders(left_out={0: (1, 2)}, checksums=np.array([5, 6])),
+        inputs={
+            "gradient": Leaf(Kind.ROWS, rows(5)),
+            "own": Leaf(Kind.EACH, [torch.ones(2), None]),
+            "all": Leaf(Kind.SHARED, {"s": torch.tensor(1.0)}),
+        },
+        **COMMON,
+    ),
+    "evaluate": Request(stage="forward", orders=orders(test=True), evaluate_config={"f": 2}, **COMMON),
 }
+OUTPUTS = {"activations": Leaf(Kind.ROWS, rows(5)), "labels": Leaf(Kind.ROWS, torch.zeros(5, dtype=torch.int64))}
 REPLIES = {
-    "describe": [Part((n,), Description(i, 5, 3, np.array([0, 4]), np.array([2, 3]))) for i, n in enumerate(NODES)],
-    "forward": [Part(NODES, Activations((torch.randn(5, 4),), torch.zeros(5, dtype=torch.int64), 3))],
-    "backward": [Part(NODES, Gradients({"w": torch.randn(2, 3)}, (), 3))],
-    "evaluate": [Part(NODES, Activations((torch.randn(4, 4),), torch.zeros(4, dtype=torch.int64)))],
+    "describe": Reply(
+        descriptions={n: Description(i, 5, 3, np.array([0, 4]), np.array([2, 3])) for i, n in enumerate(NODES)}
+    ),
+    "forward": Reply([Part(NODES, OUTPUTS, 3, np.array([5, 6]))]),
+    "backward": Reply([Part(NODES, {"head": Leaf(Kind.SUM, {"w": torch.randn(2, 3), "u": None})}, 3)]),
+    "evaluate": Reply(failures={n: Failure(FailureKind.UNREADABLE, "no", {3: "broken"}, {3: 1}) for n in NODES}),
 }
 FRAMES = {}
-for _name, _requests in REQUESTS.items():
-    (_group,) = group_requests(_requests)
-    _reply = GroupReply(REPLIES[_name], {}, dict.fromkeys(NODES, 0.25))
-    FRAMES[f"{_name} request"] = (encode_group(_group, 9, with_weights=True, wire_dtype="int8"), None)
-    FRAMES[f"{_name} reply"] = (encode_group_reply(9, _reply, "float16"), _group)
+for _name, _request in REQUESTS.items():
+    FRAMES[f"{_name} request"] = (encode_request(_request, 9, sent={}, wire_dtype="int8")[0], None)
+    _reply = encode_reply(9, REPLIES[_name], _request, "float16")
+    FRAMES[f"{_name} reply"] = (_reply, _request)
 
 
-def decode(frame, group):
-    return decode_group(frame, {"v1": WEIGHTS}.get) if group is None else decode_group_reply(frame, group)
+def decode(frame, request):
+    """Return what a frame holds; a reply says something of each node."""
+    if request is None:
+        return decode_request(frame, WeightStore())
+    reply = decode_reply(frame, request)
+    assert reply.answered() == set(NODES)
+    return reply
 
 
 def received(frame):
@@ -80,8 +80,8 @@ def received(frame):
 
 @pytest.mark.parametrize("name", FRAMES)
 def test_the_frames_that_are_altered_below_are_good_ones(name):
-    frame, group = FRAMES[name]
-    decode(received(frame), group)
+    frame, request = FRAMES[name]
+    decode(received(frame), request)
 
 
 @settings(max_examples=300)
@@ -98,14 +98,14 @@ def test_arbitrary_chunks(chunks):
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sorted(FRAMES)), st.integers(0, 10**6), st.binary(min_size=1, max_size=8), st.booleans())
 def test_chunks_with_bytes_changed_or_cut(name, position, new, cut):
-    frame, group = FRAMES[name]
+    frame, request = FRAMES[name]
     (chunk,) = encode(frame, 0)
     at = position % len(chunk)
     bad = chunk[:at] if cut else chunk[:at] + new + chunk[at + len(new) :]
     try:
         got = Decoder().feed(bad)
         if got is not None:
-            decode(got, group)
+            decode(got, request)
     except ProtocolError:
         pass
 
@@ -116,7 +116,7 @@ JSON = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=5)
-    | st.sampled_from(["float32", "int64", "int8", "float16", "v1", "train.forward", "query.describe", "7"]),
+    | st.sampled_from(["float32", "int64", "int8", "float16", "v1", "forward", "describe", "7", "rows", "sum", "each"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
@@ -133,7 +133,7 @@ def paths(value, path=()):
 @given(st.data())
 def test_headers_with_a_value_replaced_or_removed(data):
     name = data.draw(st.sampled_from(sorted(FRAMES)))
-    frame, group = FRAMES[name]
+    frame, request = FRAMES[name]
     header = copy.deepcopy(json.loads(json.dumps(frame.header)))
     path = data.draw(st.sampled_from([p for p in paths(header) if p]))
     parent = header
@@ -144,12 +144,12 @@ def test_headers_with_a_value_replaced_or_removed(data):
     else:
         parent[path[-1]] = data.draw(JSON)
     with contextlib.suppress(ProtocolError):
-        decode(received(Frame(header, frame.buffers)), group)
+        decode(received(Frame(header, frame.buffers)), request)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(FRAMES)), st.lists(st.binary(max_size=40), max_size=6))
 def test_buffers_that_do_not_fit_the_header(name, buffers):
-    frame, group = FRAMES[name]
+    frame, request = FRAMES[name]
     with contextlib.suppress(ProtocolError):
-        decode(received(Frame(frame.header, [[memoryview(b)] for b in buffers])), group)
+        decode(received(Frame(frame.header, [[memoryview(b)] for b in buffers])), request)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from psl_flower.errors import MembershipError
-from psl_flower.exchange import Answer, Carrier, Clients, clients
-from psl_flower.protocol import MAX_CLASSES, MAX_EXAMPLES, Activations, DescribeRequest, Description
+from psl_flower.exchange import Carrier, Clients, clients
+from psl_flower.failures import Failure, Kind
+from psl_flower.protocol import DESCRIBE, MAX_CLASSES, MAX_EXAMPLES, Description, Part, Reply, Request
 
 
 class FakeCarrier(Carrier):
@@ -21,13 +22,22 @@ class FakeCarrier(Carrier):
             return self.looks.pop(0)
         return self.looks[0] if self.looks else list(self.nodes)
 
-    def exchange(self, requests, timeout):
-        self.asked.append((dict(requests), timeout))
-        return {n: self.nodes[n] if isinstance(self.nodes[n], Answer) else answer(self.nodes[n]) for n in requests}
+    def exchange(self, request, timeout):
+        self.asked.append((request, timeout))
+        reply = Reply()
+        for node in request.nodes:
+            answer = self.nodes[node]
+            answer = failed(node, "no reply within 5 s") if answer == SILENT else answer
+            reply.add(answer if isinstance(answer, Reply) else Reply(descriptions={node: answer}))
+        return reply
 
 
-def answer(reply):
-    return Answer(reply, None, 0.1)
+def failed(node, why):
+    return Reply(failures={node: Failure(Kind.TIMEOUT, why)})
+
+
+def ask(*clients):
+    return Request(stage=DESCRIBE, nodes=clients)
 
 
 def described(partition, size=10, test=0, counts=None):
@@ -73,9 +83,9 @@ def test_clients_are_in_ascending_id_whatever_their_nodes():
 
 def test_the_question_carries_the_config():
     members = refreshed({5: described(0)}, config={"data": "mnist"})
-    ((requests, timeout),) = members._carrier.asked
-    assert isinstance(requests[5], DescribeRequest)
-    assert (requests[5].label_counts, requests[5].config, timeout) == (False, {"data": "mnist"}, 5.0)
+    ((request, timeout),) = members._carrier.asked
+    assert (request.stage, request.nodes, request.message_type) == (DESCRIBE, (5,), "query.describe")
+    assert (request.label_counts, request.config, timeout) == (False, {"data": "mnist"}, 5.0)
 
 
 def test_duplicate_ids_are_refused():
@@ -104,12 +114,12 @@ def test_without_ids_clients_are_numbered_by_node_and_a_warning_says_so_once(cap
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ({5: Answer(None, "no reply within 5 s", 5.0)}, "node 5: no reply within 5 s"),
-        ({5: Answer(Activations((), np.zeros(1)), None, 0.1)}, "node 5: not a description"),
+        ({5: failed(5, "no reply within 5 s")}, "node 5: no reply within 5 s"),
+        ({5: Reply([Part((5,))])}, "node 5: not a description"),
         ({5: described(-1)}, "node 5: partition-id must not be negative, got -1"),
-        ({5: described(0, -3)}, "node 5: sizes must not be negative, got -3 and 0"),
-        ({5: described(0, 3, -1)}, "sizes must not be negative, got 3 and -1"),
-        ({5: described(0, MAX_EXAMPLES + 1)}, "num_examples must be at most 1000000000, got 1000000001"),
+        ({5: described(0, -3)}, "node 5: num_examples must be from 0 to 1000000000, got -3"),
+        ({5: described(0, 3, -1)}, "num_test_examples must be from 0 to 1000000000, got -1"),
+        ({5: described(0, MAX_EXAMPLES + 1)}, "num_examples must be from 0 to 1000000000, got 1000000001"),
     ],
 )
 def test_a_node_that_does_not_describe_itself_is_named(nodes, message):
@@ -119,7 +129,7 @@ def test_a_node_that_does_not_describe_itself_is_named(nodes, message):
 
 def test_all_that_failed_are_named():
     with pytest.raises(MembershipError, match=r"node 4: left\n  node 6: crashed"):
-        refreshed({4: Answer(None, "left", 0.0), 5: described(0), 6: Answer(None, "crashed", 0.0)})
+        refreshed({4: failed(4, "left"), 5: described(0), 6: failed(6, "crashed")})
 
 
 # --- label counts ----------------------------------------------------------------------------------------------------
@@ -188,7 +198,7 @@ def test_only_new_nodes_are_described():
     members = Clients(carrier, label_counts=False)
     for _ in range(3):
         members.refresh(1, 5.0)
-    assert [set(requests) for requests, _ in carrier.asked] == [{0, 1}, set(), {2}]
+    assert [request.nodes for request, _ in carrier.asked] == [(0, 1), (), (2,)]
     assert list(members.members) == [0, 1, 2]
 
 
@@ -202,7 +212,7 @@ def test_a_client_that_left_is_reported_and_may_come_back(caplog):
     np.testing.assert_array_equal(members.population().client_ids, [10, 12])
     members.refresh(1, 5.0)
     assert list(members.members) == [10, 11, 12]
-    assert sum(map(len, (requests for requests, _ in carrier.asked))) == 3  # its description is still known
+    assert sum(len(request.nodes) for request, _ in carrier.asked) == 3  # its description is still known
 
 
 def test_a_replaced_node_takes_over_the_id_of_one_that_left():
@@ -215,18 +225,16 @@ def test_a_replaced_node_takes_over_the_id_of_one_that_left():
 
 
 # --- exchange --------------------------------------------------------------------------------------------------------
-def test_exchange_speaks_of_clients_and_answers_in_ascending_id():
+def test_exchange_speaks_of_clients():
     members = refreshed({70: described(0), 60: described(1), 50: described(2)})
-    request = DescribeRequest(False)
-    answers = members.exchange({2: request, 0: request}, 9.0)
-    assert list(answers) == [0, 2]
-    requests, timeout = members._carrier.asked[-1]
-    assert (set(requests), timeout) == ({70, 50}, 9.0)
-    assert answers[2].reply.partition_id == 2
+    reply = members.exchange(ask(0, 2), 9.0)
+    request, timeout = members._carrier.asked[-1]
+    assert (request.nodes, timeout) == ((70, 50), 9.0)
+    assert {client: d.partition_id for client, d in reply.descriptions.items()} == {0: 0, 2: 2}
 
 
 # --- clients that fail, leave and come back ---------------------------------------------------------------------------
-SILENT = Answer(None, "no reply within 5 s", 5.0)
+SILENT = "silent"
 
 
 def tolerant(nodes, looks):
@@ -251,9 +259,9 @@ def test_a_node_that_does_not_describe_itself_is_asked_again_ever_more_rarely():
     asked = []
     exchange = carrier.exchange
 
-    def noted(requests, timeout):
-        asked.extend([members._looks] * (2 in requests))
-        return exchange(requests, timeout)
+    def noted(request, timeout):
+        asked.extend([members._looks] * (2 in request.nodes))
+        return exchange(request, timeout)
 
     carrier.exchange = noted
     for _ in range(299):
@@ -284,7 +292,7 @@ def test_a_client_is_not_taken_over_while_its_node_speaks():
     members.look_again(5.0)
     assert members.members[0].node == 1
     carrier.nodes[1] = SILENT
-    members.exchange({0: DescribeRequest(False)}, 5.0)
+    members.exchange(ask(0), 5.0)
     members.look_again(5.0)
     assert members.members[0].node == 9
 
@@ -317,18 +325,39 @@ def test_the_ghost_of_a_restarted_node_is_no_duplicate():
     nodes = {1: described(0), 2: described(1), 9: described(1)}
     members, carrier = tolerant(nodes, [[1, 2]])
     carrier.nodes[2] = SILENT
-    members.exchange({1: DescribeRequest(False)}, 5.0)
+    members.exchange(ask(1), 5.0)
     carrier.looks = [[1, 2, 9]]  # Flower takes a while to notice that node 2 is gone
     members.refresh(1, 5.0)
     assert [m.node for m in members.members.values()] == [1, 9]
     carrier.nodes[9] = SILENT
-    members.exchange({1: DescribeRequest(False)}, 5.0)
+    members.exchange(ask(1), 5.0)
     members.refresh(1, 5.0)  # neither speaks: where it was last
     assert [m.node for m in members.members.values()] == [1, 9]
 
 
 def test_a_client_that_is_no_member_gets_an_answer():
     members, _ = tolerant({1: described(0)}, [[1]])
-    answers = members.exchange({0: DescribeRequest(False), 3: DescribeRequest(False)}, 5.0)
-    assert answers[0].reply is not None
-    assert answers[3].failure == "it is not connected"
+    reply = members.exchange(ask(0, 3), 5.0)
+    assert list(reply.descriptions) == [0]
+    assert reply.failures == {3: Failure(Kind.UNREACHABLE, "it is not connected")}
+    assert members.exchange(ask(3, 4), 5.0).failures.keys() == {3, 4}
+
+
+def test_where_no_more_nodes_can_come_too_few_are_too_few_soon(clock):
+    members = Clients(FakeCarrier({1: described(0)}), label_counts=False, may_grow=False)
+    with pytest.raises(MembershipError, match="min_available_nodes is 2, there are 1 nodes, and no more can come"):
+        members.refresh(2, 3600.0)
+    assert clock.now < 5
+
+
+# --- who and what is left out ----------------------------------------------------------------------------------------
+def test_clients_that_are_excluded_are_no_population():
+    members = refreshed({5: described(0, 7), 6: described(1, 8), 7: described(2, 9)})
+    members.excluded.add(1)
+    assert members.population().client_ids.tolist() == [0, 2]
+    again = refreshed({5: described(0, 7), 6: described(1, 8), 7: described(2, 9)})
+    again.load_left_out(members.left_out_state())
+    assert again.population().client_ids.tolist() == [0, 2]
+    members.excluded |= {0, 2}
+    with pytest.raises(MembershipError, match="holds a training example"):
+        members.population()

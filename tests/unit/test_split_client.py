@@ -7,8 +7,12 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from psl_flower import SplitClient
+from psl_flower.client.part import ClientPart
+from psl_flower.client.process import RunState
+from psl_flower.client.runtime import answer
 from psl_flower.errors import ConfigError
-from psl_flower.protocol import BackwardRequest, DescribeRequest, EvaluateRequest, ForwardRequest, Weights, WorkOrder
+from psl_flower.methods import ParallelSplit
+from psl_flower.protocol import Kind, Leaf, Orders, Request, Weights, WorkOrder
 
 N, CLASSES = 23, 4
 IMAGES = torch.arange(N * 6, dtype=torch.float32).reshape(N, 6)
@@ -73,11 +77,32 @@ def half():
         return nn.Linear(6, 5)
 
 
-def weights(module=None, version="v"):
-    return Weights({n: p.detach() for n, p in (module or half()).named_parameters()}, {}, version)
+def answered(one, order, module=None, gradient=None):
+    """Return what a client answers to a work order: its rows, or its gradients for a gradient of them."""
+    module, state = module or half(), RunState()
+    state.parts = {"head": ClientPart("head", module, torch.device("cpu"))}
+    weights = Weights({n: p.detach() for n, p in module.named_parameters()}, {}, "v", "c")
+    by_class = {name: getattr(order, name) for name in ("class_starts", "class_counts")}
+    orders = Orders(
+        clients=np.array([order.client]),
+        starts=np.array([order.start]),
+        counts=np.array([order.count]),
+        seed=order.seed,
+        epoch=order.epoch,
+        step=order.step,
+        test=order.test,
+        **{name: None if table is None else table[None] for name, table in by_class.items()},
+    )
+    inputs = {} if gradient is None else {"gradient": Leaf(Kind.ROWS, gradient)}
+    stage = "forward" if gradient is None else "backward"
+    request = Request(stage=stage, nodes=(1,), orders=orders, weights={"head": weights}, inputs=inputs)
+    reply = answer(ParallelSplit(), state, lambda node, config: one, request)
+    if reply.failures:
+        raise AssertionError(reply.failures[1].detail)
+    return {name: leaf.value for name, leaf in reply.parts[0].outputs.items()}
 
 
-def order(start=0, count=1, *, seed=11, epoch=3, step=2, client=6, by_class=None):
+def order(start=0, count=1, *, seed=11, epoch=3, step=2, client=6, by_class=None, test=False):
     starts, counts = (None, None) if by_class is None else (np.array(part) for part in by_class)
     count = count if counts is None else int(counts.sum())
     return WorkOrder(
@@ -89,11 +114,12 @@ def order(start=0, count=1, *, seed=11, epoch=3, step=2, client=6, by_class=None
         count=count,
         class_starts=starts,
         class_counts=counts,
+        test=test,
     )
 
 
 def client(train=DATASETS["TensorDataset"], test=None, cls=SplitClient, **options):
-    return cls(half(), train, test, **options)
+    return cls(train, test, **options)
 
 
 def epoch_order(seed=11, epoch=3, k=6):
@@ -177,21 +203,21 @@ def test_class_counts_must_add_up():
 # --- datasets --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", DATASETS)
 def test_every_kind_of_dataset_gives_the_same_batch(kind):
-    graph = client(DATASETS[kind]).run_forward(ForwardRequest(order(4, 6), weights()))
+    sent = answered(client(DATASETS[kind]), order(4, 6))
     rows = epoch_order()[4:10]
-    torch.testing.assert_close(graph.activations[0], half()(IMAGES[rows]))
-    assert graph.labels.tolist() == LABELS[rows].tolist()
-    assert graph.labels.dtype == torch.int64
+    torch.testing.assert_close(sent["activations"], half()(IMAGES[rows]))
+    assert sent["labels"].tolist() == LABELS[rows].tolist()
+    assert sent["labels"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("kind", DATASETS)
 def test_every_kind_of_dataset_tells_its_labels(kind):
     one = client(DATASETS[kind])
     np.testing.assert_array_equal(one.labels(one.train), LABELS)
-    description = one.describe(DescribeRequest(True))
+    description = one.describe(label_counts=True)
     np.testing.assert_array_equal(description.labels, np.unique(LABELS))
     np.testing.assert_array_equal(description.counts, np.bincount(LABELS)[np.unique(LABELS)])
-    description.check(DescribeRequest(True))
+    description.check(label_counts=True)
 
 
 def test_several_inputs():
@@ -209,9 +235,9 @@ def test_several_inputs():
         TensorDataset(IMAGES, extra, LABELS),
         [((IMAGES[i], extra[i]), int(LABELS[i])) for i in range(N)],
     ):
-        graph = SplitClient(Two(), dataset).run_forward(ForwardRequest(order(0, 3), weights(module)))
-        torch.testing.assert_close(graph.activations[0], module(IMAGES[rows], extra[rows]))
-        assert graph.labels.tolist() == LABELS[rows].tolist()
+        sent = answered(client(dataset), order(0, 3), module)
+        torch.testing.assert_close(sent["activations"], module(IMAGES[rows], extra[rows]))
+        assert sent["labels"].tolist() == LABELS[rows].tolist()
 
 
 @pytest.mark.parametrize("data", [None, 3, iter([1]), (x for x in [])])
@@ -230,13 +256,12 @@ def test_what_is_no_dataset_is_refused(data):
         ([{"img": IMAGES[i], "label": 0, "id": i} for i in range(N)], r"must be pairs \(input, label\), got a dict"),
         ([(IMAGES[i], 0, i) for i in range(N)], r"must be pairs \(input, label\), got a tuple of 3"),
         ([IMAGES[i] for i in range(N)], r"must be pairs \(input, label\), got a Tensor"),
-        ([("text", 0)] * N, "inputs must be a tensor or a tuple of tensors, got str"),
-        ([({"x": IMAGES[0]}, 0)] * N, "inputs must be a tensor or a tuple of tensors, got dict"),
+        ([("text", 0)] * N, r"inputs\[0\] must be a tensor, or a tuple or dict of tensors, got 'text'"),
     ],
 )
 def test_examples_of_another_form_are_refused(dataset, message):
     with pytest.raises(ConfigError, match=message):
-        client(dataset).run_forward(ForwardRequest(order(0, 2), weights()))
+        client(dataset).draw_batch(order(0, 2))
 
 
 @pytest.mark.parametrize(
@@ -245,16 +270,16 @@ def test_examples_of_another_form_are_refused(dataset, message):
 def test_labels_that_are_no_classes_are_refused_where_classes_are_needed(labels):
     dataset = GetBatch()
     dataset.targets = labels
-    assert client(dataset).describe(DescribeRequest(False)).labels is None
+    assert client(dataset).describe(label_counts=False).labels is None
     with pytest.raises(ConfigError, match="this sampler plans by class: expected one whole number a label"):
-        client(dataset).describe(DescribeRequest(True))
+        client(dataset).describe(label_counts=True)
 
 
 def test_negative_labels_are_refused_where_classes_are_needed():
     dataset = GetBatch()
     dataset.targets = [-1] * N
     with pytest.raises(ConfigError, match="labels must not be negative, got -1"):
-        client(dataset).describe(DescribeRequest(True))
+        client(dataset).describe(label_counts=True)
 
 
 def test_reading_labels_leaves_torchs_generator_alone():
@@ -263,22 +288,22 @@ def test_reading_labels_leaves_torchs_generator_alone():
             return IMAGES[index] + torch.randn(6), int(LABELS[index])
 
     state = torch.get_rng_state()
-    client(Noisy()).describe(DescribeRequest(True))
+    client(Noisy()).describe(label_counts=True)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- describe --------------------------------------------------------------------------------------------------------
 def test_description_says_what_was_asked_for_and_no_more():
-    description = client(test=TensorDataset(IMAGES[:4], LABELS[:4]), partition_id=6).describe(DescribeRequest(False))
+    description = client(test=TensorDataset(IMAGES[:4], LABELS[:4]), partition_id=6).describe(label_counts=False)
     assert (description.partition_id, description.num_examples, description.num_test_examples) == (6, N, 4)
     assert description.labels is description.counts is None
 
 
 def test_a_client_without_data_describes_itself():
-    description = client([], partition_id=0).describe(DescribeRequest(True))
+    description = client([], partition_id=0).describe(label_counts=True)
     assert (description.num_examples, description.num_test_examples) == (0, 0)
     assert description.labels.tolist() == description.counts.tolist() == []
-    description.check(DescribeRequest(True))
+    description.check(label_counts=True)
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
@@ -290,50 +315,65 @@ class Augmented(OneByOne):
 
 
 def test_augmentation_follows_the_order_alone():
-    made = [client(Augmented()).run_forward(ForwardRequest(order(0, 4), weights())) for _ in range(2)]
-    assert torch.equal(made[0].activations[0], made[1].activations[0])
-    plain = client().run_forward(ForwardRequest(order(0, 4), weights()))
-    assert not torch.equal(made[0].activations[0], plain.activations[0])
+    made = [answered(client(Augmented()), order(0, 4))["activations"] for _ in range(2)]
+    assert torch.equal(*made)
+    plain = answered(client(), order(0, 4))["activations"]
+    assert not torch.equal(made[0], plain)
     for other in ({"seed": 12}, {"epoch": 4}, {"step": 3}, {"client": 7}):
-        noise = client(Augmented()).run_forward(ForwardRequest(order(0, 4, **other), weights())).activations[0]
-        clean = client().run_forward(ForwardRequest(order(0, 4, **other), weights())).activations[0]
-        assert not torch.allclose(noise - clean, made[0].activations[0] - plain.activations[0], atol=1e-3), other
+        noise = answered(client(Augmented()), order(0, 4, **other))["activations"]
+        clean = answered(client(), order(0, 4, **other))["activations"]
+        assert not torch.allclose(noise - clean, made[0] - plain, atol=1e-3), other
 
 
 def test_torchs_generator_is_left_alone():
     torch.manual_seed(5)
     state = torch.get_rng_state()
     one = client(Augmented(), Augmented())
-    one.run_forward(ForwardRequest(order(0, 4), weights()))
-    one.evaluate(EvaluateRequest(0, 4, weights()))
+    answered(one, order(0, 4))
+    answered(one, order(0, 4, test=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_backward_answers_for_the_step():
-    one, g = client(), torch.randn(4, 5)
-    graph = one.run_forward(ForwardRequest(order(0, 4), weights()))
-    gradients = one.run_backward(BackwardRequest(order(0, 4), weights(), (g,)), graph)
-    assert (gradients.step, gradients.unused) == (2, ())
-    torch.testing.assert_close(gradients.tensors["weight"], g.T @ IMAGES[epoch_order()[:4]])
+def test_inputs_by_name_are_arguments_by_name():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+
+        def forward(self, mask, image):
+            return self.linear(image) * mask
+
+    module, masks = ByName(), torch.rand(N, 1)
+    dataset = [({"image": IMAGES[i], "mask": masks[i]}, int(LABELS[i])) for i in range(N)]
+    rows = epoch_order()[:3]
+    torch.testing.assert_close(
+        answered(client(dataset), order(0, 3), module)["activations"], module(masks[rows], IMAGES[rows])
+    )
+
+
+def test_gradients_are_those_of_the_examples():
+    g = torch.randn(4, 5)
+    gradients = answered(client(), order(0, 4), gradient=g)["head"]
+    torch.testing.assert_close(gradients["weight"], g.T @ IMAGES[epoch_order()[:4]])
+    torch.testing.assert_close(gradients["bias"], g.sum(0))
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 def test_evaluation_takes_test_examples_in_their_own_order():
     module = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5))
-    one = SplitClient(module, DATASETS["TensorDataset"], TensorDataset(IMAGES[10:], LABELS[10:]))
-    reply = one.evaluate(EvaluateRequest(2, 5, weights(module)))
-    assert reply.labels.tolist() == LABELS[12:17].tolist()
-    torch.testing.assert_close(reply.tensors[0], module[0](IMAGES[12:17]))
-    assert reply.step is None
-    assert not reply.tensors[0].requires_grad
+    one = client(test=TensorDataset(IMAGES[10:], LABELS[10:]))
+    sent = answered(one, order(2, 5, test=True), module)
+    assert sent["labels"].tolist() == LABELS[12:17].tolist()
+    torch.testing.assert_close(sent["activations"], module[0](IMAGES[12:17]))
+    assert not sent["activations"].requires_grad
 
 
-@pytest.mark.parametrize(("start", "count"), [(0, 5), (4, 1), (-1, 2), (0, 0)])
+@pytest.mark.parametrize(("start", "count"), [(0, 5), (4, 1), (3, 2)])
 def test_asking_for_test_examples_that_are_not_there(start, count):
     with pytest.raises(ConfigError, match=f"asked for {count} test examples from {start} on, of 4"):
-        client(test=TensorDataset(IMAGES[:4], LABELS[:4])).evaluate(EvaluateRequest(start, count, weights()))
+        client(test=TensorDataset(IMAGES[:4], LABELS[:4])).draw_batch(order(start, count, test=True))
     with pytest.raises(ConfigError, match="of 0"):
-        client().evaluate(EvaluateRequest(0, 1, weights()))
+        client().draw_batch(order(0, 1, test=True))
 
 
 # --- subclassing -----------------------------------------------------------------------------------------------------
@@ -345,9 +385,7 @@ class Negative(SplitClient):
         return -images, labels + 1
 
     def forward(self, half, inputs):
-        (one,) = half(inputs)
-        (two,) = half(inputs * 2)
-        return one, two
+        return half(inputs), half(inputs * 2)
 
     def labels(self, dataset):
         return np.asarray(LABELS) + 1
@@ -355,13 +393,13 @@ class Negative(SplitClient):
 
 def test_a_subclass_overrides_batch_labels_and_forward():
     one, rows = client(cls=Negative), epoch_order()[:3]
-    graph = one.run_forward(ForwardRequest(order(0, 3), weights()))
-    torch.testing.assert_close(graph.activations[0], half()(-IMAGES[rows]))
-    torch.testing.assert_close(graph.activations[1], half()(-2 * IMAGES[rows]))
-    assert graph.labels.tolist() == (LABELS[rows] + 1).tolist()
-    assert one.describe(DescribeRequest(True)).labels[0] == 1
+    sent = answered(one, order(0, 3))
+    torch.testing.assert_close(sent["activations"][0], half()(-IMAGES[rows]))
+    torch.testing.assert_close(sent["activations"][1], half()(-2 * IMAGES[rows]))
+    assert sent["labels"].tolist() == (LABELS[rows] + 1).tolist()
+    assert one.describe(label_counts=True).labels[0] == 1
     g = torch.ones(3, 5)
-    gradients, _ = graph.backward([g, g])
+    gradients = answered(one, order(0, 3), gradient=(g, g))["head"]
     torch.testing.assert_close(gradients["weight"], -3 * g.T @ IMAGES[rows])
 
 

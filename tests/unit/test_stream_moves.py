@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from psl_flower.exchange.streams.frames import Frame
 
+from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.streams import StreamCarrier
 from psl_flower.exchange.streams.carrier import _Home
 from psl_flower.exchange.streams.endpoint import Connection

@@ -16,15 +16,16 @@ from psl_flower import InProcessGrid, split_client_app
 from psl_flower.client import stream
 from psl_flower.client.stream import StreamError, _connect
 from psl_flower.errors import ConfigError, ProtocolError
+from psl_flower.exchange.frames import CHUNK_BYTES, MAX_CHUNK_BYTES, Decoder, Frame, encode
 from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.exchange.streams import StreamCarrier, StreamOptions
 from psl_flower.exchange.streams.endpoint import METHOD
 from psl_flower.exchange.streams.security import Ticket, Tokens, make_identity
 from psl_flower.exchange.transport import AutoCarrier, open_carrier
-from psl_flower.protocol import DescribeRequest, Description
+from psl_flower.protocol import DESCRIBE, Request
 
-ASK = DescribeRequest(False, {})
 NODES = (2, 3)
+ASK = Request(stage=DESCRIBE, nodes=NODES)
 STRANGER = 99
 
 
@@ -42,8 +43,8 @@ def carrier(app):
 
 
 def works(carrier):
-    answers = carrier.exchange(dict.fromkeys(NODES, ASK), 20)
-    assert all(isinstance(a.reply, Description) for a in answers.values())
+    reply = carrier.exchange(ASK, 20)
+    assert reply.descriptions.keys() == set(NODES), reply.failures
 
 
 def ticket(carrier, **changes):

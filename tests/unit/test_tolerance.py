@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import pytest
 
+from psl_flower.failures import Failure, Kind
+from psl_flower.flower import ERROR_CLIENT_APP, error_kind
 from psl_flower.strategy import tolerance
-from psl_flower.strategy.summary import RunSummary, reason_of
+from psl_flower.strategy.summary import RunSummary
 from psl_flower.strategy.tolerance import Backoff, Retries
 
 
@@ -78,46 +80,35 @@ def test_without_patience_everyone_is_still_tried_thrice(clock):
     assert retries.pause(0.0) == 0
 
 
-@pytest.mark.parametrize(
-    ("failure", "reason"),
-    [
-        ("no reply within 5 s: raise timeout, or see whether the client still runs", "timeout"),
-        ("error 2: ValueError: shape: no reply within", "client error"),
-        ("OSError: disk on fire", "client error"),
-        ("torch.OutOfMemoryError: CUDA out of memory", "client error"),
-        ("activations[0]: shape: expected (3, 4), got (2, 4)", "shape"),
-        ("labels: shape: expected (3,), got (2,)", "shape"),
-        ("gradient of 'a': dtype: expected torch.float32, got torch.float64", "dtype"),
-        ("gradient of 'a': expected finite values, got 1 NaN or infinite", "not finite"),
-        ("reply to another step: expected step 2, got 77", "another step"),
-        ("labels: expected integers from 0 to 3, got 9", "label range"),
-        ("gradients: 1 missing, the first is 'stem.bias'", "tensors missing or unknown"),
-        ("activations: expected 1 tensors, got 2", "tensors missing or unknown"),
-        ("bad reply: expected an ArrayRecord named 'activations'", "malformed"),
-        ("expected Gradients, got Activations", "malformed"),
-        ("Flower did not accept a message to it: the node has left, or the message is too large", "unreachable"),
-        ("its process is gone (killed), and no other is left to take it over", "unreachable"),
-        ("it opened no stream within 5 s: see whether its node still runs", "unreachable"),
-        ("it is not connected", "unreachable"),
-        ("something new", "other"),
-    ],
-)
-def test_kinds_of_failures(failure, reason):
-    assert reason_of(failure) == reason
+def test_an_outage_is_nobodys_fault_and_a_mistake_somebodys():
+    outages = {kind for kind in Kind if kind.is_outage}
+    mistakes = {kind for kind in Kind if kind.is_mistake}
+    assert outages == {Kind.TIMEOUT, Kind.UNREACHABLE}
+    assert set(Kind) - outages - mistakes == {Kind.UNREADABLE, Kind.LEFT_OUT}
+    assert outages.isdisjoint(mistakes)
+
+
+def test_an_error_reply_is_a_mistake_only_if_code_raised():
+    assert error_kind(ERROR_CLIENT_APP).is_mistake
+    assert all(error_kind(code).is_outage for code in (0, 3, 99))  # the node is gone, say
+
+
+TIMEOUT, RAISED = Failure(Kind.TIMEOUT, "no reply within 5 s"), Failure(Kind.RAISED, "OSError: x")
 
 
 def test_a_summary_goes_on_where_it_was():
     summary = RunSummary(steps_committed=3, seconds_wire=0.25)
-    summary.refuse({3: "no reply within 5 s", 12: "OSError: x"})
-    summary.refuse_in_evaluation({4: "no reply within 5 s"})
+    summary.refuse({3: TIMEOUT, 12: RAISED})
+    summary.refuse_in_evaluation({4: TIMEOUT})
     summary.examples_unseen.update({3: 10})
+    summary.excluded[12] = "OSError: x"
     summary.client_seconds[12] += 0.5
     summary.client_examples[12] += 4
     other = RunSummary()
     for _ in range(2):  # what it had does not add up with what is loaded
         other.load_state_dict(summary.state_dict())
     assert other == summary
-    other.refuse({3: "no reply within 5 s"})
+    other.refuse({3: TIMEOUT})
     assert other.refused == {"timeout": 2, "client error": 1}
     assert other.failures == {3: 2, 12: 1}
     assert other.slowest() == {12: 0.125}

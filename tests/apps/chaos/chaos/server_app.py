@@ -21,7 +21,7 @@ class Recording(StepRunner):
 
     def attempt(self, orders, waits):
         attempt = super().attempt(orders, waits)
-        applied = [o for o in orders if attempt.outcome is not None and o.client in attempt.batch]
+        applied = [o for o in orders.each() if attempt.record is not None and o.client in attempt.clients]
         COMMITTED.extend([o.client, o.epoch, o.step, o.start, o.count] for o in applied)
         return attempt
 
@@ -41,7 +41,11 @@ def main(grid, context):
         min_available_nodes=len(list(grid.get_node_ids())),
         transport=str(config["transport"]),
         evaluate_every=0,
-        faults=FaultPolicy(step_timeout=float(config["step-timeout"]), patience=float(config["patience"])),
+        faults=FaultPolicy(
+            mistakes="retry",
+            step_timeout=float(config["step-timeout"]),
+            patience=float(config["patience"]),
+        ),
         checkpoint_every=int(config["checkpoint-every"]),
         resume_from=str(config["resume-from"]) or None,
         output_dir=folder,

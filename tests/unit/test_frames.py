@@ -5,10 +5,10 @@ import struct
 
 import numpy as np
 import pytest
-from psl_flower.exchange.streams.frames import CHUNK_BYTES, Decoder, Frame, encode
 
 from psl_flower.errors import ProtocolError
-from psl_flower.exchange.streams import frames
+from psl_flower.exchange import frames
+from psl_flower.exchange.frames import CHUNK_BYTES, Decoder, Frame, encode
 
 
 def frame(*sizes, **header):

@@ -1,17 +1,17 @@
-"""The server's part of a step, without any transport: exact, all or nothing, deterministic."""
+"""The server's end of a step, without any transport: exact, all or nothing, deterministic."""
 
 import copy
 
 import pytest
 import torch
-from psl_flower.strategy.server_step import SplitTrainer
 from support import CUT, tiny_resnet
 from torch import nn
 from torch.nn import functional as F
 
 from psl_flower import SplitModel
 from psl_flower.errors import ConfigError, StepError
-from psl_flower.protocol import Activations, Gradients
+from psl_flower.server import LocalBackend
+from psl_flower.server.local import RowsError
 from psl_flower.split import cut_model
 
 CPU = torch.device("cpu")
@@ -21,35 +21,41 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-def trainer_of(model, cut=None, **options):
+def backend_of(model, cut=None, **options):
     halves = cut_model(model, cut)
     order = [name for name, _ in model.named_parameters()]
     options = {"optimizer": sgd, "loss": F.cross_entropy, "classification": True, **options}
-    return SplitTrainer(halves.client, halves.server, device=CPU, order=order, **options)
+    parts, places = {"head": halves.client, "body": halves.server}, {"head": "client", "body": "server"}
+    return LocalBackend(parts, places, device=CPU, order=order, **options)
 
 
-def trainer(**options):
-    return trainer_of(tiny_resnet(), CUT, **options)
+def backend(**options):
+    return backend_of(tiny_resnet(), CUT, **options)
 
 
-def batch(counts, labels=None, seed=0):
-    """Return activations of TinyResNet's cut for each client."""
+def batch(n, labels=None, seed=0):
+    """Return activations of TinyResNet's cut, and labels."""
     generator = torch.Generator().manual_seed(seed)
-    parts = {}
-    for client, n in counts.items():
-        targets = torch.randint(0, 4, (n,), generator=generator) if labels is None else labels[client]
-        parts[client] = Activations((torch.randn(n, 4, 6, 6, generator=generator),), targets, 0)
-    return parts
+    labels = torch.randint(0, 4, (n,), generator=generator) if labels is None else labels
+    return (torch.randn(n, 4, 6, 6, generator=generator),), labels
 
 
-def gradients_of(a_trainer, scale=1.0):
-    return Gradients({n: torch.full_like(p, scale) for n, p in a_trainer.weights().parameters.items()}, (), 0)
+def run(one, inputs, labels, seed=0):
+    return one.part("body", seed).forward_backward(inputs, labels)
 
 
-def snapshot(a_trainer):
-    buffers = {n: b.clone() for n, b in a_trainer.server.named_buffers()}
-    grads = {n: p.grad for half in (a_trainer.client, a_trainer.server) for n, p in half.named_parameters()}
-    return a_trainer.state(), buffers, grads
+def head_gradients(one, scale=1.0):
+    return {n: torch.full_like(p, scale) for n, p in one.weights()["head"].parameters.items()}
+
+
+def commit(one, outcome, head=None):
+    one.commit({"head": head_gradients(one) if head is None else head, "body": outcome.parameter_gradients})
+
+
+def snapshot(one):
+    buffers = {n: b.clone() for n, b in one.parts["body"].named_buffers()}
+    grads = {n: p.grad for part in one.parts.values() for n, p in part.named_parameters()}
+    return one.state(), buffers, grads
 
 
 def equal(a, b):
@@ -57,35 +63,36 @@ def equal(a, b):
 
 
 # --- forward and backward --------------------------------------------------------------------------------------------
-def test_one_global_batch_in_client_order():
-    one, parts = trainer(), batch({2: 3, 5: 1, 9: 4})
-    reference = copy.deepcopy(one.server).train()
-    x = torch.cat([p.tensors[0] for p in parts.values()]).requires_grad_()
-    y = torch.cat([p.labels for p in parts.values()])
-    outputs = reference(x)
+def test_it_is_a_step_of_centralised_training_from_the_cut_on():
+    one, ((x,), y) = backend(), batch(8)
+    reference = copy.deepcopy(one.parts["body"]).train()
+    leaf = x.clone().requires_grad_()
+    outputs = reference(leaf)
     loss = F.cross_entropy(outputs, y)
     loss.backward()
 
-    outcome = one.forward_backward(parts, seed=0)
-    assert outcome.loss == loss.item()
+    outcome = run(one, (x,), y)
+    assert (outcome.loss, outcome.weight) == (loss.item(), 8)
     assert (outcome.correct, outcome.predictions) == (int((outputs.argmax(1) == y).sum()), 8)
     assert outcome.class_counts.tolist() == torch.bincount(y, minlength=4).tolist()
-    assert list(outcome.cut_gradients) == [2, 5, 9]
-    found = torch.cat([g for (g,) in outcome.cut_gradients.values()])
-    assert torch.equal(found, x.grad)
-    for name, p in one.server.named_parameters():
-        assert torch.equal(p.grad, reference.get_parameter(name).grad), name
-    assert equal(
-        dict(one.server.named_buffers()), dict(reference.named_buffers())
-    )  # the batch norm saw the whole batch
+    assert torch.equal(outcome.gradient[0], leaf.grad)
+    assert equal(outcome.parameter_gradients, {n: p.grad for n, p in reference.named_parameters()})
+    assert equal(dict(one.parts["body"].named_buffers()), dict(reference.named_buffers()))
 
 
-def test_the_activations_received_are_left_alone():
-    parts = batch({0: 3})
-    before = parts[0].tensors[0].clone()
-    trainer().forward_backward(parts, seed=0)
-    assert torch.equal(parts[0].tensors[0], before)
-    assert not parts[0].tensors[0].requires_grad
+def test_what_was_received_is_left_alone():
+    (x,), y = batch(3)
+    before = x.clone()
+    run(backend(), (x,), y)
+    assert torch.equal(x, before)
+    assert not x.requires_grad
+
+
+def test_the_rows_may_be_a_tree_of_one():
+    (x,), y = batch(3)
+    bare, nested = run(backend(), x, y), run(backend(), (x,), y)
+    assert bare.loss == nested.loss
+    assert torch.equal(bare.gradient, nested.gradient[0])
 
 
 class ManyInputs(nn.Module):
@@ -106,27 +113,24 @@ class ThreeOut(nn.Linear):
 
 
 def test_what_is_not_differentiable_gets_no_gradient():
-    one = trainer_of(SplitModel(client=ThreeOut(2, 3), server=ManyInputs()))
-    tensors = (torch.randn(5, 3), torch.arange(5), torch.randn(5, 3))
-    outcome = one.forward_backward({7: Activations(tensors, torch.zeros(5, dtype=torch.int64), 0)}, seed=0)
-    gradients = outcome.cut_gradients[7]
+    one = backend_of(SplitModel(client=ThreeOut(2, 3), server=ManyInputs()))
+    inputs = (torch.randn(5, 3), torch.arange(5), torch.randn(5, 3))
+    gradients = run(one, inputs, torch.zeros(5, dtype=torch.int64)).gradient
     assert gradients[0].shape == (5, 3)
     assert gradients[1] is gradients[2] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
 def test_labels_of_any_integer_dtype(dtype):
-    expected = trainer().forward_backward(batch({0: 6}), seed=0)
-    parts = {0: Activations(batch({0: 6})[0].tensors, batch({0: 6})[0].labels.to(dtype), 0)}
-    outcome = trainer().forward_backward(parts, seed=0)
+    x, y = batch(6)
+    expected, outcome = run(backend(), x, y), run(backend(), x, y.to(dtype))
     assert (outcome.loss, outcome.correct) == (expected.loss, expected.correct)
-    assert torch.equal(outcome.cut_gradients[0][0], expected.cut_gradients[0][0])
+    assert torch.equal(outcome.gradient[0], expected.gradient[0])
 
 
 def test_dense_predictions_count_positions():
     model = SplitModel(client=nn.Conv2d(1, 2, 1), server=nn.Conv2d(2, 3, 1))
-    parts = {0: Activations((torch.randn(2, 2, 4, 4),), torch.randint(0, 3, (2, 4, 4)), 0)}
-    outcome = trainer_of(model).forward_backward(parts, seed=0)
+    outcome = run(backend_of(model), (torch.randn(2, 2, 4, 4),), torch.randint(0, 3, (2, 4, 4)))
     assert outcome.predictions == 32
     assert outcome.class_counts.sum() == 32
     assert 0 <= outcome.correct <= 32
@@ -134,10 +138,10 @@ def test_dense_predictions_count_positions():
 
 def test_any_loss_without_classification():
     model = SplitModel(client=nn.Linear(2, 3), server=nn.Linear(3, 1))
-    one = trainer_of(model, loss=F.mse_loss, classification=False)
+    one = backend_of(model, loss=F.mse_loss, classification=False)
     targets = torch.tensor([[0.5], [-2.0], [100.0]])
     x = torch.randn(3, 3)
-    outcome = one.forward_backward({0: Activations((x,), targets, 0)}, seed=0)
+    outcome = run(one, (x,), targets)
     assert outcome.loss == pytest.approx(F.mse_loss(model.server(x), targets).item())
     assert outcome.correct is outcome.class_counts is None
 
@@ -149,57 +153,55 @@ def dropping():
 
 
 def test_dropout_in_the_server_half_follows_the_seed_alone():
-    parts = {0: Activations((torch.randn(6, 50),), torch.zeros(6, dtype=torch.int64), 0)}
+    x, y = (torch.randn(6, 50),), torch.zeros(6, dtype=torch.int64)
     model = dropping()
-    outcomes = []
+    gradients = []
     for seed in (3, 3, 4):
         torch.rand(7)
-        outcomes.append(trainer_of(model).forward_backward(parts, seed=seed))
-    assert torch.equal(outcomes[0].cut_gradients[0][0], outcomes[1].cut_gradients[0][0])
-    assert not torch.equal(outcomes[0].cut_gradients[0][0], outcomes[2].cut_gradients[0][0])
-    assert (outcomes[0].cut_gradients[0][0] == 0).any()
+        gradients.append(run(backend_of(model), x, y, seed=seed).gradient[0])
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+    assert (gradients[0] == 0).any()
 
 
 def test_torchs_generator_is_left_alone():
-    parts = {0: Activations((torch.randn(6, 50),), torch.zeros(6, dtype=torch.int64), 0)}
-    one = trainer_of(dropping())
+    x, y = (torch.randn(6, 50),), torch.zeros(6, dtype=torch.int64)
+    one = backend_of(dropping())
     state = torch.get_rng_state()
     with one.transaction():
-        one.forward_backward(parts, seed=3)
-    one.evaluate(parts[0], 0)
+        run(one, x, y, seed=3)
+    one.part("body", 0).evaluate(x, y)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- commit ----------------------------------------------------------------------------------------------------------
-def test_client_gradients_are_summed_and_one_optimizer_steps_both_halves():
-    one = trainer()
+def test_one_optimizer_steps_all_parts():
+    one = backend()
     before = one.state()
-    one.forward_backward(batch({0: 4, 1: 4}), seed=0)
-    server = {n: p.grad.clone() for n, p in one.server.named_parameters()}
-    one.commit([gradients_of(one, 1.0), gradients_of(one, 2.0)])
+    outcome = run(one, *batch(8))
+    commit(one, outcome, head_gradients(one, 3.0))
     after = one.state()
-    for name in one.weights().parameters:
+    for name in one.weights()["head"].parameters:
         torch.testing.assert_close(after[name], before[name] - 0.1 * 3)
-    for name, grad in server.items():
-        torch.testing.assert_close(after[name], before[name] - 0.1 * grad)
+    for name, gradient in outcome.parameter_gradients.items():
+        torch.testing.assert_close(after[name], before[name] - 0.1 * gradient)
 
 
 def test_gradients_received_are_left_alone():
-    one = trainer()
-    parts = [gradients_of(one, 1.0), gradients_of(one, 2.0)]
-    one.forward_backward(batch({0: 4}), seed=0)
-    one.commit(parts)
-    assert [float(p.tensors["stem.bias"][0]) for p in parts] == [1.0, 2.0]
+    one = backend()
+    head = head_gradients(one, 2.0)
+    for _ in range(2):
+        commit(one, run(one, *batch(4)), head)
+    assert float(head["stem.bias"][0]) == 2.0
 
 
 def test_parameters_no_client_used_are_not_touched():
     """As in centralised training: no gradient, so neither momentum nor weight decay moves them."""
-    one = trainer(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5))
+    one = backend(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5))
     before = one.state()
-    one.forward_backward(batch({0: 4, 1: 4}), seed=0)
-    names = list(one.weights().parameters)
-    half_used = Gradients({names[1]: torch.ones_like(before[names[1]])}, tuple(names[:1] + names[2:]), 0)
-    one.commit([half_used, Gradients({}, tuple(names), 0)])
+    names = list(one.weights()["head"].parameters)
+    head = {**dict.fromkeys(names), names[1]: torch.ones_like(before[names[1]])}
+    commit(one, run(one, *batch(8)), head)
     after = one.state()
     assert [n for n in names if not torch.equal(after[n], before[n])] == [names[1]]
 
@@ -208,12 +210,11 @@ def test_frozen_parameters_stay():
     model = tiny_resnet()
     model.stem.weight.requires_grad_(False)
     model.head.bias.requires_grad_(False)
-    one = trainer_of(model, CUT)
-    assert "stem.weight" in one.weights().constants
+    one = backend_of(model, CUT)
+    assert "stem.weight" in one.weights()["head"].constants
     before = one.state()
     for _ in range(2):
-        one.forward_backward(batch({0: 4}), seed=0)
-        one.commit([gradients_of(one)])
+        commit(one, run(one, *batch(4)))
     after = one.state()
     changed = {n for n in before if not torch.equal(after[n], before[n])}
     assert "stem.bias" in changed
@@ -224,12 +225,11 @@ def test_gradients_do_not_pile_up_on_parameters_the_optimizer_leaves_out():
     def biases_only(parameters):
         return torch.optim.SGD([p for p in parameters if p.ndim == 1], lr=0.1)
 
-    one, parts = trainer(optimizer=biases_only), batch({0: 4})
+    one = backend(optimizer=biases_only)
     norms = []
     for _ in range(2):
-        one.forward_backward(parts, seed=0)
-        one.commit([gradients_of(one)])
-        norms.append(float(one.client.get_parameter("stem.weight").grad.abs().max()))
+        commit(one, run(one, *batch(4)))
+        norms.append(float(one.parts["head"].get_parameter("stem.weight").grad.abs().max()))
     assert norms == [1.0, 1.0]
 
 
@@ -250,11 +250,10 @@ class ZebraFirst(nn.Module):
 def test_tied_weights_inside_a_half_are_trained_once():
     model = ZebraFirst()
     made = []
-    one = trainer_of(model, "head", optimizer=lambda p: made.append(list(p)) or sgd(made[-1]))
+    one = backend_of(model, "head", optimizer=lambda p: made.append(list(p)) or sgd(made[-1]))
     assert [tuple(p.shape) for p in made[0]] == [tuple(p.shape) for p in model.parameters()]
     before = one.state()
-    one.forward_backward({0: Activations((torch.randn(3, 4),), torch.zeros(3, dtype=torch.int64), 0)}, seed=0)
-    one.commit([gradients_of(one)])
+    commit(one, run(one, (torch.randn(3, 4),), torch.zeros(3, dtype=torch.int64)))
     after = one.state()
     for name in ("zebra.weight", "zebra.bias", "ant.weight", "ant.bias"):
         torch.testing.assert_close(after[name], before[name] - 0.1)
@@ -265,63 +264,76 @@ def test_tied_weights_inside_a_half_are_trained_once():
 def test_the_optimizer_gets_the_models_order():
     made = []
     model = tiny_resnet()
-    trainer_of(model, CUT, optimizer=lambda p: made.append(list(p)) or sgd(made[-1]))
+    backend_of(model, CUT, optimizer=lambda p: made.append(list(p)) or sgd(made[-1]))
     assert all(torch.equal(a, b) for a, b in zip(made[0], model.parameters(), strict=True))
 
 
 def test_a_model_with_nothing_to_train_is_refused():
     model = tiny_resnet().requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter to train: set requires_grad on some"):
-        trainer_of(model, CUT)
+        backend_of(model, CUT)
 
 
 def test_weights_are_one_object_until_they_change():
-    one, another = trainer(), trainer()
+    one, another = backend(), backend()
     first = one.weights()
     assert one.weights() is first
-    one.forward_backward(batch({0: 4}), seed=0)
-    one.commit([gradients_of(one)])
+    commit(one, run(one, *batch(4)))
     second = one.weights()
-    assert len({first.version, second.version, another.weights().version}) == 3
+    assert len({w["head"].version for w in (first, second, another.weights())}) == 3
+    assert first["head"].constants_version == second["head"].constants_version  # nothing changes them in training
+    assert first["head"].constants_version != another.weights()["head"].constants_version
+
+
+def test_loaded_state_is_new_to_everybody():
+    one, another = backend(), backend_of(tiny_resnet(seed=1), CUT)
+    commit(another, run(another, *batch(4)))
+    before = one.weights()["head"]
+    one.load_state_dict(copy.deepcopy(another.state_dict()))
+    after = one.weights()["head"]
+    assert equal(one.state(), another.state())
+    assert after.version != before.version
+    assert after.constants_version != before.constants_version
+    for each in (one, another):  # with its optimizer
+        commit(each, run(each, *batch(4, seed=1)))
+    assert equal(one.state(), another.state())
 
 
 # --- all or nothing --------------------------------------------------------------------------------------------------
-def lose_step(one, parts, error, seed=0):
-    """Run the server's part of a step, and then lose a client."""
-    before = {n: b.clone() for n, b in one.server.named_buffers()}
+def lose_step(one, inputs, labels, error, seed=0):
+    """Run the server's end of a step, and then lose a client."""
+    before = {n: b.clone() for n, b in one.parts["body"].named_buffers()}
     with one.transaction():
-        one.forward_backward(parts, seed=seed)
-        assert not equal(dict(one.server.named_buffers()), before)  # there is something to undo
+        run(one, inputs, labels, seed)
+        assert not equal(dict(one.parts["body"].named_buffers()), before)  # there is something to undo
         raise error
 
 
 @pytest.mark.parametrize("error", [StepError("a client failed"), KeyboardInterrupt()])
 def test_an_error_undoes_the_step(error):
-    one = trainer()
-    one.forward_backward(batch({0: 4}), seed=0)
-    one.commit([gradients_of(one)])
+    one = backend()
+    commit(one, run(one, *batch(4)))
     state, buffers, _ = snapshot(one)
-    version = one.weights().version
+    version = one.weights()["head"].version
     with pytest.raises(type(error)):
-        lose_step(one, batch({0: 5}, seed=1), error)
+        lose_step(one, *batch(5, seed=1), error)
     after, buffers_after, grads = snapshot(one)
     assert equal(after, state)
     assert equal(buffers_after, buffers)
     assert all(g is None for g in grads.values())
-    assert one.weights().version == version
+    assert one.weights()["head"].version == version
 
 
 def test_a_redone_step_gives_what_an_undisturbed_one_gives():
     results = []
     for disturb in (True, False):
-        one = trainer(optimizer=torch.optim.Adam)
+        one = backend(optimizer=torch.optim.Adam)
         for step in range(3):
             if disturb:
                 with pytest.raises(StepError):
-                    lose_step(one, batch({0: 5}, seed=10 + step), StepError("lost"), seed=step)
+                    lose_step(one, *batch(5, seed=10 + step), StepError("lost"), seed=step)
             with one.transaction():
-                one.forward_backward(batch({0: 4}, seed=step), seed=step)
-                one.commit([gradients_of(one, 0.5)])
+                commit(one, run(one, *batch(4, seed=step), seed=step), head_gradients(one, 0.5))
         results.append(one.state())
     assert equal(*results)
 
@@ -340,89 +352,96 @@ class Rebinds(nn.Module):
 
 
 def test_assigned_buffers_are_undone_too():
-    one = trainer_of(SplitModel(client=nn.Linear(2, 3), server=Rebinds()))
-    parts = {0: Activations((torch.randn(2, 3),), torch.tensor([0, 1]), 0)}
+    one = backend_of(SplitModel(client=nn.Linear(2, 3), server=Rebinds()))
     with pytest.raises(StepError):
-        lose_step(one, parts, StepError("lost"))
+        lose_step(one, (torch.randn(2, 3),), torch.tensor([0, 1]), StepError("lost"))
     assert one.state()["server.calls"] == 0
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
-def test_labels_out_of_range_name_their_clients():
-    labels = {2: torch.tensor([0, 3]), 5: torch.tensor([1, 4, 9]), 9: torch.tensor([-1])}
-    with pytest.raises(StepError) as caught:
-        trainer().forward_backward(batch({2: 2, 5: 3, 9: 1}, labels), seed=0)
-    assert caught.value.failures == {
-        5: "labels: expected integers from 0 to 3, got 4",
-        9: "labels: expected integers from 0 to 3, got -1",
+def test_labels_out_of_range_name_their_rows():
+    with pytest.raises(RowsError, match="labels must be class indices") as caught:
+        run(backend(), *batch(6, torch.tensor([0, 3, 1, 4, -1, 2])))
+    assert caught.value.rows == {
+        3: "labels: expected integers from 0 to 3, got 4",
+        4: "labels: expected integers from 0 to 3, got -1",
     }
+
+
+def test_of_dense_labels_the_first_that_is_wrong_names_its_row():
+    labels = torch.zeros(3, 4, 4, dtype=torch.int64)
+    labels[1, 2, 3], labels[1, 3, 3] = 7, 9
+    model = SplitModel(client=nn.Conv2d(1, 2, 1), server=nn.Conv2d(2, 3, 1))
+    with pytest.raises(RowsError) as caught:
+        run(backend_of(model), (torch.randn(3, 2, 4, 4),), labels)
+    assert caught.value.rows == {1: "labels: expected integers from 0 to 2, got 7"}
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(4), torch.zeros(4, dtype=torch.bool)])
 def test_labels_that_are_no_classes_are_refused(labels):
     with pytest.raises(ConfigError, match=r"integer labels, got outputs .* pass classification=False"):
-        trainer().forward_backward(batch({0: 4}, {0: labels}), seed=0)
+        run(backend(), *batch(4, labels))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_refused(value):
-    one = trainer(loss=lambda outputs, labels: F.cross_entropy(outputs, labels) * value)
+    one = backend(loss=lambda outputs, labels: F.cross_entropy(outputs, labels) * value)
     with pytest.raises(StepError, match=f"the loss is {value}: training diverges, lower the learning rate"):
-        one.forward_backward(batch({0: 4}), seed=0)
-    assert all(p.grad is None for p in one.server.parameters())
+        run(one, *batch(4))
+    assert all(p.grad is None for p in one.parts["body"].parameters())
 
 
 def test_a_loss_that_is_no_mean_is_refused():
-    one = trainer(loss=nn.CrossEntropyLoss(reduction="none"))
+    one = backend(loss=nn.CrossEntropyLoss(reduction="none"))
     with pytest.raises(ConfigError, match=r"the loss must be the mean over the batch, got shape \(4,\)"):
-        one.forward_backward(batch({0: 4}), seed=0)
+        run(one, *batch(4))
 
 
 def test_activations_the_server_half_cannot_take_are_a_step_error():
-    parts = {3: Activations((torch.randn(2, 5, 6, 6),), torch.tensor([0, 1]), 0)}
-    with pytest.raises(StepError, match=r"server half failed on activations float32 \(5, 6, 6\)"):
-        trainer().forward_backward(parts, seed=0)
+    with pytest.raises(StepError, match=r"server half failed on 2 rows of activations float32 \(5, 6, 6\)"):
+        run(backend(), (torch.randn(2, 5, 6, 6),), torch.tensor([0, 1]))
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
-def test_evaluation_changes_nothing_and_sums_over_examples():
-    one = trainer()
+def test_evaluation_changes_nothing():
+    one = backend()
     state, buffers, _ = snapshot(one)
-    part = batch({4: 7})[4]
-    loss, correct, predictions = one.evaluate(part, 4)
-    outputs = copy.deepcopy(one.server).eval()(part.tensors[0])
-    assert loss == pytest.approx(F.cross_entropy(outputs, part.labels, reduction="sum").item())
-    assert (correct, predictions) == (int((outputs.argmax(1) == part.labels).sum()), 7)
+    (x,), y = batch(7)
+    outcome = one.part("body", 0).evaluate((x,), y)
+    outputs = copy.deepcopy(one.parts["body"]).eval()(x)
+    assert outcome.loss == pytest.approx(F.cross_entropy(outputs, y).item())
+    assert outcome.weight == 7
+    assert (outcome.correct, outcome.predictions) == (int((outputs.argmax(1) == y).sum()), 7)
+    assert outcome.gradient is outcome.parameter_gradients is None
     after, buffers_after, grads = snapshot(one)
     assert equal(after, state)
     assert equal(buffers_after, buffers)
     assert all(g is None for g in grads.values())
 
 
-def test_evaluation_names_the_client_of_a_bad_label():
-    part = batch({4: 2}, {4: torch.tensor([0, 4])})[4]
-    with pytest.raises(StepError) as caught:
-        trainer().evaluate(part, 4)
-    assert caught.value.failures == {4: "labels: expected integers from 0 to 3, got 4"}
+def test_evaluation_names_the_row_of_a_bad_label():
+    with pytest.raises(RowsError) as caught:
+        backend().part("body", 0).evaluate(*batch(2, torch.tensor([0, 4])))
+    assert caught.value.rows == {1: "labels: expected integers from 0 to 3, got 4"}
 
 
 def test_evaluation_without_classification_has_no_score():
     model = SplitModel(client=nn.Linear(2, 3), server=nn.Linear(3, 1))
-    one = trainer_of(model, loss=F.mse_loss, classification=False)
+    one = backend_of(model, loss=F.mse_loss, classification=False)
     x, y = torch.randn(4, 3), torch.randn(4, 1)
-    loss, correct, _ = one.evaluate(Activations((x,), y), 0)
-    assert loss == pytest.approx(4 * F.mse_loss(model.server(x), y).item(), rel=1e-5)
-    assert correct is None
+    outcome = one.part("body", 0).evaluate((x,), y)
+    assert outcome.loss * outcome.weight == pytest.approx(4 * F.mse_loss(model.server(x), y).item(), rel=1e-5)
+    assert outcome.correct is None
 
 
 # --- dtypes ----------------------------------------------------------------------------------------------------------
 def test_a_bfloat16_model_trains():
-    one = trainer_of(tiny_resnet().bfloat16(), CUT)
-    parts = {k: Activations((p.tensors[0].bfloat16(),), p.labels, 0) for k, p in batch({0: 4, 1: 2}).items()}
+    one = backend_of(tiny_resnet().bfloat16(), CUT)
+    (x,), y = batch(6)
     before = one.state()
-    outcome = one.forward_backward(parts, seed=0)
-    assert outcome.cut_gradients[1][0].dtype == torch.bfloat16
-    one.commit([gradients_of(one)])
+    outcome = run(one, (x.bfloat16(),), y)
+    assert outcome.gradient[0].dtype == torch.bfloat16
+    commit(one, outcome)
     after = one.state()
     assert after["head.weight"].dtype == torch.bfloat16
     assert not torch.equal(after["head.weight"], before["head.weight"])
@@ -447,49 +466,47 @@ class NormedHead(nn.Module):
 def test_one_example_is_normalised_by_running_statistics_where_it_has_none_of_its_own():
     torch.manual_seed(0)
     model = NormedHead()
-    a_trainer = trainer_of(model, "norm")
-    many = {0: Activations((torch.randn(9, 6),), torch.arange(9) % 4, 0)}
-    a_trainer.forward_backward(many, 0)
-    before = {n: b.clone() for n, b in a_trainer.server.named_buffers()}
-    one = {2: Activations((torch.randn(1, 6),), torch.tensor([3]), 0)}
-    outcome = a_trainer.forward_backward(one, 0)
-    gradients = {n: p.grad.clone() for n, p in a_trainer.server.named_parameters()}
-    assert all(torch.equal(b, before[n]) for n, b in a_trainer.server.named_buffers())
-    assert all(m.training for m in a_trainer.server.modules())
+    one = backend_of(model, "norm")
+    body = one.parts["body"]
+    run(one, (torch.randn(9, 6),), torch.arange(9) % 4)
+    before = {n: b.clone() for n, b in body.named_buffers()}
+    x, label = torch.randn(1, 6), torch.tensor([3])
+    outcome = run(one, (x,), label)
+    assert all(torch.equal(b, before[n]) for n, b in body.named_buffers())
+    assert all(m.training for m in body.modules())
     # as the whole model's tail does in evaluation
     reference = copy.deepcopy(model).eval()
     reference.load_state_dict({**reference.state_dict(), **before})
-    x = one[2].tensors[0].clone().requires_grad_()
-    y = reference.head(reference.second(reference.norm(x)[:, :, None, None]).flatten(1))
-    loss = F.cross_entropy(y, one[2].labels)
+    leaf = x.clone().requires_grad_()
+    y = reference.head(reference.second(reference.norm(leaf)[:, :, None, None]).flatten(1))
+    loss = F.cross_entropy(y, label)
     loss.backward()
     assert outcome.loss == pytest.approx(loss.item())
-    assert torch.allclose(outcome.cut_gradients[2][0], x.grad)
-    for name, gradient in gradients.items():
+    assert torch.allclose(outcome.gradient[0], leaf.grad)
+    for name, gradient in outcome.parameter_gradients.items():
         assert torch.allclose(gradient, reference.get_parameter(name).grad)
 
 
 def test_one_example_with_statistics_of_its_own_uses_them():
     """Batch norm over an image: what centralised training does with a last batch of one."""
-    a_trainer, one = trainer(), batch({0: 1})
-    outcome = a_trainer.forward_backward(one, 0)
+    (x,), y = batch(1)
+    outcome = run(backend(), (x,), y)
     server = copy.deepcopy(cut_model(tiny_resnet(), CUT).server).train()
-    loss = F.cross_entropy(server(*one[0].tensors), one[0].labels)
-    assert outcome.loss == pytest.approx(loss.item())
+    assert outcome.loss == pytest.approx(F.cross_entropy(server(x), y).item())
 
 
 def test_of_one_example_each_layer_uses_what_statistics_there_are():
     """Over an image they are its own, as in centralised training; behind the pooling there are none."""
     server = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
     model = SplitModel(client=nn.Conv2d(1, 4, 1), server=copy.deepcopy(server))
-    a_trainer, x = trainer_of(model), torch.randn(1, 4, 3, 3)
-    outcome = a_trainer.forward_backward({0: Activations((x,), torch.tensor([3]), 0)}, 0)
+    one, x = backend_of(model), torch.randn(1, 4, 3, 3)
+    outcome = run(one, (x,), torch.tensor([3]))
     server.train()[3].eval()
     assert outcome.loss == pytest.approx(F.cross_entropy(server(x), torch.tensor([3])).item())
-    tracked = {n.removeprefix("server."): b for n, b in a_trainer.server.named_buffers()}
+    tracked = {n.removeprefix("server."): b for n, b in one.parts["body"].named_buffers()}
     for name, buffer in server.named_buffers():
         assert torch.equal(tracked[name], buffer), name
-    assert not any(m._forward_pre_hooks for m in a_trainer.server.modules())
+    assert not any(m._forward_pre_hooks for m in one.parts["body"].modules())
 
 
 def test_other_value_errors_of_one_example_are_not_hidden():
@@ -498,6 +515,5 @@ def test_other_value_errors_of_one_example_are_not_hidden():
             raise ValueError("not today")
 
     model = SplitModel(client=nn.Linear(3, 6), server=nn.Sequential(nn.BatchNorm1d(6), Refuses(), nn.Linear(6, 4)))
-    a_trainer = trainer_of(model)
     with pytest.raises(StepError, match="ValueError: not today"):
-        a_trainer.forward_backward({0: Activations((torch.randn(1, 6),), torch.tensor([3]), 0)}, 0)
+        run(backend_of(model), (torch.randn(1, 6),), torch.tensor([3]))
