@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from psl_flower.app.task import cut_of, make_model
+from psl_flower.app.task import check_model
 from psl_flower.checks import check_int
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
@@ -24,7 +24,6 @@ from psl_flower.experiments.report import write_report
 from psl_flower.experiments.results import RESULTS_FILE
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
 from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, preset_names, read_sweep
-from psl_flower.split import check_client_half, cut_model
 
 _DESCRIPTION = """\
 Train every combination of methods, clients, batch sizes, seeds ... that a small TOML file names; keep all results in
@@ -148,7 +147,7 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
 def _check_cuts(configs: Sequence[RunConfig]) -> None:
     """Refuse models that cannot be cut where they shall be, before anything is trained."""
     for config in {(config.dataset, config.model, config.cut): config for config in configs}.values():
-        check_client_half(cut_model(make_model(config), cut_of(config)).client)
+        check_model(config)
 
 
 def _train(sweep: Sweep, experiments: Sequence[Experiment], folder: Path, workers: int, words: Sequence[str]) -> int:
