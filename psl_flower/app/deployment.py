@@ -68,7 +68,7 @@ class LocalDeployment(LocalSuperLink):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = app_parser("Run a Flower app on a deployment of its own, stopped at the end.", "SuperNodes", 2)
+    parser = app_parser("deploy", "Run a Flower app on a deployment of its own, stopped at the end.", "SuperNodes", 2)
     parser.add_argument("--tls", action="store_true", help="encrypt Flower's own connections, too")
     options = parser.parse_args(arguments)
     return run_app(options, partial(LocalDeployment, num_supernodes=options.num_supernodes, tls=options.tls))

@@ -226,9 +226,9 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def app_parser(description: str, clients: str, num_supernodes: int) -> argparse.ArgumentParser:
-    """Return the command line's parser; `clients` says what there are `num_supernodes` of unless it is told."""
-    parser = argparse.ArgumentParser(description=description)
+def app_parser(command: str, description: str, clients: str, num_supernodes: int) -> argparse.ArgumentParser:
+    """Return the parser of ``psl-flower command``; `clients` are what there are `num_supernodes` of unless told."""
+    parser = argparse.ArgumentParser(prog=f"psl-flower {command}", description=description)
     parser.add_argument("app", nargs="?", default=".", help="folder with the app's pyproject.toml (default: this one)")
     number = f"{clients} (default: {num_supernodes})"
     parser.add_argument("--num-supernodes", type=int, default=num_supernodes, help=number)
@@ -302,7 +302,7 @@ def ended_by_signals() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = app_parser("Run a Flower app on a SuperLink of its own, stopped at the end.", "virtual clients", 16)
+    parser = app_parser("run", "Run a Flower app on a SuperLink of its own, stopped at the end.", "virtual clients", 16)
     options = parser.parse_args(arguments)
     return run_app(options, LocalSuperLink, options.num_supernodes)
 
