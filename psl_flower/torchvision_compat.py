@@ -5,7 +5,7 @@
     import psl_flower.torchvision_compat  # isort: skip
     from torchvision.models import resnet18
 
-It comes before the first import of torchvision in the process: the comment keeps tools that sort imports from moving it.
+It comes before the process's first import of torchvision: the comment keeps tools that sort imports from moving it.
 
 The package index's torchvision is built against CUDA torch. Beside a CPU-only torch its compiled operators do not load,
 and ``import torchvision`` stops at ``torchvision._meta_registrations``, which describes those operators::

@@ -1,8 +1,8 @@
 """What ends a run is the last thing in Flower's log, in one sentence.
 
-Flower logs a traceback of whatever a ServerApp raises, and after it the meaning of its own exit code: for a mistyped key
-thirty lines, with the sentence that helps in their midst. In the simulation Ray may have failed meanwhile, too, for its
-own thread does not wait for the ServerApp.
+Flower logs a traceback of whatever a ServerApp raises, and after it the meaning of its own exit code: for a mistyped
+key thirty lines, with the sentence that helps in their midst. In the simulation Ray may have failed meanwhile, too, for
+its own thread does not wait for the ServerApp.
 """
 
 from __future__ import annotations

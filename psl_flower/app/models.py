@@ -7,7 +7,6 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-
 _DEFAULT_CUTS = {"tiny-cnn": "stage2", "cnn": "stage2", "resnet18": "layer2", "resnet34": "layer2"}
 
 
