@@ -177,9 +177,8 @@ class LocalSuperLink:
         output = "".join(lines)
         status = self._status(output)
         if process.returncode or status != "finished:completed":
-            raise RuntimeError(
-                f"the run ended with status {status!r}, exit code {process.returncode}:\n{output[-4000:]}"
-            )
+            log = f":\n{output[-4000:]}" if quiet else ""  # else it stands above already
+            raise RuntimeError(f"the run ended with status {status!r}, exit code {process.returncode}{log}")
         return output
 
     def _status(self, output: str) -> str:

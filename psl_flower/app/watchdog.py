@@ -3,8 +3,7 @@
 Signals can be caught, SIGKILL cannot: so a process of its own, which whoever kills the launcher's group does not reach,
 waits for the end of a pipe that only the launcher holds open. The system closes it with the launcher, and the watchdog
 then stops what the launcher had started, with all descendants, which it finds in ``/proc``, or with ``ps`` on systems
-without (macOS, BSD). On Windows, which has neither, there is no watchdog: a launcher that is killed there leaves its
-processes to Flower, whose own ones end with the SuperLink.
+without (macOS, BSD). Windows has neither, nor the groups and signals that the launchers use: there they run in WSL.
 
 This file is also the watchdog's program. It is started by its path, without torch, Flower or the rest of psl_flower.
 """
@@ -21,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 GRACE = 8.0  # seconds to end orderly: Ray and SuperLink take 2 to 4
 _INTERVAL = 0.2
@@ -34,16 +33,13 @@ class Watchdog:
     """
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        if os.name == "posix":
-            command = [sys.executable, "-I", str(Path(__file__).resolve())]
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(Path(__file__).resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # out of reach of who kills the launcher's group, or closes its terminal
+        )
 
     def watch(self, process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
         """Stop this process, too, and its descendants."""
@@ -58,17 +54,15 @@ class Watchdog:
         self._tell(f"remove {folder}")
 
     def _tell(self, line: str) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            with suppress(OSError):  # the watchdog was killed: nothing to be done about it
-                self._process.stdin.write(os.fsencode(f"{line}\n"))
-                self._process.stdin.flush()
+        pipe: Any = self._process.stdin
+        with suppress(OSError):  # the watchdog was killed: nothing to be done about it
+            pipe.write(os.fsencode(f"{line}\n"))
+            pipe.flush()
 
     def close(self) -> None:
         """End it; nothing is stopped."""
-        if self._process is not None:
-            self._tell("end")
-            self._process.communicate()
-            self._process = None
+        self._tell("end")
+        self._process.communicate()
 
     def __enter__(self) -> Self:
         return self

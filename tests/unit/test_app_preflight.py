@@ -92,10 +92,10 @@ def longest(monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["RAY_TMPDIR", pytest.param("TMPDIR", marks=pytest.mark.skipif(sys.platform != "linux", reason="not Ray's"))],
-)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Ray does not look at it")
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", pytest.param("TMPDIR", marks=LINUX)])
 def test_a_folder_too_long_for_the_paths_of_rays_sockets_is_refused(monkeypatch, longest, name):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     check_temporary_folder()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from psl_flower.app.watchdog import Watchdog, stop_trees
+from psl_flower.app.watchdog import Watchdog, _processes, stop_trees
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="there is no watchdog")
 
@@ -35,9 +35,7 @@ time.sleep(600)
 
 def living(pids):
     """Return which of these live; a zombie does not."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,stat="], capture_output=True, text=True, check=True).stdout
-    alive = {int(pid) for pid, state in map(str.split, listed.splitlines()) if not state.startswith("Z")}
-    return alive & set(pids)
+    return {pid for pid, _, _, state, _ in _processes() if pid in pids and not state.startswith("Z")}
 
 
 def wait_until_gone(pids):
@@ -79,9 +77,8 @@ def test_what_does_not_heed_sigterm_is_killed_also_when_its_parent_has_gone(tree
 
 
 def test_what_is_forgotten_and_all_after_an_orderly_end_is_left_alone(tree):
-    with subprocess.Popen(
-        [sys.executable, tree, "heeds"], stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    command = [sys.executable, tree, "heeds"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         process.stdout.readline()
         with Watchdog() as watchdog:
             watchdog.watch(process)
