@@ -44,5 +44,7 @@ def last_word() -> Iterator[None]:
     try:
         yield
     except PSLError as error:
+        for earlier in [each for each in _LOGGER.filters if isinstance(each, LastWord)]:
+            _LOGGER.removeFilter(earlier)  # in a process that went on: a notebook
         _LOGGER.addFilter(LastWord(error))
         raise

@@ -44,6 +44,13 @@ def test_of_other_errors_the_traceback_stays(log):
     assert lines[1].endswith("\n\nstep 3 failed")
 
 
+def test_only_the_last_error_has_it(log):
+    logger, lines = log
+    end_of_a_process(logger, ConfigError("the first"))
+    end_of_a_process(logger, ConfigError("the second"))
+    assert lines[-1].endswith("occurred.\n\nthe second")
+
+
 def test_what_is_not_ours_is_left_as_it_is(log):
     logger, lines = log
     end_of_a_process(logger, KeyError("missing"))
