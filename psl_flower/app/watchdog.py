@@ -27,7 +27,7 @@ _INTERVAL = 0.2
 
 
 class Watchdog:
-    """Stops processes when this one ends; a context manager, at whose end nothing is watched any more.
+    """Stops processes when this one ends; a context manager, at whose end it does the same.
 
     A process that this one forks without exec, as multiprocessing's "fork" does, inherits the pipe and counts as it.
     """
@@ -50,7 +50,7 @@ class Watchdog:
         self._tell(f"forget {process.pid}")
 
     def remove(self, folder: str | Path) -> None:
-        """Delete this folder when the processes are stopped."""
+        """Delete this folder after that."""
         self._tell(f"remove {folder}")
 
     def _tell(self, line: str) -> None:
@@ -60,8 +60,8 @@ class Watchdog:
             pipe.flush()
 
     def close(self) -> None:
-        """End it; nothing is stopped."""
-        self._tell("end")
+        """Let it stop what is watched and not forgotten, and wait for that."""
+        self._tell("end")  # the pipe may be open in a fork
         self._process.communicate()
 
     def __enter__(self) -> Self:
@@ -149,7 +149,7 @@ def main() -> None:
         elif word == "remove":
             folders.append(what)
         else:
-            return
+            break
     stop_trees(watched)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

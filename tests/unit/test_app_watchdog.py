@@ -76,16 +76,14 @@ def test_what_does_not_heed_sigterm_is_killed_also_when_its_parent_has_gone(tree
         assert living(pids) == set()
 
 
-def test_what_is_forgotten_and_all_after_an_orderly_end_is_left_alone(tree):
+def test_an_orderly_end_stops_what_was_not_forgotten(tree):
     command = [sys.executable, tree, "heeds"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        process.stdout.readline()
+    quiet = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **quiet) as kept, subprocess.Popen(command, **quiet) as stopped:
+        pids = [int(process.stdout.readline()) for process in (kept, stopped)]
         with Watchdog() as watchdog:
-            watchdog.watch(process)
-        forgetful = Watchdog()
-        forgetful.watch(process)
-        forgetful.forget(process)
-        forgetful._process.stdin.close()  # as when the launcher is killed
-        forgetful._process.wait(60)
-        assert process.poll() is None
-        stop_trees([process.pid])
+            watchdog.watch(kept)
+            watchdog.watch(stopped)
+            watchdog.forget(kept)
+        assert living(pids) == {kept.pid}
+        stop_trees([kept.pid])
