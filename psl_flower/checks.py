@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from psl_flower.errors import ConfigError
+from psl_flower.typing import IntArray
 
 
 def check_int(value: Any, name: str, *, least: int) -> int:
@@ -55,3 +57,41 @@ def check_options(
     for option, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and option not in options:
             raise ConfigError(f"{name} needs the option {option!r}, which is not given")
+
+
+def as_int64(values: ArrayLike, name: str, *, copy: bool = True) -> IntArray:
+    """Return `values` as a read-only int64 array, refusing anything that is not whole numbers.
+
+    Parameters
+    ----------
+    values : array_like
+        Integers, or floats without a fraction.
+    name : str
+        What the error calls them.
+    copy : bool
+        Without it, an int64 array is viewed, not copied.
+
+    Raises
+    ------
+    ConfigError
+        If a value is not a whole number, or does not fit in 64 bits.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as exc:
+        raise ConfigError(f"{name} must be an array of whole numbers: {exc}") from exc
+    if array.size and array.dtype.kind not in "iuf":
+        raise ConfigError(f"{name} must be whole numbers, got dtype {array.dtype}: pass an int64 array")
+    if array.dtype.kind == "f":
+        numbers = array.astype(np.float64)
+        broken = array[~(np.isfinite(numbers) & (numbers == np.floor(numbers)))]
+        if broken.size:
+            raise ConfigError(f"{name} must be whole numbers, got {broken.flat[0]}")
+        too_large = array[np.abs(numbers) >= 2.0**63]
+    else:
+        too_large = array[array > np.iinfo(np.int64).max] if array.dtype.kind == "u" else array[:0]
+    if too_large.size:
+        raise ConfigError(f"{name} must fit in 64 bits, got {too_large.flat[0]}")
+    result = array.astype(np.int64, copy=copy).view()
+    result.setflags(write=False)
+    return result

@@ -7,8 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-FloatArray = NDArray[np.float64]
-Indices = NDArray[np.intp]
+from psl_flower.typing import FloatArray, IndexArray
 
 
 class Rows:
@@ -25,7 +24,7 @@ class Rows:
         self._limits: list[FloatArray] = []
         self._parts: list[tuple[NDArray[np.generic], ...]] = []
 
-    def new(self, limits: ArrayLike) -> Indices:
+    def new(self, limits: ArrayLike) -> IndexArray:
         """Add a row for each number of `limits` (its right-hand side) and return their indices, of the same shape."""
         values = np.asarray(limits, dtype=np.float64)
         first, self.num_rows = self.num_rows, self.num_rows + values.size
@@ -77,7 +76,7 @@ class LinearProgram:
         self._costs: list[FloatArray] = []
         self._num_variables = 0
 
-    def variables(self, shape: int | tuple[int, ...], cost: ArrayLike = 0.0) -> Indices:
+    def variables(self, shape: int | tuple[int, ...], cost: ArrayLike = 0.0) -> IndexArray:
         """Add variables and return their indices, of the given shape; `cost` is broadcast to it."""
         costs = np.broadcast_to(np.asarray(cost, dtype=np.float64), shape)
         first, self._num_variables = self._num_variables, self._num_variables + costs.size

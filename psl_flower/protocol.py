@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from psl_flower.errors import ProtocolError
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 # Flower message types: "<category>.<action>".
 DESCRIBE = "query.describe"

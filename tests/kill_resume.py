@@ -27,7 +27,7 @@ from psl_flower import (
     checkpoint,
     split_client_app,
 )
-from psl_flower.strategy import result
+from psl_flower.strategy import recorder
 
 K, ROUNDS = 3, 3
 
@@ -56,7 +56,7 @@ def train(folder: Path, beat: Callable[[], None]) -> None:
 
     checkpoint.save_file = before_and_after(checkpoint.save_file)
     checkpoint._flush = before_and_after(checkpoint._flush)
-    result.save_curves = lambda *arguments: None
+    recorder.save_curves = lambda *arguments: None
     strategy = ParallelSplitLearning(
         tiny_resnet(),
         cut=CUT,

@@ -19,9 +19,9 @@ from psl_flower.app.server_app import make_strategy
 from psl_flower.app.task import central_test, make_model
 from psl_flower.config import RunConfig
 from psl_flower.grid import InProcessGrid
-from psl_flower.samplers.base import FloatArray
 from psl_flower.strategy.progress import clock
-from psl_flower.strategy.result import METRICS_FILE
+from psl_flower.strategy.recorder import METRICS_FILE
+from psl_flower.typing import FloatArray
 
 OnEpoch = Callable[[int, float], None]
 
@@ -35,7 +35,7 @@ class Training:
     accuracy : (epochs + 1,) float64
         On the dataset's own test split, before training and after every epoch.
     rounds, steps : list of dict
-        The lines of ``metrics.jsonl``, in order; see `psl_flower.strategy.result`.
+        The lines of ``metrics.jsonl``, in order; see `psl_flower.records`.
     """
 
     accuracy: FloatArray

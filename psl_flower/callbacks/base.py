@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from psl_flower.errors import ConfigError
-
-if TYPE_CHECKING:
-    from psl_flower.strategy.result import RoundRecord, StepRecord
+from psl_flower.records import RoundRecord, StepRecord
 
 log = logging.getLogger("flwr.psl_flower")
 

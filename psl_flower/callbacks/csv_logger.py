@@ -7,13 +7,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from psl_flower.callbacks.base import Callback
 from psl_flower.callbacks.names import round_metrics
-
-if TYPE_CHECKING:
-    from psl_flower.strategy.result import RoundRecord, StepRecord
+from psl_flower.records import RoundRecord, StepRecord
 
 STEPS_FILE, ROUNDS_FILE = "steps.csv", "rounds.csv"
 

@@ -8,12 +8,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from psl_flower.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from psl_flower.strategy.result import RoundRecord, StepRecord
+from psl_flower.records import RoundRecord, StepRecord
 
 
 class JsonlLogger(Callback):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from psl_flower.strategy.result import RoundRecord, StepRecord
+from psl_flower.records import RoundRecord, StepRecord
 
 
 def step_metrics(record: StepRecord) -> dict[str, Any]:

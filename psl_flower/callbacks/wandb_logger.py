@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from psl_flower.callbacks.base import Callback
 from psl_flower.callbacks.names import numbers, round_metrics, step_metrics
 from psl_flower.errors import ConfigError
-
-if TYPE_CHECKING:
-    from psl_flower.strategy.result import RoundRecord, StepRecord
+from psl_flower.records import RoundRecord, StepRecord
 
 
 class WandbLogger(Callback):

@@ -24,7 +24,7 @@ from psl_flower.protocol import (
     Gradients,
     WorkOrder,
 )
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 
 class SplitClient:

@@ -18,7 +18,7 @@ from psl_flower.client.client import SplitClient, to_device
 from psl_flower.client.worker import Graph
 from psl_flower.devices import seeded
 from psl_flower.protocol import Weights, WorkOrder
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 
 class CannotJoinError(Exception):

@@ -11,8 +11,8 @@ import numpy as np
 
 from psl_flower.errors import MembershipError, ProtocolError
 from psl_flower.exchange.base import Answer, Carrier
+from psl_flower.population import Population
 from psl_flower.protocol import Config, DescribeRequest, Description, Request
-from psl_flower.samplers.base import Population
 
 log = logging.getLogger("flwr.psl_flower")
 

@@ -34,7 +34,7 @@ from psl_flower.protocol import (
     Weights,
     WorkOrder,
 )
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 # ``Array.stype`` of ours: `data` is the tensor's elements, row-major and little-endian, without a header. numpy's own
 # format (Flower's default) has no bfloat16, and its reader copies.

@@ -17,7 +17,8 @@ from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.setting import Setting
 from psl_flower.partition.split import Rows
-from psl_flower.samplers.base import IntArray, Population
+from psl_flower.population import Population
+from psl_flower.typing import IntArray
 
 # keeps the choice of a subset apart from every other use of the seed, see Note [Sampler streams] in samplers/base.py
 _SUBSET_STREAM = 4

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from psl_flower.app.images import Shifts, draw_shifts
 from psl_flower.protocol import step_seed
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 UIntArray = NDArray[np.uint32]
 

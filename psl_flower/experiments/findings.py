@@ -17,7 +17,7 @@ from psl_flower.callbacks.csv_logger import ROUNDS_FILE, STEPS_FILE
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.results import RESULTS_FILE, RUNS_FOLDER
-from psl_flower.samplers.base import FloatArray, IntArray
+from psl_flower.typing import FloatArray, IntArray
 
 SWEEP_FILE, CONFUSION_FILE = "sweep.json", "confusion.csv"
 _TRAIN, _TEST = "train_metrics_clientapp", "evaluate_metrics_serverapp"

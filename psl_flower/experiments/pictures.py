@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from psl_flower.experiments.findings import Curve, Findings, Part, spread
-from psl_flower.samplers.base import FloatArray
+from psl_flower.typing import FloatArray
 
 _DPI = 110
 _PANEL = (3.5, 2.7)  # inches

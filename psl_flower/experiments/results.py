@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from psl_flower.experiments.sweep import Experiment
-from psl_flower.strategy.result import METRICS_FILE, RoundRecord, StepRecord, read_metrics
+from psl_flower.records import RoundRecord, StepRecord, read_metrics
+from psl_flower.strategy.recorder import METRICS_FILE
 
 RESULTS_FILE, RESULT_FILE, RUNS_FOLDER = "results.csv", "result.json", "runs"
 _LATE = 3  # epochs averaged over, for an accuracy that does not hang on the last one

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.partition.split import Rows
+from psl_flower.population import Population
 from psl_flower.protocol import client_epoch_rng
-from psl_flower.samplers.base import BatchPlan, IntArray, Population
+from psl_flower.typing import IntArray
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,10 +21,11 @@ from psl_flower.experiments.data import Data, load_data
 from psl_flower.experiments.draws import draw_all
 from psl_flower.experiments.schedule import Schedule
 from psl_flower.experiments.setting import Setting
-from psl_flower.samplers.base import FloatArray, IntArray
+from psl_flower.records import RoundRecord, StepRecord
 from psl_flower.strategy.epoch import Epoch
-from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
+from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.server_step import run_on_batch
+from psl_flower.typing import FloatArray, IntArray
 
 # Steps between two looks at what the device has computed: a look at a GPU waits for it, on the CPU it costs nothing.
 _STEPS_A_LOOK, _STEPS_A_LOOK_CPU = 50, 8

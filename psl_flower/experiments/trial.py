@@ -21,8 +21,9 @@ from psl_flower.config import RunConfig
 from psl_flower.experiments.setting import Setting
 from psl_flower.experiments.sweep import Experiment
 from psl_flower.experiments.training import open_training
-from psl_flower.samplers.base import IntArray
-from psl_flower.strategy.result import MODEL_FILE, RoundRecord, RunRecorder
+from psl_flower.records import RoundRecord
+from psl_flower.strategy.recorder import MODEL_FILE, RunRecorder
+from psl_flower.typing import IntArray
 
 SETTING_FILE, CONFUSION_FILE = "setting.json", "confusion.csv"
 OnRound = Callable[[int], None]

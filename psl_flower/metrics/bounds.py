@@ -7,10 +7,10 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from psl_flower.checks import check_float, check_int
+from psl_flower.checks import as_int64, check_float, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.linear_program import LinearProgram
-from psl_flower.samplers.base import Population, as_int64
+from psl_flower.population import Population
 from psl_flower.samplers.supply import Supply
 from psl_flower.samplers.tiers import merged_tiers
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import BatchPlan
-
-FloatArray = NDArray[np.float64]
+from psl_flower.typing import FloatArray
 
 
 def batch_deviation(batch_counts: ArrayLike, population_counts: ArrayLike) -> FloatArray:

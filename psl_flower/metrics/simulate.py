@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import BatchPlan, IntArray
+from psl_flower.typing import IntArray
 
 
 def draw_class_counts(plan: BatchPlan, rng: np.random.Generator) -> IntArray:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 # Note [Starved classes]: a class is starved in a stretch of steps that holds less than a quarter of the examples of it
 # that a random stretch would. Two things go wrong. A model forgets a class that stays away for tens of steps (LDS in

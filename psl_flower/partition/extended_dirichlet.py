@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.partition.split import extended_dirichlet_split
+from psl_flower.typing import IndexArray
 
 
 class ExtendedDirichletPartitioner(Partitioner):  # type: ignore[misc]  # the base class is not typed
@@ -107,7 +108,7 @@ class ExtendedDirichletPartitioner(Partitioner):  # type: ignore[misc]  # the ba
         return self.dataset.select(self._partitions[partition_id])
 
     @cached_property
-    def _partitions(self) -> list[NDArray[np.intp]]:
+    def _partitions(self) -> list[IndexArray]:
         check_choice(self._partition_by, "partition_by", self.dataset.column_names)
         # Arrow keeps a missing label missing (as NaN or None), and reads a shuffled column faster than lists do
         column = self.dataset.select_columns(self._partition_by).with_format("arrow")[:][self._partition_by]

@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from psl_flower.checks import check_float, check_int
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import IntArray
 from psl_flower.samplers.rounding import round_to_sum
+from psl_flower.typing import IndexArray, IntArray
 
-Rows = NDArray[np.intp]
+Rows = IndexArray
 
 
 def iid_split(num_examples: int, num_partitions: int, rng: np.random.Generator) -> list[Rows]:

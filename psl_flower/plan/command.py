@@ -18,7 +18,8 @@ from psl_flower.plan.measure import Epoch, plan_epoch, summarize_epochs
 from psl_flower.plan.picture import save_picture
 from psl_flower.plan.population import SPLITS, balanced_labels, read_labels, read_population, split_labels
 from psl_flower.plan.table import format_table
-from psl_flower.samplers.base import Population, Sampler
+from psl_flower.population import Population
+from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
 from psl_flower.stragglers.delays import DELAY_MODELS, delay_model

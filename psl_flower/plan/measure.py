@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.metrics.bounds import schedule_lower_bound
 from psl_flower.metrics.deviation import batch_deviation, client_mix_deviation, summarize_deviation
 from psl_flower.metrics.simulate import draw_class_counts
 from psl_flower.metrics.starvation import StarvedClass, starved_classes
-from psl_flower.samplers.base import BatchPlan, FloatArray, Population, Sampler
+from psl_flower.population import Population
+from psl_flower.samplers.base import Sampler
 from psl_flower.stragglers.clock import step_times
+from psl_flower.typing import FloatArray
 
 # keeps the draw of classes apart from the sampler's own stream, see Note [Sampler streams] in samplers/base.py
 _CLASS_STREAM = 4

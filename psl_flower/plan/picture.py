@@ -12,10 +12,11 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.errors import ConfigError
 from psl_flower.plan.measure import Epoch
 from psl_flower.plan.table import format_seconds
-from psl_flower.samplers.base import BatchPlan, FloatArray
+from psl_flower.typing import FloatArray
 
 _MAX_CELLS = (240, 600)  # of a heat map: clients and steps beyond that share cells
 _TIME, _DEVIATION, _MEAN = "#3b6ea5", "#b3562f", "#222222"

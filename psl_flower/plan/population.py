@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from psl_flower.checks import check_choice, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.partition.split import extended_dirichlet_split, iid_split
-from psl_flower.samplers.base import IntArray, Population
+from psl_flower.population import Population
+from psl_flower.typing import IntArray
 
 # (classes a client, Dirichlet alpha) of the label-skewed splits, METHOD section 5
 SPLITS: dict[str, tuple[int, float] | None] = {"iid": None, "mild": (5, 3.0), "severe": (2, 3.0)}

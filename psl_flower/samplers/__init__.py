@@ -1,7 +1,9 @@
 """Batch quotas: who contributes how many examples to each step (pure numpy, no transport)."""
 
+from psl_flower.batch_plan import BatchPlan, PlanStep
+from psl_flower.population import Delays, Population
 from psl_flower.samplers.aligned import AlignedSampler
-from psl_flower.samplers.base import BatchPlan, Delays, PlanStep, Population, Sampler
+from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.fixed import FixedLocalSampler, FixedProportionalSampler
 from psl_flower.samplers.latency import LatencyBudgetedSampler

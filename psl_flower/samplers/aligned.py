@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import BatchPlan, IntArray, Population, Sampler
+from psl_flower.population import Population
+from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.filling import fill
 from psl_flower.samplers.latency import greedy_schedule
 from psl_flower.samplers.outline import cover, make_outline
@@ -17,6 +19,7 @@ from psl_flower.samplers.polishing import polish
 from psl_flower.samplers.supply import Assignment, Supply
 from psl_flower.samplers.targets import TARGETS, class_targets, leaned_targets
 from psl_flower.stragglers.clock import step_times
+from psl_flower.typing import IntArray
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import chdtrc
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice, check_float, check_int
-from psl_flower.samplers.base import BatchPlan, Delays, FloatArray, IntArray, Population, Sampler
+from psl_flower.population import Delays, Population
+from psl_flower.samplers.base import Sampler
+from psl_flower.typing import FloatArray, IntArray
 
 # Note [EM iterations]: with c = 1 the EM converges in 5 to 20 iterations. Where about c * sample_size clients or more
 # share the data, the prior's alpha_k fall below 1, its mode lies on the border of the simplex, and the EM creeps toward

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.samplers.outline import Outline
 from psl_flower.samplers.rounding import spread_evenly
 from psl_flower.samplers.supply import Assignment, Supply
+from psl_flower.typing import FloatArray, IntArray
 
 
 def fill(supply: Supply, targets: IntArray, outline: Outline, rng: np.random.Generator) -> Assignment:

@@ -6,7 +6,10 @@ from abc import abstractmethod
 
 import numpy as np
 
-from psl_flower.samplers.base import BatchPlan, IntArray, Population, Sampler
+from psl_flower.batch_plan import BatchPlan
+from psl_flower.population import Population
+from psl_flower.samplers.base import Sampler
+from psl_flower.typing import IntArray
 
 
 class _FixedQuotaSampler(Sampler):

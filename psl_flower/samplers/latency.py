@@ -9,11 +9,14 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice
-from psl_flower.samplers.base import BatchPlan, FloatArray, IntArray, Population, Sampler
+from psl_flower.population import Population
+from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.supply import Assignment, Supply
 from psl_flower.samplers.targets import TARGETS, class_targets
 from psl_flower.stragglers.clock import step_times
+from psl_flower.typing import FloatArray, IntArray
 
 # Note [What a flow schedule costs]: a step needs about three maximum flows; one takes about this long and this much an
 # edge (K = 64 to 1,000, scipy 1.17, measured). "auto" must not read a clock: its plan would not be reproducible.

@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.samplers.step_mix import Mix, Pool, solve_mix
 from psl_flower.samplers.supply import SAME_TIME, Supply
 from psl_flower.samplers.tiers import merge_levels
+from psl_flower.typing import FloatArray, IndexArray, IntArray
 
 # Note [Choosing levels]: the program is quick with a dozen levels; there are thousands of durations a step can have.
 # So it is first solved on a grid of durations and without looking at single steps: only at their mean target, from
@@ -53,7 +52,7 @@ class Outline:
     """
 
     seconds: FloatArray
-    level: NDArray[np.intp]
+    level: IndexArray
     work: FloatArray
     lean: FloatArray
 
@@ -99,7 +98,7 @@ def make_outline(supply: Supply, targets: IntArray, lean: int, most_levels: int,
     return Outline(levels, _whole_levels(urgency, mix.length), pool.work_of_clients(supply, levels, mix.work), mix.lean)
 
 
-def cover(supply: Supply, targets: IntArray, seconds: FloatArray, level: NDArray[np.intp]) -> NDArray[np.intp]:
+def cover(supply: Supply, targets: IntArray, seconds: FloatArray, level: IndexArray) -> IndexArray:
     """Return the levels of steps, with as few of them moved as let slow clients deliver all they have.
 
     Clients that are too slow for the levels below g need places for each of their classes in the steps of level g and
@@ -198,7 +197,7 @@ def _refined(pool: Pool, levels: FloatArray, mix: Mix, even: float, most: int) -
     return np.sort(result)
 
 
-def _whole_levels(urgency: FloatArray, length: FloatArray) -> NDArray[np.intp]:
+def _whole_levels(urgency: FloatArray, length: FloatArray) -> IndexArray:
     """Return a level for each step: ever more steps for ever shorter levels, the most urgent first.
 
     Parameters

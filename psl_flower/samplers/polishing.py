@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.samplers.supply import SAME_TIME, Assignment, Supply
+from psl_flower.typing import FloatArray, IntArray
 
 # Cells of the table that are looked at in all: half a second to a second. Schedules of 400 steps and 100 clients with
 # few classes each run out of gains before.

@@ -5,7 +5,7 @@ from numpy.typing import ArrayLike
 
 from psl_flower.checks import check_int
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 _TIE_DECIMALS = 9  # fractions that differ by less are equal: 0.1 * 3 and 0.3 must have the same chance
 

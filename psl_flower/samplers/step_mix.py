@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from psl_flower.linear_program import LinearProgram
-from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.samplers.supply import Supply
+from psl_flower.typing import FloatArray, IndexArray, IntArray
 
 # Note [What a lean costs]: exchanging examples takes no time, so without a small price the program would do it for no
 # gain, and would take all from one class. What several classes give up together hardly shows in the other steps: whole
@@ -30,7 +29,7 @@ class Pool:
 
     supply: Supply
     most: int
-    unit: NDArray[np.intp]
+    unit: IndexArray
     counts: IntArray
 
     @classmethod
@@ -152,7 +151,7 @@ def solve_mix(
     step, label = np.nonzero(targets)
     program.equal.put(places.T[label], share[step], -scale * targets[step, label][:, None])
 
-    signed: list[tuple[NDArray[np.intp], float]] = []
+    signed: list[tuple[IndexArray, float]] = []
     if lean:
         # d = more - less - much_less; see Note [What a lean costs]
         costs = ((1.0, 1), (-1.0, 1), (-1.0, 10))

@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from psl_flower.samplers.base import BatchPlan, FloatArray, IntArray, Population
+from psl_flower.batch_plan import BatchPlan
+from psl_flower.population import Population
+from psl_flower.typing import FloatArray, IndexArray, IntArray
 
 # Seconds that differ by less, relatively, are equal: latency + 3 * per_sample must fit into its own result.
 SAME_TIME = 1e-9
@@ -51,7 +52,7 @@ class Supply:
         return self.latency + self.per_sample
 
     @cached_property
-    def pairs(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    def pairs(self) -> tuple[IndexArray, IndexArray]:
         """Client and class of every pair that has examples, (P,) each, ascending by client, then class."""
         clients, classes = np.nonzero(self.counts)
         return clients, classes

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from psl_flower.checks import check_choice
-from psl_flower.samplers.base import FloatArray, IntArray
 from psl_flower.samplers.rounding import round_to_sum, spread_evenly
+from psl_flower.typing import FloatArray, IndexArray, IntArray
 
 TARGETS = ("random", "stratified")
 
@@ -51,7 +51,7 @@ def class_targets(kind: str, class_counts: ArrayLike, batch_size: int, rng: np.r
 
 
 def leaned_targets(
-    targets: IntArray, level: NDArray[np.intp], lean: FloatArray, most: int, rng: np.random.Generator
+    targets: IntArray, level: IndexArray, lean: FloatArray, most: int, rng: np.random.Generator
 ) -> IntArray:
     """Exchange classes between the steps of different levels.
 
@@ -112,9 +112,7 @@ def _interleaved(counts: IntArray, rng: np.random.Generator) -> IntArray:
     return labels[np.argsort(places, kind="stable")]
 
 
-def _remove(
-    table: IntArray, steps: NDArray[np.intp], counts: IntArray, most: int, rng: np.random.Generator
-) -> IntArray:
+def _remove(table: IntArray, steps: IndexArray, counts: IntArray, most: int, rng: np.random.Generator) -> IntArray:
     """Take `counts` of each class, or what there is, from steps that have most of it; return the vacant places, (n,).
 
     No step gives more than `most`.
@@ -130,9 +128,7 @@ def _remove(
     return vacant
 
 
-def _add(
-    table: IntArray, steps: NDArray[np.intp], vacant: IntArray, counts: IntArray, rng: np.random.Generator
-) -> None:
+def _add(table: IntArray, steps: IndexArray, vacant: IntArray, counts: IntArray, rng: np.random.Generator) -> None:
     """Put `counts` of each class into the vacant places, as many in all, of steps that have least of it."""
     vacant = vacant.copy()
     for label in np.flatnonzero(counts):

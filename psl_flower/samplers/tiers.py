@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from psl_flower.samplers.base import FloatArray
 from psl_flower.samplers.supply import Supply
+from psl_flower.typing import FloatArray, IndexArray
 
 
-def merged_tiers(supply: Supply, num_steps: int, most: int, *, up: bool) -> tuple[FloatArray, NDArray[np.intp]]:
+def merged_tiers(supply: Supply, num_steps: int, most: int, *, up: bool) -> tuple[FloatArray, IndexArray]:
     """Sort clients into at most so many tiers of about equal speed, such that an epoch's time changes little.
 
     Parameters
@@ -40,7 +40,7 @@ def merged_tiers(supply: Supply, num_steps: int, most: int, *, up: bool) -> tupl
     return speeds[kept], np.searchsorted(kept, tier, side="left" if up else "right") - (0 if up else 1)
 
 
-def merge_levels(levels: ArrayLike, lengths: ArrayLike, most: int, *, up: bool = True) -> NDArray[np.intp]:
+def merge_levels(levels: ArrayLike, lengths: ArrayLike, most: int, *, up: bool = True) -> IndexArray:
     """Choose which of many step durations to keep when the others are rounded to a neighbour at the least cost.
 
     Parameters

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from psl_flower.samplers.base import BatchPlan, Population, Sampler
+from psl_flower.batch_plan import BatchPlan
+from psl_flower.population import Population
+from psl_flower.samplers.base import Sampler
 
 
 class UniformGlobalSampler(Sampler):

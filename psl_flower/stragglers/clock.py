@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import ArrayLike
 
+from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_float
 from psl_flower.errors import ConfigError
-
-if TYPE_CHECKING:  # samplers import this file, so at run time it must not import them
-    from psl_flower.samplers.base import BatchPlan, Delays, FloatArray
+from psl_flower.population import Delays
+from psl_flower.typing import FloatArray
 
 
 def step_times(

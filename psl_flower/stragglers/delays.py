@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri
 
-from psl_flower.checks import check_choice, check_float, check_int, check_options
+from psl_flower.checks import as_int64, check_choice, check_float, check_int, check_options
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import Delays, FloatArray, IntArray, as_int64
+from psl_flower.population import Delays
 from psl_flower.stragglers.estimate import DelayEstimator
+from psl_flower.typing import FloatArray, IntArray
 
 # what a client's random number is for; different ones are independent
 _WHO_IS_SLOW, _LATENCY, _PER_SAMPLE = range(3)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from psl_flower.checks import check_float, check_int
+from psl_flower.checks import as_int64, check_float, check_int
 from psl_flower.errors import ConfigError
-from psl_flower.samplers.base import Delays, FloatArray, as_int64
+from psl_flower.population import Delays
+from psl_flower.typing import FloatArray
 
 # Note [Slope and prior]: seconds = latency + per_sample * quota is a line, fitted with Theil-Sen (the weighted median
 # of the slopes between pairs of replies). Where quotas hardly vary, that slope is noise. It is therefore averaged with

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psl_flower.batch_plan import BatchPlan, PlanStep
 from psl_flower.errors import MembershipError
+from psl_flower.population import Population
 from psl_flower.protocol import WorkOrder
-from psl_flower.samplers.base import BatchPlan, IntArray, PlanStep, Population, Sampler
+from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.strategy.orders import Cursors
+from psl_flower.typing import IntArray
 
 BoolArray = NDArray[np.bool_]
 

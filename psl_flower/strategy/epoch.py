@@ -9,9 +9,12 @@ from typing import Any, Self
 
 import numpy as np
 
+from psl_flower.batch_plan import BatchPlan, PlanStep
 from psl_flower.metrics.deviation import batch_deviation, client_mix_deviation
-from psl_flower.samplers.base import BatchPlan, IntArray, PlanStep, Population
-from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
+from psl_flower.population import Population
+from psl_flower.records import RoundRecord, StepRecord
+from psl_flower.strategy.recorder import RunRecorder
+from psl_flower.typing import IntArray
 
 
 class Epoch:

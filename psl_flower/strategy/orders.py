@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from psl_flower.batch_plan import PlanStep
 from psl_flower.protocol import WorkOrder
-from psl_flower.samplers.base import IntArray, PlanStep
+from psl_flower.typing import IntArray
 
 
 class Cursors:

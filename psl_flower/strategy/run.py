@@ -16,15 +16,16 @@ from psl_flower.errors import StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.door import Door
 from psl_flower.faults import FaultPolicy
+from psl_flower.population import Population
 from psl_flower.protocol import Config, WorkOrder
-from psl_flower.samplers.base import IntArray, Population
 from psl_flower.strategy.agenda import Agenda
 from psl_flower.strategy.progress import Progress
-from psl_flower.strategy.result import RunRecorder
+from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.server_step import SplitTrainer
 from psl_flower.strategy.step import Attempt, StepRunner
 from psl_flower.strategy.summary import RunSummary
 from psl_flower.strategy.tolerance import Absences, Stall
+from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 

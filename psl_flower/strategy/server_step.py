@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
 from psl_flower.protocol import Activations, Gradients, Weights
-from psl_flower.samplers.base import IntArray
+from psl_flower.typing import IntArray
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from psl_flower import checkpoint
+from psl_flower.batch_plan import PlanStep
 from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import Checkpoints
 from psl_flower.checks import check_choice, check_float, check_int
@@ -28,7 +29,9 @@ from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
 from psl_flower.faults import FaultPolicy
 from psl_flower.flower import stopped_by_flower
-from psl_flower.samplers.base import PlanStep, Population, Sampler
+from psl_flower.population import Population
+from psl_flower.records import RoundRecord, StepRecord
+from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import check_client_half, cut_model
 from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
@@ -37,7 +40,7 @@ from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import split_evaluate
 from psl_flower.strategy.progress import Progress, clock
-from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
+from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.saving import Saver, saved_result
 from psl_flower.strategy.server_step import Loss, OptimizerFn, SplitTrainer
@@ -296,7 +299,7 @@ class ParallelSplitLearning(Strategy):
                             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                             scheduler.step()
                     result.arrays = state_to_arrays(run.current_state())
-                    result.train_metrics_clientapp[server_round] = record.metrics()
+                    result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
                     in_clients = self._evaluate_in_clients(run, server_round, result)
                     on_server = _evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
                     recorder.round(replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server))

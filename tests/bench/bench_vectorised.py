@@ -28,7 +28,7 @@ from psl_flower.config import DATASETS, MODELS, RunConfig
 from psl_flower.experiments import Setting, Training
 from psl_flower.experiments.algorithms.pooled import ParallelSplit
 from psl_flower.experiments.data import Data, load_data
-from psl_flower.strategy.result import RoundRecord
+from psl_flower.records import RoundRecord
 
 
 def vectorised(setting: Setting, data: Data) -> tuple[float, RoundRecord]:

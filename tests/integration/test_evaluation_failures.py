@@ -11,7 +11,7 @@ from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, Unifor
 from psl_flower.exchange import clients, messages
 from psl_flower.faults import FaultPolicy
 from psl_flower.protocol import EVALUATE
-from psl_flower.strategy import result as result_module
+from psl_flower.strategy import recorder as recorder_module
 
 K = 3
 BAD = 1  # the client
@@ -28,7 +28,7 @@ TEXTS = {
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
-    monkeypatch.setattr(result_module, "save_curves", lambda path, steps, rounds: None)
+    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
 
 
 class FailsToEvaluate(SplitClient):

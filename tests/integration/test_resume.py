@@ -21,7 +21,7 @@ from psl_flower.errors import ConfigError, MembershipError
 from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.stragglers import DelayEstimator, delay_model
-from psl_flower.strategy import result as result_module
+from psl_flower.strategy import recorder as recorder_module
 from psl_flower.strategy import strategy as strategy_module
 
 K = 5
@@ -33,7 +33,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch):
-    monkeypatch.setattr(result_module, "save_curves", lambda path, steps, rounds: None)
+    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
 
 
 def make(folder, *, sampler=None, model=None, cut=CUT, optimizer=sgd, **options):
@@ -338,7 +338,7 @@ def test_whatever_ends_a_run_closes_the_carrier_and_leaves_a_valid_checkpoint(er
     assert closed == [True]
     assert (tmp_path / "cut" / "summary.json").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(result_module, "save_curves", lambda path, steps, rounds: None)
+    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
     resumed = start(make(tmp_path / "cut", resume_from="latest"))
     whole = start(make(tmp_path / "whole"))
     assert largest_difference(state_of(resumed), state_of(whole)) == 0

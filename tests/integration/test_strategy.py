@@ -40,7 +40,7 @@ from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.codec import decode_tensor, encode_tensor
 from psl_flower.faults import FaultPolicy
 from psl_flower.protocol import BACKWARD, EVALUATE, FORWARD
-from psl_flower.strategy import result as result_module
+from psl_flower.strategy import recorder as recorder_module
 from psl_flower.strategy import strategy as strategy_module
 
 K = 3
@@ -538,7 +538,7 @@ def test_train_config_reaches_data_and_handlers():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Return a folder for the results; the picture, which takes longer than the run, is left out."""
-    monkeypatch.setattr(result_module, "save_curves", lambda path, steps, rounds: None)
+    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
     return tmp_path
 
 

@@ -17,8 +17,9 @@ from psl_flower.app.task import central_test, cut_of, load_partition, make_model
 from psl_flower.config import RunConfig
 from psl_flower.experiments import Setting, open_training
 from psl_flower.experiments import training as training_module
+from psl_flower.records import RoundRecord, StepRecord
 from psl_flower.samplers.registry import SAMPLERS
-from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord
+from psl_flower.strategy.recorder import RunRecorder
 
 NUM_CLIENTS = 5
 

@@ -16,7 +16,8 @@ from psl_flower.app.experiment import train_in_process
 from psl_flower.callbacks import Callback, TensorBoardLogger, WandbLogger, make_loggers
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
-from psl_flower.strategy.result import RoundRecord, RunRecorder, StepRecord, read_metrics
+from psl_flower.records import RoundRecord, StepRecord, read_metrics
+from psl_flower.strategy.recorder import RunRecorder
 
 SUMMARY = {"steps_committed": 3}
 

@@ -19,7 +19,7 @@ from psl_flower.app.task import load_images, make_model, make_optimizer, split_i
 from psl_flower.config import RunConfig
 from psl_flower.experiments import Setting, Training, open_training
 from psl_flower.experiments.data import Data, DeviceImages
-from psl_flower.strategy.result import RoundRecord, StepRecord
+from psl_flower.records import RoundRecord, StepRecord
 
 X, Y = np.array([2.0, 1.0, 3.0]), np.array([0, 1, 1])
 SHARES = [np.array([0, 1]), np.array([2])]

@@ -9,7 +9,7 @@ from psl_flower.errors import ConfigError, DivergenceError
 from psl_flower.experiments import ALGORITHMS, Setting, Training, open_training
 from psl_flower.experiments.data import load_data
 from psl_flower.experiments.training import _Batches
-from psl_flower.strategy.result import RoundRecord, StepRecord
+from psl_flower.records import RoundRecord, StepRecord
 
 NUM_CLIENTS = 4
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from psl_flower.checks import as_int64
 from psl_flower.errors import ConfigError
 from psl_flower.samplers import (
     BatchPlan,
@@ -17,7 +18,7 @@ from psl_flower.samplers import (
     Sampler,
     UniformGlobalSampler,
 )
-from psl_flower.samplers.base import as_int64, epoch_rng
+from psl_flower.samplers.base import epoch_rng
 
 
 def make_plan(**changes):

@@ -13,7 +13,8 @@ from psl_flower.experiments.results import summarise, write_results
 from psl_flower.experiments.runner import alone_in
 from psl_flower.experiments.sweep import read_sweep
 from psl_flower.experiments.trial import run_trial
-from psl_flower.strategy.result import METRICS_FILE, read_metrics
+from psl_flower.records import read_metrics
+from psl_flower.strategy.recorder import METRICS_FILE
 
 SWEEP = """
 title = "Digits"

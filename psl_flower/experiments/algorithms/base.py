@@ -13,8 +13,8 @@ from psl_flower.app.task import make_optimizer
 from psl_flower.experiments.data import Data
 from psl_flower.experiments.schedule import Schedule, client_turns
 from psl_flower.experiments.setting import Setting
-from psl_flower.samplers.base import FloatArray
 from psl_flower.stragglers import step_times
+from psl_flower.typing import FloatArray
 
 
 class Algorithm(ABC):

@@ -12,7 +12,7 @@ from psl_flower.experiments.algorithms.base import Algorithm
 from psl_flower.experiments.data import Data
 from psl_flower.experiments.schedule import Schedule
 from psl_flower.experiments.setting import Setting
-from psl_flower.samplers.base import FloatArray
+from psl_flower.typing import FloatArray
 
 
 class FedAvg(Algorithm):

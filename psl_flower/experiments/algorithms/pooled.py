@@ -6,8 +6,9 @@ import numpy as np
 
 from psl_flower.experiments.algorithms.base import Algorithm
 from psl_flower.experiments.schedule import Schedule, fill_plan
-from psl_flower.samplers.base import FloatArray, Population
+from psl_flower.population import Population
 from psl_flower.samplers.uniform import UniformGlobalSampler
+from psl_flower.typing import FloatArray
 
 
 class ParallelSplit(Algorithm):

@@ -18,8 +18,8 @@ from psl_flower.experiments.algorithms.fedavg import FedAvg
 from psl_flower.experiments.data import Data
 from psl_flower.experiments.schedule import Schedule
 from psl_flower.experiments.setting import Setting
-from psl_flower.samplers.base import FloatArray
 from psl_flower.split import cut_model
+from psl_flower.typing import FloatArray
 
 # keeps the order of clients apart from every other use of the seed, see Note [Sampler streams] in samplers/base.py
 _ORDER_STREAM = 5
