@@ -54,12 +54,12 @@ class Solution:
         The least value.
     point : (n,) float64
         The variables.
-    prices : (m,) float64
+    duals : (m,) float64
         What the value gains when an equality's right-hand side does, a unit.
     """
 
-    def __init__(self, value: float, point: FloatArray, prices: FloatArray) -> None:
-        self.value, self.point, self.prices = value, point, prices
+    def __init__(self, value: float, point: FloatArray, duals: FloatArray) -> None:
+        self.value, self.point, self.duals = value, point, duals
 
 
 class LinearProgram:

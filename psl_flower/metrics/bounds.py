@@ -11,7 +11,7 @@ from psl_flower.checks import as_int64, check_float, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.linear_program import LinearProgram
 from psl_flower.population import Population
-from psl_flower.samplers.supply import Supply
+from psl_flower.samplers.suppliers import Suppliers
 from psl_flower.samplers.tiers import merged_tiers
 
 
@@ -90,33 +90,33 @@ def schedule_lower_bound(population: Population, targets: ArrayLike, *, max_grou
     for field in ("label_counts", "delays"):
         if getattr(population, field) is None:
             raise ConfigError(f"a lower bound needs the population's {field}, which are not given")
-    supply = Supply.of(population.with_data())
+    suppliers = Suppliers.of(population.with_data())
     table = as_int64(targets, "targets")
-    if table.ndim != 2 or table.shape[1] != supply.counts.shape[1]:
-        raise ConfigError(f"targets must have shape (steps, {supply.counts.shape[1]}), got {table.shape}")
+    if table.ndim != 2 or table.shape[1] != suppliers.counts.shape[1]:
+        raise ConfigError(f"targets must have shape (steps, {suppliers.counts.shape[1]}), got {table.shape}")
     if table.size and table.min() < 0:
         raise ConfigError(f"targets must not be negative, got {table.min()}")
-    wrong = np.flatnonzero(table.sum(axis=0) != supply.counts.sum(axis=0))
+    wrong = np.flatnonzero(table.sum(axis=0) != suppliers.counts.sum(axis=0))
     if wrong.size:
         c = wrong[0]
         raise ConfigError(
-            f"targets must use every example once: class {c} has {supply.counts[:, c].sum()} examples, "
+            f"targets must use every example once: class {c} has {suppliers.counts[:, c].sum()} examples, "
             f"{table[:, c].sum()} are asked for"
         )
 
-    scale = float(supply.first_reply.max())
+    scale = float(suppliers.first_reply.max())
     if scale == 0:
         return 0.0
-    seconds, tier = merged_tiers(supply, len(table), max_groups, up=False)
+    seconds, tier = merged_tiers(suppliers, len(table), max_groups, up=False)
     seconds = seconds / scale
     # clients as fast as their tier: its seconds for one example, the latency giving way before the time per example
-    per_sample = np.minimum(supply.per_sample / scale, seconds[tier])
+    per_sample = np.minimum(suppliers.per_sample / scale, seconds[tier])
     latency = seconds[tier] - per_sample
 
     kinds, repeats = np.unique(table, axis=0, return_counts=True)  # equal steps are interchangeable
     num_groups, num_classes = len(seconds), table.shape[1]
     groups = np.arange(num_groups)
-    clients, labels = supply.pairs
+    clients, labels = suppliers.pairs
     pairs, pair_groups = np.nonzero(groups >= tier[clients][:, None])
 
     program = LinearProgram()
@@ -137,7 +137,7 @@ def schedule_lower_bound(population: Population, targets: ArrayLike, *, max_grou
     row, slope = row_of[clients[pairs], pair_groups], per_sample[clients[pairs]]
     program.at_most.put(row[row >= 0], work[row >= 0], slope[row >= 0])
 
-    rows = program.equal.new(supply.counts[clients, labels])
+    rows = program.equal.new(suppliers.counts[clients, labels])
     program.equal.put(rows[pairs], work, 1.0)
     rows = program.equal.new(repeats)
     program.equal.put(rows[:, None], share, 1.0)

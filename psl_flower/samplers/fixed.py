@@ -13,9 +13,10 @@ from psl_flower.typing import IntArray
 
 
 class _FixedQuotaSampler(Sampler):
-    """Base of the two: a subclass says how much each client gives a step.
+    """Base of the two, with the parameters of `Sampler`: a subclass says how much each client gives a step.
 
-    Quotas do not depend on seed or epoch; which examples fill them does, in the clients.
+    Batches aim at the batch size. The seed has no effect on the quotas, which are the same in every epoch; which
+    examples fill them depends on it, in the clients. Both are baselines of arXiv 2407.15738 ("the paper").
     """
 
     @abstractmethod
@@ -42,16 +43,7 @@ class FixedLocalSampler(_FixedQuotaSampler):
     Batches shrink as clients leave, so an epoch takes more than ceil(N / B) steps and ends in small batches of few
     classes; with more clients than ``2 * batch_size``, every batch exceeds B at first. Halves round to the even number.
 
-    Parameters
-    ----------
-    batch_size : int
-        Global batch size B to aim at, at least 1.
-    seed : int
-        Not negative. Has no effect on the quotas, which are the same in every epoch.
-
-    References
-    ----------
-    The baseline "fixed local sampling" of arXiv 2407.15738.
+    Parameters are those of `Sampler`; the seed has no effect on the quotas. The paper's "fixed local sampling".
     """
 
     def _quotas(self, population: Population) -> IntArray:
@@ -66,16 +58,8 @@ class FixedProportionalSampler(_FixedQuotaSampler):
     and lets clients run out at different steps, so an epoch takes more than ceil(N / B) steps. Halves round to the even
     number.
 
-    Parameters
-    ----------
-    batch_size : int
-        Global batch size B to aim at, at least 1.
-    seed : int
-        Not negative. Has no effect on the quotas, which are the same in every epoch.
-
-    References
-    ----------
-    The baseline "fixed proportional local sampling" of arXiv 2407.15738.
+    Parameters are those of `Sampler`; the seed has no effect on the quotas. The paper's "fixed proportional local
+    sampling".
     """
 
     def _quotas(self, population: Population) -> IntArray:

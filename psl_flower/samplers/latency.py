@@ -12,10 +12,9 @@ from scipy.sparse.csgraph import maximum_flow
 from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice
 from psl_flower.population import Population
-from psl_flower.samplers.base import Sampler
-from psl_flower.samplers.supply import Assignment, Supply
-from psl_flower.samplers.targets import TARGETS, class_targets
-from psl_flower.stragglers.clock import step_times
+from psl_flower.samplers.allocation import Allocation
+from psl_flower.samplers.suppliers import Suppliers
+from psl_flower.samplers.targeted import TargetedSampler, epoch_time
 from psl_flower.typing import FloatArray, IntArray
 
 # Note [What a flow schedule costs]: a step needs about three maximum flows; one takes about this long and this much an
@@ -23,7 +22,7 @@ from psl_flower.typing import FloatArray, IntArray
 _FLOWS_A_STEP, _SECONDS_A_FLOW, _SECONDS_AN_EDGE = 3, 2e-4, 5e-7
 
 
-class LatencyBudgetedSampler(Sampler):
+class LatencyBudgetedSampler(TargetedSampler):
     """LB (arXiv 2609.32132): each step, in turn, gets the suppliers that complete its class targets soonest.
 
     Every step's class targets are met exactly and every example is used once; what each client delivers is decided
@@ -32,28 +31,19 @@ class LatencyBudgetedSampler(Sampler):
 
     Parameters
     ----------
-    batch_size : int
-        Global batch size B; sizes differ by at most 1.
-    seed : int
-        Not negative.
+    batch_size, seed, targets, order
+        See `TargetedSampler`. In its natural order, the last steps hold the slow clients' data.
     method : {"auto", "flow", "greedy"}
         "flow": the least time for which a maximum flow from classes to clients meets the targets, found by bisection.
         "greedy": one example after the other goes to the client that would complete it first, ties at random; several
         times quicker to build. "auto" (default) builds the greedy schedule, builds the other too unless that costs more
         seconds than it could save, and keeps the faster.
-    targets : {"random", "stratified"}
-        See `psl_flower.samplers.targets.class_targets`.
-    order : {"shuffled", "natural"}
-        "shuffled" (default) mixes the finished steps, at no cost: otherwise the last ones hold the slow clients' data.
 
     Raises
     ------
     ConfigError
         If an argument is out of range.
     """
-
-    needs_label_counts = True
-    needs_delays = True
 
     def __init__(
         self,
@@ -64,22 +54,23 @@ class LatencyBudgetedSampler(Sampler):
         targets: str = "random",
         order: str = "shuffled",
     ) -> None:
-        super().__init__(batch_size, seed=seed)
+        super().__init__(batch_size, seed=seed, targets=targets, order=order)
         self.method = check_choice(method, "method", ("auto", "flow", "greedy"))
-        self.targets = check_choice(targets, "targets", TARGETS)
-        self.order = check_choice(order, "order", ("shuffled", "natural"))
 
-    def _plan(self, population: Population, rng: np.random.Generator) -> BatchPlan:
-        supply = Supply.of(population)
-        for_targets, for_greedy, for_flow, for_order = rng.spawn(4)
-        targets = class_targets(self.targets, supply.counts.sum(axis=0), self.batch_size, for_targets)
+    def _schedule(
+        self,
+        population: Population,
+        suppliers: Suppliers,
+        targets: IntArray,
+        for_greedy: np.random.Generator,
+        for_search: np.random.Generator,
+    ) -> BatchPlan:
         plans = []
         if self.method != "flow":
-            plans.append(greedy_schedule(supply, targets, for_greedy).plan(population))
-        if self.method == "flow" or (self.method == "auto" and _flow_may_pay(supply, plans[0])):
-            plans.append(flow_schedule(supply, targets, for_flow).plan(population))
-        plan = min(plans, key=lambda p: float(step_times(p).sum()))
-        return plan.shuffled(for_order) if self.order == "shuffled" else plan
+            plans.append(greedy_allocation(suppliers, targets, for_greedy).plan(population))
+        if self.method == "flow" or (self.method == "auto" and _flow_may_pay(suppliers, plans[0])):
+            plans.append(flow_allocation(suppliers, targets, for_search).plan(population))
+        return min(plans, key=epoch_time)
 
     def __repr__(self) -> str:
         return (
@@ -88,32 +79,32 @@ class LatencyBudgetedSampler(Sampler):
         )
 
 
-def _flow_may_pay(supply: Supply, greedy: BatchPlan) -> bool:
+def _flow_may_pay(suppliers: Suppliers, greedy: BatchPlan) -> bool:
     """Return whether a flow schedule could save more seconds than building it takes; Note [What a flow schedule costs].
 
     It can save no more than what the greedy one takes beyond the plainest lower bounds: every step waits for someone,
     and every client computes all of its examples.
     """
-    num_edges = len(supply.pairs[0]) + len(supply.sizes)
+    num_edges = len(suppliers.pairs[0]) + len(suppliers.sizes)
     cost = len(greedy) * _FLOWS_A_STEP * (_SECONDS_A_FLOW + num_edges * _SECONDS_AN_EDGE)
-    alone = supply.latency + supply.per_sample * supply.sizes
-    least = max(len(greedy) * float(supply.first_reply.min()), float(alone.max()))
-    return float(step_times(greedy).sum()) - least > cost
+    alone = suppliers.latency + suppliers.per_sample * suppliers.sizes
+    least = max(len(greedy) * float(suppliers.first_reply.min()), float(alone.max()))
+    return epoch_time(greedy) - least > cost
 
 
-def greedy_schedule(supply: Supply, targets: IntArray, rng: np.random.Generator) -> Assignment:
+def greedy_allocation(suppliers: Suppliers, targets: IntArray, rng: np.random.Generator) -> Allocation:
     """Give each example, class by class in random order, to the client that would complete it first.
 
     Parameters
     ----------
-    supply : Supply
+    suppliers : Suppliers
         K clients.
     targets : (T, C) int64
         Columns add up to the clients' examples of each class.
     rng : np.random.Generator
         Orders a step's classes, breaks ties.
     """
-    left = supply.counts.copy()
+    left = suppliers.counts.copy()
     holders = [np.flatnonzero(column) for column in left.T]
     units = np.arange(1, int(targets.max()) + 1)
     parts = []
@@ -125,14 +116,15 @@ def greedy_schedule(supply: Supply, targets: IntArray, rng: np.random.Generator)
             # the completion of each client's next, second next, ... example: ascending, so the first ones of all are
             # what one example at a time would choose
             more = units[:wanted]
-            replies = supply.latency[clients, None] + supply.per_sample[clients, None] * (loads[clients, None] + more)
+            after = loads[clients, None] + more
+            replies = suppliers.latency[clients, None] + suppliers.per_sample[clients, None] * after
             replies[more > left[clients, label][:, None]] = np.inf
             taken = _smallest(replies.ravel(), wanted, rng)
             counts = np.bincount(taken // wanted, minlength=len(clients))
             left[clients, label] -= counts
             loads[clients] += counts
             parts.append((step, clients, label, counts))
-    return Assignment.joined(parts)
+    return Allocation.joined(parts)
 
 
 def _smallest(values: FloatArray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -142,12 +134,12 @@ def _smallest(values: FloatArray, count: int, rng: np.random.Generator) -> np.nd
     return np.concatenate((below, rng.permutation(ties)[: count - len(below)]))
 
 
-def flow_schedule(supply: Supply, targets: IntArray, rng: np.random.Generator) -> Assignment:
+def flow_allocation(suppliers: Suppliers, targets: IntArray, rng: np.random.Generator) -> Allocation:
     """Complete each step in the least time in which a flow from classes to clients meets its targets.
 
     Parameters
     ----------
-    supply : Supply
+    suppliers : Suppliers
         K clients.
     targets : (T, C) int64
         Columns add up to the clients' examples of each class.
@@ -156,8 +148,8 @@ def flow_schedule(supply: Supply, targets: IntArray, rng: np.random.Generator) -
     """
     # Of the flows that meet a step's targets in its time, scipy finds one that leans toward the first clients: the slow
     # ones go first, since what they deliver within that time is one thing less to wait for later.
-    order = np.lexsort((rng.random(len(supply.sizes)), -supply.first_reply))
-    shuffled = Supply(supply.counts[order], supply.latency[order], supply.per_sample[order])
+    order = np.lexsort((rng.random(len(suppliers.sizes)), -suppliers.first_reply))
+    shuffled = Suppliers(suppliers.counts[order], suppliers.latency[order], suppliers.per_sample[order])
     left = shuffled.counts.copy()
     graph = _StepGraph(shuffled, int(targets.sum(axis=1).max()))
     clients, labels = shuffled.pairs
@@ -167,7 +159,7 @@ def flow_schedule(supply: Supply, targets: IntArray, rng: np.random.Generator) -
         at, counts = _least_time(partial(graph.deliveries, target, left), at, len(graph.times) - 1)
         left[clients, labels] -= counts
         parts.append((step, order[clients], labels, counts))
-    return Assignment.joined(parts)
+    return Allocation.joined(parts)
 
 
 class _StepGraph:
@@ -175,7 +167,7 @@ class _StepGraph:
 
     Parameters
     ----------
-    supply : Supply
+    suppliers : Suppliers
         K clients.
     most : int
         Examples in the largest batch.
@@ -186,13 +178,13 @@ class _StepGraph:
         All durations a step can have, ascending.
     """
 
-    def __init__(self, supply: Supply, most: int) -> None:
-        self.supply, self.most = supply, most
+    def __init__(self, suppliers: Suppliers, most: int) -> None:
+        self.suppliers, self.most = suppliers, most
         units = np.arange(1, most + 1)
-        replies = supply.latency[:, None] + supply.per_sample[:, None] * units
-        self.times = np.unique(replies[units <= supply.sizes[:, None]])
-        self.clients, self.labels = supply.pairs
-        num_clients, num_classes = supply.counts.shape
+        replies = suppliers.latency[:, None] + suppliers.per_sample[:, None] * units
+        self.times = np.unique(replies[units <= suppliers.sizes[:, None]])
+        self.clients, self.labels = suppliers.pairs
+        num_clients, num_classes = suppliers.counts.shape
         self.num_nodes = num_classes + num_clients + 2
         self.sink = self.num_nodes - 1
         classes = np.arange(1, num_classes + 1)
@@ -210,7 +202,7 @@ class _StepGraph:
 
         `left` (K, C) is what clients still have.
         """
-        capacity = self.supply.capacity(self.times[index], self.most)
+        capacity = self.suppliers.capacity(self.times[index], self.most)
         room = np.minimum(left, capacity[:, None])
         enough = (room.sum(axis=0) >= target).all() and np.minimum(room.sum(axis=1), capacity).sum() >= target.sum()
         if not enough:  # most times that are too short are found out here, without a flow

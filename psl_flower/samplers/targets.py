@@ -50,8 +50,8 @@ def class_targets(kind: str, class_counts: ArrayLike, batch_size: int, rng: np.r
     return table.reshape(num_steps, len(counts))
 
 
-def leaned_targets(
-    targets: IntArray, level: IndexArray, lean: FloatArray, most: int, rng: np.random.Generator
+def tilted_targets(
+    targets: IntArray, level: IndexArray, tilt: FloatArray, most: int, rng: np.random.Generator
 ) -> IntArray:
     """Exchange classes between the steps of different levels.
 
@@ -61,9 +61,9 @@ def leaned_targets(
         Examples of each class in each step.
     level : (T,) intp
         Level of each step.
-    lean : (G, C) float64
+    tilt : (G, C) float64
         By how many examples of each class the steps of each level should exceed their targets, in all; rows and columns
-        add up to 0. It is rounded, and cut back where `most` or the examples at hand do not allow it.
+        add up to 0. It is rounded, and cut back where `most` or the examples there are do not allow it.
     most : int
         How many examples a step exchanges at most; but those of the lowest level present make up for all others, and
         exchange what it takes.
@@ -81,10 +81,10 @@ def leaned_targets(
     reserve = np.flatnonzero(level == lowest)
     spare = targets[reserve].sum(axis=0)
     owed = np.zeros_like(spare)  # what the others have too much of each class
-    for g in range(len(lean) - 1, lowest, -1):
+    for g in range(len(tilt) - 1, lowest, -1):
         steps = np.flatnonzero(level == g)
-        wanted = np.minimum(np.ceil(lean[g].clip(0) - 1e-6).astype(np.int64), spare - owed.clip(0))
-        given_up = (-lean[g]).clip(0)
+        wanted = np.minimum(np.ceil(tilt[g].clip(0) - 1e-6).astype(np.int64), spare - owed.clip(0))
+        given_up = (-tilt[g]).clip(0)
         if not (wanted.any() and given_up.any()):
             continue
         wanted = spread_evenly(wanted, min(int(wanted.sum()), most * len(steps)), rng)

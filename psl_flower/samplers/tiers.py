@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from psl_flower.samplers.supply import Supply
+from psl_flower.samplers.suppliers import Suppliers
 from psl_flower.typing import FloatArray, IndexArray
 
 
-def merged_tiers(supply: Supply, num_steps: int, most: int, *, up: bool) -> tuple[FloatArray, IndexArray]:
+def merged_tiers(suppliers: Suppliers, num_steps: int, most: int, *, up: bool) -> tuple[FloatArray, IndexArray]:
     """Sort clients into at most so many tiers of about equal speed, such that an epoch's time changes little.
 
     Parameters
     ----------
-    supply : Supply
+    suppliers : Suppliers
         K clients.
     num_steps : int
         T.
@@ -30,11 +30,11 @@ def merged_tiers(supply: Supply, num_steps: int, most: int, *, up: bool) -> tupl
     tier : (K,) intp
         Each client's.
     """
-    speeds, tier = np.unique(supply.first_reply, return_inverse=True)
+    speeds, tier = np.unique(suppliers.first_reply, return_inverse=True)
     # The steps that need clients of a speed or slower are about as many as those that hold all of such clients' data of
     # one class, whichever class asks for most.
-    held = np.zeros((len(speeds), supply.counts.shape[1]))
-    np.add.at(held, tier, supply.counts)
+    held = np.zeros((len(speeds), suppliers.counts.shape[1]))
+    np.add.at(held, tier, suppliers.counts)
     share = (held[::-1].cumsum(axis=0)[::-1] / held.sum(axis=0).clip(1)).max(axis=1)
     kept = merge_levels(speeds, -np.diff(share, append=0.0) * num_steps, most, up=up)
     return speeds[kept], np.searchsorted(kept, tier, side="left" if up else "right") - (0 if up else 1)

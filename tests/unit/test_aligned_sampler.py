@@ -14,14 +14,14 @@ from psl_flower.samplers import (
     Population,
     UniformGlobalSampler,
     make_sampler,
-    outline,
-    step_mix,
 )
-from psl_flower.samplers import aligned as module
-from psl_flower.samplers.filling import fill
-from psl_flower.samplers.outline import Outline, cover
-from psl_flower.samplers.polishing import polish
-from psl_flower.samplers.supply import Assignment, Supply
+from psl_flower.samplers.aligned import durations, relaxation
+from psl_flower.samplers.aligned import sampler as module
+from psl_flower.samplers.aligned.durations import Durations, cover
+from psl_flower.samplers.aligned.local_search import local_search
+from psl_flower.samplers.aligned.slowest_first import slowest_first_allocation
+from psl_flower.samplers.allocation import Allocation
+from psl_flower.samplers.suppliers import Suppliers
 from psl_flower.samplers.targets import class_targets
 from psl_flower.stragglers import step_times
 
@@ -30,8 +30,8 @@ def epoch_time(sampler, population):
     return step_times(sampler.plan(population)).sum()
 
 
-def supply_of(counts, latency, per_sample):
-    return Supply(np.array(counts), np.array(latency, dtype=float), np.array(per_sample, dtype=float))
+def suppliers_of(counts, latency, per_sample):
+    return Suppliers(np.array(counts), np.array(latency, dtype=float), np.array(per_sample, dtype=float))
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def test_shuffling_does_not_bunch_long_steps():
 def test_a_sample_of_steps_and_pooled_clients_cost_little(kind, monkeypatch):
     population = severe_population(40, kind, 0)
     whole = epoch_time(AlignedSampler(100, seed=1), population)
-    monkeypatch.setattr(outline, "_MOST_PLACES", 0)  # 64 of 500 steps
-    monkeypatch.setattr(step_mix, "_MOST_PAIRS", 40)  # of 80: two clients each
+    monkeypatch.setattr(durations, "_MOST_PLACES", 0)  # 64 of 500 steps
+    monkeypatch.setattr(relaxation, "_MOST_PAIRS", 40)  # of 80: two clients each
     plan = AlignedSampler(100, seed=1).plan(population)
     plan.validate()
     greedy = epoch_time(LatencyBudgetedSampler(100, seed=1, method="greedy"), population)
@@ -157,94 +157,94 @@ def test_many_classes():
 
 # --- its parts -------------------------------------------------------------------------------------------------------
 def test_cover_swaps_before_it_adds_a_long_step():
-    supply = supply_of([[4, 0], [2, 6]], [10, 1], [0, 0])
+    suppliers = suppliers_of([[4, 0], [2, 6]], [10, 1], [0, 0])
     targets = np.array([[1, 2], [2, 1], [2, 1], [1, 2]])
     level = np.array([1, 1, 0, 0])  # the slow client needs 4 places of class 0: 1 + 2 do not do, 2 + 2 do
-    covered = cover(supply, targets, np.array([1.0, 10.0]), level)
+    covered = cover(suppliers, targets, np.array([1.0, 10.0]), level)
     assert covered.tolist() == [0, 1, 1, 0]
-    covered = cover(supply, targets, np.array([1.0, 10.0]), np.array([1, 0, 0, 0]))
+    covered = cover(suppliers, targets, np.array([1.0, 10.0]), np.array([1, 0, 0, 0]))
     assert covered.sum() == 2
     assert targets[covered == 1, 0].sum() == 4
-    assert cover(supply, targets, np.array([1.0, 10.0]), np.ones(4, dtype=int)).tolist() == [1, 1, 1, 1]
+    assert cover(suppliers, targets, np.array([1.0, 10.0]), np.ones(4, dtype=int)).tolist() == [1, 1, 1, 1]
 
 
-def test_fill_gives_long_steps_to_slow_clients_and_spreads_evenly():
-    supply = supply_of([[12], [20]], [10, 1], [0, 0])
+def test_slowest_first_gives_long_steps_to_slow_clients_and_spreads_evenly():
+    suppliers = suppliers_of([[12], [20]], [10, 1], [0, 0])
     targets = np.full((8, 1), 4)
-    steps = Outline(np.array([1.0, 10.0]), np.array([0, 1, 1, 0, 0, 1, 1, 0]), np.zeros((2, 2)), np.zeros((2, 1)))
-    filled = fill(supply, targets, steps, np.random.default_rng(0))
-    slow = np.bincount(filled.steps[filled.rows == 0], filled.counts[filled.rows == 0], 8)
+    steps = Durations(np.array([1.0, 10.0]), np.array([0, 1, 1, 0, 0, 1, 1, 0]), np.zeros((2, 2)), np.zeros((2, 1)))
+    made = slowest_first_allocation(suppliers, targets, steps, np.random.default_rng(0))
+    slow = np.bincount(made.steps[made.rows == 0], made.counts[made.rows == 0], 8)
     assert slow.tolist() == [0, 3, 3, 0, 0, 3, 3, 0]
-    totals = np.bincount(filled.steps, filled.counts, 8)
+    totals = np.bincount(made.steps, made.counts, 8)
     assert totals.tolist() == [4] * 8
 
 
-def test_fill_follows_the_outline():
-    supply = supply_of([[6], [6]], [5, 5], [0, 0])
+def test_slowest_first_follows_the_relaxation():
+    suppliers = suppliers_of([[6], [6]], [5, 5], [0, 0])
     work = np.array([[6.0, 0.0], [0.0, 6.0]])  # though both could work anywhere
-    steps = Outline(np.array([5.0, 10.0]), np.array([0, 1, 0, 1]), work, np.zeros((2, 1)))
-    filled = fill(supply, np.full((4, 1), 3), steps, np.random.default_rng(0))
-    assert set(filled.steps[filled.rows == 0]) == {0, 2}
-    assert set(filled.steps[filled.rows == 1]) == {1, 3}
+    steps = Durations(np.array([5.0, 10.0]), np.array([0, 1, 0, 1]), work, np.zeros((2, 1)))
+    made = slowest_first_allocation(suppliers, np.full((4, 1), 3), steps, np.random.default_rng(0))
+    assert set(made.steps[made.rows == 0]) == {0, 2}
+    assert set(made.steps[made.rows == 1]) == {1, 3}
 
 
-def test_fill_prolongs_as_little_as_it_can():
-    # nobody can meet an outline of one second a step: three slow examples go where they cost seven seconds once
-    supply = supply_of([[3], [9]], [8, 1], [0, 0])
-    steps = Outline(np.array([1.0]), np.zeros(4, dtype=int), np.zeros((1, 2)), np.zeros((1, 1)))
-    filled = fill(supply, np.full((4, 1), 3), steps, np.random.default_rng(0))
-    assert len(set(filled.steps[filled.rows == 0])) == 1
+def test_slowest_first_prolongs_as_little_as_it_can():
+    # nobody can meet a duration of one second a step: three slow examples go where they cost seven seconds once
+    suppliers = suppliers_of([[3], [9]], [8, 1], [0, 0])
+    steps = Durations(np.array([1.0]), np.zeros(4, dtype=int), np.zeros((1, 2)), np.zeros((1, 1)))
+    made = slowest_first_allocation(suppliers, np.full((4, 1), 3), steps, np.random.default_rng(0))
+    assert len(set(made.steps[made.rows == 0])) == 1
 
 
-def schedule_seconds(supply, assignment, num_steps):
-    loads = np.zeros((num_steps, len(supply.sizes)), dtype=int)
-    np.add.at(loads, (assignment.steps, assignment.rows), assignment.counts)
-    return supply.reply(loads).max(axis=1)
+def schedule_seconds(suppliers, allocation, num_steps):
+    loads = np.zeros((num_steps, len(suppliers.sizes)), dtype=int)
+    np.add.at(loads, (allocation.steps, allocation.rows), allocation.counts)
+    return suppliers.reply(loads).max(axis=1)
 
 
-def test_polish_swaps_an_example_to_where_there_is_time():
+def test_local_search_swaps_an_example_to_where_there_is_time():
     # clients 0 and 1 have class 0; client 2, with class 1, takes 7 seconds in step 1 anyway
-    supply = supply_of([[4, 0], [4, 0], [0, 1]], [0, 0, 7], [3, 1, 0])
-    before = Assignment(*map(np.array, ([0, 0, 1, 1, 1], [0, 1, 0, 1, 2], [0, 0, 0, 0, 1], [3, 1, 1, 3, 1])))
-    after = polish(supply, before, 2)
-    assert schedule_seconds(supply, before, 2).tolist() == [9, 7]
-    assert schedule_seconds(supply, after, 2).tolist() == [6, 7]
+    suppliers = suppliers_of([[4, 0], [4, 0], [0, 1]], [0, 0, 7], [3, 1, 0])
+    before = Allocation(*map(np.array, ([0, 0, 1, 1, 1], [0, 1, 0, 1, 2], [0, 0, 0, 0, 1], [3, 1, 1, 3, 1])))
+    after = local_search(suppliers, before, 2)
+    assert schedule_seconds(suppliers, before, 2).tolist() == [9, 7]
+    assert schedule_seconds(suppliers, after, 2).tolist() == [6, 7]
     assert np.bincount(after.steps, after.counts).tolist() == [4, 5]
 
 
 @pytest.mark.parametrize("kind", ["per-sample 10 %", "lognormal"])
-def test_polish_keeps_targets_and_supply_and_prolongs_no_step(kind):
+def test_local_search_keeps_targets_and_examples_and_prolongs_no_step(kind):
     population = severe_population(24, kind, 0)
-    supply = Supply.of(population)
+    suppliers = Suppliers.of(population)
     targets = class_targets("random", population.label_counts.sum(axis=0), 1000, np.random.default_rng(0))
-    one_level = Outline(
-        np.array([0.0]), np.zeros(len(targets), dtype=int), np.zeros((1, len(supply.pairs[0]))), np.zeros((1, 10))
+    one_level = Durations(
+        np.array([0.0]), np.zeros(len(targets), dtype=int), np.zeros((1, len(suppliers.pairs[0]))), np.zeros((1, 10))
     )
-    before = fill(supply, targets, one_level, np.random.default_rng(0))
-    after = polish(supply, before, len(targets))
+    before = slowest_first_allocation(suppliers, targets, one_level, np.random.default_rng(0))
+    after = local_search(suppliers, before, len(targets))
     plan = after.plan(population)
     plan.validate()
     assert (class_table(plan) == targets).all()
-    seconds = schedule_seconds(supply, after, len(targets)), schedule_seconds(supply, before, len(targets))
+    seconds = schedule_seconds(suppliers, after, len(targets)), schedule_seconds(suppliers, before, len(targets))
     assert (seconds[0] <= seconds[1] * (1 + 1e-8)).all()
     assert seconds[0].sum() < 0.99 * seconds[1].sum()
 
 
-def test_polish_leaves_latencies_alone():
-    supply = supply_of([[1], [1]], [3, 1], [0, 0])
-    schedule = Assignment(*(np.array(x) for x in ([0, 1], [0, 1], [0, 0], [1, 1])))
-    assert polish(supply, schedule, 2) is schedule
+def test_local_search_leaves_latencies_alone():
+    suppliers = suppliers_of([[1], [1]], [3, 1], [0, 0])
+    schedule = Allocation(*(np.array(x) for x in ([0, 1], [0, 1], [0, 0], [1, 1])))
+    assert local_search(suppliers, schedule, 2) is schedule
 
 
 def test_capacity_is_what_fits_in_spite_of_rounding():
-    supply = supply_of([[9]] * 4, [0.1, 1e6, 0, 2], [0.1, 1e-12, 0, 5])
-    assert supply.capacity(np.array([0.4, 1e6, 7.0, 1.9]), 9).tolist() == [
+    suppliers = suppliers_of([[9]] * 4, [0.1, 1e6, 0, 2], [0.1, 1e-12, 0, 5])
+    assert suppliers.capacity(np.array([0.4, 1e6, 7.0, 1.9]), 9).tolist() == [
         [3, 0, 9, 0],
         [9, 9, 9, 9],
         [9, 0, 9, 1],
         [9, 0, 9, 0],
     ]
-    assert supply.capacity(np.array(0.0), 9).tolist() == [0, 0, 9, 0]
+    assert suppliers.capacity(np.array(0.0), 9).tolist() == [0, 0, 9, 0]
 
 
 # --- the sampler -----------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_a_solver_that_fails_costs_no_epoch(monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("numerical trouble")
 
-    monkeypatch.setattr(module, "make_outline", fail)
+    monkeypatch.setattr(module, "choose_durations", fail)
     population = severe_population(16, "latency 10 %", 0)
     with caplog.at_level(logging.WARNING):
         plan = AlignedSampler(1000, seed=2).plan(population)

@@ -165,7 +165,7 @@ def test_linear_program_finds_the_least_value_and_what_a_unit_is_worth():
     solution = program.solve()
     assert solution.value == pytest.approx(4 * 2 + 6 * 3)
     assert solution.point == pytest.approx([4, 6])
-    assert solution.prices == pytest.approx([3])
+    assert solution.duals == pytest.approx([3])
 
 
 def test_linear_program_without_a_solution_says_so():

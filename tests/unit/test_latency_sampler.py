@@ -7,10 +7,10 @@ from psl_flower.errors import ConfigError
 from psl_flower.metrics.deviation import batch_deviation
 from psl_flower.samplers import Delays, LatencyBudgetedSampler, Population, UniformGlobalSampler, make_sampler
 from psl_flower.samplers import latency as module
-from psl_flower.samplers.latency import flow_schedule, greedy_schedule
+from psl_flower.samplers.latency import flow_allocation, greedy_allocation
 from psl_flower.samplers.rounding import spread_evenly
-from psl_flower.samplers.supply import Supply
-from psl_flower.samplers.targets import class_targets, leaned_targets
+from psl_flower.samplers.suppliers import Suppliers
+from psl_flower.samplers.targets import class_targets, tilted_targets
 from psl_flower.stragglers import step_times
 
 
@@ -58,25 +58,25 @@ def test_leaned_targets_keep_sizes_and_classes_and_their_limit():
     targets = class_targets("stratified", np.full(5, 400), 50, rng)
     level = np.zeros(len(targets), dtype=np.intp)
     level[:8], level[8:12] = 2, 1
-    lean = np.array([[-40.0, 8, 12, 10, 10], [16, -4, -4, -4, -4], [24, -4, -8, -6, -6]])
-    leaned = leaned_targets(targets, level, lean, 3, rng)
-    assert (leaned >= 0).all()
-    assert (leaned.sum(axis=1) == targets.sum(axis=1)).all()
-    assert (leaned.sum(axis=0) == targets.sum(axis=0)).all()
-    exchanged = np.abs(leaned - targets).sum(axis=1) / 2
+    tilt = np.array([[-40.0, 8, 12, 10, 10], [16, -4, -4, -4, -4], [24, -4, -8, -6, -6]])
+    tilted = tilted_targets(targets, level, tilt, 3, rng)
+    assert (tilted >= 0).all()
+    assert (tilted.sum(axis=1) == targets.sum(axis=1)).all()
+    assert (tilted.sum(axis=0) == targets.sum(axis=0)).all()
+    exchanged = np.abs(tilted - targets).sum(axis=1) / 2
     assert exchanged[level > 0].max() <= 3
-    assert (leaned - targets)[level == 2].sum(axis=0).tolist() == lean[2].tolist()
-    assert (leaned - targets)[level == 1].sum(axis=0)[0] == 12  # wants 16, may exchange 3 in each of 4 steps
-    assert (leaned - targets)[level == 0].sum(axis=0)[0] == -36
+    assert (tilted - targets)[level == 2].sum(axis=0).tolist() == tilt[2].tolist()
+    assert (tilted - targets)[level == 1].sum(axis=0)[0] == 12  # wants 16, may exchange 3 in each of 4 steps
+    assert (tilted - targets)[level == 0].sum(axis=0)[0] == -36
 
 
 def test_lean_takes_no_more_than_the_other_steps_have():
     targets = np.array([[1, 4], [5, 0], [0, 5]])
     level = np.array([1, 0, 0])
-    leaned = leaned_targets(targets, level, np.array([[-9.0, 9], [9, -9]]), 5, np.random.default_rng(0))
-    assert leaned[0].tolist() == [5, 0]
-    assert leaned.sum(axis=0).tolist() == [6, 9]
-    same = leaned_targets(targets, level, np.zeros((2, 2)), 5, np.random.default_rng(0))
+    tilted = tilted_targets(targets, level, np.array([[-9.0, 9], [9, -9]]), 5, np.random.default_rng(0))
+    assert tilted[0].tolist() == [5, 0]
+    assert tilted.sum(axis=0).tolist() == [6, 9]
+    same = tilted_targets(targets, level, np.zeros((2, 2)), 5, np.random.default_rng(0))
     assert same.tolist() == targets.tolist()
 
 
@@ -107,13 +107,13 @@ def quotas(plan):
 
 
 def greedy(population, targets, seed=0):
-    supply = Supply.of(population)
-    return greedy_schedule(supply, np.array(targets), np.random.default_rng(seed)).plan(population)
+    suppliers = Suppliers.of(population)
+    return greedy_allocation(suppliers, np.array(targets), np.random.default_rng(seed)).plan(population)
 
 
 def flow(population, targets, seed=0):
-    supply = Supply.of(population)
-    return flow_schedule(supply, np.array(targets), np.random.default_rng(seed)).plan(population)
+    suppliers = Suppliers.of(population)
+    return flow_allocation(suppliers, np.array(targets), np.random.default_rng(seed)).plan(population)
 
 
 def test_greedy_gives_the_next_example_to_the_earliest_next_completion():
@@ -188,7 +188,7 @@ def test_auto_builds_no_flow_schedule_that_costs_more_than_it_can_save(monkeypat
     def refuse(*_):
         raise AssertionError("built")
 
-    monkeypatch.setattr(module, "flow_schedule", refuse)
+    monkeypatch.setattr(module, "flow_allocation", refuse)
     population = severe_population(24, "per-sample 10 %", 0)
     sampler = LatencyBudgetedSampler(500, method="auto")
     with pytest.raises(AssertionError, match="built"):

@@ -8,27 +8,27 @@ from dataclasses import replace
 import numpy as np
 
 from psl_flower.batch_plan import BatchPlan
-from psl_flower.checks import check_choice, check_float, check_int
+from psl_flower.checks import check_float, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.population import Population
-from psl_flower.samplers.base import Sampler
-from psl_flower.samplers.filling import fill
-from psl_flower.samplers.latency import greedy_schedule
-from psl_flower.samplers.outline import cover, make_outline
-from psl_flower.samplers.polishing import polish
-from psl_flower.samplers.supply import Assignment, Supply
-from psl_flower.samplers.targets import TARGETS, class_targets, leaned_targets
-from psl_flower.stragglers.clock import step_times
+from psl_flower.samplers.aligned.durations import choose_durations, cover
+from psl_flower.samplers.aligned.local_search import local_search
+from psl_flower.samplers.aligned.slowest_first import slowest_first_allocation
+from psl_flower.samplers.allocation import Allocation
+from psl_flower.samplers.latency import greedy_allocation
+from psl_flower.samplers.suppliers import Suppliers
+from psl_flower.samplers.targeted import TargetedSampler, epoch_time
+from psl_flower.samplers.targets import tilted_targets
 from psl_flower.typing import IntArray
 
 logger = logging.getLogger(__name__)
 
-# Swaps make up for at most so much. Where clients hold all classes and have many speeds, a filled outline may be slower
-# than the greedy schedule by more, and half a second is saved.
+# Local search makes up for at most so much. Where clients hold all classes and have many speeds, the allocation that it
+# starts from may be slower than the greedy one by more: leaving it out saves half a second.
 _WITHIN_REACH = 1.1
 
 
-class AlignedSampler(Sampler):
+class AlignedSampler(TargetedSampler):
     """Aligned: suppliers chosen over the whole epoch, so that slow clients work in the same few steps.
 
     The class targets of the steps come first, as in `LatencyBudgetedSampler`, and are met exactly; so the batches are
@@ -63,9 +63,6 @@ class AlignedSampler(Sampler):
         If an argument is out of range.
     """
 
-    needs_label_counts = True
-    needs_delays = True
-
     def __init__(
         self,
         batch_size: int,
@@ -76,42 +73,40 @@ class AlignedSampler(Sampler):
         order: str = "shuffled",
         max_durations: int = 12,
     ) -> None:
-        super().__init__(batch_size, seed=seed)
-        self.targets = check_choice(targets, "targets", TARGETS)
+        super().__init__(batch_size, seed=seed, targets=targets, order=order)
         self.tilt = check_float(tilt, "tilt", least=0)
         if self.tilt > 2:
             raise ConfigError(f"tilt must be at most 2, the greatest L1 distance of distributions, got {tilt}")
-        self.order = check_choice(order, "order", ("shuffled", "natural"))
         self.max_durations = check_int(max_durations, "max_durations", least=2)
 
-    def _plan(self, population: Population, rng: np.random.Generator) -> BatchPlan:
-        supply = Supply.of(population)
-        for_targets, for_greedy, for_schedule, for_order = rng.spawn(4)  # the first two as in LatencyBudgetedSampler
-        targets = class_targets(self.targets, supply.counts.sum(axis=0), self.batch_size, for_targets)
-        plan = greedy_schedule(supply, targets, for_greedy).plan(population)
+    def _schedule(
+        self,
+        population: Population,
+        suppliers: Suppliers,
+        targets: IntArray,
+        for_greedy: np.random.Generator,
+        for_search: np.random.Generator,
+    ) -> BatchPlan:
+        plan = greedy_allocation(suppliers, targets, for_greedy).plan(population)
         try:
-            schedule = self._schedule(supply, targets, for_schedule)
+            allocation = self._allocation(suppliers, targets, for_search)
         except RuntimeError as exc:  # a solver's numerical trouble is no reason to stop a run
             logger.warning("no aligned schedule for this epoch, the greedy one is used: %s", exc)
         else:
-            if _epoch_time(schedule.plan(population)) < _WITHIN_REACH * _epoch_time(plan):
-                aligned = polish(supply, schedule, len(targets)).plan(population)
-                plan = min(aligned, plan, key=_epoch_time)
-        return plan.shuffled(for_order) if self.order == "shuffled" else plan
+            if epoch_time(allocation.plan(population)) < _WITHIN_REACH * epoch_time(plan):
+                aligned = local_search(suppliers, allocation, len(targets)).plan(population)
+                plan = min(aligned, plan, key=epoch_time)
+        return plan
 
-    def _schedule(self, supply: Supply, targets: IntArray, rng: np.random.Generator) -> Assignment:
-        lean = int(self.tilt / 2 * targets.sum(axis=1).min() + 1e-9)
-        outline = make_outline(supply, targets, lean, self.max_durations, rng)
-        targets = leaned_targets(targets, outline.level, outline.lean, lean, rng)
-        outline = replace(outline, level=cover(supply, targets, outline.seconds, outline.level))
-        return fill(supply, targets, outline, rng)
+    def _allocation(self, suppliers: Suppliers, targets: IntArray, rng: np.random.Generator) -> Allocation:
+        tilt = int(self.tilt / 2 * targets.sum(axis=1).min() + 1e-9)  # in examples that a step may exchange
+        durations = choose_durations(suppliers, targets, tilt, self.max_durations, rng)
+        targets = tilted_targets(targets, durations.level, durations.tilt, tilt, rng)
+        durations = replace(durations, level=cover(suppliers, targets, durations.seconds, durations.level))
+        return slowest_first_allocation(suppliers, targets, durations, rng)
 
     def __repr__(self) -> str:
         return (
             f"AlignedSampler(batch_size={self.batch_size}, seed={self.seed}, targets={self.targets!r}, "
             f"tilt={self.tilt})"
         )
-
-
-def _epoch_time(plan: BatchPlan) -> float:
-    return float(step_times(plan).sum())

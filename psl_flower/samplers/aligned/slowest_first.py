@@ -4,48 +4,51 @@ from __future__ import annotations
 
 import numpy as np
 
-from psl_flower.samplers.outline import Outline
+from psl_flower.samplers.aligned.durations import Durations
+from psl_flower.samplers.allocation import Allocation
 from psl_flower.samplers.rounding import spread_evenly
-from psl_flower.samplers.supply import Assignment, Supply
+from psl_flower.samplers.suppliers import Suppliers
 from psl_flower.typing import FloatArray, IntArray
 
 
-def fill(supply: Supply, targets: IntArray, outline: Outline, rng: np.random.Generator) -> Assignment:
+def slowest_first_allocation(
+    suppliers: Suppliers, targets: IntArray, durations: Durations, rng: np.random.Generator
+) -> Allocation:
     """Fill every place of every step.
 
-    Clients come from the slowest down. Each delivers in each level what the outline has it deliver there; then what is
-    left, wherever there are places and time; and what is still left wherever there are places, in the steps that this
-    prolongs least.
+    Clients come from the slowest down. Each delivers in each level what the relaxation has it deliver there; then what
+    is left, wherever there are places and time; and what is still left wherever there are places, in the steps that
+    this prolongs least.
 
     Parameters
     ----------
-    supply : Supply
+    suppliers : Suppliers
         K clients.
     targets : (T, C) int64
         Places for each class; columns add up to the clients' examples.
-    outline : Outline
+    durations : Durations
         Durations of the steps, and the work of each level.
     rng : np.random.Generator
         Orders equally slow clients, and decides where evenly spread examples begin.
     """
     most = int(targets.sum(axis=1).max())
     places = targets.copy()
-    seconds = outline.seconds[outline.level]
+    seconds = durations.seconds[durations.level]
     all_steps = np.arange(len(targets))
-    steps_of = [np.flatnonzero(outline.level == g) for g in range(len(outline.seconds))]
-    clients, labels = supply.pairs
-    first_pair = np.searchsorted(clients, np.arange(len(supply.sizes) + 1))
-    left = supply.counts[clients, labels]
+    steps_of = [np.flatnonzero(durations.level == g) for g in range(len(durations.seconds))]
+    clients, labels = suppliers.pairs
+    first_pair = np.searchsorted(clients, np.arange(len(suppliers.sizes) + 1))
+    left = suppliers.counts[clients, labels]
     parts: list[tuple[IntArray, int, int, IntArray]] = []
-    for client in np.lexsort((rng.random(len(supply.sizes)), -supply.per_sample, -supply.first_reply)):
+    for client in np.lexsort((rng.random(len(suppliers.sizes)), -suppliers.per_sample, -suppliers.first_reply)):
         pairs = np.arange(first_pair[client], first_pair[client + 1])
         loads = np.zeros(len(targets), dtype=np.int64)
         # in whole examples, such that the client's sum in each level, or several in a row, is right within one
-        ends = np.floor(outline.work[:, pairs].cumsum().clip(0) + rng.random())
+        ends = np.floor(durations.work[:, pairs].cumsum().clip(0) + rng.random())
         planned = np.diff(ends, prepend=0).astype(np.int64).clip(0).reshape(-1, len(pairs))
         for g in np.flatnonzero(planned.any(axis=1))[::-1]:
             steps = steps_of[g]
-            room = supply.capacity_of(client, outline.seconds[g], most) - loads[steps]
+            room = suppliers.capacity_of(client, durations.seconds[g], most) - loads[steps]
             for pair, wanted in zip(pairs, planned[g], strict=True):
                 free = np.minimum(places[steps, labels[pair]], room)
                 count = min(int(wanted), int(left[pair]), int(free.sum()))
@@ -61,28 +64,34 @@ def fill(supply: Supply, targets: IntArray, outline: Outline, rng: np.random.Gen
         pairs = pairs[left[pairs] > 0]
         if not len(pairs):
             continue
-        room = (supply.capacity_of(client, seconds, most) - loads).clip(0)
+        room = (suppliers.capacity_of(client, seconds, most) - loads).clip(0)
         spare = np.minimum(places[:, labels[pairs]], room[:, None]).sum(axis=0) - left[pairs]
         for pair in pairs[np.argsort(spare, kind="stable")]:  # the class that has least to choose from goes first
             free = np.minimum(places[:, labels[pair]], room)
             taken = spread_evenly(free, min(int(left[pair]), int(free.sum())), rng)
             loads += taken
             vacant = places[:, labels[pair]] - taken
-            prolong(supply, client, loads, vacant, seconds, taken, int(left[pair] - taken.sum()))
-            room = (supply.capacity_of(client, seconds, most) - loads).clip(0)
+            prolong(suppliers, client, loads, vacant, seconds, taken, int(left[pair] - taken.sum()))
+            room = (suppliers.capacity_of(client, seconds, most) - loads).clip(0)
             places[:, labels[pair]] = vacant
             parts.append((all_steps, client, labels[pair], taken))
-    return Assignment.joined(parts)
+    return Allocation.joined(parts)
 
 
 def prolong(
-    supply: Supply, client: int, loads: IntArray, places: IntArray, seconds: FloatArray, taken: IntArray, count: int
+    suppliers: Suppliers,
+    client: int,
+    loads: IntArray,
+    places: IntArray,
+    seconds: FloatArray,
+    taken: IntArray,
+    count: int,
 ) -> None:
     """Put `count` more examples of a client where they prolong steps least, an example; changes its array arguments.
 
     Parameters
     ----------
-    supply : Supply
+    suppliers : Suppliers
         K clients.
     client : int
         Row of the client.
@@ -99,7 +108,7 @@ def prolong(
     """
     while count > 0:
         more = np.arange(1, min(count, int(places.max())) + 1)
-        replies = supply.latency[client] + supply.per_sample[client] * (loads[:, None] + more)
+        replies = suppliers.latency[client] + suppliers.per_sample[client] * (loads[:, None] + more)
         extra = (replies - seconds[:, None]).clip(0) / more
         extra[more > places[:, None]] = np.inf
         step, index = np.unravel_index(np.argmin(extra), extra.shape)

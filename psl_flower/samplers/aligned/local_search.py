@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from psl_flower.samplers.supply import SAME_TIME, Assignment, Supply
+from psl_flower.samplers.allocation import Allocation
+from psl_flower.samplers.suppliers import SAME_TIME, Suppliers
 from psl_flower.typing import FloatArray, IntArray
 
 # Cells of the table that are looked at in all: half a second to a second. Schedules of 400 steps and 100 clients with
@@ -16,7 +17,7 @@ _MOST_WORK = 1e8
 _MOST_CELLS = 1 << 22
 
 
-def polish(supply: Supply, assignment: Assignment, num_steps: int) -> Assignment:
+def local_search(suppliers: Suppliers, allocation: Allocation, num_steps: int) -> Allocation:
     """Return a schedule with the same targets that takes no longer.
 
     The slowest client of a step gives one example of some class less, in exchange for one more in a step where it has
@@ -24,33 +25,33 @@ def polish(supply: Supply, assignment: Assignment, num_steps: int) -> Assignment
 
     Parameters
     ----------
-    supply : Supply
+    suppliers : Suppliers
         K clients, none without data.
-    assignment : Assignment
+    allocation : Allocation
         The schedule.
     num_steps : int
         T.
     """
-    clients, labels = supply.pairs
-    if not supply.per_sample.any() or num_steps * len(clients) > _MOST_CELLS:
-        return assignment
+    clients, labels = suppliers.pairs
+    if not suppliers.per_sample.any() or num_steps * len(clients) > _MOST_CELLS:
+        return allocation
     table = np.zeros((num_steps, len(clients)), dtype=np.int32)
-    num_classes = supply.counts.shape[1]
-    pair = np.searchsorted(clients * num_classes + labels, assignment.rows * num_classes + assignment.classes)
-    np.add.at(table, (assignment.steps, pair), assignment.counts)
-    _Polisher(supply, table).run()
+    num_classes = suppliers.counts.shape[1]
+    pair = np.searchsorted(clients * num_classes + labels, allocation.rows * num_classes + allocation.classes)
+    np.add.at(table, (allocation.steps, pair), allocation.counts)
+    _LocalSearch(suppliers, table).run()
     steps, pair = np.nonzero(table)
-    return Assignment(steps, clients[pair], labels[pair], table[steps, pair].astype(np.int64))
+    return Allocation(steps, clients[pair], labels[pair], table[steps, pair].astype(np.int64))
 
 
-class _Polisher:
+class _LocalSearch:
     """Swaps examples in a (T, P) table of steps and (client, class) pairs."""
 
-    def __init__(self, supply: Supply, table: NDArray[np.int32]) -> None:
-        self.supply, self.table, self.work = supply, table, _MOST_WORK
-        self.clients, self.labels = supply.pairs
-        self.first_pair = np.searchsorted(self.clients, np.arange(len(supply.sizes) + 1))
-        self.pairs_of_label = [np.flatnonzero(self.labels == c) for c in range(supply.counts.shape[1])]
+    def __init__(self, suppliers: Suppliers, table: NDArray[np.int32]) -> None:
+        self.suppliers, self.table, self.work = suppliers, table, _MOST_WORK
+        self.clients, self.labels = suppliers.pairs
+        self.first_pair = np.searchsorted(self.clients, np.arange(len(suppliers.sizes) + 1))
+        self.pairs_of_label = [np.flatnonzero(self.labels == c) for c in range(suppliers.counts.shape[1])]
         self.seconds = np.array([self.replies(t).max() for t in range(len(table))])
 
     def loads(self, step: int) -> IntArray:
@@ -58,7 +59,7 @@ class _Polisher:
         return np.add.reduceat(self.table[step], self.first_pair[:-1])
 
     def replies(self, step: int) -> FloatArray:
-        return self.supply.reply(self.loads(step))
+        return self.suppliers.reply(self.loads(step))
 
     def run(self) -> None:
         """Go through the steps, the longest first, until the work is used up or a whole pass shortens nothing."""
@@ -74,19 +75,20 @@ class _Polisher:
 
         No step takes longer afterwards; this one takes less, or fewer clients take as long.
         """
-        supply, seconds = self.supply, self.seconds
+        suppliers, seconds = self.suppliers, self.seconds
         loads = self.loads(step)
-        slowest = int(supply.reply(loads).argmax())
+        slowest = int(suppliers.reply(loads).argmax())
         below = seconds[step] * (1 - SAME_TIME)
         self.work -= len(self.table)
-        if supply.latency[slowest] + supply.per_sample[slowest] * (loads[slowest] - 1) >= below and loads[slowest] > 1:
+        one_less = suppliers.latency[slowest] + suppliers.per_sample[slowest] * (loads[slowest] - 1)
+        if one_less >= below and loads[slowest] > 1:
             return False
         own = slice(self.first_pair[slowest], self.first_pair[slowest + 1])
-        elsewhere = supply.latency[slowest] + supply.per_sample[slowest] * (self.table[:, own].sum(axis=1) + 1)
+        elsewhere = suppliers.latency[slowest] + suppliers.per_sample[slowest] * (self.table[:, own].sum(axis=1) + 1)
         takes = elsewhere <= seconds
         takes[step] = False
         steps = np.flatnonzero(takes)
-        one_more = supply.latency + supply.per_sample * (loads + 1)
+        one_more = suppliers.latency + suppliers.per_sample * (loads + 1)
         best = None
         for pair in np.flatnonzero(self.table[step, own]) + own.start:
             partners = self.pairs_of_label[self.labels[pair]]

@@ -1,4 +1,4 @@
-"""The linear program behind `AlignedSampler`: how many steps of which duration make the shortest epoch."""
+"""The linear relaxation behind `AlignedSampler`: how many steps of which duration make the shortest epoch."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from dataclasses import dataclass
 import numpy as np
 
 from psl_flower.linear_program import LinearProgram
-from psl_flower.samplers.supply import Supply
+from psl_flower.samplers.suppliers import Suppliers
 from psl_flower.typing import FloatArray, IndexArray, IntArray
 
-# Note [What a lean costs]: exchanging examples takes no time, so without a small price the program would do it for no
+# Note [What a tilt costs]: exchanging examples takes no time, so without a small price the program would do it for no
 # gain, and would take all from one class. What several classes give up together hardly shows in the other steps: whole
 # numbers are off by about as much anyway (stratified, tilt 0.1, K = 64: deviation .043 instead of .053). So giving up
 # much of one class has a higher price.
-_LEAN_COST = 1e-6
+_TILT_COST = 1e-6
 
 # Pairs of client and class that the program looks at; of more, similar clients are pooled.
 _MOST_PAIRS = 640
 
 
 @dataclass(frozen=True, eq=False)
-class Pool:
-    """The supply as the program sees it: U units, each a client, or similar ones taken together.
+class PooledSuppliers:
+    """The suppliers as the program sees them: U units, each a client, or similar ones taken together.
 
     `counts` (U, C); `unit` (K,) is each client's; no client delivers more than `most` a step.
     """
 
-    supply: Supply
+    suppliers: Suppliers
     most: int
     unit: IndexArray
     counts: IntArray
 
     @classmethod
-    def of(cls, supply: Supply, most: int) -> Pool:
+    def of(cls, suppliers: Suppliers, most: int) -> PooledSuppliers:
         """Pool as few clients as keep the program small."""
-        num_clients, num_pairs = len(supply.sizes), len(supply.pairs[0])
+        num_clients, num_pairs = len(suppliers.sizes), len(suppliers.pairs[0])
         unit = np.empty(num_clients, dtype=np.intp)
         num_units = min(num_clients, max(1, num_clients * _MOST_PAIRS // num_pairs))
         # neighbours in this order are about equally slow
-        order = np.lexsort((supply.sizes, supply.per_sample, supply.first_reply))
+        order = np.lexsort((suppliers.sizes, suppliers.per_sample, suppliers.first_reply))
         unit[order] = np.arange(num_clients) * num_units // num_clients
-        counts = np.zeros((num_units, supply.counts.shape[1]), dtype=np.int64)
-        np.add.at(counts, unit, supply.counts)
-        return cls(supply, most, unit, counts)
+        counts = np.zeros((num_units, suppliers.counts.shape[1]), dtype=np.int64)
+        np.add.at(counts, unit, suppliers.counts)
+        return cls(suppliers, most, unit, counts)
 
     def client_capacity(self, levels: FloatArray) -> IntArray:
         """Examples each client can deliver in a step of each level, (G, K)."""
-        return np.minimum(self.supply.capacity(levels, self.most), self.supply.sizes)
+        return np.minimum(self.suppliers.capacity(levels, self.most), self.suppliers.sizes)
 
     def capacity(self, levels: FloatArray) -> FloatArray:
         """Examples each unit can deliver in a step of each level, (G, U)."""
@@ -55,36 +55,36 @@ class Pool:
         np.add.at(result.T, self.unit, self.client_capacity(levels).T)
         return result
 
-    def work_of_clients(self, supply: Supply, levels: FloatArray, work: FloatArray) -> FloatArray:
+    def work_of_clients(self, levels: FloatArray, work: FloatArray) -> FloatArray:
         """Share the (G, U, C) work of units among the (client, class) pairs that can do it, (G, P)."""
-        clients, labels = supply.pairs
+        clients, labels = self.suppliers.pairs
         units = self.unit[clients]
-        shares = work[:, units, labels] * (supply.counts[clients, labels] / self.counts[units, labels])
+        shares = work[:, units, labels] * (self.suppliers.counts[clients, labels] / self.counts[units, labels])
         shares[self.client_capacity(levels)[:, clients] == 0] = 0
         return shares
 
 
 @dataclass(frozen=True, eq=False)
-class Mix:
+class Relaxation:
     """The program's answer, in fractions of steps and examples."""
 
     length: FloatArray  # (G,) steps
     share: FloatArray  # (S, G) of each step
     work: FloatArray  # (G, U, C)
-    lean: FloatArray  # (G, C)
-    prices: FloatArray  # (G, C) of a place for an example
-    rents: FloatArray  # (G,) of a step
+    tilt: FloatArray  # (G, C)
+    place_duals: FloatArray  # (G, C) dual values: of a place for an example,
+    step_duals: FloatArray  # (G,) and of a step
 
 
-def solve_mix(
-    pool: Pool,
+def solve_relaxation(
+    pool: PooledSuppliers,
     targets: FloatArray,
     scale: float,
     levels: FloatArray,
-    lean: float,
+    tilt: float,
     *,
-    shortest_leans_freely: bool = False,
-) -> Mix:
+    shortest_tilts_freely: bool = False,
+) -> Relaxation:
     """Find the shortest epoch in fractions of steps.
 
     With ``u_sg`` the share of step s in level g, ``w_g`` the number of steps of level g, ``y_gkc`` what unit k delivers
@@ -94,11 +94,11 @@ def solve_mix(
         sum_g u_sg = 1,  w_g = scale sum_s u_sg
         sum_g y_gkc = n_kc,  sum_c y_gkc <= capacity_gk w_g
         sum_k y_gkc = scale sum_s u_sg m_sc + d_gc
-        sum_c d_gc = sum_g d_gc = 0,  sum_c |d_gc| <= 2 lean w_g
+        sum_c d_gc = sum_g d_gc = 0,  sum_c |d_gc| <= 2 tilt w_g
 
     Parameters
     ----------
-    pool : Pool
+    pool : PooledSuppliers
         Units k; not all of them need fit into the shorter levels, but all into the longest.
     targets : (S, C) float64
         Examples of each class in each step; `scale` times their sum is what the units hold.
@@ -106,9 +106,9 @@ def solve_mix(
         How many steps of the epoch each of these stands for.
     levels : (G,) float64
         Durations, ascending, the last above 0.
-    lean : float
+    tilt : float
         How many examples a step may exchange for ones of other classes.
-    shortest_leans_freely : bool
+    shortest_tilts_freely : bool
         Whether there is no such limit for the first level.
 
     Raises
@@ -135,8 +135,8 @@ def solve_mix(
     program.at_most.put(rows, length[tight], -capacity[tight, tight_units])
 
     # a unit's capacity is no help to one of its clients that has more than the others
-    pooled = np.flatnonzero((np.bincount(pool.unit) > 1)[pool.unit] & (pool.supply.per_sample > 0))
-    rows = program.at_most.new(-pool.supply.sizes[pooled])
+    pooled = np.flatnonzero((np.bincount(pool.unit) > 1)[pool.unit] & (pool.suppliers.per_sample > 0))
+    rows = program.at_most.new(-pool.suppliers.sizes[pooled])
     program.at_most.put(rows[:, None], length, -pool.client_capacity(levels).T[pooled])
 
     rows = program.equal.new(pool.counts[units, labels])
@@ -152,16 +152,16 @@ def solve_mix(
     program.equal.put(places.T[label], share[step], -scale * targets[step, label][:, None])
 
     signed: list[tuple[IndexArray, float]] = []
-    if lean:
-        # d = more - less - much_less; see Note [What a lean costs]
+    if tilt:
+        # d = more - less - much_less; see Note [What a tilt costs]
         costs = ((1.0, 1), (-1.0, 1), (-1.0, 10))
-        signed = [(program.variables(places.shape, cost=cost * _LEAN_COST), sign) for sign, cost in costs]
+        signed = [(program.variables(places.shape, cost=cost * _TILT_COST), sign) for sign, cost in costs]
         some = program.at_most.new(np.zeros(places.shape))
         program.at_most.put(some, signed[1][0], 1.0)
-        program.at_most.put(some, length[:, None], -1.5 * lean / num_classes)
-        bounded = slice(1, None) if shortest_leans_freely else slice(None)
+        program.at_most.put(some, length[:, None], -1.5 * tilt / num_classes)
+        bounded = slice(1, None) if shortest_tilts_freely else slice(None)
         rows = program.at_most.new(np.zeros(len(length[bounded])))
-        program.at_most.put(rows, length[bounded], -2.0 * lean)
+        program.at_most.put(rows, length[bounded], -2.0 * tilt)
         by_level, by_class = program.equal.new(np.zeros(num_levels)), program.equal.new(np.zeros(num_classes))
         for variables, sign in signed:
             program.equal.put(places, variables, -sign)
@@ -173,11 +173,11 @@ def solve_mix(
     point = solution.point
     delivered = np.zeros((num_levels, *pool.counts.shape))
     delivered[groups, units[pairs], labels[pairs]] = point[work]
-    return Mix(
+    return Relaxation(
         point[length],
         point[share],
         delivered,
         sum((sign * point[variables] for variables, sign in signed), start=np.zeros(places.shape)),
-        solution.prices[places],
-        solution.prices[steps],
+        solution.duals[places],
+        solution.duals[steps],
     )
