@@ -192,8 +192,8 @@ class ExactnessCase:
 
     def reference(self, num_clients: int) -> dict[str, Tensor]:
         """Return the weights of centralised training on the same batches."""
-        people = population(num_clients, self.sampler)
-        plan = self.sampler.plan(people, 0)
+        clients = population(num_clients, self.sampler)
+        plan = self.sampler.plan(clients, 0)
         batches = list(planned_batches(plan, num_clients, seed=self.sampler.seed, epoch=0, dtype=self.dtype))
         assert len(batches) >= 20
         return train_centralised(tiny_resnet(self.dtype), batches, self.optimizer)

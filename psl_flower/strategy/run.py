@@ -18,13 +18,13 @@ from psl_flower.exchange.door import Door
 from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Config, WorkOrder
-from psl_flower.strategy.agenda import Agenda
+from psl_flower.strategy.ledger import EpochLedger
 from psl_flower.strategy.progress import Progress
 from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.server_step import SplitTrainer
 from psl_flower.strategy.step import Attempt, StepRunner
 from psl_flower.strategy.summary import RunSummary
-from psl_flower.strategy.tolerance import Absences, Stall
+from psl_flower.strategy.tolerance import Backoff, Retries
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
@@ -50,7 +50,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.evaluation_door = Door()
-        self.absences = Absences()
+        self.backoff = Backoff()
         self.given_up: set[int] = set()  # clients that owed examples at the end of the last epoch they were in
         self.missing: set[int] = set()  # those of them that gave nothing at all
         self.committed = False  # a step, in this process
@@ -68,17 +68,17 @@ class Run:
         return saved
 
     # --- clients that fail -------------------------------------------------------------------------------------------
-    def at_hand(self, owing: IntArray) -> IntArray:
+    def available(self, unfinished: IntArray) -> IntArray:
         """Return the clients to go on with: those that owe and are not left out; all, if there are none."""
-        kept = np.array([client for client in owing if client not in self.absences.left_out()], dtype=np.int64)
-        return kept if len(kept) else owing
+        kept = np.array([client for client in unfinished if client not in self.backoff.left_out()], dtype=np.int64)
+        return kept if len(kept) else unfinished
 
     def attempt(self, orders: list[WorkOrder], waits: Mapping[int, float]) -> Attempt:
         """Try a step, and remember who failed."""
-        self.absences.next_attempt()
+        self.backoff.next_attempt()
         attempt = self.runner.attempt(orders, waits)
-        self.absences.failed(attempt.lost)
-        self.absences.succeeded(attempt.batch)
+        self.backoff.failed(attempt.lost)
+        self.backoff.succeeded(attempt.batch)
         self.given_up -= attempt.batch.keys()
         summary, examples = self.summary, {order.client: order.count for order in orders}
         nothing = attempt.outcome is None and not attempt.skipped
@@ -98,15 +98,15 @@ class Run:
             summary.examples_redone += sum(examples[client] for client in attempt.lost)
         return attempt
 
-    def give_up(self, attempt: Attempt, agenda: Agenda, stall: Stall, *, committed: bool) -> bool:
+    def give_up(self, attempt: Attempt, ledger: EpochLedger, retries: Retries, *, committed: bool) -> bool:
         """Return whether to give up the rest of an epoch after an attempt that nothing came of; else wait a little.
 
         Parameters
         ----------
         attempt : Attempt
-        agenda : Agenda
+        ledger : EpochLedger
             The epoch's.
-        stall : Stall
+        retries : Retries
             The epoch's; told of the attempt.
         committed : bool
             Whether the epoch has a step.
@@ -124,28 +124,28 @@ class Run:
             if everyone or alike:
                 raise StepError(f"all {len(attempt.lost)} clients failed, before any step was completed", attempt.lost)
         # no waiting for those again for whom an earlier epoch has waited in vain
-        known = set(agenda.owing().tolist()) <= self.given_up
+        known = set(ledger.unfinished().tolist()) <= self.given_up
         patience = 0.0 if known else self.policy.patience
-        stall.failures = attempt.lost | stall.failures  # what began it says more than what followed
-        if stall.hopeless(patience):
-            people = agenda.population
-            if not committed or self.absences.failing().issuperset(people.client_ids[people.sizes > 0].tolist()):
-                raise StepError("no step could be completed, all clients fail", stall.failures)
+        retries.failures = attempt.lost | retries.failures  # what began it says more than what followed
+        if retries.exhausted(patience):
+            population = ledger.population
+            if not committed or self.backoff.failing().issuperset(population.client_ids[population.sizes > 0].tolist()):
+                raise StepError("no step could be completed, all clients fail", retries.failures)
             return True
         if all_failed:
-            pause = stall.pause(patience)
+            pause = retries.pause(patience)
             self.summary.seconds_waiting += pause
             time.sleep(pause)
         return False
 
-    def close_epoch(self, server_round: int, agenda: Agenda) -> int:
+    def close_epoch(self, server_round: int, ledger: EpochLedger) -> int:
         """Report and return the examples that the epoch went without."""
-        owed = dict(zip(agenda.population.client_ids.tolist(), agenda.owed.tolist(), strict=True))
+        owed = dict(zip(ledger.population.client_ids.tolist(), ledger.remaining.tolist(), strict=True))
         unseen = {client: n for client, n in owed.items() if n}
-        self.summary.replans += agenda.replans
+        self.summary.replans += ledger.replans
         self.summary.examples_unseen.update(unseen)
         self.given_up |= unseen.keys()
-        held = dict(zip(agenda.population.client_ids.tolist(), agenda.population.sizes.tolist(), strict=True))
+        held = dict(zip(ledger.population.client_ids.tolist(), ledger.population.sizes.tolist(), strict=True))
         self.missing = {client for client, n in unseen.items() if n == held[client]}
         for client, n in unseen.items():
             log.warning("round %d went without %d examples of client %d", server_round, n, client)

@@ -15,11 +15,11 @@ from psl_flower import checkpoint
 from psl_flower.checkpoint import Checkpoints, check_identity
 from psl_flower.samplers.base import Sampler
 from psl_flower.stragglers import DelayEstimator, DelayModel
-from psl_flower.strategy.agenda import Agenda
 from psl_flower.strategy.epoch import Epoch
+from psl_flower.strategy.ledger import EpochLedger
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.server_step import SplitTrainer
-from psl_flower.strategy.tolerance import Absences
+from psl_flower.strategy.tolerance import Backoff
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -94,7 +94,7 @@ class Saver:
             self._checkpoints.put_away()
         return saved
 
-    def save(self, run: Run, server_round: int, agenda: Agenda, epoch: Epoch, delays: DelayModel | None) -> None:
+    def save(self, run: Run, server_round: int, ledger: EpochLedger, epoch: Epoch, delays: DelayModel | None) -> None:
         """Write a checkpoint, within or at the end of a round's training."""
         if self._checkpoints is None:
             return
@@ -104,10 +104,10 @@ class Saver:
             "round": server_round,
             "trainer": {**run.trainer.saved(), "state": run.current_state()},
             "scheduler": _state_of(self._scheduler),
-            "agenda": agenda.state(),
+            "agenda": ledger.state(),
             "epoch": epoch.state(),
             "pooled": run.saved_pooled(),
-            "absences": run.absences.state(),
+            "absences": run.backoff.state(),
             "delays": delays.to_dict() if isinstance(delays, DelayEstimator) else None,
             "metrics_position": run.recorder.position(),
             "summary": run.summary.to_dict(),
@@ -122,7 +122,7 @@ class Saver:
         if self._scheduler:
             self._scheduler.load_state_dict(saved["scheduler"])
         run.restore_pooled(saved["pooled"])
-        run.absences = Absences.restored(saved["absences"])
+        run.backoff = Backoff.restored(saved["absences"])
         run.summary.resumed += 1
         steps = sum(len(saved["epoch"][name]) for name in ("steps", "waiting"))
         log.info("Resumed in round %d, after step %d.", saved["round"], steps)

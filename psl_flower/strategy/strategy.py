@@ -35,10 +35,10 @@ from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import check_client_half, cut_model
 from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
-from psl_flower.strategy.agenda import Agenda, part, saved_population
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import split_evaluate
+from psl_flower.strategy.ledger import EpochLedger, part, saved_population
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.run import Run
@@ -46,7 +46,7 @@ from psl_flower.strategy.saving import Saver, saved_result
 from psl_flower.strategy.server_step import Loss, OptimizerFn, SplitTrainer
 from psl_flower.strategy.step import Attempt, StepRunner
 from psl_flower.strategy.summary import RunSummary
-from psl_flower.strategy.tolerance import Stall
+from psl_flower.strategy.tolerance import Retries
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -314,76 +314,78 @@ class ParallelSplitLearning(Strategy):
 
     def _train_epoch(self, run: Run, saver: Saver, server_round: int) -> RoundRecord:
         """Use every example of every client once."""
-        agenda, epoch = self._open_epoch(run, server_round)
-        virtual_clock = self._virtual_clock(agenda.population)
-        stall, skips = Stall(), 0
+        ledger, epoch = self._open_epoch(run, server_round)
+        virtual_clock = self._virtual_clock(ledger.population)
+        retries, skips = Retries(), 0
         with epoch:
-            while len(agenda.owing()):
-                self._look_for_clients(run, agenda, epoch, virtual_clock)
+            while len(ledger.unfinished()):
+                self._look_for_clients(run, ledger, epoch, virtual_clock)
                 begin = time.monotonic()
-                step = agenda.step(run.at_hand(agenda.owing()))
+                step = ledger.step(run.available(ledger.unfinished()))
                 epoch.seconds_plan += time.monotonic() - begin
-                orders, waits = agenda.orders(len(epoch), step), self._waits(virtual_clock, step)
+                orders, waits = ledger.orders(len(epoch), step), self._waits(virtual_clock, step)
                 with StepError.located(f"round {server_round}, step {len(epoch)}"):
                     attempt = run.attempt(orders, waits)
                     nothing = attempt.outcome is None and not attempt.skipped
-                    if nothing and run.give_up(attempt, agenda, stall, committed=len(epoch) > 0):
+                    if nothing and run.give_up(attempt, ledger, retries, committed=len(epoch) > 0):
                         break
                     skips = skips + 1 if attempt.skipped else 0
                     _check_skips(skips)
                 if attempt.skipped:
-                    agenda.done(part(step, attempt.batch), _labels(attempt))
+                    ledger.done(part(step, attempt.batch), _labels(attempt))
                 elif attempt.outcome is not None:
                     step = part(step, attempt.batch)
-                    agenda.done(step, _labels(attempt))
-                    stall.over()
+                    ledger.done(step, _labels(attempt))
+                    retries.succeeded()
                     self._measure(attempt)
                     simulated = virtual_clock.advance(step.clients, step.quotas) if virtual_clock else None
                     record = _step_record(server_round, len(epoch), attempt, time.monotonic() - begin, simulated)
                     epoch.add(record, step, attempt.outcome.class_counts)
-                    done, of = len(epoch), len(epoch) + agenda.steps_left()
+                    done, of = len(epoch), len(epoch) + ledger.steps_left()
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
-                    if self.checkpoint_every and done % self.checkpoint_every == 0 and agenda.steps_left():
-                        saver.save(run, server_round, agenda, epoch, self._delays)
-            saver.save(run, server_round, agenda, epoch, self._delays)
-            unseen = run.close_epoch(server_round, agenda)
+                    if self.checkpoint_every and done % self.checkpoint_every == 0 and ledger.steps_left():
+                        saver.save(run, server_round, ledger, epoch, self._delays)
+            saver.save(run, server_round, ledger, epoch, self._delays)
+            unseen = run.close_epoch(server_round, ledger)
             record_of_round = epoch.summary(unseen)
         if not unseen:
-            run.remember_pooled_counts(agenda.population, epoch.pooled())
+            run.remember_pooled_counts(ledger.population, epoch.pooled())
         _log_round(record_of_round)
         return record_of_round
 
-    def _open_epoch(self, run: Run, server_round: int) -> tuple[Agenda, Epoch]:
+    def _open_epoch(self, run: Run, server_round: int) -> tuple[EpochLedger, Epoch]:
         """Return what there is to do in an epoch, and its bookkeeping: a new one, or the one to be resumed."""
         run.clients.refresh(self.min_available_nodes, run.timeout, run.missing)
-        people, saved = run.clients.population(), run.take_saved()
+        population, saved = run.clients.population(), run.take_saved()
         begin = time.monotonic()
         if saved is None:
-            agenda = Agenda(self.sampler, self._with_delays(people), server_round - 1)
+            ledger = EpochLedger(self.sampler, self._with_delays(population), server_round - 1)
         else:
-            people = self._with_delays(saved_population(saved["agenda"], people))
-            agenda = Agenda.restored(self.sampler, people, server_round - 1, saved["agenda"])
+            population = self._with_delays(saved_population(saved["agenda"], population))
+            ledger = EpochLedger.restored(self.sampler, population, server_round - 1, saved["agenda"])
         seconds_plan = time.monotonic() - begin
-        epoch = Epoch(run.recorder, server_round, agenda.population, pooled=run.pooled_counts(agenda.population))
+        epoch = Epoch(run.recorder, server_round, ledger.population, pooled=run.pooled_counts(ledger.population))
         if saved is not None:
             epoch.restore(saved["epoch"])
         epoch.seconds_plan += seconds_plan
-        return agenda, epoch
+        return ledger, epoch
 
-    def _look_for_clients(self, run: Run, agenda: Agenda, epoch: Epoch, virtual_clock: VirtualClock | None) -> None:
+    def _look_for_clients(
+        self, run: Run, ledger: EpochLedger, epoch: Epoch, virtual_clock: VirtualClock | None
+    ) -> None:
         """Find clients that failed before on the nodes where they are now, and let new ones in if they may enter."""
         at_once = self.faults.join == "step"
-        if not self.faults.tolerate or not (at_once or run.absences.failing() & set(run.at_hand(agenda.owing()))):
+        if not self.faults.tolerate or not (at_once or run.backoff.failing() & set(run.available(ledger.unfinished()))):
             return
         joined = run.clients.look_again(self.faults.step_timeout or run.timeout)
         if not joined:
             return
         log.info("clients that joined%s: %s", "" if at_once else ", from the next round on", sorted(joined))
         if at_once:
-            agenda.admit(self._with_delays(run.with_members(agenda.population, joined)))
-            epoch.population = agenda.population
+            ledger.admit(self._with_delays(run.with_members(ledger.population, joined)))
+            epoch.population = ledger.population
             if virtual_clock and self._simulated:
-                ids = agenda.population.client_ids
+                ids = ledger.population.client_ids
                 virtual_clock.update(ids, self._simulated.delays(ids))
 
     def _evaluate_in_clients(self, run: Run, server_round: int, result: Result) -> dict[str, Any]:

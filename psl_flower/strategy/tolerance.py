@@ -1,4 +1,4 @@
-"""Which clients are left out until when, and when to give up."""
+"""How failures are retried: which clients are left out until when, and when to give up."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Attempts at a step that a client is left out of at most.
-LONGEST_ABSENCE = 64
+LONGEST_BACKOFF = 64
 
 
-class Absences:
-    """Which clients are left out of the next attempt at a step: those that failed again and again.
+class Backoff:
+    """Exponential backoff, in attempts at a step: clients that fail again and again are asked ever more seldom.
 
     After its first failure a client is tried again at once; after the second in a row it is left out of one attempt,
     then of 2, 4, 8, ... A success forgets its failures.
@@ -30,7 +30,7 @@ class Absences:
         """Take note of failures in the attempt that was last counted."""
         for client in clients:
             failures = self._failures[client] = self._failures.get(client, 0) + 1
-            interval = 0 if failures == 1 else min(2 ** (failures - 2), LONGEST_ABSENCE)
+            interval = 0 if failures == 1 else min(2 ** (failures - 2), LONGEST_BACKOFF)
             self._until[client] = self._attempt + 1 + interval
 
     def succeeded(self, clients: Iterable[int]) -> None:
@@ -52,12 +52,12 @@ class Absences:
         return {"attempt": self._attempt, "failures": dict(self._failures), "until": dict(self._until)}
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> Absences:
-        """Return the absences that `state` described."""
-        absences = cls()
-        absences._attempt = state["attempt"]
-        absences._failures, absences._until = dict(state["failures"]), dict(state["until"])
-        return absences
+    def restored(cls, state: Mapping[str, Any]) -> Backoff:
+        """Return the backoff that `state` described."""
+        backoff = cls()
+        backoff._attempt = state["attempt"]
+        backoff._failures, backoff._until = dict(state["failures"]), dict(state["until"])
+        return backoff
 
 
 # Attempts before anything is given up, and how long to pause between them: so that a client that is restarted is found,
@@ -66,8 +66,8 @@ LEAST_TRIES = 3
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds
 
 
-class Stall:
-    """Attempts in a row that nothing came of, and when to give up.
+class Retries:
+    """Attempts in a row that nothing came of: how long to wait between them, and when to give up.
 
     Attributes
     ----------
@@ -79,11 +79,11 @@ class Stall:
         self._tries, self._begin = 0, 0.0
         self.failures: dict[int, str] = {}
 
-    def over(self) -> None:
+    def succeeded(self) -> None:
         """Forget them: something came of an attempt."""
         self._tries, self.failures = 0, {}
 
-    def hopeless(self, patience: float) -> bool:
+    def exhausted(self, patience: float) -> bool:
         """Count another attempt, and return whether it is time to give up, `patience` seconds after the first."""
         self._tries += 1
         if self._tries == 1:

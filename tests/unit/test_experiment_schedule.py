@@ -25,7 +25,7 @@ class Labels:
 
 
 @pytest.fixture
-def people():
+def shared_data():
     """Twelve clients, some without data, of 300 examples of five classes."""
     rng = np.random.default_rng(5)
     labels = rng.integers(0, 5, 400)
@@ -38,8 +38,8 @@ def people():
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-def test_a_plan_is_filled_with_what_the_clients_draw(sampler, people):
-    population, shares, labels = people
+def test_a_plan_is_filled_with_what_the_clients_draw(sampler, shared_data):
+    population, shares, labels = shared_data
     plan = make_sampler(sampler, 16, 9).plan(population, 4)
     schedule = fill_plan(plan, shares, labels, seed=9, epoch=4)
     clients = [SplitClient(torch.nn.Identity(), Labels(labels[share])) for share in shares]
@@ -53,8 +53,8 @@ def test_a_plan_is_filled_with_what_the_clients_draw(sampler, people):
     assert schedule.bounds()[-1] == population.num_examples
 
 
-def test_clients_in_turn_pass_over_their_data_as_often_as_asked(people):
-    population, shares, _ = people
+def test_clients_in_turn_pass_over_their_data_as_often_as_asked(shared_data):
+    population, shares, _ = shared_data
     schedule = client_turns(population, shares, [7, 2, 0], batch_size=10, local_epochs=2, seed=1, epoch=0)
     assert list(dict.fromkeys(schedule.plan.clients)) == [7, 0]  # client 2 holds nothing
     bounds = schedule.bounds()

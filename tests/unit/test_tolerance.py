@@ -6,43 +6,43 @@ import pytest
 
 from psl_flower.strategy import tolerance
 from psl_flower.strategy.summary import RunSummary, reason_of
-from psl_flower.strategy.tolerance import Absences, Stall
+from psl_flower.strategy.tolerance import Backoff, Retries
 
 
-def attempts(absences, failing, number):
+def attempts(backoff, failing, number):
     """Return the attempts (0-based) that client 7 takes part in; it fails in those that `failing` says."""
     taken = []
     for attempt in range(number):
-        out = absences.left_out()
-        absences.next_attempt()
+        out = backoff.left_out()
+        backoff.next_attempt()
         if 7 in out:
             continue
         taken.append(attempt)
-        (absences.failed if failing(attempt) else absences.succeeded)([7])
+        (backoff.failed if failing(attempt) else backoff.succeeded)([7])
     return taken
 
 
 def test_intervals_grow_twofold_to_a_limit():
-    taken = attempts(Absences(), lambda attempt: True, 600)
+    taken = attempts(Backoff(), lambda attempt: True, 600)
     gaps = [b - a - 1 for a, b in pairwise(taken)]
     assert gaps[:9] == [0, 1, 2, 4, 8, 16, 32, 64, 64]
     assert max(gaps) == 64
 
 
 def test_a_success_forgets_failures():
-    absences = Absences()
-    assert attempts(absences, lambda attempt: attempt in (0, 1, 4, 5), 9) == [0, 1, 3, 4, 5, 7, 8]
-    assert absences.failing() == set()
+    backoff = Backoff()
+    assert attempts(backoff, lambda attempt: attempt in (0, 1, 4, 5), 9) == [0, 1, 3, 4, 5, 7, 8]
+    assert backoff.failing() == set()
 
 
 def test_others_are_not_left_out():
-    absences = Absences()
+    backoff = Backoff()
     for _ in range(5):
-        absences.next_attempt()
-        absences.failed([1, 2])
-        absences.succeeded([3])
-    assert absences.left_out() == {1, 2}
-    assert absences.failing() == {1, 2}
+        backoff.next_attempt()
+        backoff.failed([1, 2])
+        backoff.succeeded([3])
+    assert backoff.left_out() == {1, 2}
+    assert backoff.failing() == {1, 2}
 
 
 @pytest.fixture
@@ -59,23 +59,23 @@ def clock(monkeypatch):
 
 
 def test_patience_is_counted_from_the_first_of_the_attempts_in_vain(clock):
-    stall = Stall()
+    retries = Retries()
     waited = 0.0
-    while not stall.hopeless(20.0):
-        pause = stall.pause(20.0)
+    while not retries.exhausted(20.0):
+        pause = retries.pause(20.0)
         assert 0 <= pause <= 5
         waited += pause
         clock.now += pause
     assert waited == pytest.approx(20.0)
-    stall.over()
+    retries.succeeded()
     clock.now += 1000
-    assert not stall.hopeless(20.0)
+    assert not retries.exhausted(20.0)
 
 
 def test_without_patience_everyone_is_still_tried_thrice(clock):
-    stall = Stall()
-    assert [stall.hopeless(0.0) for _ in range(3)] == [False, False, True]
-    assert stall.pause(0.0) == 0
+    retries = Retries()
+    assert [retries.exhausted(0.0) for _ in range(3)] == [False, False, True]
+    assert retries.pause(0.0) == 0
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,9 @@ class Algorithm(ABC):
     def __init__(self, setting: Setting, data: Data, model: nn.Module) -> None:
         self.setting, self.data, self.model = setting, data, model
         self.optimizers = [self.make_optimizer(model.parameters())]
-        people, delays = data.population(), setting.config.make_delays()[1]
-        self.delays = None if delays is None else delays.delays(people.client_ids)
-        self.population = replace(people, delays=self.delays)
+        population, delays = data.population(), setting.config.make_delays()[1]
+        self.delays = None if delays is None else delays.delays(population.client_ids)
+        self.population = replace(population, delays=self.delays)
 
     @abstractmethod
     def schedule(self, epoch: int) -> Schedule:

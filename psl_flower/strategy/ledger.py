@@ -1,4 +1,4 @@
-"""What an epoch still has to do: a plan, what lost clients owe beyond it, and when to plan the rest anew."""
+"""What remains of an epoch: a plan, what lost clients have left beyond it, and when to plan the rest anew."""
 
 from __future__ import annotations
 
@@ -16,29 +16,27 @@ from psl_flower.protocol import WorkOrder
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.strategy.orders import Cursors
-from psl_flower.typing import IntArray
-
-BoolArray = NDArray[np.bool_]
+from psl_flower.typing import BoolArray, IndexArray, IntArray
 
 # Note [When to plan anew]: a plan costs about as much as it has steps, so planning anew whenever somebody is lost would
-# cost the square of an epoch. What a lost client owes therefore waits, beyond the plan. Waiting does harm as its share
-# of all that is owed grows: mixed into the rest at last, a share s moves a batch's expected class distribution by at
-# most 2 s (L1). So the rest is planned anew when the share, times the steps that the plan has given, is worth so much
-# for every step left: soon where much waits, later where little does, and in all for a small multiple of what planning
-# once costs. The last steps are planned anew for whatever waits, so that it needs no small batch of its own.
+# cost the square of an epoch. What is left of a lost client therefore waits, beyond the plan. Waiting does harm as its
+# share of all that remains grows: mixed into the rest at last, a share s moves a batch's expected class distribution by
+# at most 2 s (L1). So the rest is planned anew when the share, times the steps that the plan has given, is worth so
+# much for every step left: soon where much waits, later where little does, and in all for a small multiple of what
+# planning once costs. The last steps are planned anew for whatever waits, so that it needs no small batch of its own.
 _WORTH = 1 / 64
 _LAST_STEPS = 4
 
 
-class Agenda:
-    """The examples every client still owes an epoch, and the plan that collects them.
+class EpochLedger:
+    """The examples of every client that remain of an epoch, and the plan that collects them.
 
-    A client owes what no committed step has used. Steps of the plan that want a client who is left out are put off; a
-    plan's steps may be taken in any order. The rest of the epoch is planned anew by the same sampler, for what the
-    clients at hand owe, when every step left wants somebody who is left out, and when enough is owed beyond the plan:
-    by clients that were lost from a step, are back, or joined; see Note [When to plan anew]. So no step is smaller than
+    What no committed step has used remains. Steps of the plan that want a client who is not available are put off; a
+    plan's steps may be taken in any order. The rest of the epoch is planned anew by the same sampler, for what remains
+    of the available clients, when every step left wants somebody who is not, and when enough remains beyond the plan:
+    of clients that were lost from a step, are back, or joined; see Note [When to plan anew]. So no step is smaller than
     planned before it begins, every example of every client that can be reached is used exactly once, and a plan is a
-    function of the seed, the epoch, how often it was planned anew, and what is owed.
+    function of the seed, the epoch, how often it was planned anew, and what remains.
 
     Parameters
     ----------
@@ -65,29 +63,32 @@ class Agenda:
         self._plan = sampler.plan(population, epoch)
         self._next = 0
         self._taken = 0  # steps, of the plan
-        self._due = population.sizes.copy()  # what each client owes that the plan collects, (K,)
+        self._planned = population.sizes.copy()  # of what remains of each client: what the plan collects, (K,)
 
     # --- what is left ------------------------------------------------------------------------------------------------
     @property
-    def owed(self) -> IntArray:
-        """Examples that each client of the population still owes, (K,) int64."""
+    def remaining(self) -> IntArray:
+        """Examples of each client of the population that no committed step has used, (K,) int64."""
         return np.asarray(self.population.sizes - self._cursors.used)
 
-    def owing(self) -> IntArray:
-        """Return the ids of the clients that owe examples, ascending."""
-        return np.asarray(self.population.client_ids[self.owed > 0])
+    def unfinished(self) -> IntArray:
+        """Return the ids of the clients with examples remaining, ascending."""
+        return np.asarray(self.population.client_ids[self.remaining > 0])
 
     def steps_left(self) -> int:
         """Return the number of steps still to come, if nobody is lost."""
-        beyond = int((self.owed - self._due).sum())
+        beyond = int((self.remaining - self._planned).sum())
         return len(self._plan) - self._next + -(-beyond // self._sampler.batch_size)
 
     # --- steps -------------------------------------------------------------------------------------------------------
     def step(self, clients: IntArray) -> PlanStep:
-        """Return the next step with these clients, some of which must owe examples; it is next until it is `done`."""
-        here = np.isin(self.population.client_ids, clients) & (self.owed > 0)
-        if self._replanning_pays(here) or not self._put_off((self._due > 0) & ~here):
-            self._replan(here)
+        """Return the next step with these clients; it is next until it is `done`.
+
+        Some of the clients must have examples remaining.
+        """
+        available = np.isin(self.population.client_ids, clients) & (self.remaining > 0)
+        if self._replanning_pays(available) or not self._put_off((self._planned > 0) & ~available):
+            self._replan(available)
         return self._plan[self._next]
 
     def orders(self, index: int, step: PlanStep) -> list[WorkOrder]:
@@ -108,7 +109,7 @@ class Agenda:
         self._cursors.advance(step)
         self._next += 1
         self._taken += 1
-        self._due[np.searchsorted(self.population.client_ids, whole.clients)] -= whole.quotas
+        self._planned[np.searchsorted(self.population.client_ids, whole.clients)] -= whole.quotas
         if self._seen is not None:
             rows = np.searchsorted(self.population.client_ids, step.clients)
             self._seen[rows] += self._class_counts(step, labels)
@@ -120,11 +121,11 @@ class Agenda:
         return np.stack([_bincount(labels[int(k)], self._seen.shape[1]) for k in step.clients])
 
     # --- planning anew -----------------------------------------------------------------------------------------------
-    def _replanning_pays(self, here: BoolArray) -> bool:
-        """Return whether the clients `here`, (K,), owe enough beyond the plan; Note [When to plan anew]."""
-        owed = self.owed[here]
-        left, beyond = len(self._plan) - self._next, int((owed - self._due[here]).sum())
-        return beyond > 0 and (left <= _LAST_STEPS or beyond * self._taken >= _WORTH * left * int(owed.sum()))
+    def _replanning_pays(self, available: BoolArray) -> bool:
+        """Return whether enough remains of the `available` clients, (K,), beyond the plan; Note [When to plan anew]."""
+        remaining = self.remaining[available]
+        left, beyond = len(self._plan) - self._next, int((remaining - self._planned[available]).sum())
+        return beyond > 0 and (left <= _LAST_STEPS or beyond * self._taken >= _WORTH * left * int(remaining.sum()))
 
     def _put_off(self, absent: BoolArray) -> bool:
         """Take steps without the `absent`, (K,), first; return whether there are any."""
@@ -137,27 +138,27 @@ class Agenda:
         self._plan, self._next = self._plan.take(np.concatenate((left[~wants_them], left[wants_them]))), 0
         return not wants_them.all()
 
-    def _replan(self, here: BoolArray) -> None:
+    def _replan(self, available: BoolArray) -> None:
         self.replans += 1
-        people, rows = self.population, np.flatnonzero(here)
+        population, rows = self.population, np.flatnonzero(available)
         rest = Population(
-            people.client_ids[rows],
-            self.owed[rows],
-            self._owed_by_class(rows),
-            None if people.delays is None else people.delays.take(rows),
+            population.client_ids[rows],
+            self.remaining[rows],
+            self._remaining_by_class(rows),
+            None if population.delays is None else population.delays.take(rows),
         )
         self._plan = self._sampler.plan(rest, self._epoch, replan=self.replans)
-        self._next, self._taken, self._due = 0, 0, np.where(here, self.owed, 0)
+        self._next, self._taken, self._planned = 0, 0, np.where(available, self.remaining, 0)
 
-    def _owed_by_class(self, rows: NDArray[np.intp]) -> IntArray | None:
+    def _remaining_by_class(self, rows: IndexArray) -> IntArray | None:
         counts = self.population.label_counts
         if counts is None or self._seen is None:
             return None
-        owed, left = self.owed[rows], (counts - self._seen)[rows]
+        remaining, left = self.remaining[rows], (counts - self._seen)[rows]
         # labels that are not those a client reported (soft ones, say): its classes are spread as they were
         rng = np.random.default_rng([self._sampler.seed, self._epoch, self.replans])
-        for i in np.flatnonzero((left < 0).any(axis=1) | (left.sum(axis=1) != owed)):
-            left[i] = round_to_sum(counts[rows[i]], int(owed[i]), rng)
+        for i in np.flatnonzero((left < 0).any(axis=1) | (left.sum(axis=1) != remaining)):
+            left[i] = round_to_sum(counts[rows[i]], int(remaining[i]), rng)
         return np.asarray(left)
 
     def admit(self, population: Population) -> None:
@@ -175,13 +176,13 @@ class Agenda:
         if population.label_counts is not None and self._seen is not None:
             more = population.label_counts.shape[1] - self._seen.shape[1]
             self._seen = _moved(np.pad(self._seen, ((0, 0), (0, max(0, more)))), rows, len(population))
-        due = np.zeros(len(population), dtype=np.int64)
-        due[rows] = self._due
-        self._cursors, self._due, self.population = cursors, due, population
+        planned = np.zeros(len(population), dtype=np.int64)
+        planned[rows] = self._planned
+        self._cursors, self._planned, self.population = cursors, planned, population
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
-        """Return everything as numbers and arrays: who owes what, and the plan for the rest."""
+        """Return everything as numbers and arrays: what remains of whom, and the plan for it."""
         plan = self._plan.take(np.arange(self._next, len(self._plan)))
         return {
             "clients": self.population.client_ids,
@@ -201,29 +202,29 @@ class Agenda:
         }
 
     @classmethod
-    def restored(cls, sampler: Sampler, population: Population, epoch: int, state: Mapping[str, Any]) -> Agenda:
-        """Return the agenda that `state` described.
+    def restored(cls, sampler: Sampler, population: Population, epoch: int, state: Mapping[str, Any]) -> EpochLedger:
+        """Return the ledger that `state` described.
 
         Parameters
         ----------
         sampler, population, epoch
             As for a new one; `population` must be that of `saved_population`, but for the delays.
         """
-        agenda = cls.__new__(cls)
-        agenda._sampler, agenda._epoch, agenda.population = sampler, epoch, population
-        agenda.replans, agenda._taken = state["replans"], state["taken"]
-        agenda._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
-        agenda._cursors.used, agenda._cursors.used_by_class = state["used"], state["used_by_class"]
-        agenda._seen = state["seen"]
+        ledger = cls.__new__(cls)
+        ledger._sampler, ledger._epoch, ledger.population = sampler, epoch, population
+        ledger.replans, ledger._taken = state["replans"], state["taken"]
+        ledger._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
+        ledger._cursors.used, ledger._cursors.used_by_class = state["used"], state["used_by_class"]
+        ledger._seen = state["seen"]
         rest = Population(population.client_ids, population.sizes)
-        plan = agenda._plan = BatchPlan(rest, **state["plan"])
-        agenda._next, agenda._due = 0, np.zeros(len(population), dtype=np.int64)
-        np.add.at(agenda._due, plan.rows(), plan.quotas)
-        return agenda
+        plan = ledger._plan = BatchPlan(rest, **state["plan"])
+        ledger._next, ledger._planned = 0, np.zeros(len(population), dtype=np.int64)
+        np.add.at(ledger._planned, plan.rows(), plan.quotas)
+        return ledger
 
 
 def saved_population(state: Mapping[str, Any], now: Population) -> Population:
-    """Return the population of an agenda's `state`, without delays.
+    """Return the population of a ledger's `state`, without delays.
 
     Raises
     ------
@@ -258,7 +259,7 @@ def _bincount(labels: NDArray[Any], num_classes: int) -> IntArray:
     return np.bincount(labels, minlength=num_classes)
 
 
-def _moved(table: IntArray, rows: NDArray[np.intp], length: int) -> IntArray:
+def _moved(table: IntArray, rows: IndexArray, length: int) -> IntArray:
     """Return a table of `length` rows whose `rows` are those of `table`."""
     result = np.zeros((length, table.shape[1]), dtype=np.int64)
     result[rows] = table

@@ -1,4 +1,4 @@
-"""Whatever is lost and whoever is absent: what steps used and what is owed add up, with every sampler."""
+"""Whatever is lost and whoever is absent: what steps used and what remains add up, with every sampler."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from psl_flower.metrics.deviation import batch_deviation
 from psl_flower.samplers import Delays, Population
 from psl_flower.samplers.registry import SAMPLERS
-from psl_flower.strategy import agenda as agenda_module
-from psl_flower.strategy.agenda import Agenda, part, saved_population
+from psl_flower.strategy import ledger as ledger_module
+from psl_flower.strategy.ledger import EpochLedger, part, saved_population
 
 K, C = 5, 3
 
 
-def population(rng):
+def make_population(rng):
     counts = rng.integers(0, 9, (K, C))
     counts[rng.integers(K)] = 0
     counts[0, 0] += 5
@@ -48,46 +48,46 @@ def same(a, b):
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_every_example_is_used_once(name, seed, loss, restore, last_steps):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agenda_module, "_LAST_STEPS", last_steps)  # epochs here have few
+        patch.setattr(ledger_module, "_LAST_STEPS", last_steps)  # epochs here have few
         _check_an_epoch(name, seed, loss, restore)
 
 
 def _check_an_epoch(name, seed, loss, restore):
     rng = np.random.default_rng(seed)
-    people = population(rng)
+    population = make_population(rng)
     sampler = SAMPLERS[name](int(rng.integers(1, 8)), seed=seed)
-    agenda, twin = Agenda(sampler, people, epoch=2), Agenda(sampler, people, epoch=2)
+    ledger, twin = EpochLedger(sampler, population, epoch=2), EpochLedger(sampler, population, epoch=2)
     client_labels = {
         int(k): rng.permutation(np.repeat(np.arange(C), row))
-        for k, row in zip(people.client_ids, people.label_counts, strict=True)
+        for k, row in zip(population.client_ids, population.label_counts, strict=True)
     }
     cursors = dict.fromkeys(client_labels, 0)
     used = {client: [] for client in client_labels}
     used_classes = {client: np.zeros(C, dtype=int) for client in client_labels}
     for _ in range(2000):
-        owing = agenda.owing()
-        if not len(owing):
+        unfinished = ledger.unfinished()
+        if not len(unfinished):
             break
         if restore and rng.random() < 0.2:
-            state = agenda.state()
-            saved = replace(saved_population(state, people), delays=people.delays)
-            agenda = Agenda.restored(sampler, saved, 2, state)
-        here = rng.permutation(owing)[: max(1, int(np.ceil(len(owing) * (1 - rng.random() * loss))))]
-        step = agenda.step(np.sort(here))
-        assert same(step, twin.step(np.sort(here)))  # which is never restored
-        assert set(step.clients) <= set(here)
+            state = ledger.state()
+            saved = replace(saved_population(state, population), delays=population.delays)
+            ledger = EpochLedger.restored(sampler, saved, 2, state)
+        available = rng.permutation(unfinished)[: max(1, int(np.ceil(len(unfinished) * (1 - rng.random() * loss))))]
+        step = ledger.step(np.sort(available))
+        assert same(step, twin.step(np.sort(available)))  # which is never restored
+        assert set(step.clients) <= set(available)
         assert step.batch_size >= 1
         if name not in ("fls", "fpls"):  # whose batches shrink
             assert step.batch_size <= sampler.batch_size
-            owed = agenda.owed[np.isin(people.client_ids, here)].sum()
-            assert 2 * step.batch_size >= sampler.batch_size or step.batch_size == owed
-        orders = agenda.orders(7, step)
+            left = ledger.remaining[np.isin(population.client_ids, available)].sum()
+            assert 2 * step.batch_size >= sampler.batch_size or step.batch_size == left
+        orders = ledger.orders(7, step)
         arrived = {int(k): None for k in step.clients if rng.random() >= loss}
         if not arrived:
             continue
         came = part(step, arrived)
         labels = labels_of(rng, client_labels, came, cursors)
-        agenda.done(came, labels)
+        ledger.done(came, labels)
         twin.done(came, labels)
         for order in (o for o in orders if o.client in arrived):
             assert order.start == cursors[order.client]
@@ -96,17 +96,17 @@ def _check_an_epoch(name, seed, loss, restore):
             used_classes[order.client] += np.bincount(labels[order.client], minlength=C)
             if order.class_counts is not None:
                 assert (order.class_starts + order.class_counts == used_classes[order.client]).all()
-    assert not len(agenda.owing())
-    for client, size, counts in zip(people.client_ids, people.sizes, people.label_counts, strict=True):
+    assert not len(ledger.unfinished())
+    for client, size, counts in zip(population.client_ids, population.sizes, population.label_counts, strict=True):
         assert used[int(client)] == list(range(size))
         assert (used_classes[int(client)] == counts).all()
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
-def test_plans_made_anew_are_a_function_of_what_is_owed_and_of_their_number(name):
-    people = population(np.random.default_rng(3))
+def test_plans_made_anew_are_a_function_of_what_remains_and_of_their_number(name):
+    population = make_population(np.random.default_rng(3))
     sampler = SAMPLERS[name](4, seed=1)
-    plans = [sampler.plan(people, 0, replan=i) for i in (0, 1, 1, 2)]
+    plans = [sampler.plan(population, 0, replan=i) for i in (0, 1, 1, 2)]
     for plan in plans:
         plan.validate()
     same = [np.array_equal(a.quotas, b.quotas) and np.array_equal(a.clients, b.clients) for a, b in pairwise(plans)]
@@ -119,10 +119,10 @@ def test_plans_made_anew_are_a_function_of_what_is_owed_and_of_their_number(name
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_the_rest_may_be_less_than_a_batch(name):
     sampler = SAMPLERS[name](64, seed=1)
-    people = population(np.random.default_rng(3))
-    plan = sampler.plan(people, 0, replan=1)
+    population = make_population(np.random.default_rng(3))
+    plan = sampler.plan(population, 0, replan=1)
     plan.validate()
-    assert plan.batch_sizes().max() <= people.num_examples
+    assert plan.batch_sizes().max() <= population.num_examples
     assert sampler.batch_size == 64
     one = Population([4], [1], np.array([[0, 1, 0]]), Delays([1.0], [0.1]))
     assert sampler.plan(one, 0, replan=2).batch_sizes().tolist() == [1]
@@ -130,50 +130,50 @@ def test_the_rest_may_be_less_than_a_batch(name):
 
 def test_labels_that_are_not_what_was_reported_are_made_up_for():
     """Soft labels, say: the rest of a client's classes is planned as it was."""
-    people = Population([0, 1], [6, 6], np.array([[6, 0], [3, 3]]))
-    agenda = Agenda(SAMPLERS["lds"](4, seed=0, delta=0.0), people, 0)
-    while len(owing := agenda.owing()):
-        step = part(agenda.step(owing), {int(k): None for k in agenda.step(owing).clients[:1]})
-        agenda.done(step, {int(k): np.ones((int(n), 2)) for k, n in zip(step.clients, step.quotas, strict=True)})
-    assert agenda.owed.tolist() == [0, 0]
+    population = Population([0, 1], [6, 6], np.array([[6, 0], [3, 3]]))
+    ledger = EpochLedger(SAMPLERS["lds"](4, seed=0, delta=0.0), population, 0)
+    while len(unfinished := ledger.unfinished()):
+        step = part(ledger.step(unfinished), {int(k): None for k in ledger.step(unfinished).clients[:1]})
+        ledger.done(step, {int(k): np.ones((int(n), 2)) for k, n in zip(step.clients, step.quotas, strict=True)})
+    assert ledger.remaining.tolist() == [0, 0]
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6))
 @pytest.mark.parametrize("name", ["ugs", "lds", "lb", "aligned"])
-def test_what_lost_clients_owe_is_collected_in_whole_batches(name, seed):
+def test_what_remains_of_lost_clients_is_collected_in_whole_batches(name, seed):
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, 20, (8, C))
-    people = Population(np.arange(8), counts.sum(axis=1), counts, Delays(rng.random(8), rng.random(8) / 10))
+    population = Population(np.arange(8), counts.sum(axis=1), counts, Delays(rng.random(8), rng.random(8) / 10))
     sampler = SAMPLERS[name](12, seed=seed)
-    agenda = Agenda(sampler, people, epoch=0)
+    ledger = EpochLedger(sampler, population, epoch=0)
     labels = {k: np.repeat(np.arange(C), row) for k, row in enumerate(counts)}
     cursors = dict.fromkeys(labels, 0)
-    sizes, lost, first_steps = [], 0, agenda.steps_left() - 2
-    while len(owing := agenda.owing()):
-        step = agenda.step(owing)
+    sizes, lost, first_steps = [], 0, ledger.steps_left() - 2
+    while len(unfinished := ledger.unfinished()):
+        step = ledger.step(unfinished)
         sizes.append(step.batch_size)
         fails = len(sizes) <= first_steps and rng.random() < 0.5
         missing = int(rng.choice(step.clients)) if fails and len(step.clients) > 1 else None
         came = part(step, {int(k): None for k in step.clients if k != missing})
         lost += step.batch_size - came.batch_size
-        agenda.done(came, labels_of(rng, labels, came, cursors))
+        ledger.done(came, labels_of(rng, labels, came, cursors))
         for client, quota in zip(came.clients.tolist(), came.quotas.tolist(), strict=True):
             cursors[client] += quota
     assert min(sizes) >= sampler.batch_size // 2  # the rest, too: it is collected with the last step
     assert max(sizes) <= sampler.batch_size
-    assert len(sizes) <= first_steps + 2 + lost // sampler.batch_size + agenda.replans
+    assert len(sizes) <= first_steps + 2 + lost // sampler.batch_size + ledger.replans
 
 
 @pytest.mark.parametrize("name", ["ugs", "lds", "lb", "aligned"])
 def test_a_step_that_nothing_came_of_is_tried_again_as_it_was(name):
-    people = population(np.random.default_rng(3))
-    agenda = Agenda(SAMPLERS[name](4, seed=1), people, 0)
-    first, again = agenda.step(agenda.owing()), agenda.step(agenda.owing())
+    population = make_population(np.random.default_rng(3))
+    ledger = EpochLedger(SAMPLERS[name](4, seed=1), population, 0)
+    first, again = ledger.step(ledger.unfinished()), ledger.step(ledger.unfinished())
     assert np.array_equal(first.clients, again.clients)
-    assert agenda.replans == 0
-    others = agenda.owing()[agenda.owing() != first.clients[0]]
-    assert first.clients[0] not in agenda.step(others).clients
+    assert ledger.replans == 0
+    others = ledger.unfinished()[ledger.unfinished() != first.clients[0]]
+    assert first.clients[0] not in ledger.step(others).clients
 
 
 # --- when the rest is planned anew -----------------------------------------------------------------------------------
@@ -189,21 +189,21 @@ def labels_by_quota(step):
     return {int(k): np.repeat(np.arange(5), row) for k, row in zip(step.clients, step.class_quotas, strict=True)}
 
 
-def go_through(agenda, lose):
+def go_through(ledger, lose):
     """Finish the epoch; return the class counts of the steps as they were planned."""
     planned = []
-    while len(owing := agenda.owing()):
-        step = agenda.step(owing)
+    while len(unfinished := ledger.unfinished()):
+        step = ledger.step(unfinished)
         planned.append(step.class_quotas.sum(axis=0))
         came = part(step, dict.fromkeys(set(step.clients.tolist()) - lose(step)))
         if len(came.clients):
-            agenda.done(came, labels_by_quota(came))
+            ledger.done(came, labels_by_quota(came))
     return np.array(planned)
 
 
 def test_losing_a_client_now_and_then_costs_few_plans_and_no_balance():
-    people = many_clients()
-    pooled = people.label_counts.sum(axis=0)
+    population = many_clients()
+    pooled = population.label_counts.sum(axis=0)
     sampler = SAMPLERS["aligned"](16, seed=2, targets="stratified")
     rng, losses = np.random.default_rng(4), 0
 
@@ -213,53 +213,53 @@ def test_losing_a_client_now_and_then_costs_few_plans_and_no_balance():
         losses += lost
         return {int(rng.choice(step.clients))} if lost else set()
 
-    undisturbed = batch_deviation(go_through(Agenda(sampler, people, 0), lambda step: set()), pooled)
-    agenda = Agenda(sampler, people, 0)
-    disturbed = batch_deviation(go_through(agenda, lose), pooled)
+    undisturbed = batch_deviation(go_through(EpochLedger(sampler, population, 0), lambda step: set()), pooled)
+    ledger = EpochLedger(sampler, population, 0)
+    disturbed = batch_deviation(go_through(ledger, lose), pooled)
     assert losses > 40
-    assert agenda.replans < losses / 3
+    assert ledger.replans < losses / 3
     assert disturbed.mean() < 1.5 * undisturbed.mean()
 
 
-def test_much_that_is_owed_beyond_the_plan_is_not_put_off():
+def test_much_that_remains_beyond_the_plan_is_not_put_off():
     """A third of the clients is back after five steps: they are planned for long before the plan's end."""
-    agenda = Agenda(SAMPLERS["ugs"](16, seed=2), many_clients(), 0)
-    here = np.arange(40)
+    ledger = EpochLedger(SAMPLERS["ugs"](16, seed=2), many_clients(), 0)
+    available = np.arange(40)
     for index in range(60):
-        step = agenda.step(agenda.owing() if index >= 5 else here)
+        step = ledger.step(ledger.unfinished() if index >= 5 else available)
         if step.clients.max() >= 40 and index >= 5:
             break
-        agenda.done(step, {int(k): np.zeros(n, dtype=int) for k, n in zip(step.clients, step.quotas, strict=True)})
+        ledger.done(step, {int(k): np.zeros(n, dtype=int) for k, n in zip(step.clients, step.quotas, strict=True)})
     assert 5 <= index < 20
 
 
 def test_steps_without_those_who_are_left_out_come_first():
-    people = many_clients()
+    population = many_clients()
     sampler = SAMPLERS["lb"](16, seed=2)
-    plan = sampler.plan(people, 0)
-    agenda, absent = Agenda(sampler, people, 0), plan[0].clients[:1]
-    others = np.setdiff1d(people.client_ids, absent)
+    plan = sampler.plan(population, 0)
+    ledger, absent = EpochLedger(sampler, population, 0), plan[0].clients[:1]
+    others = np.setdiff1d(population.client_ids, absent)
     free = [step for step in plan if not np.isin(absent, step.clients)]
     assert 0 < len(free) < len(plan)
     for expected in free:
-        step = agenda.step(others)
+        step = ledger.step(others)
         assert same(step, expected)
-        agenda.done(step, labels_by_quota(step))
-    assert agenda.replans == 0
-    assert same(agenda.step(people.client_ids), plan[0])  # it is back
-    step = agenda.step(others)
-    assert agenda.replans == 1
+        ledger.done(step, labels_by_quota(step))
+    assert ledger.replans == 0
+    assert same(ledger.step(population.client_ids), plan[0])  # it is back
+    step = ledger.step(others)
+    assert ledger.replans == 1
     assert not np.isin(absent, step.clients)
     assert step.batch_size >= 8
 
 
 def test_what_the_last_step_loses_is_mixed_in_if_it_can_be():
-    agenda = Agenda(SAMPLERS["ugs"](16, seed=2), many_clients(), 0)
+    ledger = EpochLedger(SAMPLERS["ugs"](16, seed=2), many_clients(), 0)
     sizes = []
-    while len(owing := agenda.owing()):
-        step = agenda.step(owing)
-        came = part(step, dict.fromkeys(step.clients[:-1].tolist())) if agenda.steps_left() == 2 else step
+    while len(unfinished := ledger.unfinished()):
+        step = ledger.step(unfinished)
+        came = part(step, dict.fromkeys(step.clients[:-1].tolist())) if ledger.steps_left() == 2 else step
         sizes.append(step.batch_size)
-        agenda.done(came, {int(k): np.zeros(n, dtype=int) for k, n in zip(came.clients, came.quotas, strict=True)})
-    assert agenda.replans > 0
+        ledger.done(came, {int(k): np.zeros(n, dtype=int) for k, n in zip(came.clients, came.quotas, strict=True)})
+    assert ledger.replans > 0
     assert min(sizes) >= 8
