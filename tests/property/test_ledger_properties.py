@@ -72,10 +72,10 @@ def _check_an_epoch(name, seed, loss, restore):
             state = ledger.state_dict()
             saved = replace(saved_population(state, population), delays=population.delays)
             ledger = EpochLedger(sampler, saved, 2, state)
-        here = rng.permutation(owing)[: max(1, int(np.ceil(len(owing) * (1 - rng.random() * loss))))]
-        step = ledger.step(np.sort(here))
-        assert same(step, twin.step(np.sort(here)))  # which is never restored
-        assert set(step.clients) <= set(here)
+        available = rng.permutation(unfinished)[: max(1, int(np.ceil(len(unfinished) * (1 - rng.random() * loss))))]
+        step = ledger.step(np.sort(available))
+        assert same(step, twin.step(np.sort(available)))  # which is never restored
+        assert set(step.clients) <= set(available)
         assert step.batch_size >= 1
         if name not in ("fls", "fpls"):  # whose batches shrink
             assert step.batch_size <= sampler.batch_size

@@ -3,7 +3,6 @@
 from collections import Counter
 
 import pytest
-from psl_flower.exchange.streams.frames import Frame
 
 from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.streams import StreamCarrier

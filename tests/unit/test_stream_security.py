@@ -9,7 +9,6 @@ import grpc
 import pytest
 from flwr.app import ConfigRecord
 from flwr.clientapp import ClientApp
-from psl_flower.exchange.streams.frames import CHUNK_BYTES, MAX_CHUNK_BYTES, Decoder, Frame, encode
 from support import CUT, load_partition, tiny_resnet
 
 from psl_flower import InProcessGrid, split_client_app
