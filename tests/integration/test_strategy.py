@@ -846,7 +846,9 @@ def test_a_client_that_raises_is_named_with_its_error(where, message, monkeypatc
     monkeypatch.setattr(strategy_module, "LocalBackend", Watched)
     monkeypatch.setattr(Failing, "where", where)
     monkeypatch.setattr(Failing, "step", 1)
-    with pytest.raises(StepError, match=message + r"(?s:.*)client 2: OSError: disk on fire") as caught:
+    with pytest.raises(
+        StepError, match=message + r"(?s:.*)client 2: test_strategy.py:.* in fail: OSError: disk on fire"
+    ) as caught:
         run(client_class=Failing, data_fn=load_partition_with_test, faults=STRICT)
     assert list(caught.value.failures) == [2]
     committed = STEPS if where == "evaluate" else 1
