@@ -1,11 +1,12 @@
 """Checkpoints: one file each, written atomically, read without running anything that is in it.
 
 A checkpoint is a tree of dicts, lists, tuples, numbers, strings, arrays and tensors. The tensors make a safetensors
-file; the rest of the tree is JSON in that file's metadata. No pickle.
+file; the rest of the tree, and the format's version, is JSON in that file's metadata. No pickle.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -24,10 +25,14 @@ from psl_flower.errors import ConfigError
 
 log = logging.getLogger("flwr.psl_flower")
 
-VERSION = 2  # of what is in the tree; another one is refused
+VERSION = 3  # of the format: how a tree is written, and what a run puts into it; another one is refused
 FOLDER = "checkpoints"
 _NAME = re.compile(r"round-(\d+)-step-(\d+)\.safetensors")
 _TREE = "psl_flower"  # the metadata's key
+
+
+class VersionError(ConfigError):
+    """A checkpoint is in another version of the format."""
 
 
 def write(path: Path, tree: Mapping[str, Any]) -> None:
@@ -39,7 +44,7 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
         If the tree holds something that is neither data nor a tensor.
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_encode(dict(tree), "", tensors))
+    text = json.dumps({**_encode_items(tree, "", tensors), "version": VERSION})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     save_file(tensors, unfinished, metadata={_TREE: text})
@@ -50,7 +55,7 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
 
 def check(tree: Mapping[str, Any]) -> None:
     """Raise ConfigError if a checkpoint cannot hold this."""
-    _encode(dict(tree), "", {})
+    _encode_items(tree, "", {})
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -59,22 +64,26 @@ def read(path: Path) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        If it is not there, or no checkpoint, or damaged.
+        If it is not there, or no checkpoint, or damaged; `VersionError` if it is in another version of the format.
     """
     if not path.is_file():
         raise ConfigError(f"resume_from: there is no checkpoint {path}")
     try:
         with safe_open(path, framework="pt") as file:
             tree = json.loads((file.metadata() or {})[_TREE])
+            version = tree.pop("version")
+            if version != VERSION:
+                raise VersionError(
+                    f"{path} is a checkpoint in version {version} of the format, this psl_flower reads version "
+                    f"{VERSION}: resume with the psl_flower that wrote it, or start anew without resume_from"
+                )
             # Copied into memory of torch's own: what is read lies as the file has it, aligned to fewer bytes, and some
             # processors then add in another order, so that a resumed run would differ in the last bit.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         found: dict[str, Any] = _decode(tree, tensors)
-        if found["version"] != VERSION:
-            raise ConfigError(f"{path} is a checkpoint of version {found['version']}, this is version {VERSION}")
     except ConfigError:
         raise
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as exc:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError) as exc:
         raise ConfigError(f"{path} is no checkpoint, or damaged: {type(exc).__name__}: {exc}") from exc
     return found
 
@@ -96,7 +105,7 @@ class Checkpoints:
     def save(self, server_round: int, step: int, tree: Mapping[str, Any]) -> Path:
         """Write a checkpoint; return where it is."""
         path = self.folder / f"round-{server_round:05}-step-{step:07}.safetensors"
-        write(path, {"version": VERSION, **tree})
+        write(path, tree)
         for old in [*self.all()[: -self._keep], *self.folder.glob("*.unfinished")]:
             old.unlink()
         return path
@@ -106,17 +115,45 @@ class Checkpoints:
         found = [(match, path) for path in self.folder.glob("*") if (match := _NAME.fullmatch(path.name))]
         return [path for match, path in sorted(found, key=lambda item: tuple(map(int, item[0].groups())))]
 
-    def latest(self) -> dict[str, Any] | None:
-        """Return the last one that can be read, or None."""
-        for path in reversed(self.all()):
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the last one that can be read, and where it is; None if there is none at all.
+
+        Raises
+        ------
+        ConfigError
+            If there are some and none can be read, or one is in another version of the format.
+        """
+        found = self.all()
+        for path in reversed(found):
             try:
-                found = read(path)
+                return path, read(path)
+            except VersionError:
+                raise
             except ConfigError as error:
                 log.warning("%s; going on to the one before", error)
-                continue
-            log.info("Resuming from %s", path)
-            return found
+        if found:
+            raise ConfigError(
+                f"resume_from: none of the {len(found)} checkpoints in {self.folder} can be read: give the path of "
+                "another one, or start anew without resume_from"
+            )
         return None
+
+    def keep_aside(self, resumed: Path) -> None:
+        """Move checkpoints that a run which goes on from `resumed` would mix with its own to a folder beside.
+
+        They are those written after it, of another branch of the run; all, if it lies in another folder.
+        """
+        mine, others = self.all(), self.all()
+        here = [i for i, path in enumerate(mine) if path.samefile(resumed)]
+        if here:
+            others = mine[here[0] + 1 :]
+        if not others:
+            return
+        aside = new_folder(self.folder.with_suffix(".aside"))
+        for path in reversed(others):  # were this interrupted, what is left would be the nearest to `resumed`
+            os.replace(path, aside / path.name)
+        names = ", ".join(path.name for path in others)
+        log.warning("Going on from %s: the checkpoints of another branch are kept in %s: %s", resumed, aside, names)
 
     def put_away(self) -> None:
         """Move those of an earlier run to ``checkpoints.old``, so that nobody takes them for this run's."""
@@ -131,22 +168,16 @@ class Checkpoints:
         log.warning("Checkpoints of an earlier run are moved to %s; to go on from them, set resume_from", old)
 
 
-def check_identity(found: Any, here: Any, where: str = "") -> None:
-    """Refuse a checkpoint of something else, naming the first difference.
-
-    Raises
-    ------
-    ConfigError
-        If the two, dicts of dicts and values, differ.
-    """
-    if isinstance(found, Mapping) and isinstance(here, Mapping):
-        for key in {**found, **here}:
-            if key not in found or key not in here:
-                has, lacks = ("the checkpoint", "this run") if key in found else ("this run", "the checkpoint")
-                raise ConfigError(f"the checkpoint is not of this run: {where}{key} is in {has}, not in {lacks}")
-            check_identity(found[key], here[key], f"{where}{key}: ")
-    elif found != here:
-        raise ConfigError(f"the checkpoint is not of this run: {where}the checkpoint has {found!r}, this run {here!r}")
+def new_folder(path: Path) -> Path:
+    """Make a folder that was not there, with a number behind its name if need be; return which."""
+    for number in itertools.count(1):
+        chosen = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            chosen.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return chosen
+    raise AssertionError  # numbers do not end
 
 
 def _flush(path: Path) -> None:
@@ -175,13 +206,17 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [kind, *(_encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value))]
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
-            return {key: _encode(v, f"{path}/{key}", tensors) for key, v in value.items()}
+            return _encode_items(value, path, tensors)
         items = ([_encode(key, path, tensors), _encode(v, f"{path}/{key}", tensors)] for key, v in value.items())
         return ["dict", *items]
     raise ConfigError(
         f"a checkpoint holds numbers, strings and tensors only, {path.lstrip('/')!r} is a {type(value).__name__}: "
         "choose another optimizer or scheduler, or keep_checkpoints=0 for none"
     )
+
+
+def _encode_items(values: Mapping[str, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {key: _encode(v, f"{path}/{key}", tensors) for key, v in values.items()}
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from psl_flower.errors import ConfigError
-from psl_flower.typing import IntArray
+from psl_flower.typing import FloatArray, IntArray
 
 
 def check_int(value: Any, name: str, *, least: int) -> int:
@@ -33,6 +33,14 @@ def check_float(value: Any, name: str, *, least: float = -math.inf, above: float
     if value <= above:
         raise ConfigError(f"{name} must be greater than {above}, got {value}")
     return float(value)
+
+
+def check_not_negative(values: FloatArray, name: str, unit: str = "") -> None:
+    """Raise ConfigError naming them, and their unit if given, unless all of `values` are finite and at least 0."""
+    broken = values[~(np.isfinite(values) & (values >= 0))]
+    if broken.size:
+        what = f" ({unit})" if unit else ""
+        raise ConfigError(f"{name} must be finite and not negative{what}, got {broken[0]}")
 
 
 def check_choice(value: Any, name: str, allowed: Iterable[str]) -> str:

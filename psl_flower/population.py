@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from psl_flower.checks import as_int64
+from psl_flower.checks import as_int64, check_not_negative
 from psl_flower.errors import ConfigError
 from psl_flower.typing import FloatArray, IndexArray, IntArray
 
@@ -150,8 +150,6 @@ def _as_seconds(values: ArrayLike, name: str) -> FloatArray:
         raise ConfigError(f"{name} must be one number a client (seconds): {exc}") from exc
     if array.ndim != 1:
         raise ConfigError(f"{name} must be one number a client, got shape {array.shape}")
-    broken = array[~(np.isfinite(array) & (array >= 0))]
-    if broken.size:
-        raise ConfigError(f"{name} must be finite and not negative (seconds), got {broken[0]}")
+    check_not_negative(array, name, "seconds")
     array.setflags(write=False)
     return array

@@ -49,6 +49,7 @@ class RoundRecord:
     `deviation_mean` and `deviation_p95` are over steps (mean and 95th percentile), `deviation_weighted` is the mean
     over examples: tiny batches count little in it. `client_mix_mean` is the mean L1 distance of the steps' client
     shares to the clients' shares of all data. `examples_unseen` are those of clients that could not be reached.
+    `metrics_of_user` are the user's own metrics of training.
     `seconds_plan` is the time it took to build the schedule; `seconds_real` and `seconds_simulated` add up the steps on
     the wall clock and on the virtual clock.
     """
@@ -70,13 +71,15 @@ class RoundRecord:
     seconds_plan: float
     seconds_real: float
     seconds_simulated: float | None
+    metrics_of_user: dict[str, float] = field(default_factory=dict)
     evaluate_clientapp: dict[str, Any] = field(default_factory=dict)
     evaluate_serverapp: dict[str, Any] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, Any]:
         """Return the metrics of training that are known, by name: what Flower's ``MetricRecord`` takes."""
-        skipped = ("round", "evaluate_clientapp", "evaluate_serverapp")
-        return {k: v for k, v in asdict(self).items() if k not in skipped and v is not None}
+        skipped = ("round", "metrics_of_user", "evaluate_clientapp", "evaluate_serverapp")
+        known = {k: v for k, v in asdict(self).items() if k not in skipped and v is not None}
+        return {**known, **self.metrics_of_user}
 
 
 def read_metrics(path: Path) -> list[StepRecord | RoundRecord]:

@@ -1,4 +1,11 @@
-"""Importing torchvision next to a CPU-only torch: the one place that knows about it.
+"""Import this, and ``import torchvision`` works, also next to a CPU-only torch: the one place that knows about it.
+
+::
+
+    import psl_flower.torchvision_compat  # isort: skip
+    from torchvision.models import resnet18
+
+It comes before the process's first import of torchvision: the comment keeps tools that sort imports from moving it.
 
 The package index's torchvision is built against CUDA torch. Beside a CPU-only torch its compiled operators do not load,
 and ``import torchvision`` stops at ``torchvision._meta_registrations``, which describes those operators::
@@ -21,8 +28,8 @@ _SYMPTOM = "operator torchvision::nms does not exist"
 def import_torchvision() -> ModuleType:
     """Import torchvision, also where its compiled operators do not fit the installed torch.
 
-    Call it before the first ``import torchvision`` of a process; afterwards plain imports of torchvision and its
-    submodules work as usual. Nothing is touched unless the plain import fails in exactly the way described above.
+    Importing this module has called it. Afterwards plain imports of torchvision and its submodules work as usual.
+    Nothing is touched unless the plain import fails in exactly the way described above.
 
     Returns
     -------
@@ -43,3 +50,6 @@ def import_torchvision() -> ModuleType:
         del sys.modules[name]  # what the failed import left half done
     sys.modules[_STAND_IN] = ModuleType(_STAND_IN, "Stand-in: the operators it would describe did not load.")
     return importlib.import_module(_PACKAGE)
+
+
+import_torchvision()

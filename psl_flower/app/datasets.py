@@ -13,7 +13,6 @@ from psl_flower.app.array_cache import Arrays, cache_dir, cached_arrays, exclusi
 from psl_flower.app.idx import read_idx
 from psl_flower.app.parquet import read_parquet
 from psl_flower.errors import ConfigError
-from psl_flower.torchvision_compat import import_torchvision
 
 Split = Literal["train", "test"]
 
@@ -127,9 +126,9 @@ def _idx_file(folder: Path, name: str) -> Path | None:
 
 
 def _download(name: str, split: Split) -> Arrays:
-    import_torchvision()
-    from torchvision import datasets
+    from psl_flower.torchvision_compat import import_torchvision  # takes a second: only those who use it pay
 
+    datasets = import_torchvision().datasets
     root = cache_dir() / "torchvision"
     try:
         with exclusive("torchvision"):  # one download, however many processes need it

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from psl_flower.app.certificates import make_certificates
-from psl_flower.app.local import LocalSuperLink, app_parser, free_ports, run_app, stop_group
+from psl_flower.app.local import LocalSuperLink, app_parser, free_ports, run_app
 from psl_flower.threads import available_cores
 
 
@@ -57,29 +57,18 @@ class LocalDeployment(LocalSuperLink):
             command = ["flower-supernode", "--superlink", address, "--host", "127.0.0.1", "--port", str(port)]
             command += ["--root-certificates", str(self.home / "ca.crt")] if self._tls else ["--insecure"]
             command += ["--node-config", f"partition-id={partition} num-partitions={self._num_supernodes}"]
-            with (self.home / f"supernode-{partition}.log").open("wb") as log:
-                self.supernodes.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=self._folder,
-                        env={**share, **self.environment},
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+            self.supernodes.append(self._spawn(command, f"supernode-{partition}.log", **share))
 
     def stop(self) -> None:
         """Stop all of them, and what they started."""
-        while self.supernodes:
-            stop_group(self.supernodes.pop())
+        self._stop(*self.supernodes)
+        self.supernodes.clear()
         super().stop()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = app_parser("Run a Flower app on a deployment of its own, stopped at the end.", "SuperNodes", 2)
+    parser = app_parser("deploy", "Run a Flower app on a deployment of its own, stopped at the end.", "SuperNodes", 2)
     parser.add_argument("--tls", action="store_true", help="encrypt Flower's own connections, too")
     options = parser.parse_args(arguments)
     return run_app(options, partial(LocalDeployment, num_supernodes=options.num_supernodes, tls=options.tls))

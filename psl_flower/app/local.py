@@ -19,15 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from psl_flower.app.preflight import check_run
+from psl_flower.app.watchdog import Watchdog, stop_trees
+from psl_flower.errors import ConfigError
 from psl_flower.threads import SLEEP_WHILE_WAITING
 
 _START_TIMEOUT = 60.0  # seconds
-_STOP_TIMEOUT = 30.0
 _NAME = "psl-local"
 
 
@@ -46,6 +49,7 @@ class LocalSuperLink:
         self.home = Path(home).resolve()
         self._folder = Path(folder or ".").resolve()
         self._process: subprocess.Popen[bytes] | None = None
+        self.watchdog: Watchdog | None = None  # while it runs
         # apps run in the environment at hand: Flower would install their dependencies anew for every run
         self.environment = {
             **SLEEP_WHILE_WAITING,
@@ -66,16 +70,8 @@ class LocalSuperLink:
         (self.home / "config.toml").write_text(config + self._connection_config(), encoding="utf-8")
         command = ["flower-superlink", *self._superlink_options(), "--isolation", "subprocess"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control_port}"]
-        with (self.home / "superlink.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                cwd=self._folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # its children form one group, to be stopped together
-            )
+        self.watchdog = Watchdog()
+        self._process = self._spawn(command, "superlink.log")
         try:
             self._wait_until_open(port)
             self._start_nodes(f"127.0.0.1:{port}")
@@ -83,6 +79,30 @@ class LocalSuperLink:
             self.stop()
             raise
         return self
+
+    def _spawn(self, command: Sequence[str], log_name: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a process that ends with this one, with a log in the home."""
+        with (self.home / log_name).open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=self._folder,
+                env={**environment, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the launcher, which then stops it
+            )
+        if self.watchdog is not None:
+            self.watchdog.watch(process)
+        return process
+
+    def _stop(self, *processes: subprocess.Popen[bytes]) -> None:
+        """Stop processes and everything they started."""
+        stop_trees([process.pid for process in processes])
+        for process in processes:
+            process.wait()
+            if self.watchdog is not None:
+                self.watchdog.forget(process)
 
     # --- what a deployment does otherwise ----------------------------------------------------------------------------
     def _superlink_options(self) -> list[str]:
@@ -146,16 +166,19 @@ class LocalSuperLink:
             text=True,
             errors="replace",
         ) as process:
-            for line in process.stdout or ():
-                lines.append(line)
-                if not quiet:
-                    print(line, end="", flush=True)
+            try:
+                for line in process.stdout or ():
+                    lines.append(line)
+                    if not quiet:
+                        print(line, end="", flush=True)
+            except BaseException:
+                process.terminate()  # it only shows the log, and would for as long as the SuperLink has one
+                raise
         output = "".join(lines)
         status = self._status(output)
         if process.returncode or status != "finished:completed":
-            raise RuntimeError(
-                f"the run ended with status {status!r}, exit code {process.returncode}:\n{output[-4000:]}"
-            )
+            log = f":\n{output[-4000:]}" if quiet else ""  # else it stands above already
+            raise RuntimeError(f"the run ended with status {status!r}, exit code {process.returncode}{log}")
         return output
 
     def _status(self, output: str) -> str:
@@ -174,10 +197,12 @@ class LocalSuperLink:
 
     def stop(self) -> None:
         """Stop it and everything it started."""
-        if self._process is None:
-            return
-        stop_group(self._process)
-        self._process = None
+        if self._process is not None:
+            self._stop(self._process)
+            self._process = None
+        if self.watchdog is not None:
+            self.watchdog.close()
+            self.watchdog = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -186,20 +211,6 @@ class LocalSuperLink:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process that leads a group of its own, and all of the group."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(_STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
 
 
 def free_ports(count: int) -> list[int]:
@@ -214,9 +225,9 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def app_parser(description: str, clients: str, num_supernodes: int) -> argparse.ArgumentParser:
-    """Return the command line's parser; `clients` says what there are `num_supernodes` of unless it is told."""
-    parser = argparse.ArgumentParser(description=description)
+def app_parser(command: str, description: str, clients: str, num_supernodes: int) -> argparse.ArgumentParser:
+    """Return the parser of ``psl-flower command``; `clients` are what there are `num_supernodes` of unless told."""
+    parser = argparse.ArgumentParser(prog=f"psl-flower {command}", description=description)
     parser.add_argument("app", nargs="?", default=".", help="folder with the app's pyproject.toml (default: this one)")
     number = f"{clients} (default: {num_supernodes})"
     parser.add_argument("--num-supernodes", type=int, default=num_supernodes, help=number)
@@ -228,22 +239,69 @@ def app_parser(description: str, clients: str, num_supernodes: int) -> argparse.
 def run_app(
     options: argparse.Namespace, superlink: Callable[[str], LocalSuperLink], num_supernodes: int | None = None
 ) -> int:
-    """Run the app that the command line names on what `superlink` makes of a home; return the exit code."""
-    with tempfile.TemporaryDirectory(prefix="psl-flower-") as temporary:
+    """Run the app that the command line names on what `superlink` makes of a home; return the exit code.
+
+    That is 0, 1 if the run failed, 2 if a setting is refused, or 128 and the number of the signal that ended it.
+    """
+    try:
+        simulation = num_supernodes is not None
+        check_run(options.app, options.run_config, options.num_supernodes, simulation=simulation)
+    except ConfigError as error:
+        print(f"psl_flower: {error}", file=sys.stderr)
+        return 2
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="psl-flower-") as temporary:
         try:
             with superlink(options.home or temporary) as running:
+                if running.watchdog is not None:
+                    running.watchdog.remove(temporary)
                 running.run(options.app, num_supernodes=num_supernodes, run_config=options.run_config)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
-        except KeyboardInterrupt:
-            return 130
+        except EndedBySignal as ended:
+            return 128 + ended.number
     return 0
+
+
+class EndedBySignal(BaseException):
+    """Somebody wants this process to end.
+
+    Parameters
+    ----------
+    number : int
+        The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raise EndedBySignal inside where the system would end the process, so that it stops what it has started."""
+
+    def end(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # one is enough
+        raise EndedBySignal(number)
+
+    # SIGHUP: the terminal is closed; under nohup it is ignored, and stays so. Windows has none.
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = app_parser("Run a Flower app on a SuperLink of its own, stopped at the end.", "virtual clients", 16)
+    parser = app_parser("run", "Run a Flower app on a SuperLink of its own, stopped at the end.", "virtual clients", 16)
     options = parser.parse_args(arguments)
     return run_app(options, LocalSuperLink, options.num_supernodes)
 

@@ -7,8 +7,6 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from psl_flower.torchvision_compat import import_torchvision
-
 _DEFAULT_CUTS = {"tiny-cnn": "stage2", "cnn": "stage2", "resnet18": "layer2", "resnet34": "layer2"}
 
 
@@ -71,9 +69,9 @@ def small_cnn(in_channels: int, num_classes: int) -> nn.Sequential:
 
 def small_image_resnet(name: str, in_channels: int, num_classes: int) -> nn.Module:
     """Build torchvision's ResNet with the stem for small images: a 3x3 convolution of stride 1 and no max-pool."""
-    import_torchvision()
-    from torchvision import models
+    from psl_flower.torchvision_compat import import_torchvision  # takes a second: only those who use it pay
 
+    models = import_torchvision().models
     model: nn.Module = getattr(models, name)(num_classes=num_classes)
     model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from functools import partial
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
+from psl_flower.app.last_word import last_word
+from psl_flower.app.preflight import check_temporary_folder
 from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer
 from psl_flower.callbacks import make_loggers
 from psl_flower.config import RunConfig
@@ -49,12 +52,15 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train the configured model with parallel split learning."""
-    config = RunConfig.read(context.run_config)
-    log.info("The server half computes on %d threads.", set_threads(config.threads))
-    make_strategy(config).start(
-        grid,
-        ArrayRecord(make_model(config).state_dict()),
-        num_rounds=config.num_server_rounds,
-        evaluate_fn=central_test(config),
-    )
-    log.info("Metrics, curves, model and configuration are in %s", Path(config.output_dir).resolve())
+    with last_word():
+        if Path(sys.argv[0]).stem == "flwr-simulation":
+            check_temporary_folder()  # Ray, which fails in it, is being started meanwhile
+        config = RunConfig.read(context.run_config)
+        log.info("The server half computes on %d threads.", set_threads(config.threads))
+        make_strategy(config).start(
+            grid,
+            ArrayRecord(make_model(config).state_dict()),
+            num_rounds=config.num_server_rounds,
+            evaluate_fn=central_test(config),
+        )
+        log.info("Metrics, curves, model and configuration are in %s", Path(config.output_dir).resolve())

@@ -23,7 +23,7 @@ from psl_flower.app.models import build_model, default_cut
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
 from psl_flower.partition.split import Rows, extended_dirichlet_split, iid_split
-from psl_flower.split import replace_batch_norm
+from psl_flower.split import check_client_half, cut_model, replace_batch_norm
 
 # keeps the data split apart from every other use of the seed, see Note [Sampler streams] in samplers/base.py
 _SPLIT_STREAM = 3
@@ -43,6 +43,17 @@ def make_model(config: RunConfig) -> nn.Module:
     spec = SPECS[config.dataset]
     model = build_model(config.model, in_channels=spec.shape[0], num_classes=spec.num_classes, seed=config.seed)
     return replace_batch_norm(model, before=cut_of(config))
+
+
+def check_model(config: RunConfig) -> None:
+    """Refuse a model that cannot be cut where it shall be.
+
+    Raises
+    ------
+    CutError
+        If there is no such cut, or it cannot be made.
+    """
+    check_client_half(cut_model(make_model(config), cut_of(config)).client)
 
 
 def make_optimizer(config: RunConfig, params: Iterable[Any]) -> torch.optim.Optimizer:

@@ -48,8 +48,8 @@ def split_client_app(
         `SplitModel`.
     data_fn : callable
         ``data_fn(context)`` or ``data_fn(context, config)`` returns the client's training data, or a pair (training
-        data, test data): map-style datasets, tensors (x, y), or data loaders, whose dataset and collate_fn are used. `config`
-        is the strategy's `train_config`. Called once a client and process, not once a message.
+        data, test data): map-style datasets, tensors (x, y), or data loaders, whose dataset and collate_fn are used.
+        `config` is the strategy's `train_config`. Called once a client and process, not once a message.
     target : str
         The name of the label in rows that are dicts (default: "label", then "labels"); "input": inputs are the target.
     collate_fn : callable, optional

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError
 from psl_flower.methods import SplitMethod
 from psl_flower.protocol import Config
-from psl_flower.split import check_client_half, cut_model
+from psl_flower.split import check_client_half, cut_model, signature
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
     if key not in state.clients:
         if state.parts is None:
             cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
-            half = cut_model(_call(recipe.model_fn, context=context), cut).client
+            halves = cut_model(_call(recipe.model_fn, context=context), cut)
+            half = halves.client
             check_client_half(half)
+            state.signature = json.dumps(signature(halves))
             state.parts = {"head": ClientPart("head", half, pick_device(recipe.device))}
         data = _call(recipe.data_fn, context=context, config=config)
         train, test = open_data(data, target=recipe.target, collate_fn=recipe.collate_fn)

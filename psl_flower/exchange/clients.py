@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -16,6 +17,7 @@ from psl_flower.failures import Failure, Kind
 from psl_flower.population import Population
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
 from psl_flower.samplers.rounding import round_to_sum
+from psl_flower.split import difference
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -50,6 +52,10 @@ class Clients:
         Whether to go on without nodes that do not describe themselves, as long as there are enough others.
     may_grow : bool
         Whether nodes may connect later. If not, too few are too few at once.
+    method : str, optional
+        The way of splitting, which must be the clients' too.
+    model : dict, optional
+        The server's `signature` of the cut model, of which the clients' must not differ.
     """
 
     def __init__(
@@ -60,12 +66,15 @@ class Clients:
         config: Config | None = None,
         tolerate: bool = False,
         may_grow: bool = True,
+        method: str = "",
+        model: Mapping[str, Any] | None = None,
     ) -> None:
         self._carrier = carrier
         self._label_counts, self._config = label_counts, dict(config or {})
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate, self._may_grow = tolerate, may_grow
+        self._method, self._model = method, model
         self._silent: set[int] = set()  # nodes whose last answer was a failure
         self._looks = 0
         # by client id: indices of examples that it cannot read, and its classes of these where they are known
@@ -166,12 +175,30 @@ class Clients:
         reply, failures = self._carrier.exchange(request, timeout), []
         for node in request.nodes:
             try:
-                self._descriptions[node] = _description(node, reply, label_counts=self._label_counts)
+                described = _description(node, reply, label_counts=self._label_counts)
+                self._check_same(node, described)
+                self._descriptions[node] = described
             except ProtocolError as error:
                 failures.append(f"node {node}: {error}")
                 times = self._turned_away.get(node, (0, 0))[0] + 1
                 self._turned_away[node] = (times, self._looks + 2 ** min(times, _LONGEST_REST))
         return failures
+
+    def _check_same(self, node: int, described: Description) -> None:
+        """Raise ProtocolError unless a client splits the same model in the same way."""
+        who = f"node {node}" if described.partition_id is None else f"client {described.partition_id}"
+        if self._method and described.method and described.method != self._method:
+            raise ProtocolError(
+                f"the server's method is {self._method!r}, that of {who} is {described.method!r}: give both the same"
+            )
+        if self._model is None or not described.model:
+            return
+        try:
+            theirs = json.loads(described.model)
+        except (ValueError, RecursionError) as exc:
+            raise ProtocolError("it described its model as nothing that can be read") from exc
+        if isinstance(theirs, dict) and (different := difference(self._model, theirs, ("the server", who))):
+            raise ProtocolError(different)
 
     def _without_ghosts(self, described: Mapping[int, Description]) -> dict[int, Description]:
         """Return the nodes without those that are silent and whose client is on another node by now."""

@@ -9,22 +9,21 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from psl_flower.app.task import cut_of, make_model
+from psl_flower.app.task import check_model
 from psl_flower.checks import check_int
-from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
+from psl_flower.experiments.data import check_data
 from psl_flower.experiments.findings import SWEEP_FILE
 from psl_flower.experiments.provenance import provenance
 from psl_flower.experiments.report import write_report
-from psl_flower.experiments.results import RESULTS_FILE
+from psl_flower.experiments.results import RESULTS_FILE, RUNS_FOLDER, read_result
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
 from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, preset_names, read_sweep
-from psl_flower.split import check_client_half, cut_model
 
 _DESCRIPTION = """\
 Train every combination of methods, clients, batch sizes, seeds ... that a small TOML file names; keep all results in
@@ -134,7 +133,8 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     configs = [experiment.setting.config for experiment in experiments]
     if options.workers is not None:
         check_int(options.workers, "--workers", least=1)
-    _check_cuts(configs)
+    runs = folder / RUNS_FOLDER
+    _check(experiment for experiment in distinct(experiments) if read_result(runs / experiment.name) is None)
     threads = max(config.threads or 1 for config in configs)  # of themselves, one: trainings fill the cores
     workers = options.workers
     if workers is None:
@@ -145,10 +145,23 @@ def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
         return _train(sweep, experiments, folder, workers, words)
 
 
-def _check_cuts(configs: Sequence[RunConfig]) -> None:
-    """Refuse models that cannot be cut where they shall be, before anything is trained."""
-    for config in {(config.dataset, config.model, config.cut): config for config in configs}.values():
-        check_client_half(cut_model(make_model(config), cut_of(config)).client)
+def _check(experiments: Iterable[Experiment]) -> None:
+    """Refuse data and cuts that a training would refuse, before the first of them."""
+    models, splits = set[object](), set[object]()
+    for experiment in experiments:
+        setting, config = experiment.setting, experiment.setting.config
+        model = (config.dataset, config.model, config.cut)
+        data = (config.dataset, config.data_path, setting.examples, config.batch_size)
+        split = (*data, config.label_skew(), config.seed, setting.num_clients)
+        try:
+            if model not in models:
+                check_model(config)
+            if split not in splits:
+                check_data(setting)
+        except ConfigError as exc:
+            raise ConfigError(f"{experiment.label}: {exc}") from exc
+        models.add(model)
+        splits.add(split)
 
 
 def _train(sweep: Sweep, experiments: Sequence[Experiment], folder: Path, workers: int, words: Sequence[str]) -> int:

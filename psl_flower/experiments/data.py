@@ -140,16 +140,41 @@ def load_data(setting: Setting) -> Data:
         )
 
     train = load("train")
-    if setting.examples > len(train):
-        raise ConfigError(f"examples must be at most {len(train)}, those of the training set, got {setting.examples}")
-    if config.batch_size > (setting.examples or len(train)):
-        raise ConfigError(
-            f"batch-size must be at most {len(train)}, the examples trained on, got {config.batch_size}: lower it"
-        )
-    if setting.examples:
-        rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(_SUBSET_STREAM,)))
-        subset = np.sort(rng.choice(len(train), setting.examples, replace=False))
-        shares = [subset[rows] for rows in split_labels(config, train.targets[subset], "train", setting.num_clients)]
-    else:
-        shares = split_indices(config, "train", setting.num_clients)
+    shares = split_of(setting, train.targets)
     return Data(train, load("test"), shares, spec.num_classes, augmentation(config) == "crop-flip")
+
+
+def split_of(setting: Setting, labels: NDArray[np.int64]) -> list[Rows]:
+    """Return the rows of the training set, whose labels these are, that each client holds.
+
+    Raises
+    ------
+    ConfigError
+        If the data is less than a batch, or cannot be split among so many clients.
+    """
+    config = setting.config
+    if setting.examples > len(labels):
+        raise ConfigError(f"examples must be at most {len(labels)}, those of the training set, got {setting.examples}")
+    trained_on = setting.examples or len(labels)
+    if config.batch_size > trained_on:
+        raise ConfigError(
+            f"batch-size must be at most {trained_on}, the examples trained on, got {config.batch_size}: lower it"
+        )
+    if not setting.examples:
+        return split_indices(config, "train", setting.num_clients)
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(_SUBSET_STREAM,)))
+    subset = np.sort(rng.choice(len(labels), setting.examples, replace=False))
+    return [subset[rows] for rows in split_labels(config, labels[subset], "train", setting.num_clients)]
+
+
+def check_data(setting: Setting) -> None:
+    """Refuse what `load_data` would, without a device.
+
+    Raises
+    ------
+    ConfigError
+        If the data is refused, is less than a batch, or cannot be split among so many clients.
+    """
+    config = setting.config
+    load_arrays(config.dataset, "test", config.data_path)
+    split_of(setting, load_arrays(config.dataset, "train", config.data_path)[1])

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from psl_flower.batch_plan import BatchPlan
+from psl_flower.checks import check_not_negative
 from psl_flower.errors import ConfigError
 from psl_flower.typing import FloatArray
 
@@ -40,9 +41,7 @@ def batch_deviation(batch_counts: ArrayLike, population_counts: ArrayLike) -> Fl
             f"{population.shape}"
         )
     for name, counts in (("batch_counts", batches), ("population_counts", population)):
-        broken = counts[~(np.isfinite(counts) & (counts >= 0))]
-        if broken.size:
-            raise ConfigError(f"{name} must be finite and not negative, got {broken[0]}")
+        check_not_negative(counts, name)
     sizes = batches.sum(axis=1)
     if not sizes.all():
         raise ConfigError(f"every batch needs an example, that of step {sizes.argmin()} has none")

@@ -12,6 +12,9 @@ from psl_flower.checks import check_int
 from psl_flower.errors import ConfigError
 from psl_flower.population import Population
 
+# In what order a sampler may give the steps of a finished schedule.
+ORDERS = ("shuffled", "natural")
+
 # Note [Sampler streams]: numpy's SeedSequence pads short entropy with zeros, so ``default_rng([seed, epoch])`` and the
 # ``default_rng([seed, epoch, 0])`` that orders client 0's examples would be ONE stream. A spawn key keeps them apart.
 _SAMPLER_STREAM = 1

@@ -8,7 +8,7 @@ from scipy.special import chdtrc
 from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.population import Delays, Population
-from psl_flower.samplers.base import Sampler
+from psl_flower.samplers.base import ORDERS, Sampler
 from psl_flower.typing import FloatArray, IntArray
 
 # Note [EM iterations]: with c = 1 the EM converges in 5 to 20 iterations. Where about c * sample_size clients or more
@@ -82,7 +82,7 @@ class LatentDirichletSampler(Sampler):
         self.c = check_float(c, "c", above=0)
         self.sample_size = check_int(sample_size, "sample_size", least=1)
         self.tolerance = check_float(tolerance, "tolerance", above=0)
-        self.order = check_choice(order, "order", ("shuffled", "natural"))
+        self.order = check_choice(order, "order", ORDERS)
         self.needs_delays = self.delta > 0
 
     def _plan(self, population: Population, rng: np.random.Generator) -> BatchPlan:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from psl_flower.checks import check_int
+from psl_flower.checks import check_int, check_not_negative
 from psl_flower.errors import ConfigError
 from psl_flower.typing import IntArray
 
@@ -38,9 +38,7 @@ def round_to_sum(weights: ArrayLike, total: int, rng: np.random.Generator) -> In
     values = np.asarray(weights, dtype=np.float64)
     if values.ndim != 1 or not values.size:
         raise ConfigError(f"weights must be 1-D and not empty, got shape {values.shape}")
-    broken = values[~(np.isfinite(values) & (values >= 0))]
-    if broken.size:
-        raise ConfigError(f"weights must be finite and not negative, got {broken[0]}")
+    check_not_negative(values, "weights")
     if not values.any():
         raise ConfigError("weights must not all be 0: there is nothing to share in proportion to")
     scaled = values / values.max()  # the largest is 1: neither the sum nor the product can overflow

@@ -9,13 +9,11 @@ import numpy as np
 from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice
 from psl_flower.population import Population
-from psl_flower.samplers.base import Sampler
+from psl_flower.samplers.base import ORDERS, Sampler
 from psl_flower.samplers.suppliers import Suppliers
 from psl_flower.samplers.targets import TARGETS, class_targets
 from psl_flower.stragglers.clock import step_times
 from psl_flower.typing import IntArray
-
-ORDERS = ("shuffled", "natural")
 
 
 class TargetedSampler(Sampler):

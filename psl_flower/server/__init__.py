@@ -1,6 +1,6 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
-from psl_flower.server.local import LocalBackend, OptimizerFn, Outcome, ServerPart, run_on_batch
+from psl_flower.server.local import LocalBackend, NothingCountsError, OptimizerFn, Outcome, ServerPart, run_on_batch
 from psl_flower.server.loss import Loss, WeightedLoss, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
 from psl_flower.server.optimizer import Scheduler, make_optimizer, make_scheduler
@@ -8,6 +8,7 @@ from psl_flower.server.optimizer import Scheduler, make_optimizer, make_schedule
 __all__ = [
     "LocalBackend",
     "Loss",
+    "NothingCountsError",
     "OptimizerFn",
     "Outcome",
     "Predictions",

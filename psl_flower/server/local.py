@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,29 +17,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from psl_flower import tree
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
+from psl_flower.origin import where
 from psl_flower.protocol import Weights
+from psl_flower.server.loss import Loss, WeightedLoss, weighted
+from psl_flower.server.metrics import Scores, is_integer, why_no_accuracy
+from psl_flower.server.optimizer import make_optimizer
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 
-Loss = Callable[[Any, Any], Tensor]
+log = logging.getLogger("flwr.psl_flower")
+
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 CLIENT = "client"  # where a part lives, as in `psl_flower.methods`
 
 
-class RowsError(StepError):
-    """Some rows of a batch cannot be used.
-
-    Parameters
-    ----------
-    message : str
-    rows : dict of int to str
-        What is wrong with each, by its position in the batch.
-    """
-
-    def __init__(self, message: str, rows: Mapping[int, str]) -> None:
-        super().__init__(message)
-        self.rows = dict(rows)
+class NothingCountsError(StepError):
+    """No target of a batch counts in the loss: there is nothing to learn from it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +45,13 @@ class Outcome:
     loss : float
         Mean over the batch.
     weight : float
-        What the mean was taken over: examples, or what the loss counts of them.
-    correct, predictions : int or None
-        Right predictions, and predictions made (examples, times positions for dense prediction); None unless it is
-        classification.
+        What the mean was taken over: examples, or what the loss counts of them; 0 where nothing counts.
+    outputs, target
+        Of the model, without a graph; the target as the loss was given it.
+    rows : int
+        Examples.
+    score : (int, int) or None
+        Right predictions, and those that count; None unless it is classification.
     class_counts : (C,) int64 or None
         Labels of each class in the batch; None unless it is classification.
     gradient : tree or None
@@ -63,11 +62,23 @@ class Outcome:
 
     loss: float
     weight: float
-    correct: int | None
-    predictions: int | None
+    outputs: Any
+    target: Any
+    rows: int
+    score: tuple[int, int] | None
     class_counts: IntArray | None
     gradient: Tree = None
     parameter_gradients: Mapping[str, Tensor | None] | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right predictions, where it is classification and some count."""
+        return None if self.score is None or not self.score[1] else self.score[0] / self.score[1]
+
+    def add_to(self, scores: Scores) -> None:
+        """Count it in."""
+        total = self.loss * self.weight if self.weight else 0.0
+        scores.add(self.outputs, self.target, self.rows, loss=(total, self.weight), score=self.score)
 
 
 class LocalBackend:
@@ -107,10 +118,11 @@ class LocalBackend:
         self._on_clients = [name for name in parts if places[name] == CLIENT]
         # all names of tied parameters: a part may know one by another name first than the whole model does
         named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}
-        parameters = [named[name] for name in order if name in named and named[name].requires_grad]
+        parameters = {name: named[name] for name in order if name in named and named[name].requires_grad}
         if not parameters:
             raise ConfigError("the model has no parameter to train: set requires_grad on some")
-        self.optimizer = optimizer(parameters)
+        self.optimizer = make_optimizer(optimizer, parameters)
+        self._told: set[str] = set()
         self._session = secrets.token_hex(8)
         self._version = 0
         self._constants_version = 0
@@ -200,6 +212,12 @@ class LocalBackend:
         self.optimizer.step()
         self._changed()
 
+    def tell_once(self, sentence: str) -> None:
+        """Warn of something that holds for every batch."""
+        if sentence not in self._told:
+            self._told.add(sentence)
+            log.warning("%s", sentence)
+
     def clear_gradients(self) -> None:
         """Forget all gradients, also of parameters that the optimizer leaves out."""
         for part in self.parts.values():
@@ -231,8 +249,10 @@ class ServerPart:
 
         Raises
         ------
-        RowsError
+        LabelError
             If some labels are no class indices.
+        NothingCountsError
+            If no target counts.
         StepError
             If the part cannot take the inputs.
         DivergenceError
@@ -244,20 +264,19 @@ class ServerPart:
         backend.clear_gradients()
         self._module.train()
         with seeded(self._seed, backend.device):
-            outputs, loss, classes = self._finish(leaves, labels)
-            value = loss.item()
-            if not torch.isfinite(loss):
+            outputs, found = self._finish(leaves, labels)
+            if not found.weight:
+                raise NothingCountsError("no target of the batch counts in the loss")
+            value = found.mean.item()
+            if not math.isfinite(value):
                 raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")
-            torch.autograd.backward(loss)
+            torch.autograd.backward(found.mean)
         gradient = tree.map_leaves(lambda leaf: leaf.grad, leaves)
         if not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
             raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
         return Outcome(
-            loss=value,
-            weight=float(tree.rows(labels, "target")),
-            correct=int((outputs.argmax(dim=1) == labels).sum()) if classes else None,
-            predictions=labels.numel() if classes else None,
-            class_counts=torch.bincount(labels.flatten(), minlength=classes).cpu().numpy() if classes else None,
+            **self._told_of(outputs, labels, found),
+            class_counts=None if found.predictions is None else found.predictions.class_counts(),
             gradient=gradient,
             parameter_gradients={name: p.grad for name, p in self._module.named_parameters() if p.requires_grad},
         )
@@ -267,14 +286,20 @@ class ServerPart:
         """Run the part in evaluation mode, and take the loss."""
         self._module.eval()
         labels = self._target(target)
-        outputs, loss, classes = self._finish(tree.to_device(inputs, self._backend.device), labels)
-        return Outcome(
-            loss=loss.item(),
-            weight=float(tree.rows(labels, "target")),
-            correct=int((outputs.argmax(dim=1) == labels).sum()) if classes else None,
-            predictions=labels.numel() if classes else None,
-            class_counts=None,
-        )
+        outputs, found = self._finish(tree.to_device(inputs, self._backend.device), labels)
+        return Outcome(**self._told_of(outputs, labels, found), class_counts=None)
+
+    def _told_of(self, outputs: Any, labels: Any, found: WeightedLoss) -> dict[str, Any]:
+        return {
+            "loss": found.mean.item() if found.weight else math.nan,
+            "weight": found.weight,
+            "outputs": tree.map_leaves(torch.Tensor.detach, outputs)
+            if isinstance(outputs, Tensor | tuple | dict)
+            else outputs,
+            "target": labels,
+            "rows": tree.rows(labels, "target"),
+            "score": None if found.predictions is None else found.predictions.score(),
+        }
 
     def _leaf(self, tensor: Tensor) -> Tensor:
         moved = tensor.detach().to(self._backend.device)
@@ -283,54 +308,31 @@ class ServerPart:
     def _target(self, target: Tree) -> Any:
         labels = tree.to_device(target, self._backend.device)
         # losses take class indices as int64 only
-        if self._backend.classification and isinstance(labels, Tensor) and _is_integer(labels):
-            return labels.long()
-        return labels
+        return labels.long() if self._backend.classification and is_integer(labels) else labels
 
-    def _finish(self, inputs: Tree, labels: Any) -> tuple[Any, Tensor, int]:
-        """Return the outputs, the loss, and the number of classes (0 unless it is classification)."""
-        rows = tree.rows(inputs, "activations")
+    def _finish(self, inputs: Tree, labels: Any) -> tuple[Any, WeightedLoss]:
+        """Return the outputs, and what the loss makes of them."""
+        rows, backend = tree.rows(inputs, "activations"), self._backend
         arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         try:
             outputs = run_on_batch(self._module, arguments, rows)
-            classes = self._check_labels(outputs, labels)
-            loss = self._backend.loss(outputs, labels)
+            found = weighted(backend.loss, outputs, labels, rows, classify=backend.classification)
         except PSLError:
             raise
         except Exception as exc:
             shown = ", ".join(
                 f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape[1:])}" for t in tree.leaves(inputs)
             )
+            theirs = ", ".join(str(tuple(t.shape)) for t in tree.leaves(labels))
             raise StepError(
-                f"the server half failed on {rows} rows of activations {shown}: {type(exc).__name__}: {exc}"
+                f"the server half or the loss failed on {rows} rows of activations {shown} with labels {theirs}: "
+                f"{where(exc)}"
             ) from exc
-        if loss.ndim:
-            raise ConfigError(f"the loss must be the mean over the batch, got shape {tuple(loss.shape)}")
-        return outputs, loss, classes
-
-    def _check_labels(self, outputs: Any, labels: Any) -> int:
-        """Return the number of classes (0 unless it is classification), or raise RowsError."""
-        if not self._backend.classification:
-            return 0
-        if (
-            not isinstance(outputs, Tensor)
-            or outputs.ndim < 2
-            or not isinstance(labels, Tensor)
-            or not _is_integer(labels)
-        ):
-            raise ConfigError(
-                "classification needs outputs (batch, classes, ...) and integer labels, got outputs "
-                f"{getattr(outputs, 'shape', type(outputs).__name__)} and labels {getattr(labels, 'dtype', '')}: "
-                "pass classification=False for other losses"
-            )
-        classes = outputs.shape[1]
-        wrong = (labels < 0) | (labels >= classes)
-        if not bool(wrong.any()):
-            return classes
-        rule = f"labels: expected integers from 0 to {classes - 1}"
-        rows = wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong
-        found = {int(i): f"{rule}, got {int(labels[i][wrong[i]].flatten()[0])}" for i in rows.nonzero().flatten()}
-        raise RowsError("labels must be class indices", found)
+        if found.broadcast:
+            backend.tell_once(found.broadcast)
+        if backend.classification and found.predictions is None:
+            backend.tell_once(why_no_accuracy(outputs, labels))
+        return outputs, found
 
 
 def run_on_batch(module: nn.Module, inputs: Sequence[Any], batch_size: int) -> Any:
@@ -353,7 +355,3 @@ def run_on_batch(module: nn.Module, inputs: Sequence[Any], batch_size: int) -> A
 def _choose_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     values, channels = inputs[0].numel(), inputs[0].shape[1]
     norm.train(values > channels)
-
-
-def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -115,6 +115,11 @@ class Scheduler:
     def __init__(self, scheduler: Any = None, interval: str = "round", monitor: Monitor | None = None) -> None:
         self._scheduler, self._interval, self._monitor = scheduler, interval, monitor
 
+    @property
+    def wrapped(self) -> Any:
+        """The torch scheduler, or None."""
+        return self._scheduler
+
     def on_step(self) -> None:
         """Hear that a step was committed."""
         if self._interval == "step":

@@ -40,12 +40,15 @@ class Arguments:
         The model's own, without ``*args`` and ``**kwargs``.
     inputs : tuple of str
         Those the recording takes, in order.
+    needed : tuple of str
+        Those of them that cannot be None: without a default, or the code fails. Where all may be None, the first.
     fixed : dict[str, str]
         Those that keep their default, and why.
     """
 
     signature: inspect.Signature
     inputs: tuple[str, ...]
+    needed: tuple[str, ...]
     fixed: Mapping[str, str]
 
     @classmethod
@@ -64,17 +67,13 @@ class Arguments:
                 f"forward{signature} of {type(model).__name__} names no input: arguments without a default are inputs, "
                 f"and those with the default None; name them, or cut by hand: SplitModel(client=..., server=...)."
             )
-        return cls(signature.replace(parameters=named), tuple(inputs), fixed)
+        needed = tuple(p.name for p in named if p.default is p.empty) or (inputs[0],)
+        return cls(signature.replace(parameters=named), tuple(inputs), needed, fixed)
 
     def without(self, names: Collection[str], reason: str = _BRANCHES) -> Arguments:
         """Let arguments keep their default."""
         inputs = tuple(name for name in self.inputs if name not in names)
         return replace(self, inputs=inputs, fixed={**self.fixed, **dict.fromkeys(names, reason)})
-
-    def required(self) -> tuple[str, ...]:
-        """Return the inputs without which the model cannot be called: where all may be None, the first."""
-        parameters = self.signature.parameters
-        return tuple(n for n in self.inputs if parameters[n].default is inspect.Parameter.empty) or self.inputs[:1]
 
     def positions(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return what to call the model with, as hooks on it expect: by position as far as that goes."""
@@ -94,10 +93,13 @@ class Arguments:
         TypeError
             If an argument is missing, unknown, or given twice.
         CutError
-            If one is given that keeps its default.
+            If one is given that keeps its default, or None where the model was cut with a value.
         """
         bound = self.signature.bind(*values, **named)
         bound.apply_defaults()
+        for name in self.needed:
+            if bound.arguments[name] is None:
+                raise CutError(f"the argument {name!r} is None or left out, but the model was cut with it: give it.")
         for name, reason in self.fixed.items():
             value, default = bound.arguments[name], self.signature.parameters[name].default
             if value is not default and not (isinstance(value, bool | int | float | str) and value == default):
@@ -117,10 +119,10 @@ def choose_inputs(root: nn.Module, arguments: Arguments, record: Callable[[tuple
     record : callable
         Traces the model with the arguments named, the others keeping their default.
     """
-    needed = arguments.required()
-    if len(needed) == len(arguments.inputs):
+    if len(arguments.needed) == len(arguments.inputs):
         return arguments
-    bare, needed = _least(arguments.inputs, needed, record)
+    bare, needed = _least(arguments.inputs, arguments.needed, record)
+    arguments = replace(arguments, needed=needed)
     others = [name for name in arguments.inputs if name not in needed]
 
     def harmless(names: Sequence[str]) -> bool:

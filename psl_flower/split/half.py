@@ -103,8 +103,9 @@ class TracedHalf(Part):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Run the program for the present mode."""
-        values = inputs if self.arguments is None else self.arguments.bind(inputs, named)
-        return self._psl_programs[self.training](self, *values)
+        if self.arguments is not None:
+            inputs, named = tuple(self.arguments.bind(inputs, named)), {}
+        return self._psl_programs[self.training](self, *inputs, **named)
 
     def _graft(self, root: nn.Module, name: str) -> None:
         """Put the module, parameter, buffer or constant of `root` called `name` into this half, unless it is there."""

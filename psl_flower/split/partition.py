@@ -76,7 +76,7 @@ def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) ->
         nodes = list(graph.nodes)
         pieces = _assign(root, nodes, _starts(nodes, cuts), *_classify(nodes))
         raw |= {str(node.target) for sent in pieces.sent for node in sent if _is_input(node)}
-    optional = [n for n in arguments.inputs if n in raw and arguments.signature.parameters[n].default is None]
+    optional = [name for name in arguments.inputs if name in raw and name not in arguments.needed]
     if not optional:
         return recorded
     reason = (
@@ -205,7 +205,6 @@ def _joins(
         if (
             own[node] == piece - 1
             and node.op in ("call_function", "call_method", "call_module")
-            and not _state(root, node)
             and node.users
             and all(own[user] == piece or user in late for user in node.users)
             # nothing comes in between: it might change in place what this reads
@@ -214,20 +213,19 @@ def _joins(
                 for source in node.all_input_nodes
                 for user in source.users
             )
+            and not _state(root, node)
+            and not any(_state(root, source) for source in node.all_input_nodes if source.op == "get_attr")
         ):
             late.add(node)
-    joined: list[fx.Node] = []
+    joined: dict[fx.Node, None] = {}
     for node in nodes:
         if (
             node in late
             and node not in facts
-            and (
-                any(source in joined for source in node.all_input_nodes)
-                or any(s in from_data and own[s] == piece - 2 for s in _tensors_of(node, facts))
-            )
+            and any(s in joined or (s in from_data and own[s] == piece - 2) for s in _tensors_of(node, facts))
         ):
-            joined.append(node)
-    return joined
+            joined[node] = None
+    return list(joined)
 
 
 def _tensors_of(node: fx.Node, facts: set[fx.Node]) -> Iterator[fx.Node]:
@@ -357,7 +355,8 @@ def _check_disjoint(root: nn.Module, divided: Iterable[Sequence[fx.Graph]], piec
     for key in names[0].keys() & names[1].keys():
         ours, theirs = names[0][key], names[1][key]
         other = f" (there as {theirs!r})" if ours != theirs else ""
+        back = ", or, where both ends of the model use it, bring the end back to the client by naming a tail"
         raise CutError(
             f"{ours!r} would be needed on the client and on the server{other}: cut where all that uses it is on one "
-            f"side, or give each side its own."
+            f"side, or give each side its own{back if pieces == 2 else ''}."
         )

@@ -25,7 +25,7 @@ _RULE = "the client half must treat examples one by one, or training is not what
 _NORMALISE = (
     "replace layers that normalise over the batch with replace_batch_norm(model, before=cut) (before='server' for a "
     "SplitModel, and tail=tail for a U shape) where the model is made, on the server and in model_fn, and compute "
-    "nothing over dimension 0"
+    "nothing over dimension 0 (attention and recurrent layers need batch_first=True)"
 )
 _RESHAPE = "keep the batch as the first dimension, with x.flatten(1) instead of x.squeeze() or x.view(-1)"
 

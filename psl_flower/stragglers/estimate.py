@@ -100,8 +100,8 @@ class DelayEstimator:
         rows = np.array([self._rows.get(int(client), len(self._rows)) for client in ids], dtype=np.intp)
         return Delays(latency[rows], per_sample[rows])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers, strings, lists and dicts (for JSON); replies of a client oldest first."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the replies as plain numbers, strings, lists and dicts (for JSON); those of a client oldest first."""
         clients = {}
         for client, row in self._rows.items():
             seen = int(self._seen[row])
@@ -110,27 +110,27 @@ class DelayEstimator:
                 "quotas": self._quotas[row, slots].astype(int).tolist(),
                 "seconds": self._seconds[row, slots].tolist(),
             }
-        return {"window": self.window, "latency": self.latency, "per_sample": self.per_sample, "clients": clients}
+        return {"clients": clients}
 
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> DelayEstimator:
-        """Return the estimator that `to_dict` described.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; as many replies are kept as this one's window holds.
 
         Raises
         ------
         ConfigError
-            If the state lacks something or holds a value out of range.
+            If the state lacks something or holds a value out of range; nothing is changed then.
         """
+        loaded = DelayEstimator(window=self.window)
         try:
-            result = cls(window=state["window"], latency=state["latency"], per_sample=state["per_sample"])
             for client, replies in state["clients"].items():
                 for quota, seconds in zip(replies["quotas"], replies["seconds"], strict=True):
-                    result.observe(int(client), quota, seconds)
+                    loaded.observe(int(client), quota, seconds)
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ConfigError(f"this is not the state of a DelayEstimator: {exc!r}") from exc
-        return result
+        self._rows, self._seen = loaded._rows, loaded._seen
+        self._quotas, self._seconds = loaded._quotas, loaded._seconds
 
     def _grow(self) -> None:
         extra = max(16, len(self._seen))

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from psl_flower import tree
-from psl_flower.errors import ConfigError, PSLError
+from psl_flower.errors import ConfigError, LabelError, PSLError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.server import LocalBackend, ServerPart
-from psl_flower.server.local import RowsError
 from psl_flower.tree import Tree
 
 Exchange = Callable[[Request], Reply]
@@ -51,8 +50,8 @@ class Attempt:
         Whose examples were applied.
     labels : tree or None
         Theirs, in the same order, where the server knows them.
-    skipped : bool
-        Whether their examples were not applied after all, because the loss or gradients are not finite.
+    skipped : str
+        Why their examples were not applied after all: "not finite" (the loss or gradients), "nothing counts"; or "".
     lost : dict of int to Failure
         Clients that are not in it, and why.
     seconds : dict of int to list of float
@@ -65,7 +64,7 @@ class Attempt:
     record: Any = None
     clients: tuple[int, ...] = ()
     labels: Tree = None
-    skipped: bool = False
+    skipped: str = ""
     lost: dict[int, Failure] = field(default_factory=dict)
     seconds: dict[int, list[float]] = field(default_factory=dict)
     bytes_sent: int = 0
@@ -334,11 +333,11 @@ def _apart(failures: Mapping[int, Failure], separate: bool) -> list[list[int]]:
     return ([others] if others else []) + [[client] for client in refused]
 
 
-def by_client(error: RowsError, orders: Orders) -> dict[int, Failure]:
+def by_client(error: LabelError, orders: Orders) -> dict[int, Failure]:
     """Return the failures of the clients whose rows cannot be used."""
     failures: dict[int, Failure] = {}
-    for row, why in error.rows.items():
-        failures.setdefault(orders.client_of(row), Failure(Kind.LABELS, why))
+    for row in error.rows:
+        failures.setdefault(orders.client_of(row), Failure(Kind.LABELS, str(error)))
     return failures
 
 

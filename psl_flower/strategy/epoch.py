@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -13,6 +14,7 @@ from psl_flower.batch_plan import BatchPlan, PlanStep
 from psl_flower.metrics.deviation import batch_deviation, client_mix_deviation
 from psl_flower.population import Population
 from psl_flower.records import RoundRecord, StepRecord
+from psl_flower.server import Outcome, Scores
 from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.typing import IntArray
 
@@ -33,6 +35,8 @@ class Epoch:
         The epoch's clients with all they hold.
     pooled : (C,) int64, optional
         Class counts of all data, if known.
+    metrics : dict, optional
+        The user's own, see `psl_flower.server.Scores`.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Epoch:
         population: Population,
         *,
         pooled: IntArray | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         self._recorder, self._round = recorder, server_round
         self.population = population
@@ -51,11 +56,14 @@ class Epoch:
         self._class_counts: list[IntArray] = []
         self._waiting: list[StepRecord] = []
         self._client_mix: list[float] = []
+        self._scores = Scores(metrics)
 
     def __len__(self) -> int:
         return len(self._steps) + len(self._waiting)
 
-    def add(self, record: StepRecord, step: PlanStep, class_counts: IntArray | None) -> None:
+    def add(
+        self, record: StepRecord, step: PlanStep, class_counts: IntArray | None, outcome: Outcome | None = None
+    ) -> None:
         """Count a committed step in.
 
         Parameters
@@ -65,7 +73,11 @@ class Epoch:
             Who contributed how much.
         class_counts : (C,) int64, optional
             Its batch's labels.
+        outcome : Outcome, optional
+            What the server's part made of it; without it, the round's loss is the steps' mean over examples.
         """
+        if outcome is not None:
+            outcome.add_to(self._scores)
         alone = BatchPlan(self.population, np.array([0, len(step.clients)]), step.clients, step.quotas)
         self._client_mix.append(float(client_mix_deviation(alone)[0]))
         if class_counts is None:
@@ -81,7 +93,7 @@ class Epoch:
         """Return the class counts of the examples used so far, (C,); those of all data once the epoch is over."""
         return _stack(self._class_counts).sum(axis=0) if self._class_counts else None
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return everything, for a checkpoint."""
         return {
             "steps": [asdict(record) for record in self._steps],
@@ -89,14 +101,16 @@ class Epoch:
             "class_counts": _stack(self._class_counts) if self._class_counts else None,
             "client_mix": self._client_mix,
             "seconds_plan": self.seconds_plan,
+            "scores": self._scores.state_dict(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; what it has written is not written again."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; what it has written is not written again."""
         self._steps = [StepRecord(**values) for values in state["steps"]]
         self._waiting = [StepRecord(**values) for values in state["waiting"]]
         self._class_counts = [] if state["class_counts"] is None else list(state["class_counts"])
         self._client_mix, self.seconds_plan = list(state["client_mix"]), state["seconds_plan"]
+        self._scores.load_state_dict(state["scores"])
 
     def summary(self, examples_unseen: int = 0) -> RoundRecord:
         """Write the steps still held back, and return the round's record."""
@@ -107,25 +121,26 @@ class Epoch:
             self._waiting.clear()
         steps = self._steps
         sizes = np.array([s.batch_size for s in steps])
-        scores = [s.accuracy for s in steps if s.accuracy is not None]
+        found = self._scores.result() or _means(steps)
         deviations = np.array([s.deviation for s in steps if s.deviation is not None])
         known = len(deviations) > 0
         simulated = [s.seconds_simulated for s in steps if s.seconds_simulated is not None]
         return RoundRecord(
             round=self._round,
-            loss=float(np.average([s.loss for s in steps], weights=sizes)),
-            accuracy=float(np.average(scores, weights=sizes)) if scores else None,
+            loss=found.pop("loss"),
+            accuracy=found.pop("accuracy", None),
+            metrics_of_user=found,
             deviation_mean=float(deviations.mean()) if known else None,
             deviation_p95=float(np.percentile(deviations, 95)) if known else None,
             deviation_weighted=float(np.average(deviations, weights=sizes)) if known else None,
             num_examples=int(sizes.sum()),
             num_steps=len(steps),
             num_clients=int((self.population.sizes > 0).sum()),
-            clients_per_step=float(np.mean([s.clients for s in steps])),
+            clients_per_step=float(np.mean([s.clients for s in steps])) if steps else 0.0,
             bytes_sent=_sum([s.bytes_sent for s in steps]),
             bytes_received=_sum([s.bytes_received for s in steps]),
             examples_unseen=examples_unseen,
-            client_mix_mean=float(np.mean(self._client_mix)),
+            client_mix_mean=float(np.mean(self._client_mix)) if self._client_mix else 0.0,
             seconds_plan=self.seconds_plan,
             seconds_real=float(sum(s.seconds_real for s in steps)),
             seconds_simulated=float(sum(simulated)) if simulated else None,
@@ -143,6 +158,17 @@ class Epoch:
     ) -> None:
         for record in self._waiting:  # only after an error: the epoch is not over, so their deviation is not known
             self._keep(record)
+
+
+def _means(steps: list[StepRecord]) -> dict[str, float]:
+    """Return the means over examples, where the steps' outcomes are not known."""
+    found = {}
+    for name in ("loss", "accuracy"):
+        known = [(value, s.batch_size) for s in steps if (value := getattr(s, name)) is not None]
+        if known:
+            values, sizes = zip(*known, strict=True)
+            found[name] = float(np.average(values, weights=sizes))
+    return {"loss": math.nan, **found}
 
 
 def _with_deviation(records: list[StepRecord], counts: list[IntArray], pooled: IntArray) -> list[StepRecord]:

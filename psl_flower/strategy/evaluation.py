@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from flwr.app import MetricRecord
 
-from psl_flower.errors import StepError
+from psl_flower.errors import LabelError, StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
-from psl_flower.server import LocalBackend, Outcome
-from psl_flower.server.local import RowsError
+from psl_flower.server import LocalBackend, Outcome, Scores
 from psl_flower.strategy.context import Asking, EvaluationContext, LostClientsError, TooFewError, by_client
 from psl_flower.strategy.summary import RunSummary
 
@@ -40,6 +40,8 @@ class Evaluator:
         Told what went wrong.
     tolerate : bool
         Whether to go on without clients that fail, as long as there are others.
+    metrics : dict, optional
+        The user's own, see `psl_flower.server.Scores`.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Evaluator:
         evaluate_config: Config,
         summary: RunSummary,
         tolerate: bool = False,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         self._method, self._backend, self._clients = method, backend, clients
         self._batch_size, self._summary, self._tolerate = batch_size, summary, tolerate
+        self._metrics = metrics
         self._left_out: dict[int, tuple[int, ...]] = {}  # test examples that a client cannot read
         self._asking = Asking(
             exchange=lambda request: clients.exchange(request, timeout),
@@ -72,7 +76,7 @@ class Evaluator:
         Returns
         -------
         MetricRecord or None
-            `loss` and `accuracy` (classification only), means over all examples, and `num_examples`.
+            `loss`, `accuracy` (classification only) and the user's own, over all examples, and `num_examples`.
 
         Raises
         ------
@@ -85,8 +89,7 @@ class Evaluator:
         if not left:
             return None
         done = dict.fromkeys(left, 0)
-        outcomes: list[Outcome] = []
-        examples = 0
+        scores, examples = Scores(self._metrics), 0
         while left:
             share = max(1, self._batch_size // len(left))
             counts = {client: min(share, n) for client, n in left.items()}
@@ -103,12 +106,14 @@ class Evaluator:
                 log.warning("evaluation goes on without client %d: %s", client, why)
                 del left[client], counts[client]
             if outcome is not None:
-                outcomes.append(outcome)
+                outcome.add_to(scores)
             for client, n in counts.items():
                 done[client] += n
             examples += sum(counts.values())
             left = {client: n - counts[client] for client, n in left.items() if n > counts[client]}
-        return _metrics(outcomes, examples)
+        result = scores.result()
+        metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
+        return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
 
     def _unreadable(self, failures: Mapping[int, Failure]) -> dict[int, int]:
         """Leave test examples out that clients cannot read; return how many more, by client."""
@@ -142,17 +147,7 @@ class Evaluator:
                 return outcome, failures | ctx.lost
             except (LostClientsError, TooFewError):
                 failures |= ctx.lost
-            except RowsError as error:
+            except LabelError as error:
                 failures |= ctx.lost | by_client(error, ctx.orders)
             orders = orders.take(np.flatnonzero(~np.isin(orders.clients, list(failures))))
         return None, failures
-
-
-def _metrics(outcomes: list[Outcome], examples: int) -> MetricRecord:
-    weight = sum(outcome.weight for outcome in outcomes)
-    loss = sum(outcome.loss * outcome.weight for outcome in outcomes if outcome.weight)
-    metrics: dict[str, int | float] = {"loss": loss / weight if weight else 0.0, "num_examples": examples}
-    scored = [(o.correct, o.predictions) for o in outcomes if o.correct is not None and o.predictions]
-    if len(scored) == len(outcomes):
-        metrics["accuracy"] = sum(c for c, _ in scored) / sum(n for _, n in scored)
-    return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant

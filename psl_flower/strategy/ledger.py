@@ -46,6 +46,9 @@ class EpochLedger:
         The epoch's clients with all they hold.
     epoch : int
         0-based.
+    state : dict, optional
+        The `state_dict` of an earlier one to go on from, instead of planning the epoch; `population` must be that of
+        `saved_population` then, but for the delays.
 
     Raises
     ------
@@ -53,9 +56,14 @@ class EpochLedger:
         If the sampler cannot plan for this population.
     """
 
-    def __init__(self, sampler: Sampler, population: Population, epoch: int) -> None:
+    def __init__(
+        self, sampler: Sampler, population: Population, epoch: int, state: Mapping[str, Any] | None = None
+    ) -> None:
         self._sampler, self._epoch = sampler, epoch
         self.population = population
+        if state is not None:
+            self.load_state_dict(state)
+            return
         self.replans = 0
         self._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
         counts = population.label_counts
@@ -208,8 +216,8 @@ class EpochLedger:
         self._cursors, self._planned, self.population = cursors, planned, population
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
-    def state(self) -> dict[str, Any]:
-        """Return everything as numbers and arrays: what remains of whom, and the plan for it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as numbers and arrays: who owes what, and the plan for the rest."""
         plan = self._plan.take(np.arange(self._next, len(self._plan)))
         return {
             "clients": self.population.client_ids,
@@ -217,6 +225,7 @@ class EpochLedger:
             "label_counts": self.population.label_counts,
             "replans": self.replans,
             "taken": self._taken,
+            "outdated": self._outdated,
             "used": self._cursors.used,
             "used_by_class": self._cursors.used_by_class,
             "seen": self._seen,
@@ -228,30 +237,20 @@ class EpochLedger:
             },
         }
 
-    @classmethod
-    def restored(cls, sampler: Sampler, population: Population, epoch: int, state: Mapping[str, Any]) -> EpochLedger:
-        """Return the ledger that `state` described.
-
-        Parameters
-        ----------
-        sampler, population, epoch
-            As for a new one; `population` must be that of `saved_population`, but for the delays.
-        """
-        ledger = cls.__new__(cls)
-        ledger._sampler, ledger._epoch, ledger.population = sampler, epoch, population
-        ledger.replans, ledger._taken = state["replans"], state["taken"]
-        ledger._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
-        ledger._cursors.used, ledger._cursors.used_by_class = state["used"], state["used_by_class"]
-        ledger._seen, ledger._outdated = state["seen"], False
-        rest = Population(population.client_ids, population.sizes)
-        plan = ledger._plan = BatchPlan(rest, **state["plan"])
-        ledger._next, ledger._planned = 0, np.zeros(len(population), dtype=np.int64)
-        np.add.at(ledger._planned, plan.rows(), plan.quotas)
-        return ledger
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, for the population that it was of."""
+        population = self.population
+        self.replans, self._taken = state["replans"], state["taken"]
+        self._cursors = Cursors(population.client_ids, seed=self._sampler.seed, epoch=self._epoch)
+        self._cursors.used, self._cursors.used_by_class = state["used"], state["used_by_class"]
+        self._seen, self._outdated = state["seen"], state["outdated"]
+        plan = self._plan = BatchPlan(Population(population.client_ids, population.sizes), **state["plan"])
+        self._next, self._planned = 0, np.zeros(len(population), dtype=np.int64)
+        np.add.at(self._planned, plan.rows(), plan.quotas)
 
 
 def saved_population(state: Mapping[str, Any], now: Population) -> Population:
-    """Return the population of a ledger's `state`, without delays.
+    """Return the population of an ledger's `state_dict`, without delays.
 
     Raises
     ------

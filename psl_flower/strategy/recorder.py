@@ -56,7 +56,8 @@ class RunRecorder:
         self.rounds: list[RoundRecord] = []
         self._summary: dict[str, Any] = {}
         self._jsonl: JsonlLogger | None = None
-        self._listeners: list[Callback] = [CallbackGroup(callbacks)]
+        self._callbacks = CallbackGroup(callbacks)
+        self._listeners: list[Callback] = [self._callbacks]
         earlier: list[StepRecord | RoundRecord] = []
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -90,9 +91,16 @@ class RunRecorder:
         """Keep a step's record."""
         self._tell(record)
 
-    def round(self, record: RoundRecord) -> None:
-        """Keep a round's record."""
+    def round(self, record: RoundRecord, state: Mapping[str, Tensor] | None = None) -> None:
+        """Keep a round's record; let callbacks have the whole model as it is after it."""
         self._tell(record)
+        if state is not None:
+            self._callbacks.on_model(record.round, state)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why a callback wants the run to end; None while none does."""
+        return self._callbacks.stopped
 
     def finish(self, state: Mapping[str, Tensor]) -> None:
         """Write the model and the curves."""

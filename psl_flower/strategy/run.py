@@ -18,7 +18,7 @@ from psl_flower.failures import Failure, Kind
 from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
-from psl_flower.server import LocalBackend
+from psl_flower.server import LocalBackend, Scheduler
 from psl_flower.strategy.context import Attempt
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.ledger import EpochLedger
@@ -40,6 +40,7 @@ class Run:
     clients: Clients
     runner: StepRunner
     evaluator: Evaluator
+    scheduler: Scheduler
     recorder: RunRecorder
     progress: Progress
     summary: RunSummary

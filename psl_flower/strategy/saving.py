@@ -12,14 +12,15 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from psl_flower import checkpoint
-from psl_flower.checkpoint import Checkpoints, check_identity
-from psl_flower.samplers.base import Sampler
-from psl_flower.server import LocalBackend
+from psl_flower.checkpoint import Checkpoints
+from psl_flower.server import LocalBackend, Scheduler
 from psl_flower.stragglers import DelayEstimator, DelayModel
+from psl_flower.strategy import settings
+from psl_flower.strategy.arrays import state_to_arrays
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.ledger import EpochLedger
 from psl_flower.strategy.run import Run
-from psl_flower.strategy.tolerance import Backoff
+from psl_flower.strategy.settings import Change
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -34,11 +35,13 @@ class Saver:
     checkpoints : Checkpoints or None
         Where they go; None: none are written.
     backend : LocalBackend
-    scheduler : torch learning-rate scheduler, optional
+    scheduler : Scheduler
     template : dict of str to Tensor
         The whole model's state dict.
-    cut : str, optional
-    sampler : Sampler
+    options : dict
+        The other settings of the run, by the names of the strategy's arguments: plain values or objects.
+    run_config : dict
+        What the user has besides.
 
     Raises
     ------
@@ -50,26 +53,28 @@ class Saver:
         self,
         checkpoints: Checkpoints | None,
         backend: LocalBackend,
-        scheduler: Any,
+        scheduler: Scheduler,
         *,
         template: Mapping[str, Tensor],
-        cut: str | None,
-        sampler: Sampler,
+        options: Mapping[str, Any],
+        run_config: Mapping[str, Any],
     ) -> None:
         self._checkpoints, self._scheduler = checkpoints, scheduler
-        settings = {k: v for k, v in vars(sampler).items() if v is None or isinstance(v, bool | int | float | str)}
-        # what a checkpoint must share with a run that resumes from it
-        self._identity = {
+        self._settings = {
             "model": {name: f"{t.dtype} {tuple(t.shape)}" for name, t in template.items()},
-            "cut": cut,
-            "sampler": {"class": type(sampler).__name__, **settings},
-            "optimizer": type(backend.optimizer).__name__,
+            **{name: settings.describe(value) for name, value in options.items()},
+            "optimizer": settings.describe_optimizer(backend.optimizer),
+            "scheduler": settings.describe_scheduler(scheduler.wrapped),
+            "run_config": settings.describe(run_config),
         }
+        self._run_config = dict(run_config)
+        self._history: list[dict[str, Any]] = []  # what was changed when
+        self._changes: list[Change] = []  # with this start
         if checkpoints:
-            checkpoint.check({"optimizer": backend.optimizer.state_dict(), "scheduler": _state_of(scheduler)})
+            checkpoint.check({"optimizer": backend.optimizer.state_dict(), "scheduler": scheduler.state_dict()})
 
     def find(self, resume_from: str | Path | None) -> dict[str, Any] | None:
-        """Return the checkpoint to resume from, if there is one; put those of another run away if not.
+        """Return the checkpoint to resume from, if there is one; put those of another run or branch of it aside.
 
         Parameters
         ----------
@@ -79,68 +84,97 @@ class Saver:
         Raises
         ------
         ConfigError
-            If it is not there, damaged, or of another run.
+            If it is not there, damaged, in another version of the format, or of another run.
         """
-        saved = None
+        found = None
         if resume_from == "latest" and self._checkpoints:
-            saved = self._checkpoints.latest()
-            if saved is None:
+            found = self._checkpoints.latest()
+            if found is None:
                 log.warning("There is no checkpoint in %s yet: starting from the beginning", self._checkpoints.folder)
         elif resume_from:
-            saved = checkpoint.read(Path(resume_from))
-        if saved is not None:
-            check_identity(saved["identity"], self._identity)
-        elif self._checkpoints:
-            self._checkpoints.put_away()
+            found = Path(resume_from), checkpoint.read(Path(resume_from))
+        if found is None:
+            if self._checkpoints:
+                self._checkpoints.put_away()
+            return None
+        path, saved = found
+        self._changes = settings.compare(saved["settings"], self._settings)
+        log.info("Resuming from %s", path)
+        self._history = list(saved["changes"])
+        if self._changes:
+            changes = {change.name: [change.then, change.now] for change in self._changes}
+            self._history.append({"round": saved["round"], "step": _steps(saved), "changes": changes})
+        if self._checkpoints:
+            self._checkpoints.keep_aside(path)
         return saved
+
+    def configuration(self) -> dict[str, Any]:
+        """Return what ``config.json`` holds: the settings in force, and what was changed when.
+
+        What the user has besides is at the top, the strategy's own is in "strategy"; "changes" is a list of dicts, one
+        for each time that the run was resumed with other settings: "round" and "step" (0-based) from which they are in
+        force, and "changes", which has the value before and the new one by setting.
+        """
+        own = {name: value for name, value in self._settings.items() if name not in ("model", "run_config")}
+        return {**self._run_config, "strategy": own, "changes": self._history}
 
     def save(self, run: Run, server_round: int, ledger: EpochLedger, epoch: Epoch, delays: DelayModel | None) -> None:
         """Write a checkpoint, within or at the end of a round's training."""
         if self._checkpoints is None:
             return
         tree = {
-            "identity": self._identity,
-            "configuration": run.recorder.config,
+            "settings": self._settings,
+            "changes": self._history,
             "round": server_round,
             "trainer": {**run.backend.state_dict(), "state": run.current_state()},
             "left_out": run.clients.left_out_state(),
-            "scheduler": _state_of(self._scheduler),
-            "agenda": ledger.state(),
-            "epoch": epoch.state(),
+            "scheduler": self._scheduler.state_dict(),
+            "ledger": ledger.state_dict(),
+            "epoch": epoch.state_dict(),
             "pooled": run.saved_pooled(),
-            "absences": run.backoff.state(),
-            "delays": delays.to_dict() if isinstance(delays, DelayEstimator) else None,
+            "backoff": run.backoff.state_dict(),
+            "delays": delays.state_dict() if isinstance(delays, DelayEstimator) else None,
             "metrics_position": run.recorder.position(),
-            "summary": run.summary.to_dict(),
+            "summary": run.summary.state_dict(),
             "result": {name: _plain(getattr(run.result, name)) for name in _RESULT_METRICS},
         }
         self._checkpoints.save(server_round, len(epoch), tree)
 
     def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
-        """Bring a run to where a checkpoint was written."""
+        """Bring a run to where a checkpoint was written, with the settings that it has now."""
         run.backend.load_state_dict(saved["trainer"])
         run.clients.load_left_out(saved["left_out"])
         run.state |= saved["trainer"]["state"]
-        if self._scheduler:
-            self._scheduler.load_state_dict(saved["scheduler"])
+        self._scheduler.load_state_dict(saved["scheduler"])
+        settings.apply(run.backend.optimizer, self._scheduler.wrapped, saved["settings"], self._settings)
         run.restore_pooled(saved["pooled"])
-        run.backoff = Backoff.restored(saved["absences"])
+        run.backoff.load_state_dict(saved["backoff"])
         run.summary.resumed += 1
-        steps = sum(len(saved["epoch"][name]) for name in ("steps", "waiting"))
-        log.info("Resumed in round %d, after step %d.", saved["round"], steps)
+        log.info("Resumed in round %d, after step %d.", saved["round"], _steps(saved))
+        if self._changes:
+            told = "".join(f"\n  {change}" for change in self._changes)
+            log.warning("Settings have changed since the checkpoint was written, the new ones are used:%s", told)
+        if self._settings["num_rounds"] < saved["round"]:
+            log.warning(
+                "num_rounds is %d, but the checkpoint is of round %d, after step %d: nothing is trained, the result is "
+                "the checkpoint's model",
+                *(self._settings["num_rounds"], saved["round"], _steps(saved)),
+            )
 
 
 def saved_result(saved: Mapping[str, Any]) -> Result:
-    """Return Flower's result as far as a checkpoint has it."""
+    """Return Flower's result as far as a checkpoint has it: the model as it was, and the metrics of the rounds."""
     result = Result()
+    result.arrays = state_to_arrays(saved["trainer"]["state"])
     for name in _RESULT_METRICS:
         setattr(result, name, {r: MetricRecord(values) for r, values in saved["result"][name].items()})
     return result
 
 
+def _steps(saved: Mapping[str, Any]) -> int:
+    """Return how many steps the round of a checkpoint had."""
+    return sum(len(saved["epoch"][name]) for name in ("steps", "waiting"))
+
+
 def _plain(metrics: Mapping[int, MetricRecord]) -> dict[int, dict[str, Any]]:
     return {server_round: dict(record) for server_round, record in metrics.items()}
-
-
-def _state_of(scheduler: Any) -> dict[str, Any]:
-    return dict(scheduler.state_dict()) if hasattr(scheduler, "state_dict") else {}

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from psl_flower import tree
-from psl_flower.errors import ConfigError, DivergenceError, StepError
+from psl_flower.errors import ConfigError, DivergenceError, LabelError, StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, step_seed
-from psl_flower.server import LocalBackend
-from psl_flower.server.local import RowsError
+from psl_flower.server import LocalBackend, NothingCountsError
 from psl_flower.strategy.context import Asking, Attempt, LostClientsError, StepContext, TooFewError, by_client
 from psl_flower.strategy.summary import RunSummary
 
@@ -117,17 +116,20 @@ class StepRunner:
             attempt.lost |= error.failures
             ctx.without(error.failures)
             return False
-        except RowsError as error:
+        except LabelError as error:
             failures = by_client(error, ctx.orders)
             self._refuse(failures, len(ctx.clients), "forward")
             attempt.lost |= failures
             ctx.without(failures)
             return False
+        except NothingCountsError as error:
+            log.warning("step %d changes nothing: %s", ctx.orders.step, error)
+            attempt.clients, attempt.skipped = tuple(ctx.clients), "nothing counts"
         except DivergenceError as error:
             if self._policy.non_finite_loss == "stop":
                 raise
             log.warning("step %d is left out: %s", ctx.orders.step, error)
-            attempt.clients, attempt.skipped = tuple(ctx.clients), True
+            attempt.clients, attempt.skipped = tuple(ctx.clients), "not finite"
         except StepError as error:
             if error.failures or self._committed or len(ctx.clients) != 1:
                 raise

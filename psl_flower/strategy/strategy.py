@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,44 +17,38 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from psl_flower import checkpoint
-from psl_flower.batch_plan import PlanStep
 from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import Checkpoints
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
-from psl_flower.errors import ConfigError, StepError
+from psl_flower.errors import ConfigError, StepError, StopTraining
 from psl_flower.exchange import Clients
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
 from psl_flower.faults import FaultPolicy
 from psl_flower.flower import is_deployment, stopped_by_flower
 from psl_flower.methods import SplitMethod, make_method
-from psl_flower.population import Population
-from psl_flower.records import RoundRecord, StepRecord
+from psl_flower.monitor import round_values
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
-from psl_flower.server import LocalBackend, Loss, OptimizerFn
-from psl_flower.split import check_client_half, cut_model
-from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
+from psl_flower.server import LocalBackend, Loss, OptimizerFn, Scheduler, check_metrics, make_scheduler
+from psl_flower.split import check_client_half, cut_model, signature
+from psl_flower.stragglers import DelayEstimator, DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
-from psl_flower.strategy.context import Attempt
-from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import Evaluator
-from psl_flower.strategy.ledger import EpochLedger, part, saved_population
+from psl_flower.strategy.folder import FolderLock
+from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.saving import Saver, saved_result
 from psl_flower.strategy.step import StepRunner
+from psl_flower.strategy.stragglers import Stragglers
 from psl_flower.strategy.summary import RunSummary
-from psl_flower.strategy.tolerance import Retries
 
 log = logging.getLogger("flwr.psl_flower")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-
-# Steps in a row that may be left out because they are not finite.
-_MOST_SKIPS = 10
 
 
 def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -90,6 +83,9 @@ class ParallelSplitLearning(Strategy):
     classification : bool
         Whether labels are class indices, as for cross-entropy: they are checked, and accuracy and batch deviation are
         computed. Pass False for any other loss.
+    metrics : dict, optional
+        Your own, by name: functions of (outputs, labels) that return the mean over the examples they are given, or
+        objects of torchmetrics. Told of training and of split evaluation.
     delays : DelayModel, optional
         What a delay-aware sampler plans with: a model of `psl_flower.stragglers`, or a `DelayEstimator`, which measures
         how long the clients work on their requests. Read anew at the start of every epoch.
@@ -141,6 +137,7 @@ class ParallelSplitLearning(Strategy):
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         loss: Loss = nn.functional.cross_entropy,
         classification: bool = True,
+        metrics: Mapping[str, Any] | None = None,
         delays: DelayModel | None = None,
         simulated_delays: DelayModel | None = None,
         sleep: bool = False,
@@ -160,7 +157,7 @@ class ParallelSplitLearning(Strategy):
     ) -> None:
         if sampler is not None and not isinstance(sampler, Sampler):
             raise ConfigError(f"sampler must be a psl_flower Sampler, got {sampler!r:.80}")
-        for function, name in ((optimizer, "optimizer"), (loss, "loss"), (scheduler or _sgd, "scheduler")):
+        for function, name in ((optimizer, "optimizer"), (loss, "loss")):
             if not callable(function):
                 raise ConfigError(f"{name} must be callable, got {function!r:.80}")
         self.sampler = sampler or UniformGlobalSampler(batch_size=128)
@@ -168,15 +165,12 @@ class ParallelSplitLearning(Strategy):
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
-        self._delays = _check_delays(delays, "delays")
         if self.sampler.needs_delays and delays is None:
             raise ConfigError(
                 f"{type(self.sampler).__name__} plans with delays: pass delays=..., a model of psl_flower.stragglers, "
                 "or DelayEstimator() to measure them"
             )
-        measured = isinstance(delays, DelayEstimator)
-        self._simulated = _check_delays(simulated_delays, "simulated_delays") or (None if measured else delays)
-        self._sleep = sleep
+        self._stragglers = Stragglers(delays, simulated_delays, sleep)
         self.transport = check_choice(transport, "transport", TRANSPORTS)
         self.stream_options = stream_options or StreamOptions()
         self.faults = faults or FaultPolicy()
@@ -188,10 +182,8 @@ class ParallelSplitLearning(Strategy):
                 "checkpoint_every and resume_from='latest' need an output_dir and keep_checkpoints of at least 1, got "
                 f"{output_dir!r} and {keep_checkpoints}"
             )
-        if sleep and self._simulated is None:
-            raise ConfigError("sleep=True needs simulated_delays to wait for")
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
-        self._classification = classification
+        self._classification, self._metrics = classification, check_metrics(metrics or {})
         self._device = pick_device(device)
         self._callbacks = tuple(callbacks)
         CallbackGroup(self._callbacks)  # refuses what is none
@@ -246,10 +238,25 @@ class ParallelSplitLearning(Strategy):
         """
         num_rounds = check_int(num_rounds, "num_rounds", least=1)
         timeout = check_float(timeout, "timeout", above=0)
+        with FolderLock(self._output_dir):
+            return self._run(
+                grid, initial_arrays, num_rounds, timeout, train_config or {}, evaluate_config or {}, evaluate_fn
+            )
+
+    def _run(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        timeout: float,
+        train_config: Mapping[str, Any],
+        evaluate_config: Mapping[str, Any],
+        evaluate_fn: EvaluateFn | None,
+    ) -> Result:
         state = arrays_to_state(initial_arrays, self._template)
         backend = self._backend(state)
-        scheduler = self._scheduler(backend.optimizer) if self._scheduler else None
-        saver = self._saver(backend, scheduler)
+        scheduler = make_scheduler(self._scheduler, backend.optimizer, evaluate_every=self.evaluate_every)
+        saver = self._saver(backend, scheduler, num_rounds)
         deployment = is_deployment(grid)
         policy = replace(self.faults, mistakes=self.faults.mistakes or ("exclude" if deployment else "stop"))
         saved = saver.find(self.resume_from)
@@ -259,7 +266,7 @@ class ParallelSplitLearning(Strategy):
         with (
             stopped_by_flower() as stops,
             open_carrier(grid, self.transport, self.stream_options) as carrier,
-            RunRecorder(self._output_dir, self._configuration(num_rounds), position, self._callbacks) as recorder,
+            RunRecorder(self._output_dir, saver.configuration(), position, self._callbacks) as recorder,
         ):
             stops.append(carrier.stop)
             config = dict(train_config or {})
@@ -269,8 +276,12 @@ class ParallelSplitLearning(Strategy):
                 config=config,
                 tolerate=policy.tolerate,
                 may_grow=deployment,
+                method=self.method.name,
+                model=signature(self._halves),
             )
-            summary = RunSummary.from_dict(saved["summary"]) if saved else RunSummary()
+            summary = RunSummary()
+            if saved is not None:
+                summary.load_state_dict(saved["summary"])
             run = Run(
                 backend=backend,
                 clients=clients,
@@ -294,7 +305,9 @@ class ParallelSplitLearning(Strategy):
                     evaluate_config=dict(evaluate_config or {}),
                     summary=summary,
                     tolerate=policy.tolerate,
+                    metrics=self._metrics,
                 ),
+                scheduler=scheduler,
                 recorder=recorder,
                 progress=Progress(num_rounds),
                 summary=summary,
@@ -304,26 +317,38 @@ class ParallelSplitLearning(Strategy):
                 result=result,
                 timeout=timeout,
             )
+            loop = EpochLoop(
+                run,
+                saver,
+                self.sampler,
+                self._stragglers,
+                min_nodes=self.min_available_nodes,
+                checkpoint_every=self.checkpoint_every,
+                metrics=self._metrics,
+            )
             try:
                 if saved is None:
                     result.arrays = initial_arrays
                     _evaluate_on_server(evaluate_fn, 0, initial_arrays, result)
                 else:
                     saver.restore(run, saved)
-                    if saved["delays"] is not None and isinstance(self._delays, DelayEstimator):
-                        self._delays = DelayEstimator.from_dict(saved["delays"])
-                for server_round in range(first_round, num_rounds + 1):
-                    record = self._train_epoch(run, saver, server_round)
-                    if scheduler:
-                        with warnings.catch_warnings():  # a round that is resumed at its end has no step here
-                            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                            scheduler.step()
+                    if saved["delays"] is not None and isinstance(self._stragglers.planned, DelayEstimator):
+                        self._stragglers.planned.load_state_dict(saved["delays"])
+                stop = recorder.stopped
+                for server_round in range(first_round, num_rounds + 1) if stop is None else ():
+                    record = loop.train(server_round)
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
                     in_clients = self._evaluate_in_clients(run, server_round, result)
-                    on_server = _evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
-                    recorder.round(replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server))
+                    on_server, stop = _evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
+                    record = replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server)
+                    scheduler.on_round(round_values(record), evaluated=self._evaluates(server_round))
+                    recorder.round(record, run.current_state())
                     recorder.summary(summary.report())  # a process that is killed has none at its end
+                    stop = stop or recorder.stopped
+                    if stop is not None:
+                        log.info("The run ends after round %d: %s", server_round, stop)
+                        break
                 recorder.finish(run.current_state())
             finally:
                 summary.ignored.update(carrier.ignored)
@@ -332,86 +357,11 @@ class ParallelSplitLearning(Strategy):
         log.info("Finished %d rounds in %s.", num_rounds, clock(time.monotonic() - begin))
         return result
 
-    def _train_epoch(self, run: Run, saver: Saver, server_round: int) -> RoundRecord:
-        """Use every example of every client once."""
-        ledger, epoch = self._open_epoch(run, server_round)
-        virtual_clock = self._virtual_clock(ledger.population)
-        retries, skips = Retries(), 0
-        with epoch:
-            while len(run.unfinished(ledger)):
-                self._look_for_clients(run, ledger, epoch, virtual_clock)
-                begin = time.monotonic()
-                step = ledger.step(run.available(run.unfinished(ledger)))
-                epoch.seconds_plan += time.monotonic() - begin
-                orders = ledger.orders(len(epoch), step, run.clients.left_out)
-                waits = self._waits(virtual_clock, step)
-                with StepError.located(f"round {server_round}, step {len(epoch)}"):
-                    attempt = run.attempt(ledger, orders, waits)
-                    nothing = attempt.record is None and not attempt.skipped
-                    if nothing and run.give_up(attempt, ledger, retries, committed=len(epoch) > 0):
-                        break
-                    skips = skips + 1 if attempt.skipped else 0
-                    _check_skips(skips)
-                if attempt.skipped:
-                    ledger.done(part(step, attempt.counts()), _labels(attempt))
-                elif attempt.record is not None:
-                    step = part(step, attempt.counts())
-                    ledger.done(step, _labels(attempt))
-                    retries.succeeded()
-                    self._measure(attempt)
-                    simulated = virtual_clock.advance(step.clients, step.quotas) if virtual_clock else None
-                    record = _step_record(server_round, len(epoch), attempt, time.monotonic() - begin, simulated)
-                    epoch.add(record, step, attempt.record.class_counts)
-                    done, of = len(epoch), len(epoch) + ledger.steps_left()
-                    run.progress.step(server_round, done, of, record.loss, record.accuracy)
-                    if self.checkpoint_every and done % self.checkpoint_every == 0 and ledger.steps_left():
-                        saver.save(run, server_round, ledger, epoch, self._delays)
-            saver.save(run, server_round, ledger, epoch, self._delays)
-            unseen = run.close_epoch(server_round, ledger)
-            record_of_round = epoch.summary(unseen)
-        if not unseen:
-            run.remember_pooled_counts(ledger.population, epoch.pooled())
-        _log_round(record_of_round)
-        return record_of_round
-
-    def _open_epoch(self, run: Run, server_round: int) -> tuple[EpochLedger, Epoch]:
-        """Return what there is to do in an epoch, and its bookkeeping: a new one, or the one to be resumed."""
-        run.clients.refresh(self.min_available_nodes, run.timeout, run.missing)
-        population, saved = run.clients.population(), run.take_saved()
-        begin = time.monotonic()
-        if saved is None:
-            ledger = EpochLedger(self.sampler, self._with_delays(population), server_round - 1)
-        else:
-            population = self._with_delays(saved_population(saved["agenda"], population))
-            ledger = EpochLedger.restored(self.sampler, population, server_round - 1, saved["agenda"])
-        seconds_plan = time.monotonic() - begin
-        epoch = Epoch(run.recorder, server_round, ledger.population, pooled=run.pooled_counts(ledger.population))
-        if saved is not None:
-            epoch.restore(saved["epoch"])
-        epoch.seconds_plan += seconds_plan
-        return ledger, epoch
-
-    def _look_for_clients(
-        self, run: Run, ledger: EpochLedger, epoch: Epoch, virtual_clock: VirtualClock | None
-    ) -> None:
-        """Find clients that failed before on the nodes where they are now, and let new ones in if they may enter."""
-        at_once = self.faults.join == "step"
-        failing = run.backoff.failing() & set(run.available(run.unfinished(ledger)).tolist())
-        if not self.faults.tolerate or not (at_once or failing):
-            return
-        joined = run.clients.look_again(self.faults.step_timeout or run.timeout)
-        if not joined:
-            return
-        log.info("clients that joined%s: %s", "" if at_once else ", from the next round on", sorted(joined))
-        if at_once:
-            ledger.admit(self._with_delays(run.with_members(ledger.population, joined)))
-            epoch.population = ledger.population
-            if virtual_clock and self._simulated:
-                ids = ledger.population.client_ids
-                virtual_clock.update(ids, self._simulated.delays(ids))
+    def _evaluates(self, server_round: int) -> bool:
+        return bool(self.evaluate_every) and server_round % self.evaluate_every == 0
 
     def _evaluate_in_clients(self, run: Run, server_round: int, result: Result) -> dict[str, Any]:
-        if not self.evaluate_every or server_round % self.evaluate_every:
+        if not self._evaluates(server_round):
             return {}
         with StepError.located(f"round {server_round}, evaluation"):
             metrics = run.evaluator.evaluate()
@@ -420,31 +370,6 @@ class ParallelSplitLearning(Strategy):
         result.evaluate_metrics_clientapp[server_round] = metrics
         log.info("round %d  clients' test data: %s", server_round, _shown(metrics))
         return dict(metrics)
-
-    # --- stragglers --------------------------------------------------------------------------------------------------
-    def _with_delays(self, population: Population) -> Population:
-        if self._delays is None:
-            return population
-        return replace(population, delays=self._delays.delays(population.client_ids))
-
-    def _virtual_clock(self, population: Population) -> VirtualClock | None:
-        if self._simulated is None:
-            return None
-        return VirtualClock(population.client_ids, self._simulated.delays(population.client_ids))
-
-    def _waits(self, virtual_clock: VirtualClock | None, step: PlanStep) -> dict[int, float]:
-        """Return how many seconds each client of a step really waits."""
-        if virtual_clock is None or not self._sleep:
-            return {}
-        times = virtual_clock.reply_times(step.clients, step.quotas)
-        return dict(zip(step.clients.tolist(), times.tolist(), strict=True))
-
-    def _measure(self, attempt: Attempt) -> None:
-        """Let an estimator see how long each client worked on a committed step: its first and its last request."""
-        if isinstance(self._delays, DelayEstimator):
-            for client, count in attempt.counts().items():
-                seconds = attempt.seconds[client]
-                self._delays.observe(client, count, seconds[0] + sum(seconds[-1:] if len(seconds) > 1 else ()))
 
     # --- its parts ---------------------------------------------------------------------------------------------------
     def _backend(self, state: Mapping[str, torch.Tensor]) -> LocalBackend:
@@ -461,34 +386,40 @@ class ParallelSplitLearning(Strategy):
             order=self._parameter_order,
         )
 
-    def _saver(self, backend: LocalBackend, scheduler: Any) -> Saver:
+    def _saver(self, backend: LocalBackend, scheduler: Scheduler, num_rounds: int) -> Saver:
         checkpoints = None
         if self._output_dir is not None and self.keep_checkpoints:
             checkpoints = Checkpoints(Path(self._output_dir) / checkpoint.FOLDER, self.keep_checkpoints)
-        return Saver(checkpoints, backend, scheduler, template=self._template, cut=self.cut, sampler=self.sampler)
+        return Saver(
+            checkpoints,
+            backend,
+            scheduler,
+            template=self._template,
+            options=self._settings(num_rounds),
+            run_config=self._run_config,
+        )
 
-    def _configuration(self, num_rounds: int) -> dict[str, Any]:
+    def _settings(self, num_rounds: int) -> dict[str, Any]:
         return {
-            **self._run_config,
-            "strategy": {
-                "num_rounds": num_rounds,
-                "cut": self.cut,
-                "method": self.method.name,
-                "sampler": repr(self.sampler),
-                "delays": repr(self._delays),
-                "simulated_delays": repr(self._simulated),
-                "sleep": self._sleep,
-                "transport": self.transport,
-                "stream_options": repr(self.stream_options),
-                "device": str(self._device),
-                "min_available_nodes": self.min_available_nodes,
-                "evaluate_every": self.evaluate_every,
-                "evaluate_batch_size": self.evaluate_batch_size,
-                "faults": repr(self.faults),
-                "checkpoint_every": self.checkpoint_every,
-                "keep_checkpoints": self.keep_checkpoints,
-                "resume_from": None if self.resume_from is None else str(self.resume_from),
-            },
+            "num_rounds": num_rounds,
+            "cut": self.cut,
+            "method": self.method.name,
+            "sampler": self.sampler,
+            "loss": self._loss,
+            "classification": self._classification,
+            "delays": self._stragglers.planned,
+            "simulated_delays": self._stragglers.simulated,
+            "sleep": self._stragglers.sleep,
+            "transport": self.transport,
+            "stream_options": self.stream_options,
+            "device": str(self._device),
+            "min_available_nodes": self.min_available_nodes,
+            "evaluate_every": self.evaluate_every,
+            "evaluate_batch_size": self.evaluate_batch_size,
+            "faults": self.faults,
+            "checkpoint_every": self.checkpoint_every,
+            "keep_checkpoints": self.keep_checkpoints,
+            "resume_from": None if self.resume_from is None else str(self.resume_from),
         }
 
     def summary(self) -> None:
@@ -531,63 +462,19 @@ class ParallelSplitLearning(Strategy):
         self._exchanges_in_start()
 
 
-def _labels(attempt: Attempt) -> dict[int, Any]:
-    """Return the labels of each client's examples, where the server knows them."""
-    counts, labels = attempt.counts(), attempt.labels
-    if not isinstance(labels, torch.Tensor):
-        return {}
-    return dict(zip(counts, (part.numpy() for part in torch.split(labels, list(counts.values()))), strict=True))
-
-
-def _check_skips(in_a_row: int) -> None:
-    if in_a_row >= _MOST_SKIPS:
-        raise StepError(f"{in_a_row} steps in a row are not finite: training diverges, lower the learning rate")
-
-
-def _step_record(
-    server_round: int, index: int, attempt: Attempt, seconds: float, simulated: float | None
-) -> StepRecord:
-    outcome, counts = attempt.record, attempt.counts()
-    return StepRecord(
-        round=server_round,
-        step=index,
-        loss=outcome.loss,
-        accuracy=None if outcome.correct is None else outcome.correct / outcome.predictions,
-        batch_size=sum(counts.values()),
-        clients=len(counts),
-        bytes_sent=attempt.bytes_sent,
-        bytes_received=attempt.bytes_received,
-        seconds_real=seconds,
-        seconds_simulated=simulated,
-    )
-
-
-def _check_delays(model: DelayModel | None, name: str) -> DelayModel | None:
-    if model is not None and not callable(getattr(model, "delays", None)):
-        raise ConfigError(f"{name} must be a delay model of psl_flower.stragglers, got {model!r:.80}")
-    return model
-
-
 def _evaluate_on_server(
     evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result
-) -> dict[str, Any]:
-    metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
+) -> tuple[dict[str, Any], str | None]:
+    """Return the metrics of the server's own evaluation, and why it wants the run to end, if it does."""
+    try:
+        metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
+    except StopTraining as reason:
+        return {}, f"evaluate_fn: {reason}"
     if metrics is None:
-        return {}
+        return {}, None
     result.evaluate_metrics_serverapp[server_round] = metrics
     log.info("round %d  server's test data: %s", server_round, _shown(metrics))
-    return dict(metrics)
-
-
-def _log_round(record: RoundRecord) -> None:
-    deviation = "" if record.deviation_mean is None else f", batch deviation {record.deviation_mean:.3f}"
-    accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.3f}"
-    simulated = "" if record.seconds_simulated is None else f", {record.seconds_simulated:.1f} simulated seconds"
-    log.info(
-        "round %d  %d steps, loss %.4f%s%s, %.1f of %d clients a step%s",
-        *(record.round, record.num_steps, record.loss, accuracy, deviation),
-        *(record.clients_per_step, record.num_clients, simulated),
-    )
+    return dict(metrics), None
 
 
 def _shown(metrics: MetricRecord) -> str:

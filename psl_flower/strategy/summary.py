@@ -117,7 +117,7 @@ class RunSummary:
 
     def report(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds."""
-        counts = {k: v for k, v in self.to_dict().items() if k not in ("client_seconds", "client_examples")}
+        counts = {k: v for k, v in self.state_dict().items() if k not in ("client_seconds", "client_examples")}
         return {**counts, "slowest_clients_seconds_per_example": {str(k): v for k, v in self.slowest().items()}}
 
     def log(self) -> None:
@@ -153,24 +153,22 @@ class RunSummary:
         if self.examples_unseen:
             log.warning("Examples not seen, by client: %s", _shown(self.examples_unseen))
 
-    def to_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers and dicts with string keys (for JSON)."""
         return {
             name: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
             for name, value in vars(self).items()
         }
 
-    @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> RunSummary:
-        """Return the summary that `to_dict` described."""
-        summary = cls()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
         for name, value in state.items():
             if isinstance(value, Mapping):
+                getattr(self, name).clear()
                 key = str if name in ("refused", "evaluation_refused", "ignored") else int
-                getattr(summary, name).update({key(k): v for k, v in value.items()})
+                getattr(self, name).update({key(k): v for k, v in value.items()})
             else:
-                setattr(summary, name, value)
-        return summary
+                setattr(self, name, value)
 
 
 def _shown(counts: Mapping[Any, int]) -> str:

@@ -49,17 +49,14 @@ class Backoff:
         """Return the clients whose last attempt failed."""
         return set(self._failures)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return everything, for a checkpoint."""
         return {"attempt": self._attempt, "failures": dict(self._failures), "until": dict(self._until)}
 
-    @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> Backoff:
-        """Return the backoff that `state` described."""
-        backoff = cls()
-        backoff._attempt = state["attempt"]
-        backoff._failures, backoff._until = dict(state["failures"]), dict(state["until"])
-        return backoff
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._attempt = state["attempt"]
+        self._failures, self._until = dict(state["failures"]), dict(state["until"])
 
 
 # Attempts before anything is given up, and how long to pause between them: so that a client that is restarted is found,

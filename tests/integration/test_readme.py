@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from psl_flower.experiments.sweep import read_sweep
-from psl_flower.torchvision_compat import import_torchvision
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -43,7 +42,6 @@ def test_the_sampler_of_the_docs_keeps_every_promise(capsys):
 
 
 def test_the_cuts_of_the_docs_are_as_they_say(capsys):
-    import_torchvision()  # its plain import may fail next to a torch without CUDA
     run_blocks(ROOT / "docs" / "cutting.md")
     candidates, shape, first, second, by_hand = capsys.readouterr().out.splitlines()
     text = (ROOT / "docs" / "cutting.md").read_text(encoding="utf-8")

@@ -98,6 +98,9 @@ def make_sampler(name):
     return SAMPLERS[name](population(K).num_examples // 12, seed=3)
 
 
+PLAN = UniformGlobalSampler(16, seed=3).plan(population(K))
+
+
 def options_for(name):
     return {"sampler": make_sampler(name), "delays": delay_model("slow-fraction", seed=1, fraction=0.4)}
 
@@ -269,7 +272,9 @@ def wider():
         ({"cut": "layer1"}, "cut: the checkpoint has 'layer2', this run 'layer1'"),
         ({"sampler": UniformGlobalSampler(8, seed=3)}, "sampler: batch_size: the checkpoint has 16, this run 8"),
         ({"sampler": UniformGlobalSampler(16, seed=4)}, "sampler: seed: the checkpoint has 3, this run 4"),
-        ({"optimizer": adam}, "optimizer: the checkpoint has 'SGD', this run 'Adam'"),
+        ({"optimizer": adam}, "optimizer: class: the checkpoint has 'SGD', this run 'Adam'"),
+        ({"scheduler": scheduler}, "scheduler: class: the checkpoint has None, this run 'StepLR'"),
+        ({"classification": False}, "classification: the checkpoint has True, this run False"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(options, difference, tmp_path):
@@ -278,6 +283,76 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(options, dif
     with pytest.raises(ConfigError, match=f"the checkpoint is not of this run: {difference}"):
         make(tmp_path, **options, resume_from="latest").start(None, ArrayRecord(model.state_dict()), 2)
     assert (tmp_path / "model.safetensors").exists()  # nothing was touched
+
+
+def with_rate(rate):
+    return lambda parameters: torch.optim.SGD(parameters, lr=rate)
+
+
+@pytest.mark.parametrize("schedule", [None, scheduler])
+def test_another_learning_rate_is_used_and_told(schedule, tmp_path, caplog):
+    """The first round is trained with one rate and the second with the other, as in two runs of one round each."""
+    start(make(tmp_path, optimizer=with_rate(0.1), scheduler=schedule), num_rounds=1)
+    resumed = make(tmp_path, optimizer=with_rate(0.02), scheduler=schedule, resume_from="latest")
+    second = start(resumed)
+    assert "new ones are used:\n  num_rounds was 1, now 2\n  optimizer: group 0: lr was 0.1, now 0.02" in caplog.text
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["strategy"]["optimizer"]["group 0"]["lr"] == 0.02
+    (change,) = config["changes"]
+    assert (change["round"], change["step"]) == (1, len(PLAN))
+    assert change["changes"] == {"num_rounds": [1, 2], "optimizer: group 0: lr": [0.1, 0.02]}
+
+    class Switched(torch.optim.SGD):
+        """SGD that has the second rate from the second epoch on."""
+
+        steps = 0
+
+        def step(self, closure=None):
+            factor = 0.3 if schedule else 1.0
+            self.param_groups[0]["lr"] = 0.1 if self.steps < len(PLAN) else 0.02 * factor
+            self.steps += 1
+            return super().step(closure)
+
+    whole = start(make(tmp_path / "whole", optimizer=lambda p: Switched(p, lr=0.1)), num_rounds=2)
+    assert largest_difference(state_of(second), state_of(whole)) == pytest.approx(0, abs=1e-6)
+
+
+def test_settings_that_did_not_change_are_not_told(tmp_path, caplog):
+    start(make(tmp_path, **options_for("aligned"), scheduler=cosine))
+    start(make(tmp_path, **options_for("aligned"), scheduler=cosine, resume_from="latest"))
+    assert "changed since" not in caplog.text
+    assert json.loads((tmp_path / "config.json").read_text())["changes"] == []
+
+
+def test_fewer_rounds_than_done_give_the_checkpoints_model(tmp_path, caplog):
+    whole = start(make(tmp_path), num_rounds=2)
+    resumed = start(make(tmp_path, resume_from="latest"), num_rounds=1)
+    assert largest_difference(state_of(resumed), state_of(whole)) == 0
+    assert f"num_rounds is 1, but the checkpoint is of round 2, after step {len(PLAN)}: nothing" in caplog.text
+    assert list(resumed.train_metrics_clientapp) == [1]
+
+
+def test_newer_checkpoints_of_another_branch_are_kept(tmp_path):
+    start(make(tmp_path, checkpoint_every=4, keep_checkpoints=100))
+    first, *others = sorted((tmp_path / "checkpoints").iterdir())
+    newer = {path.name: path.read_bytes() for path in others}
+    start(make(tmp_path, checkpoint_every=4, keep_checkpoints=2, resume_from=first), num_rounds=1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints.aside").iterdir()} == newer
+    assert first.name not in {path.name for path in (tmp_path / "checkpoints").iterdir()}  # as many as are kept
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    refused = []
+
+    def begin_another(server_round, arrays):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(ConfigError, match=r"another run writes to .*: process \d+ on "):
+            start(make(tmp_path, resume_from="latest"))
+        refused.append(before == {path: path.read_bytes() for path in before})
+
+    start(make(tmp_path), num_rounds=1, evaluate_fn=begin_another)
+    assert refused == [True, True]
+    start(make(tmp_path, resume_from="latest"), num_rounds=1)
 
 
 class Shrunk(SplitClient):
@@ -298,7 +373,7 @@ def test_measured_delays_are_remembered(tmp_path, caplog):
     caplog.set_level("INFO", "flwr.psl_flower")
     start(strategy, num_rounds=1)
     assert "Resumed in round 1, after step 6." in caplog.text  # steps whose deviation is not known yet count, too
-    replies = sum(len(client["quotas"]) for client in strategy._delays.to_dict()["clients"].values())
+    replies = sum(len(client["quotas"]) for client in strategy._delays.state_dict()["clients"].values())
     assert replies == sum(line["clients"] for line in lines(tmp_path) if line["kind"] == "step")
 
 

@@ -631,7 +631,8 @@ def test_model_curves_and_configuration_are_written(tmp_path):
     assert config["dataset"] == "digits"
     assert config["strategy"]["cut"] == CUT
     assert config["strategy"]["num_rounds"] == 1
-    assert "UniformGlobalSampler(batch_size=16, seed=3)" in config["strategy"]["sampler"]
+    assert config["strategy"]["sampler"] == {"class": "UniformGlobalSampler", "batch_size": 16, "seed": 3}
+    assert config["changes"] == []
 
 
 def test_a_second_run_into_the_same_folder_replaces_the_first(folder):

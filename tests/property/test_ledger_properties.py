@@ -69,9 +69,9 @@ def _check_an_epoch(name, seed, loss, restore):
         if not len(unfinished):
             break
         if restore and rng.random() < 0.2:
-            state = ledger.state()
+            state = ledger.state_dict()
             saved = replace(saved_population(state, population), delays=population.delays)
-            ledger = EpochLedger.restored(sampler, saved, 2, state)
+            ledger = EpochLedger(sampler, saved, 2, state)
         available = rng.permutation(unfinished)[: max(1, int(np.ceil(len(unfinished) * (1 - rng.random() * loss))))]
         step = ledger.step(np.sort(available))
         assert same(step, twin.step(np.sort(available)))  # which is never restored

@@ -192,12 +192,17 @@ def test_tensorboard_shows_the_last_run_of_its_folder_only(tmp_path):
     assert "train_step/deviation" not in events.Tags()["scalars"]  # not known
 
 
-def test_wandb_writes_offline(tmp_path, monkeypatch):
+def test_wandb_writes_offline(tmp_path, monkeypatch, caplog):
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("WANDB_SILENT", "WANDB__DISABLE_STATS"):
+        monkeypatch.setenv(name, "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    for name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):  # 30 and 90 s else, and a busy machine's run has no log
+        monkeypatch.setenv(name, "600")
     record_a_run(None, WandbLogger(tmp_path / "wandb", name="a-test"))
+    assert [record.getMessage() for record in caplog.records if record.name == "flwr.psl_flower"] == []
     (run,) = (tmp_path / "wandb" / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
     found = logged(file)

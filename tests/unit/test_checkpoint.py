@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from psl_flower import checkpoint
-from psl_flower.checkpoint import Checkpoints, check_identity
+from psl_flower.checkpoint import Checkpoints
 from psl_flower.errors import ConfigError
 
 TREE = {
@@ -40,10 +40,8 @@ def same(a, b):
 
 def test_what_goes_in_comes_out(tmp_path):
     path = tmp_path / "some" / "file.safetensors"
-    checkpoint.write(path, {"version": checkpoint.VERSION, **TREE})
-    found = checkpoint.read(path)
-    assert found.pop("version") == checkpoint.VERSION
-    assert same(TREE, found)
+    checkpoint.write(path, TREE)
+    assert same(TREE, checkpoint.read(path))
     assert [p.name for p in path.parent.iterdir()] == ["file.safetensors"]
 
 
@@ -68,9 +66,7 @@ def test_optimizers_come_back_exactly(optimizer, tmp_path):
     mine = optimizer(model.parameters(), lr=0.1, **options)
     steps(model, mine, 3, 1)
     path = tmp_path / "file.safetensors"
-    checkpoint.write(
-        path, {"version": checkpoint.VERSION, "optimizer": mine.state_dict(), "model": dict(model.state_dict())}
-    )
+    checkpoint.write(path, {"optimizer": mine.state_dict(), "model": dict(model.state_dict())})
     found = checkpoint.read(path)
     other = torch.nn.Linear(3, 2)
     other.load_state_dict(found["model"])
@@ -92,7 +88,7 @@ def test_what_is_no_data_is_refused_with_its_place(value, tmp_path):
 
 
 def write(path, tree=None):
-    checkpoint.write(path, {"version": checkpoint.VERSION, "weights": torch.ones(1000), **(tree or {})})
+    checkpoint.write(path, {"weights": torch.ones(1000), **(tree or {})})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -114,7 +110,8 @@ def text(value):
         (None, "is no checkpoint, or damaged"),
         ({"psl_flower": "{"}, "is no checkpoint, or damaged"),
         (text({"weights": 1}), "is no checkpoint, or damaged"),
-        (text({"version": 99}), "is a checkpoint of version 99, this is version 2"),
+        (text({"version": 99}), "in version 99 of the format, this psl_flower reads version 3: resume with the psl"),
+        (text({"version": 2, "of": ["another", "kind"]}), "in version 2 of the format"),
         (text({"version": checkpoint.VERSION, "x": ["tensor", "absent"]}), "is no checkpoint, or damaged"),
         (
             text({"version": checkpoint.VERSION, "x": ["object", "os.system"]}),
@@ -160,7 +157,9 @@ def test_the_latest_is_by_number_not_by_name_or_date(tmp_path):
         kept.save(r, step, {"at": [r, step]})
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "round-00099-step-0000001.unfinished").write_text("killed")
-    assert kept.latest()["at"] == [10, 1]
+    path, found = kept.latest()
+    assert found["at"] == [10, 1]
+    assert path == tmp_path / "round-00010-step-0000001.safetensors"
     kept.save(11, 0, {"at": [11, 0]})
     assert not list(tmp_path.glob("*.unfinished"))
     assert (tmp_path / "notes.txt").exists()
@@ -170,16 +169,46 @@ def test_nothing_to_resume_from(tmp_path):
     assert Checkpoints(tmp_path / "none", keep=1).latest() is None
 
 
-@pytest.mark.parametrize(
-    ("found", "here", "message"),
-    [
-        ({"a": {"b": 1}}, {"a": {"b": 2}}, "a: b: the checkpoint has 1, this run 2"),
-        ({"a": {}}, {"a": {"b": 2}}, "a: b is in this run, not in the checkpoint"),
-        ({"a": {"b": 1}}, {"a": {}}, "a: b is in the checkpoint, not in this run"),
-        ({"a": None}, {"a": {"b": 2}}, "a: the checkpoint has None"),
-    ],
-)
-def test_the_first_difference_is_named(found, here, message):
-    check_identity(here, here)
-    with pytest.raises(ConfigError, match=message):
-        check_identity(found, here)
+def test_where_none_can_be_read_nothing_begins_anew_unasked(tmp_path):
+    kept = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        kept.save(1, step, {}).write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"none of the 2 checkpoints in .* can be read: .*without resume_from"):
+        kept.latest()
+
+
+def test_another_version_is_not_passed_over(tmp_path):
+    kept = Checkpoints(tmp_path, keep=2)
+    kept.save(1, 1, {})
+    save_file({}, kept.save(1, 2, {}), metadata=text({"version": 99}))
+    with pytest.raises(ConfigError, match="version 99 of the format"):
+        kept.latest()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_newer_ones_than_the_one_resumed_from_are_kept_aside(tmp_path, caplog):
+    kept = Checkpoints(tmp_path / "checkpoints", keep=10)
+    first, second, third = (kept.save(1, step, {"branch": 1}) for step in (1, 2, 3))
+    kept.keep_aside(first)
+    assert kept.all() == [first]
+    aside = tmp_path / "checkpoints.aside"
+    assert names(aside) == [second.name, third.name]
+    assert f"kept in {aside}: {second.name}, {third.name}" in caplog.text
+    kept.save(1, 2, {"branch": 2})
+    kept.keep_aside(tmp_path / "checkpoints" / ".." / "checkpoints" / first.name)
+    assert names(tmp_path / "checkpoints.aside-2") == [second.name]
+    assert checkpoint.read(aside / second.name) == {"branch": 1}
+    assert checkpoint.read(tmp_path / "checkpoints.aside-2" / second.name) == {"branch": 2}
+    kept.keep_aside(first)  # nothing is newer
+    assert len(names(tmp_path)) == 3
+
+
+def test_all_are_kept_aside_for_one_from_elsewhere(tmp_path):
+    kept, elsewhere = Checkpoints(tmp_path / "checkpoints", keep=10), Checkpoints(tmp_path / "other", keep=10)
+    mine = kept.save(1, 1, {})
+    kept.keep_aside(elsewhere.save(1, 2, {}))
+    assert kept.all() == []
+    assert names(tmp_path / "checkpoints.aside") == [mine.name]

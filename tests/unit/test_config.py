@@ -1,5 +1,7 @@
 import inspect
+import pickle
 import tomllib
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -7,15 +9,65 @@ import pytest
 from psl_flower.app.datasets import SPECS
 from psl_flower.app.models import default_cut
 from psl_flower.config import DATASETS, MODELS, RunConfig
+from psl_flower.config.key import keys_of
+from psl_flower.config.written import settings_page, toml_block, with_block
 from psl_flower.errors import ConfigError
 from psl_flower.faults import FaultPolicy
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.stragglers import DELAY_MODELS, CsvDelays, DelayEstimator, LognormalDelays, SlowFractionDelays
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_pyproject_lists_every_key_with_its_default():
-    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert pyproject["tool"]["flwr"]["app"]["config"] == RunConfig().as_run_config()
+    text = (ROOT / "pyproject.toml").read_text()
+    assert tomllib.loads(text)["tool"]["flwr"]["app"]["config"] == RunConfig().as_run_config()
+    assert with_block(text) == text, "write it anew: python -m psl_flower.config"
+
+
+def test_the_page_of_settings_is_what_the_definitions_say():
+    text = (ROOT / "docs" / "settings.md").read_text()
+    assert text == settings_page(), "write it anew: python -m psl_flower.config"
+    for key in RunConfig().as_run_config():
+        assert f"| `{key}` |" in text
+
+
+def test_the_block_replaces_what_is_there_and_nothing_else():
+    before, after = '[project]\nname = "x"\n[tool.flwr.app.config]\n', "[tool.other]\na = 1\n"
+    assert with_block(f"{before}old = 1\nolder = 2\n{after}") == before + toml_block() + after
+
+
+def test_every_key_says_what_it_means_and_units_and_ranges_are_told():
+    keys = {key.name: key for key in keys_of(RunConfig)}
+    assert list(keys) == list(RunConfig().as_run_config())
+    assert all(len(key.sentence) > 5 and not key.sentence.endswith(".") for key in keys.values())
+    assert (keys["step-timeout"].rule, keys["momentum"].rule) == (
+        "seconds, at least 0",
+        "a number, at least 0, below 1",
+    )
+    assert (keys["join"].rule, keys["sleep"].rule) == ("epoch, step", "true or false")
+
+
+def test_several_wrong_values_are_told_at_once_in_one_line():
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.read({"batch-size": 0, "sampler-delta": True, "join": "never"})
+    assert str(caught.value).split("; ") == [
+        "batch-size must be at least 1, got 0",
+        "sampler-delta must be a number or a string, got True",
+        "join must be one of 'epoch', 'step', got 'never'",
+    ]
+
+
+def test_a_configuration_is_compared_copied_and_sent_by_value():
+    config = RunConfig(seed=3)
+    assert pickle.loads(pickle.dumps(config)) == config == replace(RunConfig(), seed=3)
+    assert hash(config) == hash(RunConfig(seed=3)) != hash(RunConfig())
+    with pytest.raises(ConfigError, match="seed must be at least 0"):
+        replace(config, seed=-1)
+    with pytest.raises(ConfigError, match=r"'sed' \(did you mean 'seed'\?\)"):
+        RunConfig(sed=1)
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 4
 
 
 def test_an_empty_run_config_gives_the_defaults():
@@ -59,17 +111,17 @@ def test_every_dataset_and_model_that_may_be_named_exists():
         ("learning-rate", float("nan"), "learning-rate must be finite"),
         ("momentum", 1.0, "momentum must be below 1, got 1.0"),
         ("cut", 3, "cut must be a string, got 3"),
-        ("output-dir", "", "output-dir must name a folder"),
+        ("output-dir", "", "output-dir must be given, got ''"),
         ("data-path", "some/where", "data-path must be absolute, got 'some/where'"),
         ("classes-per-client", 2, "choose another partition"),
         ("dirichlet-alpha", 0.1, "choose another partition"),
         ("tolerate-faults", 1, "tolerate-faults must be true or false, got 1"),
-        ("step-timeout", -1.0, "step-timeout must be greater than 0"),
+        ("step-timeout", -1.0, "step-timeout must be at least 0, got -1.0"),
         ("min-batch-fraction", 2.0, "min-batch-fraction must be at most 1, got 2.0"),
         ("patience", -1.0, "patience must be at least 0"),
         ("join", "round", "join must be one of 'epoch', 'step', got 'round'"),
         ("non-finite-loss", "ignore", "non-finite-loss must be one of 'stop', 'skip'"),
-        ("max-gradient-norm", -1.0, "max-gradient-norm must be greater than 0"),
+        ("max-gradient-norm", -1.0, "max-gradient-norm must be at least 0"),
         ("checkpoint-every", -1, "checkpoint-every must be at least 0"),
         ("keep-checkpoints", 0.5, "keep-checkpoints must be a whole number"),
         ("resume-from", 3, "resume-from must be a string, got 3"),

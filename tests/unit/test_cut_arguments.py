@@ -137,6 +137,20 @@ def test_arguments_that_keep_their_default(make, cut, call, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_arguments_that_the_code_cannot_do_without():
+    client, _ = split_module(NeedsTwo(), "head")
+    for call in ({"x": x}, {"x": x, "y": None}, {"y": x}):
+        with pytest.raises(CutError, match="is None or left out, but the model was cut with it"):
+            client(**call)
+
+    class OnTheServer(Net):
+        def forward(self, x=None, mask=None):
+            return self.head(self.stem(x)) * mask.flatten(1) + x[:, :1]
+
+    with pytest.raises(CutError, match="the input 'x' is used after the cut"):
+        split_module(OnTheServer(), "head")
+
+
 def test_an_argument_without_its_default_is_an_input():
     class Always(Net):
         def forward(self, x, mask):

@@ -234,6 +234,33 @@ def test_what_three_parts_refuse(go, tail, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("join", "crossing", "keeping"),
+    [
+        (lambda net, y, skip: torch.cat([skip, y], 1)[:, :4], 1, 1),
+        (lambda net, y, skip: F.pad(y, [0, skip.shape[1] - y.shape[1]]).relu_(), 1, 1),
+        (lambda net, y, skip: net.drop(y.mul_(2).add_(skip)), 1, 1),
+        (lambda net, y, skip: y + skip * net.scale, 2, 0),  # parameters stay where their names say
+        (lambda net, y, skip: (y + skip) + net.more(y), 2, 0),  # `more` might change y in place
+    ],
+)
+def test_where_a_skip_connection_is_joined(join, crossing, keeping):
+    def go(net, x):
+        skip = net.one(x).tanh()
+        return net.three(join(net, net.two(skip.relu()), skip))
+
+    model = Ends(go).double()
+    model.scale, model.drop = nn.Parameter(torch.rand(4)), nn.Dropout(0.5)
+    model.double().eval()
+    head, body, tail = split_module(model, "two", tail="three")
+    x = torch.randn(3, 4, dtype=torch.float64)
+    sent, kept = head(x)
+    assert (len(sent), len(kept)) == (crossing, keeping)
+    assert "three.weight" in tail.state_dict()
+    assert "scale" not in tail.state_dict()
+    assert torch.equal(tail(*body(*sent), *kept), model(x))
+
+
 def test_the_input_may_skip_to_the_tail():
     model = Ends(lambda net, x: net.three(net.two(net.one(x))) + x)
     head, body, tail = split_module(model, "two", tail="three")

@@ -303,13 +303,14 @@ class TestEstimator:
         estimator = DelayEstimator(window=4)
         for _ in range(100):
             estimator.observe(3, 1, 1.0)
-        assert len(estimator.to_dict()["clients"]["3"]["seconds"]) == 4
+        assert len(estimator.state_dict()["clients"]["3"]["seconds"]) == 4
 
     def test_survives_a_checkpoint(self):
         estimator = DelayEstimator(window=5, latency=0.2)
         for i in range(13):
             estimator.observe(i % 3, 1 + i, 0.1 * i)
-        restored = DelayEstimator.from_dict(json.loads(json.dumps(estimator.to_dict())))
+        restored = DelayEstimator(window=5, latency=0.2)
+        restored.load_state_dict(json.loads(json.dumps(estimator.state_dict())))
         for quota in (4, 9):  # and goes on in the same way
             estimator.observe(1, quota, 2.0)
             restored.observe(1, quota, 2.0)
@@ -317,10 +318,21 @@ class TestEstimator:
         assert found.latency.tolist() == expected.latency.tolist()
         assert found.per_sample.tolist() == expected.per_sample.tolist()
 
-    @pytest.mark.parametrize("state", [{}, {"window": 4}, {"window": 4, "latency": 1, "per_sample": 0, "clients": [1]}])
-    def test_refuses_a_broken_checkpoint(self, state):
+    def test_its_own_window_holds_after_a_checkpoint(self):
+        estimator, shorter = DelayEstimator(window=5), DelayEstimator(window=2)
+        for seconds in (1.0, 2.0, 3.0):
+            estimator.observe(0, 4, seconds)
+        shorter.load_state_dict(estimator.state_dict())
+        assert shorter.state_dict() == {"clients": {"0": {"quotas": [4, 4], "seconds": [2.0, 3.0]}}}
+
+    @pytest.mark.parametrize("state", [{}, {"clients": [1]}, {"clients": {"0": {"quotas": [1], "seconds": []}}}])
+    def test_refuses_a_broken_checkpoint_and_stays_as_it_was(self, state):
+        estimator = DelayEstimator()
+        estimator.observe(0, 4, 1.0)
+        before = estimator.state_dict()
         with pytest.raises(ConfigError, match="not the state of a DelayEstimator"):
-            DelayEstimator.from_dict(state)
+            estimator.load_state_dict(state)
+        assert estimator.state_dict() == before
 
     @pytest.mark.parametrize(
         ("reply", "message"),
@@ -335,7 +347,7 @@ class TestEstimator:
         estimator = DelayEstimator()
         with pytest.raises(ConfigError, match=message):
             estimator.observe(*reply)
-        assert estimator.to_dict()["clients"] == {}
+        assert estimator.state_dict()["clients"] == {}
 
     @pytest.mark.parametrize("options", [{"window": 1}, {"latency": -1}, {"per_sample": -1}])
     def test_refuses_arguments_out_of_range(self, options):

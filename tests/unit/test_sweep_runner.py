@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import re
 import shutil
 
 import pytest
@@ -27,7 +28,7 @@ num-clients = [2, 4]
 [methods]
 UGS = { sampler = "ugs" }
 centralised = { algorithm = "centralised" }
-broken = { dataset = "fashion-mnist", data-path = "/nowhere" }
+broken = { sampler = "killer_for_a_test:Broken" }
 killed = { sampler = "killer_for_a_test:Killer" }
 """
 KILLER = """
@@ -37,6 +38,10 @@ from psl_flower.samplers import UniformGlobalSampler
 class Killer(UniformGlobalSampler):
     def _plan(self, population, rng):
         os.kill(os.getpid(), signal.SIGKILL)  # as when memory runs out
+
+class Broken(UniformGlobalSampler):
+    def _plan(self, population, rng):
+        raise ZeroDivisionError("no plan")
 """
 
 
@@ -60,7 +65,7 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "8 combinations, 7 trainings" in said
-    assert "broken, num-clients 2, seed 0: FAILED: psl_flower.errors.ConfigError: data-path must be" in said
+    assert "broken, num-clients 2, seed 0: FAILED: ZeroDivisionError: no plan" in said
     assert "Traceback" in said  # once more at the end, in full
     assert "FAILED killed, num-clients 4, seed 0:\nthe process ended without a word (exit code -9)" in said
     rows = table(folder)
@@ -76,7 +81,7 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
     for name in names:
         files = {path.name for path in (folder / "runs" / name).iterdir()}
         assert files >= {"setting.json", "config.json", "metrics.jsonl", "steps.csv", "rounds.csv", "confusion.csv"}
-    assert "4 trainings failed: broken, num-clients 2, seed 0; " in (folder / "report.md").read_text()
+    assert re.search("4 trainings failed: .*broken, num-clients 2, seed 0", (folder / "report.md").read_text())
 
     # an interrupted training leaves such a folder, and what is finished is not run again
     (folder / "runs" / f".unfinished-{names[0]}-1").mkdir()
@@ -99,6 +104,25 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
         k: v for k, v in rows[0].items() if "seconds" not in k
     }
     assert record["provenance"]["command"].endswith("'method=['\"'\"'UGS'\"'\"', '\"'\"'centralised'\"'\"']'")
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (
+            'bad = { dataset = "fashion-mnist", data-path = "/nowhere" }',
+            "bad, num-clients 2, seed 0: data-path must be",
+        ),
+        ("bad = { batch-size = 1438 }", "bad, num-clients 2, seed 0: batch-size must be at most 1437"),
+        ('bad = { cut = "stage9" }', "bad, num-clients 2, seed 0: cut 'stage9'"),
+    ],
+)
+def test_what_any_training_would_refuse_ends_the_command_before_the_first(tmp_path, capsys, methods, message):
+    path, folder = tmp_path / "sweep.toml", tmp_path / "out"
+    path.write_text(f"{SWEEP}{methods}\n")
+    assert main(["run", str(path), "--out", str(folder)]) == 2
+    assert f"bad, num-clients 2, seed 0: {message}" in capsys.readouterr().err.splitlines()[-1]
+    assert not folder.exists()
 
 
 def test_one_sweep_at_a_time_in_a_folder(sweep, tmp_path, capsys):

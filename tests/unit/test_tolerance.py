@@ -104,7 +104,9 @@ def test_a_summary_goes_on_where_it_was():
     summary.excluded[12] = "OSError: x"
     summary.client_seconds[12] += 0.5
     summary.client_examples[12] += 4
-    other = RunSummary.from_dict(summary.to_dict())
+    other = RunSummary()
+    for _ in range(2):  # what it had does not add up with what is loaded
+        other.load_state_dict(summary.state_dict())
     assert other == summary
     other.refuse({3: TIMEOUT})
     assert other.refused == {"timeout": 2, "client error": 1}

@@ -56,12 +56,11 @@ def test_other_failures_are_passed_on(fake, registrations, error):
     assert "torchvision._meta_registrations" not in sys.modules
 
 
-def test_the_installed_torchvision():
+def test_importing_it_is_enough_for_the_installed_torchvision_and_nothing_else_imports_that():
     program = """
-import sys, psl_flower.split, psl_flower.torchvision_compat
+import sys, psl_flower.split, psl_flower.app.task
 assert "torchvision" not in sys.modules
-from psl_flower.torchvision_compat import import_torchvision
-import_torchvision()
+import psl_flower.torchvision_compat
 from torchvision.models import resnet18
 from torchvision.transforms import RandomCrop
 resnet18()

@@ -1,0 +1,118 @@
+"""What can be said of a run before anything of it is started: settings that are refused, folders that are too long."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from psl_flower.checks import check_choice, check_int
+from psl_flower.errors import ConfigError
+
+_SERVER_APP = "psl_flower.app.server_app:app"
+_ASSIGNMENT = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # as Flower's parse_config_args takes apart what -c says
+
+# Ray's sockets have paths below its temporary folder; the system limits those of sockets, here without the final zero.
+_SOCKET = f"/ray/session_2026-12-31_23-59-59_999999_{os.getpid()}/sockets/plasma_store"
+_SOCKET_PATH_LIMIT = 103 if sys.platform == "darwin" else 107
+
+
+def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *, simulation: bool) -> None:
+    """Refuse what Flower, Ray or the app would refuse half a minute later.
+
+    Parameters
+    ----------
+    app : path
+        Folder with the app's pyproject.toml. Of other apps than the default one, only the keys are known.
+    run_config : sequence of str
+        What ``-c`` says.
+    num_supernodes : int
+        How many clients there will be.
+    simulation : bool
+        Whether Ray will run them.
+
+    Raises
+    ------
+    ConfigError
+        If the app is not there, a key is unknown, a value is refused, the model cannot be cut where it shall be, there
+        are too few clients, or TMPDIR is too long.
+    """
+    check_int(num_supernodes, "--num-supernodes", least=1)
+    if simulation:
+        check_temporary_folder()
+    flower = _flower_table(Path(app))
+    keys = _flat(flower.get("config", {}))
+    overrides = read_overrides(run_config)
+    for name in overrides:
+        check_choice(name, "a configuration key", keys)
+    if flower.get("components", {}).get("serverapp") != _SERVER_APP:
+        return
+    from psl_flower.app.task import check_model  # torch: only where its models are used
+    from psl_flower.config import RunConfig
+
+    config = RunConfig.read(keys | overrides)
+    if config.min_available_nodes > num_supernodes:
+        raise ConfigError(
+            f"min-available-nodes must be at most the number of clients, {num_supernodes}, got "
+            f"{config.min_available_nodes}: lower it, or raise --num-supernodes"
+        )
+    check_model(config)
+
+
+def read_overrides(run_config: Sequence[str]) -> dict[str, Any]:
+    """Return the keys and values that ``-c`` gives, as Flower reads them; refuse what it would pass over in silence."""
+    if len(run_config) == 1 and run_config[0].endswith(".toml"):
+        return _flat(_read_toml(Path(run_config[0]).expanduser()))
+    values: dict[str, Any] = {}
+    for text in run_config:
+        rest = _ASSIGNMENT.sub("", text).strip()
+        if rest:
+            raise ConfigError(f"-c takes key=value, separated by spaces, without any around '=', got {rest!r}")
+        for name, value in _ASSIGNMENT.findall(text):
+            try:
+                values |= _flat(tomllib.loads(f"{name} = {value}"))
+            except tomllib.TOMLDecodeError:
+                raise ConfigError(
+                    f"-c takes numbers, true, false and strings in quotes, got {name}={value}: write {name}='{value}'"
+                ) from None
+    return values
+
+
+def check_temporary_folder() -> None:
+    """Refuse a temporary folder in which Ray's sockets would have longer paths than the system allows."""
+    names = ["RAY_TMPDIR", "TMPDIR"] if sys.platform.startswith("linux") else ["RAY_TMPDIR"]  # as Ray has it
+    name = next((name for name in names if name in os.environ), "")
+    folder = os.environ.get(name, "")
+    length, most = len(os.fsencode(folder)), _SOCKET_PATH_LIMIT - len(_SOCKET)
+    if length > most:
+        raise ConfigError(
+            f"{name} must have at most {most} bytes, or the paths of Ray's sockets are longer than the system allows, "
+            f"got {length} in {folder!r}: set {name}=/tmp before the SuperLink starts"
+        )
+
+
+def _flower_table(app: Path) -> dict[str, Any]:
+    """Return ``[tool.flwr.app]`` of an app."""
+    table: dict[str, Any] = _read_toml(app / "pyproject.toml").get("tool", {}).get("flwr", {}).get("app", {})
+    if not table:
+        raise ConfigError(f"{app / 'pyproject.toml'} must have [tool.flwr.app], as a Flower app does: name its folder")
+    return table
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} must be a TOML file that can be read: {error}") from None
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,141 @@
+"""The folder that a run writes to: one of its own, and no other run's at the same time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from psl_flower.checkpoint import new_folder
+from psl_flower.errors import ConfigError
+
+try:
+    import fcntl
+
+    _HAS_FLOCK = True
+except ImportError:  # not a POSIX system
+    _HAS_FLOCK = False
+
+log = logging.getLogger("flwr.psl_flower")
+
+LOCK_FILE = ".lock"
+LATEST = "latest"
+
+
+class FolderLock:
+    """Keeps other runs from writing to a folder as long as it is entered; a context manager.
+
+    The system holds the lock (``flock``) and drops it when the process ends, however it does: what a dead run has left
+    is taken over. Where the system has no ``flock`` (Windows), or not for this file system, runs are not kept apart,
+    which is logged; on a network file system it depends on the server whether other machines see it.
+
+    Parameters
+    ----------
+    folder : path, optional
+        Made if it is not there; None: nothing is written, so nothing is locked.
+
+    Raises
+    ------
+    ConfigError
+        On entering, if another run has the folder.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self._path = None if folder is None else Path(folder) / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Self:
+        if self._path is None:
+            return self
+        if not _HAS_FLOCK:
+            log.info("This system has no flock: nothing keeps another run from writing to %s.", self._path.parent)
+            return self
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        while self._descriptor is None:
+            self._descriptor = _locked(self._path)
+        if left := os.read(self._descriptor, 1000):
+            log.warning("A run that wrote to %s did not end in order: %s", self._path.parent, _owner(left))
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None and self._path is not None:
+            self._path.unlink(missing_ok=True)  # while it is locked, so that it is nobody else's
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _locked(path: Path) -> int | None:
+    """Return the descriptor of a lock file that is locked now, None if another took the file away meanwhile.
+
+    Raises
+    ------
+    ConfigError
+        If another run has it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = _owner(os.read(descriptor, 1000))
+        os.close(descriptor)
+        raise ConfigError(
+            f"output_dir: another run writes to {path.parent}: {owner}: wait for it, end it, or give this run another "
+            "folder"
+        ) from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): nothing keeps another run from writing there.", path.parent, error)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    os.close(descriptor)  # its owner has unlinked it after it was opened here
+    return None
+
+
+def _owner(text: bytes) -> str:
+    try:
+        owner = json.loads(text)
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (ValueError, TypeError, KeyError):
+        return "a process that has not said its name"
+
+
+def run_folder(base: str | Path, name: str) -> Path:
+    """Make a folder for a run's results, and let ``latest`` beside it point there.
+
+    Parameters
+    ----------
+    base : path
+        Where the folders of all runs are; made if it is not there.
+    name : str
+        What the run is called; characters other than letters, digits, "_", "." and "-" become "-".
+
+    Returns
+    -------
+    Path
+        ``base/<time>-<name>``, new and empty; the time is local, as 20240131-235959, so that names sort by it. Runs
+        that begin in the same second are numbered.
+    """
+    called = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = new_folder(Path(base) / "-".join(filter(None, (stamp, called))))
+    latest, link = folder.parent / LATEST, folder.parent / f".{LATEST}-{folder.name}"
+    try:
+        link.symlink_to(folder.name, target_is_directory=True)
+        os.replace(link, latest)  # at once: whoever looks finds the one or the other
+    except OSError as error:  # no links on this system, or a folder of the user's is called so
+        link.unlink(missing_ok=True)
+        log.warning("%s does not point to %s: %s", latest, folder.name, error)
+    return folder

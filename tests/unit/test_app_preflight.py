@@ -1,0 +1,107 @@
+"""What is wrong with a run is said in one line before anything is started."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from flwr.common.config import parse_config_args
+from ray._private.utils import validate_socket_filepath
+
+from psl_flower import cli
+from psl_flower.app import deployment, local, preflight
+from psl_flower.app.preflight import check_run, check_temporary_folder, read_overrides
+from psl_flower.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    def start(self):
+        raise AssertionError("it was started")
+
+    monkeypatch.setattr(local.LocalSuperLink, "start", start)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-c", "batch-size=0"], "batch-size must be at least 1, got 0"),
+        (["-c", "batch_size=8"], "a configuration key must be one of 'num-server-rounds'"),
+        (
+            ["-c", "seed=1", "-c", "sampler=lds"],
+            "-c takes numbers, true, false and strings in quotes",
+        ),
+        (["-c", "cut='stage9'"], "cut 'stage9'"),
+        (["-c", "min-available-nodes=5", "--num-supernodes", "4"], "min-available-nodes must be at most the number of"),
+        (["--num-supernodes", "0"], "--num-supernodes must be at least 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_a_wrong_setting_ends_the_launcher_with_one_line(command, words, message, capsys):
+    assert cli.main([command, str(ROOT), *words]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"psl_flower: {message}")
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("main", [local.main, deployment.main])
+def test_right_settings_are_let_through(main):
+    with pytest.raises(AssertionError, match="it was started"):
+        main([str(ROOT), "--num-supernodes", "2", "-c", "sampler='fls' batch-size=8", "-c", "seed=1"])
+
+
+def test_of_another_app_the_keys_are_known(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.flwr.app.components]\nserverapp = "a:app"\n[tool.flwr.app.config]\nrounds = 3\nnet.width = 8\n'
+    )
+    check_run(tmp_path, ["rounds=0 net.width=9"], 2, simulation=False)
+    with pytest.raises(ConfigError, match=r"'net.widht' \(did you mean 'net.width'\?\)"):
+        check_run(tmp_path, ["net.widht=9"], 2, simulation=False)
+    with pytest.raises(ConfigError, match="must be a TOML file that can be read"):
+        check_run(tmp_path / "nowhere", [], 2, simulation=False)
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    with pytest.raises(ConfigError, match=r"must have \[tool.flwr.app\]"):
+        check_run(tmp_path, [], 2, simulation=False)
+
+
+def test_overrides_are_read_as_flower_reads_them(tmp_path):
+    given = ["a=1 b='two words' c=\"x\" d=0.5", "e=true a=2 f.g=-3"]
+    expected = {"a": 2, "b": "two words", "c": "x", "d": 0.5, "e": True, "f.g": -3}
+    assert read_overrides(given) == parse_config_args(list(given)) == expected
+    (tmp_path / "these.toml").write_text("a = 1\n[f]\ng = 'h'\n")
+    given = [str(tmp_path / "these.toml")]
+    assert read_overrides(given) == parse_config_args(given) == {"a": 1, "f.g": "h"}
+
+
+@pytest.mark.parametrize("text", ["a = 1", "a", "a=1 b", "a=1, b=2"])
+def test_what_flower_would_pass_over_in_silence_is_refused(text):
+    with pytest.raises(ConfigError, match="-c takes"):
+        read_overrides([text])
+
+
+@pytest.fixture
+def longest(monkeypatch):
+    """The longest folder that Ray takes."""
+    monkeypatch.delenv("TMPDIR", raising=False)
+    folder = "/" + "t" * (preflight._SOCKET_PATH_LIMIT - len(preflight._SOCKET) - 1)
+    validate_socket_filepath(folder + preflight._SOCKET)
+    with pytest.raises(OSError, match="AF_UNIX"):
+        validate_socket_filepath(f"{folder}t{preflight._SOCKET}")
+    return folder
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Ray does not look at it")
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", pytest.param("TMPDIR", marks=LINUX)])
+def test_a_folder_too_long_for_the_paths_of_rays_sockets_is_refused(monkeypatch, longest, name):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    check_temporary_folder()
+    monkeypatch.setenv(name, longest)
+    check_temporary_folder()
+    monkeypatch.setenv(name, f"{longest}t")
+    with pytest.raises(ConfigError, match=rf"{name} must have at most {len(longest)} bytes.*: set {name}=/tmp before"):
+        check_run(ROOT, [], 2, simulation=True)
+    check_run(ROOT, [], 2, simulation=False)  # a deployment has no Ray
