@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psl_flower.errors import ConfigError, StopTraining
 from psl_flower.records import RoundRecord, StepRecord

@@ -35,7 +35,8 @@ class FailsToEvaluate(SplitClient):
 
     def batch(self, dataset, indices):
         self.testing = dataset is self.test
-        inputs, labels = super().batch(dataset, indices)
+        batch = super().batch(dataset, indices)
+        inputs, labels = batch.inputs, batch.target
         if self.fails("client error"):
             raise OSError("no test data today")
         return (

@@ -401,7 +401,8 @@ class Fails(SplitClient):
     kind = ""
 
     def batch(self, dataset, indices):
-        images, labels = super().batch(dataset, indices)
+        batch = super().batch(dataset, indices)
+        images, labels = batch.inputs, batch.target
         if self.partition_id != 1:
             return images, labels
         if self.kind == "raises":
@@ -467,17 +468,23 @@ def test_clients_are_described_one_by_one():
     assert reply.failures[10].detail.endswith(" in describe: OSError: disk on fire")
 
 
-def test_a_half_that_drops_rows_is_told_so():
-    class Squeezing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(36, 1)
+class Mixing(nn.Module):
+    """Its rows depend on each other, in the way named."""
 
-        def forward(self, x):
-            return self.linear(x.flatten(1)).mean(0)
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(36, 1), how
 
-    _, reply = Process(half=Squeezing()).forward()
-    assert "every row of a batch must give one row of activations: a batch of 4 gave 1" in reply.failures[30].detail
+    def forward(self, x):
+        h = self.linear(x.flatten(1))
+        return h - h.mean(0) if self.how == "centred" else h.squeeze()
+
+
+@pytest.mark.parametrize(("how", "what"), [("centred", "treat examples one by one"), ("squeezed", "flatten")])
+def test_a_half_that_mixes_rows_is_refused(how, what):
+    _, reply = Process(half=Mixing(how)).forward()
+    assert reply.failures.keys() >= {30, 20}  # a single row cannot show it
+    assert all(what in reply.failures[node].detail for node in (30, 20))
 
 
 @pytest.mark.parametrize(
