@@ -117,10 +117,10 @@ FORWARD_CASES = {
     "NaN": Case(tensor(poisoned(NAN)), "not finite", r"activations\[0\]: " + NOT_FINITE),
     "infinite": Case(tensor(poisoned(-INF)), "not finite", r"activations\[0\]: " + NOT_FINITE),
     "labels too large": Case(
-        labels(lambda y: y + NUM_CLASSES), "label range", r"labels: expected integers from 0 to 3, got [4-7]"
+        labels(lambda y: y + NUM_CLASSES), "label range", r"labels must be class indices from 0 to 3, .*, got [4-7]"
     ),
     "negative labels": Case(
-        labels(lambda y: y - NUM_CLASSES), "label range", r"labels: expected integers from 0 to 3, got -[1-4]"
+        labels(lambda y: y - NUM_CLASSES), "label range", r"labels must be class indices from 0 to 3, .*, got -[1-4]"
     ),
     "two tensors": Case(output("activations", lambda t: t * 2), NAMES, r"expected 2 tensors as of the others, got 3"),
     "no tensor": Case(

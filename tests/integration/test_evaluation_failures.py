@@ -21,7 +21,7 @@ TEXTS = {
     "not finite": "expected finite values",
     "shape": "shape: expected",
     "dtype": "dtype: expected",
-    "label range": f"labels: expected integers from 0 to {NUM_CLASSES - 1}, got {NUM_CLASSES}",
+    "label range": f"for what does not count, got {NUM_CLASSES}: number the classes from 0",
 }
 
 

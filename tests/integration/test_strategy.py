@@ -752,12 +752,12 @@ FAULTS = {
     "forward: label": (
         FORWARD,
         of_tensor(lambda t: t + 4, "labels"),
-        "labels: expected integers from 0 to 3, got",
+        r"labels must be class indices from 0 to 3, .*, got",
     ),
     "forward: negative label": (
         FORWARD,
         of_tensor(lambda t: t - 9, "labels"),
-        "labels: expected integers from 0 to 3, got -",
+        r"labels must be class indices from 0 to 3, .*, got -",
     ),
     "forward: label count": (
         FORWARD,
@@ -861,7 +861,7 @@ EVALUATION_FAULTS = {
     "missing": (nothing, "no reply within"),
     "count": (of_tensor(lambda t: t[1:]), r"activations\[0\]: expected \d+ rows, got shape: "),
     "NaN": (of_tensor(poisoned(float("nan"))), "expected finite values"),
-    "label": (of_tensor(lambda t: t + 4, "labels"), "labels: expected integers from 0 to 3, got"),
+    "label": (of_tensor(lambda t: t + 4, "labels"), r"labels must be class indices from 0 to 3, .*, got"),
     "step": (of_step(77), "reply to another step: expected step 0, got 77"),
 }
 
