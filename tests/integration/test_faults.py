@@ -513,7 +513,7 @@ def test_the_first_mistake_ends_a_run_in_process(kind, message_type, tmp_path):
 
 
 def test_labels_that_are_no_classes_end_a_run_in_process(tmp_path):
-    with pytest.raises(StepError, match="a mistake of client 1 in forward(?s:.*)client 1: .*labels must be class ind"):
+    with pytest.raises(StepError, match=r"a mistake of client 1 in forward(?s:.*)client 1: .*labels must be class ind"):
         start(make(output_dir=tmp_path, mistakes=None), OneFault("label range", FORWARD))
 
 
