@@ -46,7 +46,8 @@ def error_kind(code: int) -> Kind:
 
 def is_deployment(grid: Any) -> bool:
     """Return whether a grid's nodes are other people's: processes that come and go, not this program's own."""
-    return type(grid).__name__ not in ("InMemoryGrid", "InProcessGrid") and not getattr(grid, "own_nodes", False)
+    names = {kind.__name__ for kind in type(grid).__mro__}
+    return names.isdisjoint(("InMemoryGrid", "InProcessGrid")) and not getattr(grid, "own_nodes", False)
 
 
 def make_run(run_id: int) -> Run:

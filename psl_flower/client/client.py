@@ -47,8 +47,8 @@ class SplitClient:
         partition_id: int | None = None,
         config: Config | None = None,
     ) -> None:
-        data = [train] if test is None else [train, test]
-        self._known = [each if isinstance(each, Examples) else Examples(each) for each in data]
+        data = {"training data": train} if test is None else {"training data": train, "test data": test}
+        self._known = [d if isinstance(d, Examples) else Examples(d, name=name) for name, d in data.items()]
         self.train: Any = self._known[0].dataset
         self.test: Any = None if test is None else self._known[1].dataset
         self.partition_id, self.config = partition_id, dict(config or {})

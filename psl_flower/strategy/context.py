@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from psl_flower import tree
-from psl_flower.errors import ConfigError, LabelError, PSLError
+from psl_flower.errors import ConfigError, LabelError, PSLError, StepError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
@@ -334,7 +334,9 @@ def _apart(failures: Mapping[int, Failure], separate: bool) -> list[list[int]]:
 
 
 def by_client(error: LabelError, orders: Orders) -> dict[int, Failure]:
-    """Return the failures of the clients whose rows cannot be used."""
+    """Return the failures of the clients whose rows cannot be used; raise StepError where it cannot be told whose."""
+    if not error.rows:
+        raise StepError(str(error)) from error
     failures: dict[int, Failure] = {}
     for row in error.rows:
         failures.setdefault(orders.client_of(row), Failure(Kind.LABELS, str(error)))

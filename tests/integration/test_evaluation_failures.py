@@ -21,7 +21,7 @@ TEXTS = {
     "not finite": "expected finite values",
     "shape": "shape: expected",
     "dtype": "dtype: expected",
-    "label range": f"labels: expected integers from 0 to {NUM_CLASSES - 1}, got {NUM_CLASSES}",
+    "label range": f"for what does not count, got {NUM_CLASSES}: number the classes from 0",
 }
 
 
@@ -35,7 +35,8 @@ class FailsToEvaluate(SplitClient):
 
     def batch(self, dataset, indices):
         self.testing = dataset is self.test
-        inputs, labels = super().batch(dataset, indices)
+        batch = super().batch(dataset, indices)
+        inputs, labels = batch.inputs, batch.target
         if self.fails("client error"):
             raise OSError("no test data today")
         return (

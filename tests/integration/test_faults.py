@@ -494,6 +494,94 @@ def test_a_node_that_does_not_describe_itself_is_left_out(caplog):
         start(make(min_available_nodes=K), InProcessGrid(recording_app(load), K))
 
 
+# --- mistakes: code that raises, and replies that are not what was asked for -----------------------------------------
+MISTAKES = [*(kind for kind in CHANGES if kind != "label range"), "client error"]
+
+
+@pytest.mark.parametrize("message_type", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_the_first_mistake_ends_a_run_in_process(kind, message_type, tmp_path):
+    stage = message_type.removeprefix("train.")
+    grid = OneFault(kind, message_type)
+    with pytest.raises(StepError, match=rf"round 1, step 2: a mistake of client 1 in {stage}.*mistakes='exclude'") as e:
+        start(make(output_dir=tmp_path, mistakes=None), grid)
+    (failure,) = e.value.failures.values()
+    assert failure.kind.value == kind
+    assert failure.detail in str(e.value)
+    assert len(RecordingRunner.latest.committed) == 2
+    assert summary_of(tmp_path)["refused"] == {kind: 1} == +grid.injected
+
+
+def test_labels_that_are_no_classes_end_a_run_in_process(tmp_path):
+    with pytest.raises(StepError, match=r"a mistake of client 1 in forward(?s:.*)client 1: .*labels must be class ind"):
+        start(make(output_dir=tmp_path, mistakes=None), OneFault("label range", FORWARD))
+
+
+@pytest.mark.parametrize("kind", ["timeout", "late", "duplicate"])
+def test_an_outage_is_no_mistake(kind, tmp_path):
+    grid = OneFault(kind, FORWARD)
+    start(make(output_dir=tmp_path, mistakes=None), grid)
+    assert_each_used_once(RecordingRunner.latest, K, 1)
+    assert summary_of(tmp_path)["refused"] == +grid.injected
+    assert summary_of(tmp_path)["excluded"] == {}
+
+
+@pytest.mark.parametrize("message_type", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_whoever_makes_a_mistake_is_excluded_for_the_run(kind, message_type, tmp_path, caplog):
+    # in a backward pass a client has a second chance
+    grid = OneFault(kind, message_type, times=1 if message_type == FORWARD else 2)
+    result = start(make(output_dir=tmp_path, mistakes="exclude"), grid, num_rounds=2)
+    used = RecordingRunner.latest.used()
+    assert 0 < len(used[0, 1]) < client_sizes(K)[1]
+    assert used[1, 1] == []
+    assert_each_used_once(RecordingRunner.latest, K, 2, but=[(0, 1), (1, 1)])
+    assert grid.seen <= 4 + (message_type == BACKWARD)  # and not asked again
+    summary = summary_of(tmp_path)
+    assert list(summary["excluded"]) == ["1"]
+    assert summary["refused"] == +grid.injected
+    assert f"client 1 (node 3) is left out for the rest of the run, for a mistake: {summary['excluded']['1']}" in (
+        caplog.text
+    )
+    assert f"The run went without clients that made a mistake: client 1: {summary['excluded']['1']}" in caplog.text
+    assert result.train_metrics_clientapp[1]["examples_unseen"] == client_sizes(K)[1] - len(used[0, 1])
+    assert result.train_metrics_clientapp[2]["num_clients"] == 4  # one has no data
+
+
+def test_in_a_deployment_mistakes_exclude_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(strategy_module, "is_deployment", lambda grid: True)
+    start(make(output_dir=tmp_path, mistakes=None), OneFault("client error", FORWARD))
+    assert list(summary_of(tmp_path)["excluded"]) == ["1"]
+    with pytest.raises(StepError, match="a mistake of client 1 in forward"):
+        start(make(mistakes="stop"), OneFault("client error", FORWARD))
+
+
+def test_once_nobody_is_left_the_run_ends(tmp_path):
+    """One client holds no examples, and is never asked."""
+
+    class AllErr(FaultyGrid):
+        def fault(self, message, context):
+            return "client error" if len(RecordingRunner.latest.committed) > 2 else None
+
+    with pytest.raises(StepError, match=r"every client made a mistake, nobody is left(?s:.*)OSError: disk on fire"):
+        start(make(output_dir=tmp_path, mistakes="exclude"), AllErr(recording_app(), K), num_rounds=3)
+    holders = [str(k) for k, size in enumerate(client_sizes(K)) if size]
+    assert sorted(summary_of(tmp_path)["excluded"]) == holders
+
+
+class RefusesOneHalf:
+    """A loss that finds labels wrong and cannot tell which."""
+
+    def __call__(self, outputs, labels):
+        return F.cross_entropy(outputs[:, :2], (labels + 1) % 4)
+
+
+@pytest.mark.parametrize("mistakes", ["stop", "exclude", "retry"])
+def test_labels_that_are_nobodys_end_the_run(mistakes):
+    with pytest.raises(StepError, match="labels must be class indices from 0 to 1"):
+        start(make(mistakes=mistakes, loss=RefusesOneHalf()), InProcessGrid(recording_app(), K))
+
+
 # --- the server half -------------------------------------------------------------------------------------------------
 class DivergesOnce:
     """A loss that is NaN at one call."""
@@ -585,6 +673,7 @@ def test_a_failed_run_leaves_its_summary(tmp_path):
     ("options", "message"),
     [
         ({"tolerate": 1}, "tolerate must be True or False, got 1"),
+        ({"mistakes": "ignore"}, "mistakes must be one of 'stop', 'exclude', 'retry', got 'ignore'"),
         ({"step_timeout": 0}, "step_timeout must be greater than 0"),
         ({"min_batch_fraction": 1.5}, "min_batch_fraction must be at most 1, got 1.5"),
         ({"min_batch_fraction": -1}, "min_batch_fraction must be at least 0"),

@@ -34,10 +34,10 @@ class Moody(SplitClient):
         return super().draw(order)
 
     def batch(self, dataset, indices):
-        inputs, labels = super().batch(dataset, indices)
+        batch = super().batch(dataset, indices)
         if self.mood < Moody.share / 2:
             raise OSError("disk on fire")
-        return inputs * float("nan") if self.mood < Moody.share else inputs, labels
+        return batch.inputs * float("nan") if self.mood < Moody.share else batch.inputs, batch.target
 
 
 def start(tmp_path, share, **options):

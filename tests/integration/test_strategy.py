@@ -752,12 +752,12 @@ FAULTS = {
     "forward: label": (
         FORWARD,
         of_tensor(lambda t: t + 4, "labels"),
-        "labels: expected integers from 0 to 3, got",
+        r"labels must be class indices from 0 to 3, .*, got",
     ),
     "forward: negative label": (
         FORWARD,
         of_tensor(lambda t: t - 9, "labels"),
-        "labels: expected integers from 0 to 3, got -",
+        r"labels must be class indices from 0 to 3, .*, got -",
     ),
     "forward: label count": (
         FORWARD,
@@ -847,7 +847,9 @@ def test_a_client_that_raises_is_named_with_its_error(where, message, monkeypatc
     monkeypatch.setattr(strategy_module, "LocalBackend", Watched)
     monkeypatch.setattr(Failing, "where", where)
     monkeypatch.setattr(Failing, "step", 1)
-    with pytest.raises(StepError, match=message + r"(?s:.*)client 2: OSError: disk on fire") as caught:
+    with pytest.raises(
+        StepError, match=message + r"(?s:.*)client 2: test_strategy.py:.* in fail: OSError: disk on fire"
+    ) as caught:
         run(client_class=Failing, data_fn=load_partition_with_test, faults=STRICT)
     assert list(caught.value.failures) == [2]
     committed = STEPS if where == "evaluate" else 1
@@ -859,7 +861,7 @@ EVALUATION_FAULTS = {
     "missing": (nothing, "no reply within"),
     "count": (of_tensor(lambda t: t[1:]), r"activations\[0\]: expected \d+ rows, got shape: "),
     "NaN": (of_tensor(poisoned(float("nan"))), "expected finite values"),
-    "label": (of_tensor(lambda t: t + 4, "labels"), "labels: expected integers from 0 to 3, got"),
+    "label": (of_tensor(lambda t: t + 4, "labels"), r"labels must be class indices from 0 to 3, .*, got"),
     "step": (of_step(77), "reply to another step: expected step 0, got 77"),
 }
 

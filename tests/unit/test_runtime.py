@@ -1,5 +1,6 @@
 """A process's answers: the same for several clients at once as for each by itself, on whatever process."""
 
+import re
 from dataclasses import replace
 
 import cloudpickle
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from psl_flower import SplitClient, split_client_app, tree
 from psl_flower.client import process, runtime
+from psl_flower.client.context import BoundPart
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState, forget_runs
 from psl_flower.client.runtime import answer
@@ -51,14 +53,14 @@ def backward_request(request, activations):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Count the passes through a client half, by how many rows they had."""
-    rows, forward = [], SplitClient.forward
+    """Count the passes of steps through a client half, by how many rows they had."""
+    rows, forward = [], BoundPart.__call__
 
-    def counted(self, half, inputs):
+    def counted(self, inputs):
         rows.append(len(inputs))
-        return forward(self, half, inputs)
+        return forward(self, inputs)
 
-    monkeypatch.setattr(SplitClient, "forward", counted)
+    monkeypatch.setattr(BoundPart, "__call__", counted)
     return rows
 
 
@@ -399,7 +401,8 @@ class Fails(SplitClient):
     kind = ""
 
     def batch(self, dataset, indices):
-        images, labels = super().batch(dataset, indices)
+        batch = super().batch(dataset, indices)
+        images, labels = batch.inputs, batch.target
         if self.partition_id != 1:
             return images, labels
         if self.kind == "raises":
@@ -412,7 +415,8 @@ def test_one_clients_failure_is_its_own(monkeypatch):
     process = Process(Fails)
     request, reply = process.forward()
     assert nodes_of(reply) == [(30,), (20,)]
-    assert (reply.failures[10].kind, reply.failures[10].detail) == (Kind.RAISED, "OSError: disk on fire")
+    assert reply.failures[10].kind is Kind.RAISED
+    assert re.fullmatch(r"test_runtime\.py:\d+ in batch: OSError: disk on fire", reply.failures[10].detail)
     first, _, third = singly(Process(), "head")
     sums = process.backward(request, reply)
     assert nodes_of(sums) == [(30, 20)]
@@ -444,9 +448,9 @@ def test_a_client_that_cannot_be_made_is_left_out():
     process = Process(refuse=(10,))
     _, reply = process.forward()
     assert nodes_of(reply) == [(30, 20)]
-    assert (reply.failures[10].kind, reply.failures[10].detail) == (
-        Kind.RAISED,
-        "FileNotFoundError: no data here",
+    assert reply.failures[10].kind is Kind.RAISED
+    assert re.fullmatch(
+        r"test_runtime\.py:\d+ in make_client: FileNotFoundError: no data here", reply.failures[10].detail
     )
     described = process.ask(Request(stage=DESCRIBE, nodes=NODES))
     assert (described.descriptions.keys(), described.failures.keys()) == ({30, 20}, {10})
@@ -461,20 +465,26 @@ def test_clients_are_described_one_by_one():
 
     reply = Process(Undescribable).ask(Request(stage=DESCRIBE, nodes=NODES))
     assert {node: d.partition_id for node, d in reply.descriptions.items()} == {30: 0, 20: 2}
-    assert reply.failures[10].detail == "OSError: disk on fire"
+    assert reply.failures[10].detail.endswith(" in describe: OSError: disk on fire")
 
 
-def test_a_half_that_drops_rows_is_told_so():
-    class Squeezing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(36, 1)
+class Mixing(nn.Module):
+    """Its rows depend on each other, in the way named."""
 
-        def forward(self, x):
-            return self.linear(x.flatten(1)).mean(0)
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(36, 1), how
 
-    _, reply = Process(half=Squeezing()).forward()
-    assert "every row of a batch must give one row of activations: a batch of 4 gave 1" in reply.failures[30].detail
+    def forward(self, x):
+        h = self.linear(x.flatten(1))
+        return h - h.mean(0) if self.how == "centred" else h.squeeze()
+
+
+@pytest.mark.parametrize(("how", "what"), [("centred", "treat examples one by one"), ("squeezed", "flatten")])
+def test_a_half_that_mixes_rows_is_refused(how, what):
+    _, reply = Process(half=Mixing(how)).forward()
+    assert reply.failures.keys() >= {30, 20}  # a single row cannot show it
+    assert all(what in reply.failures[node].detail for node in (30, 20))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from psl_flower import SplitModel
-from psl_flower.errors import ConfigError, StepError
+from psl_flower.errors import ConfigError, LabelError, StepError
 from psl_flower.server import LocalBackend
-from psl_flower.server.local import RowsError
 from psl_flower.split import cut_model
 
 CPU = torch.device("cpu")
@@ -73,7 +72,7 @@ def test_it_is_a_step_of_centralised_training_from_the_cut_on():
 
     outcome = run(one, (x,), y)
     assert (outcome.loss, outcome.weight) == (loss.item(), 8)
-    assert (outcome.correct, outcome.predictions) == (int((outputs.argmax(1) == y).sum()), 8)
+    assert outcome.score == (int((outputs.argmax(1) == y).sum()), 8)
     assert outcome.class_counts.tolist() == torch.bincount(y, minlength=4).tolist()
     assert torch.equal(outcome.gradient[0], leaf.grad)
     assert equal(outcome.parameter_gradients, {n: p.grad for n, p in reference.named_parameters()})
@@ -124,16 +123,17 @@ def test_what_is_not_differentiable_gets_no_gradient():
 def test_labels_of_any_integer_dtype(dtype):
     x, y = batch(6)
     expected, outcome = run(backend(), x, y), run(backend(), x, y.to(dtype))
-    assert (outcome.loss, outcome.correct) == (expected.loss, expected.correct)
+    assert (outcome.loss, outcome.score) == (expected.loss, expected.score)
     assert torch.equal(outcome.gradient[0], expected.gradient[0])
 
 
 def test_dense_predictions_count_positions():
     model = SplitModel(client=nn.Conv2d(1, 2, 1), server=nn.Conv2d(2, 3, 1))
     outcome = run(backend_of(model), (torch.randn(2, 2, 4, 4),), torch.randint(0, 3, (2, 4, 4)))
-    assert outcome.predictions == 32
     assert outcome.class_counts.sum() == 32
-    assert 0 <= outcome.correct <= 32
+    right, counted = outcome.score
+    assert (0 <= right <= 32, counted) == (True, 32)
+    assert outcome.accuracy == right / 32
 
 
 def test_any_loss_without_classification():
@@ -143,7 +143,7 @@ def test_any_loss_without_classification():
     x = torch.randn(3, 3)
     outcome = run(one, (x,), targets)
     assert outcome.loss == pytest.approx(F.mse_loss(model.server(x), targets).item())
-    assert outcome.correct is outcome.class_counts is None
+    assert outcome.score is outcome.accuracy is outcome.class_counts is None
 
 
 # --- randomness ------------------------------------------------------------------------------------------------------
@@ -360,26 +360,23 @@ def test_assigned_buffers_are_undone_too():
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 def test_labels_out_of_range_name_their_rows():
-    with pytest.raises(RowsError, match="labels must be class indices") as caught:
+    with pytest.raises(LabelError, match=r"labels must be class indices from 0 to 3, .*, got -1, 4: ") as caught:
         run(backend(), *batch(6, torch.tensor([0, 3, 1, 4, -1, 2])))
-    assert caught.value.rows == {
-        3: "labels: expected integers from 0 to 3, got 4",
-        4: "labels: expected integers from 0 to 3, got -1",
-    }
+    assert caught.value.rows == (3, 4)
 
 
-def test_of_dense_labels_the_first_that_is_wrong_names_its_row():
+def test_dense_labels_out_of_range_name_their_rows():
     labels = torch.zeros(3, 4, 4, dtype=torch.int64)
     labels[1, 2, 3], labels[1, 3, 3] = 7, 9
     model = SplitModel(client=nn.Conv2d(1, 2, 1), server=nn.Conv2d(2, 3, 1))
-    with pytest.raises(RowsError) as caught:
+    with pytest.raises(LabelError, match=r"from 0 to 2, .* got 7, 9: ") as caught:
         run(backend_of(model), (torch.randn(3, 2, 4, 4),), labels)
-    assert caught.value.rows == {1: "labels: expected integers from 0 to 2, got 7"}
+    assert caught.value.rows == (1,)
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(4), torch.zeros(4, dtype=torch.bool)])
 def test_labels_that_are_no_classes_are_refused(labels):
-    with pytest.raises(ConfigError, match=r"integer labels, got outputs .* pass classification=False"):
+    with pytest.raises(StepError, match=r"the server half or the loss failed on 4 rows .* with labels \(4,\): .* Long"):
         run(backend(), *batch(4, labels))
 
 
@@ -393,12 +390,14 @@ def test_a_loss_that_is_not_finite_is_refused(value):
 
 def test_a_loss_that_is_no_mean_is_refused():
     one = backend(loss=nn.CrossEntropyLoss(reduction="none"))
-    with pytest.raises(ConfigError, match=r"the loss must be the mean over the batch, got shape \(4,\)"):
+    with pytest.raises(
+        ConfigError, match=r"the loss must be the mean over the batch, a tensor of one number, got shape \(4,\)"
+    ):
         run(one, *batch(4))
 
 
 def test_activations_the_server_half_cannot_take_are_a_step_error():
-    with pytest.raises(StepError, match=r"server half failed on 2 rows of activations float32 \(5, 6, 6\)"):
+    with pytest.raises(StepError, match=r"server half or the loss failed on 2 rows of activations float32 \(5, 6, 6\)"):
         run(backend(), (torch.randn(2, 5, 6, 6),), torch.tensor([0, 1]))
 
 
@@ -411,7 +410,7 @@ def test_evaluation_changes_nothing():
     outputs = copy.deepcopy(one.parts["body"]).eval()(x)
     assert outcome.loss == pytest.approx(F.cross_entropy(outputs, y).item())
     assert outcome.weight == 7
-    assert (outcome.correct, outcome.predictions) == (int((outputs.argmax(1) == y).sum()), 7)
+    assert outcome.score == (int((outputs.argmax(1) == y).sum()), 7)
     assert outcome.gradient is outcome.parameter_gradients is None
     after, buffers_after, grads = snapshot(one)
     assert equal(after, state)
@@ -420,9 +419,9 @@ def test_evaluation_changes_nothing():
 
 
 def test_evaluation_names_the_row_of_a_bad_label():
-    with pytest.raises(RowsError) as caught:
+    with pytest.raises(LabelError, match=r"from 0 to 3, .* got 4: ") as caught:
         backend().part("body", 0).evaluate(*batch(2, torch.tensor([0, 4])))
-    assert caught.value.rows == {1: "labels: expected integers from 0 to 3, got 4"}
+    assert caught.value.rows == (1,)
 
 
 def test_evaluation_without_classification_has_no_score():
@@ -431,7 +430,7 @@ def test_evaluation_without_classification_has_no_score():
     x, y = torch.randn(4, 3), torch.randn(4, 1)
     outcome = one.part("body", 0).evaluate((x,), y)
     assert outcome.loss * outcome.weight == pytest.approx(4 * F.mse_loss(model.server(x), y).item(), rel=1e-5)
-    assert outcome.correct is None
+    assert outcome.score is None
 
 
 # --- dtypes ----------------------------------------------------------------------------------------------------------

@@ -242,44 +242,61 @@ def test_several_inputs():
 
 @pytest.mark.parametrize("data", [None, 3, iter([1]), (x for x in [])])
 def test_what_is_no_dataset_is_refused(data):
-    with pytest.raises(ConfigError, match=r"training data must be a map-style dataset \(len and indexing\)"):
+    rule = r"must be a map-style dataset \(with __len__ and __getitem__\)"
+    with pytest.raises(ConfigError, match=f"the training data {rule}"):
         client(data)
     if data is not None:
-        with pytest.raises(ConfigError, match="test data must be a map-style dataset"):
+        with pytest.raises(ConfigError, match=f"the test data {rule}"):
             client(test=data)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
-        ([{"img": IMAGES[i], "label": 0} for i in range(N)], r"must be pairs \(input, label\), got a dict"),
-        ([{"img": IMAGES[i], "label": 0, "id": i} for i in range(N)], r"must be pairs \(input, label\), got a dict"),
-        ([(IMAGES[i], 0, i) for i in range(N)], r"must be pairs \(input, label\), got a tuple of 3"),
-        ([IMAGES[i] for i in range(N)], r"must be pairs \(input, label\), got a Tensor"),
-        ([("text", 0)] * N, r"inputs\[0\] must be a tensor, or a tuple or dict of tensors, got 'text'"),
-    ],
-)
-def test_examples_of_another_form_are_refused(dataset, message):
-    with pytest.raises(ConfigError, match=message):
-        client(dataset).draw_batch(order(0, 2))
+def test_rows_of_dicts_are_arguments_by_name():
+    """What other forms there are is the business of the tests of `Examples`."""
+    batch = client([{"img": IMAGES[i], "id": i, "label": int(LABELS[i])} for i in range(N)]).draw_batch(order(0, 3))
+    rows = epoch_order()[:3]
+    assert torch.equal(batch.inputs["img"], IMAGES[rows])
+    assert batch.inputs["id"].tolist() == rows.tolist()
+    assert batch.target.tolist() == LABELS[rows].tolist()
 
 
 @pytest.mark.parametrize(
-    "labels", [LABELS.float(), torch.stack([LABELS, LABELS], dim=1), LABELS[:-1].tolist(), ["cat"] * N]
+    "labels", [LABELS.float(), torch.stack([LABELS, LABELS], dim=1), LABELS[:-1].tolist(), ["cat"] * N, [-1] * N]
 )
-def test_labels_that_are_no_classes_are_refused_where_classes_are_needed(labels):
+def test_listed_labels_that_are_not_the_examples_are_not_believed(labels):
     dataset = GetBatch()
     dataset.targets = labels
     assert client(dataset).describe(label_counts=False).labels is None
-    with pytest.raises(ConfigError, match="this sampler plans by class: expected one whole number a label"):
+    np.testing.assert_array_equal(client(dataset).describe(label_counts=True).labels, np.unique(LABELS))
+
+
+@pytest.mark.parametrize("labels", [LABELS.float(), torch.stack([LABELS, LABELS], dim=1)])
+def test_labels_that_are_no_classes_are_refused_where_classes_are_needed(labels):
+    dataset = TensorDataset(IMAGES, labels)
+    assert client(dataset).describe(label_counts=False).labels is None
+    with pytest.raises(ConfigError, match=r"this sampler plans by class: .* one whole number"):
         client(dataset).describe(label_counts=True)
 
 
 def test_negative_labels_are_refused_where_classes_are_needed():
-    dataset = GetBatch()
-    dataset.targets = [-1] * N
     with pytest.raises(ConfigError, match="labels must not be negative, got -1"):
-        client(dataset).describe(label_counts=True)
+        client(TensorDataset(IMAGES, LABELS * 0 - 1)).describe(label_counts=True)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ((IMAGES[:2], LABELS[:2]), "Short.batch was asked for 3 examples, it returned 2"),
+        ((IMAGES[:3], LABELS[:2]), "batch rows come first in every tensor"),
+        (("text", LABELS[:3]), "inputs must be a tensor, or a tuple or dict of tensors, got 'text'"),
+    ],
+)
+def test_a_batch_of_ones_own_is_looked_at(returned, message):
+    class Short(SplitClient):
+        def batch(self, dataset, indices):
+            return returned
+
+    with pytest.raises(ConfigError, match=message):
+        client(cls=Short).draw_batch(order(0, 3))
 
 
 def test_reading_labels_leaves_torchs_generator_alone():
@@ -381,8 +398,8 @@ class Negative(SplitClient):
     """Makes its own batches and runs its own forward pass."""
 
     def batch(self, dataset, indices):
-        images, labels = super().batch(dataset, indices)
-        return -images, labels + 1
+        batch = super().batch(dataset, indices)
+        return -batch.inputs, batch.target + 1
 
     def forward(self, half, inputs):
         return half(inputs), half(inputs * 2)

@@ -31,8 +31,8 @@ class Chaotic(SplitClient):
         return indices
 
     def batch(self, dataset, indices):
-        inputs, labels = super().batch(dataset, indices)
-        return inputs * float("nan") if self.poisoned else inputs, labels
+        batch = super().batch(dataset, indices)
+        return batch.inputs * float("nan") if self.poisoned else batch.inputs, batch.target
 
 
 def hold(folder):
