@@ -826,7 +826,7 @@ class Failing(SplitClient):
 
     def forward(self, half, inputs):
         (activations,) = super().forward(half, inputs)
-        if self.fails_in == "backward":
+        if self.fails_in == "backward" and activations.requires_grad:
             activations.register_hook(fail)
         return (activations,)
 
