@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# a process a core; tests that share a simulation or a deployment stay in one process
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 .PHONY: help run test slow lint types check bench format clean
 
@@ -13,10 +15,10 @@ run: $(READY) ## train the default app on 16 virtual clients; curves and model l
 	$(BIN)/python -m psl_flower.app.local . --num-supernodes 16
 
 test: $(READY) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: $(READY) ## run the tests that take minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 """Settings of all tests."""
 
 import os
+import time
 
+import pytest
 from leftovers import pytest_configure  # noqa: F401 (a hook)
 
 # Several processes, each with as many torch threads as there are cores, take five times as long.
@@ -13,3 +15,22 @@ def pytest_xdist_auto_num_workers(config):
     from psl_flower.threads import available_cores
 
     return min(available_cores(), 4)
+
+
+def pytest_runtest_setup(item):
+    """Skip what would start later than the environment allows: slow tests run as far as somebody's time goes."""
+    until = os.environ.get("PSL_TESTS_UNTIL")  # seconds since 1970
+    if until and time.time() > float(until):
+        pytest.skip("no time is left")
+
+
+@pytest.fixture(scope="session")
+def superlink(tmp_path_factory):
+    """Return a SuperLink in simulation mode that is everybody's: tests that use it are of the group "simulation"."""
+    from flower_runs import prepared  # imports torch, which reads the variable above
+
+    from psl_flower.app.local import LocalSuperLink
+
+    folder = tmp_path_factory.mktemp("superlink")
+    with prepared(LocalSuperLink(folder / "home", folder)) as link:
+        yield link

@@ -228,6 +228,21 @@ def exactness_cases(num_clients: int, transport: str = "streams") -> dict[str, E
     return cases
 
 
+def exactness_params(num_clients: Iterable[int]) -> list:
+    """Return the (name, number of clients) of all cases, as parameters; what others tell as well is slow.
+
+    Each sampler with SGD, and one with all optimizers and dtypes, is enough: samplers know neither.
+    """
+    import pytest  # here: Flower apps import this module, too
+
+    some = exactness_cases(2, "messages")
+    return [
+        pytest.param(name, number, marks=() if name in some else pytest.mark.slow)
+        for number in num_clients
+        for name in exactness_cases(2)
+    ]
+
+
 def sampler_for_20_steps(sampler_class: type[Sampler], num_clients: int) -> Sampler:
     """Return the sampler with the largest batch that makes an epoch of 20 steps.
 

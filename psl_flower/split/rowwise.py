@@ -29,6 +29,9 @@ _NORMALISE = (
 )
 _RESHAPE = "keep the batch as the first dimension, with x.flatten(1) instead of x.squeeze() or x.view(-1)"
 
+# The share of integers and booleans that may differ.
+_TURNED = 1e-3
+
 
 class CannotTellError(Exception):
     """The batch does not show whether examples are treated one by one."""
@@ -124,10 +127,11 @@ def same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal, but for rounding; NaN equals NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, other)
     if not one.numel():
         return True
+    if not (one.is_floating_point() or one.is_complex()):
+        # rounding turns a comparison or an argmax over here and there, mixing turns over many
+        return (one != other).double().mean().item() <= _TURNED
     largest = max(part.abs().nan_to_num(0.0, 0.0, 0.0).max().item() for part in (one, other))
     # rounding is some multiples of eps, what batch statistics do is far above its root
     return torch.allclose(one, other, rtol=0.0, atol=torch.finfo(one.dtype).eps ** 0.5 * largest, equal_nan=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from psl_flower.errors import ConfigError
 
 # Settings that decide what is in a checkpoint, or which examples an epoch has left.
-_FIXED = ("model", "cut", "sampler", "classification")
+_FIXED = ("model", "cut", "method", "sampler", "classification")
 # Where a run was resumed from is no setting of the run.
 _IGNORED = ("resume_from", "resume-from")
 _ABSENT = object()

@@ -1,30 +1,20 @@
 """Chaos in the Ray simulation and in a deployment: every example is used once an epoch, and faults are counted."""
 
 import json
-import os
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
-from flower_runs import prepared
+from flower_runs import TESTS, prepared
 from support import client_sizes
 
 from psl_flower.app.deployment import LocalDeployment
-from psl_flower.app.local import LocalSuperLink
 
-TESTS = Path(__file__).parents[1]
 K = 6
 
 
-@pytest.fixture(scope="module")
-def superlink(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("superlink")
-    with prepared(LocalSuperLink(folder / "home", folder)) as link:
-        yield link
-
-
 @pytest.mark.flower
-@pytest.mark.parametrize(("transport", "deaths"), [("messages", 0), ("streams", 1)])
+@pytest.mark.xdist_group("simulation")
+@pytest.mark.parametrize(("transport", "deaths"), [pytest.param("messages", 0, marks=pytest.mark.slow), ("streams", 1)])
 def test_nothing_is_lost_and_nothing_used_twice(superlink, transport, deaths, tmp_path):
     output = superlink.run(
         TESTS / "apps" / "chaos",
@@ -39,12 +29,9 @@ def test_nothing_is_lost_and_nothing_used_twice(superlink, transport, deaths, tm
 @pytest.mark.flower
 @pytest.mark.slow
 def test_nothing_is_lost_in_a_deployment_whose_clientapps_die(tmp_path):
-    deployment = LocalDeployment(tmp_path / "home", 2, tmp_path)
-    deployment.environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    deployment.environment["OMP_NUM_THREADS"] = "1"
     results = tmp_path / "results"
     results.mkdir()
-    with deployment:
+    with prepared(LocalDeployment(tmp_path / "home", 2, tmp_path)) as deployment:
         config = [f"results='{results}' transport='streams' deaths=2 share=0.1"]
         output = deployment.run(TESTS / "apps" / "chaos", run_config=config, quiet=True)
     assert output.count("The process of 1 clients is gone") == 2

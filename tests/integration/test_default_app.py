@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from psl_flower.app import client_app, server_app
 from psl_flower.app.datasets import load_arrays
-from psl_flower.app.local import LocalSuperLink
 from psl_flower.app.task import central_test, split_indices
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
@@ -105,7 +104,7 @@ def test_data_is_loaded_once_in_a_process_however_many_messages_bring_the_app(tm
         {"sampler": "fls", "partition": "severe", "num_nodes": 8},
         {"sampler": "fpls", "optimizer": "adam", "learning_rate": 0.001},
         {"cut": "stage3", "evaluate_every": 0},
-        {"model": "resnet18", "cut": "layer4"},
+        pytest.param({"model": "resnet18", "cut": "layer4"}, marks=pytest.mark.slow),
     ],
 )
 def test_other_choices_train_too(tmp_path, config):
@@ -139,12 +138,12 @@ def test_the_end_says_where_the_results_are(tmp_path):
 
 
 @pytest.mark.flower
-def test_flwr_run_trains_on_the_simulation_as_in_one_process(tmp_path):
+@pytest.mark.xdist_group("simulation")
+def test_flwr_run_trains_on_the_simulation_as_in_one_process(superlink, tmp_path):
     choice = {"num_server_rounds": 1, "batch_size": 256, "partition": "severe"}
     run(tmp_path / "here", num_nodes=6, **choice)
     overrides = [f"output-dir='{tmp_path / 'there'}'", "num-server-rounds=1", "batch-size=256", "partition='severe'"]
-    with LocalSuperLink(tmp_path / "home", tmp_path) as superlink:
-        superlink.run(ROOT, num_supernodes=6, run_config=overrides, quiet=True)
+    superlink.run(ROOT, num_supernodes=6, run_config=overrides, quiet=True)
     here, there = ([s["loss"] for s in records(tmp_path / name, "step")] for name in ("here", "there"))
     assert there == pytest.approx(here, rel=1e-4)
     assert len(there) == 6

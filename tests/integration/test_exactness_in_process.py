@@ -7,6 +7,7 @@ from support import (
     CUT,
     adam,
     exactness_cases,
+    exactness_params,
     largest_difference,
     load_partition,
     load_partition_64,
@@ -33,8 +34,7 @@ def train_split(sampler, optimizer, num_clients, dtype, num_rounds=1, delays=Non
     return result.arrays.to_torch_state_dict()
 
 
-@pytest.mark.parametrize("num_clients", [1, 2, 16])
-@pytest.mark.parametrize("name", list(exactness_cases(2)))
+@pytest.mark.parametrize(("name", "num_clients"), exactness_params([1, 2, 16]))
 def test_equals_centralised_training(name, num_clients):
     case = exactness_cases(num_clients)[name]
     split = train_split(case.sampler, case.optimizer, num_clients, case.dtype, delays=case.delays)

@@ -1,64 +1,58 @@
 """The same comparison with centralised training, over messages and over streams in the Ray simulation."""
 
-from pathlib import Path
-
 import pytest
-from flower_runs import prepared
+from flower_runs import TESTS
 from safetensors.torch import load_file
 from support import exactness_cases, largest_difference
 
-from psl_flower.app.local import LocalSuperLink
-
-TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def superlink(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("superlink")
-    with prepared(LocalSuperLink(folder / "home", folder)) as link:
-        yield link
+pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("simulation")]
+SOME = "messages/UniformGlobalSampler messages/AlignedSampler-sgd"  # whole batches, and quotas for each class
 
 
-@pytest.mark.flower
-@pytest.mark.parametrize(
-    ("transport", "num_clients"),
-    [
-        ("messages", 1),
-        pytest.param("messages", 2, marks=pytest.mark.slow),  # a minute for what one and 16 clients show, too
-        ("messages", 16),
-        ("streams", 1),
-        ("streams", 2),
-        ("streams", 16),
-    ],
-)
-def test_equals_centralised_training(superlink, transport, num_clients, tmp_path):
-    output = superlink.run(
-        TESTS / "apps" / "exactness",
-        num_supernodes=num_clients,
-        run_config=[f"results='{tmp_path}' transport='{transport}'"],
-        quiet=True,
-    )
-    assert (f"{num_clients} clients are connected by" in output) == (transport == "streams")
+def run(superlink, num_clients, folder, trainings, traps=""):
+    """Train as the app in tests/apps does; return what it says."""
+    config = f"results='{folder}' trainings='{trainings}' traps='{traps}'"
+    return superlink.run(TESTS / "apps" / "exactness", num_supernodes=num_clients, run_config=[config], quiet=True)
+
+
+def assert_exact(num_clients, folder, transport, num_cases):
+    """Assert that there are so many trainings over a transport, each equal to the centralised one."""
     cases = exactness_cases(num_clients, transport)
-    assert len(cases) == {"messages": 8, "streams": 15}[transport]
-    for name, case in cases.items():
-        weights = load_file(tmp_path / f"{num_clients}-{name}.safetensors")
+    files = list((folder / transport).glob("*-*.safetensors"))
+    assert len(files) == num_cases
+    for file in files:
+        case, weights = cases[file.stem], load_file(file)
         reference = case.reference(num_clients)
-        assert largest_difference({key: weights[key] for key in reference}, reference) < case.tolerance, name
+        assert largest_difference({key: weights[key] for key in reference}, reference) < case.tolerance, file.stem
 
 
-@pytest.mark.flower
-def test_an_actor_that_dies_in_the_middle_of_a_step_changes_nothing(superlink, tmp_path):
-    trap = tmp_path / "trap"
-    output = superlink.run(
-        TESTS / "apps" / "exactness",
-        num_supernodes=16,
-        run_config=[f"results='{tmp_path}' transport='streams' trap='{trap}'"],
-        quiet=True,
-    )
-    assert not trap.exists()
+def test_one_client_equals_centralised_training(superlink, tmp_path):
+    output = run(superlink, 1, tmp_path, f"{SOME} streams/")
+    assert_exact(1, tmp_path, "messages", 4)
+    assert_exact(1, tmp_path, "streams", 15)
+    assert output.count("1 clients are connected by") == 15
+
+
+@pytest.mark.slow  # a minute for what one and 16 clients show, too
+def test_two_clients_equal_centralised_training(superlink, tmp_path):
+    output = run(superlink, 2, tmp_path, "streams/")
+    assert_exact(2, tmp_path, "streams", 15)
+    assert output.count("2 clients are connected by") == 15
+
+
+def test_sixteen_clients_equal_centralised_training_also_if_an_actor_dies_in_the_middle_of_a_step(superlink, tmp_path):
+    output = run(superlink, 16, tmp_path, f"{SOME} streams/", traps="die")
+    assert_exact(16, tmp_path, "messages", 4)
+    assert_exact(16, tmp_path, "streams", 15)
+    assert output.count("16 clients are connected by") == 15 + 1
+    assert not (tmp_path / "die" / "trap").exists()
     assert "the others take them over" in output
-    name = "UniformGlobalSampler-sgd-64"
-    reference = exactness_cases(16)[name].reference(16)
-    weights = load_file(tmp_path / f"16-{name}.safetensors")
-    assert largest_difference({key: weights[key] for key in reference}, reference) < 1e-9
+    assert_exact(16, tmp_path, "die", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_clients", [1, 2, 16])
+def test_messages_equal_centralised_training_with_every_sampler(superlink, num_clients, tmp_path):
+    output = run(superlink, num_clients, tmp_path, "messages/")
+    assert_exact(num_clients, tmp_path, "messages", 8)
+    assert "clients are connected by" not in output

@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord
 from support import (
     CUT,
     exactness_cases,
+    exactness_params,
     largest_difference,
     load_partition,
     load_partition_64,
@@ -38,8 +39,7 @@ def train(case, num_clients, client_class=SplitClient, **options):
     return strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1).arrays.to_torch_state_dict()
 
 
-@pytest.mark.parametrize("num_clients", [1, 16])
-@pytest.mark.parametrize("name", list(exactness_cases(2)))
+@pytest.mark.parametrize(("name", "num_clients"), exactness_params([1, 16]))
 def test_equals_centralised_training(name, num_clients):
     case = exactness_cases(num_clients)[name]
     assert largest_difference(train(case, num_clients), case.reference(num_clients)) < case.tolerance

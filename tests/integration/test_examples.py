@@ -139,7 +139,10 @@ def score_of(place, folder):
     return last.get("r2", last.get("accuracy"))
 
 
-@pytest.mark.parametrize(("example", "command"), APPS)
+@pytest.mark.parametrize(
+    ("example", "command"),
+    [pytest.param(*app, marks=pytest.mark.slow if "/fedavg" in app[1] else ()) for app in APPS],  # FedAvg is Flower's
+)
 def test_apps_reach_what_their_readme_says(example, command, folder):
     place, partition = run_in_process(command)
     low, high = SCORES[place, partition]
@@ -147,7 +150,7 @@ def test_apps_reach_what_their_readme_says(example, command, folder):
 
 
 @pytest.mark.flower
-@pytest.mark.parametrize("example", ["quickstart", "custom_model"])
+@pytest.mark.parametrize("example", ["quickstart", pytest.param("custom_model", marks=pytest.mark.slow)])
 def test_apps_run_on_the_simulation_as_their_readme_says(example, folder):
     command = next(command for name, command in APPS if name == example)
     words = [*shlex.split(command), "-c", "num-server-rounds=1"]

@@ -216,6 +216,7 @@ def test_chaos_on_class_targets_keeps_the_classes():
     assert not any(wrong)
 
 
+@pytest.mark.slow
 def test_accuracy_after_chaos_is_that_of_undisturbed_runs():
     """Within three standard deviations of their mean."""
 

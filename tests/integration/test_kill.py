@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).parents[1] / "kill_resume.py"
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_five_times_ends_as_an_uninterrupted_one(seed, tmp_path):
     command = [sys.executable, str(SCRIPT), str(tmp_path), "5", str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

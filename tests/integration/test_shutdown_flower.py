@@ -11,7 +11,6 @@ from support import CUT, largest_difference, sgd, tiny_resnet
 
 from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler
 from psl_flower.app.deployment import LocalDeployment
-from psl_flower.app.local import LocalSuperLink
 
 pytestmark = pytest.mark.flower
 K, ROUNDS = 6, 3
@@ -51,41 +50,51 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_killed_interrupted_and_failed_in_turn_a_run_ends_as_one_that_nothing_happened_to(tmp_path):
+@pytest.mark.xdist_group("simulation")
+def test_killed_and_interrupted_a_run_ends_as_one_that_nothing_happened_to(superlink, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    with prepared(LocalSuperLink(tmp_path / "home", tmp_path)) as link:
-        run = interrupted(link, results, "1-5")
-        run.signal_server(signal.SIGKILL)
-        assert not (results / "summary.json").exists()  # there was no time for it
+    run = interrupted(superlink, results, "1-5")
+    run.signal_server(signal.SIGKILL)
+    assert not (results / "summary.json").exists()  # there was no time for it
 
-        run = interrupted(link, results, "2-3")
-        run.signal_server(signal.SIGINT)
-        run.wait_for(results / "summary.json")  # while its clients still work: nothing waits for them
-        (results / "go").touch()
-        run.wait_until_gone()
-        assert run.status() == "finished:failed"
-        assert (summary_of(results)["resumed"], summary_of(results)["refused"]) == (1, {})
+    run = interrupted(superlink, results, "2-3")
+    run.signal_server(signal.SIGINT)
+    run.wait_for(results / "summary.json")  # while its clients still work: nothing waits for them
+    (results / "go").touch()
+    run.wait_until_gone()
+    assert run.status() == "finished:failed"
+    assert (summary_of(results)["resumed"], summary_of(results)["refused"]) == (1, {})
 
-        run = interrupted(link, results, "", **{"fail-in-round": ROUNDS})
-        run.wait_for(results / "summary.json")
-        run.wait_until_gone()
-        assert run.status() == "finished:failed"
-        assert "OSError: no test data today" in run.output(), run.output()[-8000:]
-        assert (summary_of(results)["resumed"], summary_of(results)["refused"]) == (2, {})
     resumed, whole = finish(results, resume_from="latest"), finish(tmp_path / "whole")
     assert summary_of(results)["steps_committed"] == summary_of(tmp_path / "whole")["steps_committed"]
     assert largest_difference(resumed, whole) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["messages", "streams"])
-def test_flwr_stop_ends_a_simulation(transport, tmp_path):
-    with prepared(LocalSuperLink(tmp_path / "home", tmp_path)) as link:
-        assert_stopped(link, tmp_path, K, transport, K)
+@pytest.mark.xdist_group("simulation")
+def test_failed_a_run_ends_as_one_that_nothing_happened_to(superlink, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    run = interrupted(superlink, results, "", **{"fail-in-round": ROUNDS})
+    run.wait_for(results / "summary.json")
+    run.wait_until_gone()
+    assert run.status() == "finished:failed"
+    assert "OSError: no test data today" in run.output(), run.output()[-8000:]
+    assert summary_of(results)["refused"] == {}
+    resumed, whole = finish(results, resume_from="latest"), finish(tmp_path / "whole")
+    assert largest_difference(resumed, whole) < 1e-5
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("simulation")
+@pytest.mark.parametrize("transport", ["messages", "streams"])
+def test_flwr_stop_ends_a_simulation(superlink, transport, tmp_path):
+    assert_stopped(superlink, tmp_path, K, transport, K)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("deployment")
 def test_flwr_stop_and_signals_end_a_deployment(tmp_path):
     with prepared(LocalDeployment(tmp_path / "home", 2, tmp_path)) as link:
         assert_stopped(link, tmp_path, 2, "streams")

@@ -108,8 +108,17 @@ def vectorised(config, *, double):
     return training.model.state_dict(), steps, [r for r in records if isinstance(r, RoundRecord)]
 
 
-@pytest.mark.parametrize("augment", ["none", "crop-flip"])
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize(
+    ("sampler", "augment"),
+    [
+        pytest.param(sampler, augment, marks=() if augment == "none" or sampler in ("ugs", "lds") else pytest.mark.slow)
+        for sampler in SAMPLERS
+        for augment in (
+            "none",
+            "crop-flip",
+        )  # drawn in the same way whether or not quotas are by class: as lds has them
+    ],
+)
 def test_equals_the_split_run(sampler, augment, monkeypatch):
     config = config_for(sampler, augment=augment)
     expected, recorder = split_run(config, double=True, monkeypatch=monkeypatch)

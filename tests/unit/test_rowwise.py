@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from psl_flower.split import CannotTellError, cut_model, find_mixing
+from psl_flower.split.rowwise import same
 from psl_flower.torchvision_compat import import_torchvision
 
 
@@ -229,3 +230,17 @@ def test_rounding_is_no_mixing(dtype):
     x = torch.randn(33, 64, dtype=dtype)
     assert find_mixing(half, x, module=half) is None
     assert "output 0 for an example depends on the other 32" in find_mixing(lambda x: half(x) - half(x).mean(0), x)
+
+
+def test_what_is_the_same():
+    one = torch.tensor([1.0, torch.inf, -torch.inf, torch.nan])
+    assert same(one, one * (1 + 1e-6))
+    assert not same(one, torch.tensor([1.0, torch.inf, torch.inf, torch.nan]))
+    assert not same(one, torch.tensor([1.01, torch.inf, -torch.inf, torch.nan]))
+    assert not same(one, one.double())
+    assert not same(one, one[None])
+    mask = torch.arange(4000) > 2000
+    assert same(mask, torch.arange(4000) > 2001)
+    assert not same(mask, torch.arange(4000) > 2010)
+    assert not same(torch.tensor([3]), torch.tensor([4]))
+    assert same(torch.zeros(0), torch.zeros(0))

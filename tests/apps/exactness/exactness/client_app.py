@@ -13,9 +13,9 @@ from psl_flower import split_client_app
 def load_partition(context, config):
     client, num_clients = context.node_config["partition-id"], context.node_config["num-partitions"]
     data = support.client_data(client, num_clients, getattr(torch, config["dtype"]))
-    trap = str(context.run_config["trap"])
-    end = signal.SIGSTOP if context.run_config["freeze"] else signal.SIGKILL
-    return Deadly(data, Path(trap), end) if trap else data
+    if not config["trap"]:
+        return data
+    return Deadly(data, Path(config["trap"]), {"die": signal.SIGKILL, "freeze": signal.SIGSTOP}[config["end"]])
 
 
 # The dtype of the half follows from the weights the server sends; model_fn's own are never read.
