@@ -280,4 +280,4 @@ def test_the_other_commands_of_a_script_are_understood(example, command):
 def test_a_scripts_bad_setting_is_refused_in_one_line(example, folder, monkeypatch, capsys):
     words = [f"examples/{example}/{example}.py", "--learning-rate", "-1"]
     assert run_script(words, monkeypatch) == 2
-    assert capsys.readouterr().err == "learning-rate must be greater than 0.0, got -1.0\n"
+    assert capsys.readouterr().err == "learning-rate must be greater than 0, got -1.0\n"
