@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import Result
 from torch import nn
 
 from psl_flower import checkpoint
@@ -36,6 +36,7 @@ from psl_flower.split import check_client_half, cut_model, signature
 from psl_flower.stragglers import DelayEstimator, DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.evaluation import Evaluator
+from psl_flower.strategy.exchanging import ExchangingStrategy
 from psl_flower.strategy.folder import FolderLock
 from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.progress import Progress, clock
@@ -55,7 +56,7 @@ def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01)
 
 
-class ParallelSplitLearning(Strategy):
+class ParallelSplitLearning(ExchangingStrategy):
     """Parallel split learning with one shared server half and batch quotas decided by the server (arXiv 2407.15738).
 
     Every step, each client that takes part runs the client half on its quota of examples and sends the activations and
@@ -431,35 +432,6 @@ class ParallelSplitLearning(Strategy):
         log.info("\t├── Transport: %s", self.transport)
         log.info("\t├── Minimum available nodes: %d", self.min_available_nodes)
         log.info("\t└── Device of the server half: %s", self._device)
-
-    # --- what a message-based strategy would have ---------------------------------------------------------------------
-    def _exchanges_in_start(self) -> NoReturn:
-        raise ConfigError(
-            "ParallelSplitLearning exchanges messages every mini-batch, not once a round: "
-            "call strategy.start(grid, initial_arrays, num_rounds=...) instead"
-        )
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Refuse: use `start`."""
-        self._exchanges_in_start()
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Refuse: use `start`."""
-        self._exchanges_in_start()
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Refuse: use `start`."""
-        self._exchanges_in_start()
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Refuse: use `start`."""
-        self._exchanges_in_start()
 
 
 def _evaluate_on_server(

@@ -6,7 +6,7 @@ import pytest
 
 from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.streams import StreamCarrier
-from psl_flower.exchange.streams.carrier import _Home
+from psl_flower.exchange.streams.under_way import Home
 from psl_flower.exchange.streams.endpoint import Connection
 
 
@@ -23,8 +23,8 @@ def waiting(connection):
 
 def test_a_hundred_clients_move_in_one_frame(carrier):
     full, empty = Connection("full"), Connection("empty")
-    carrier._homes = {node: _Home(full, True, {"partition-id": node}) for node in range(200)}
-    carrier._homes[200] = _Home(empty, True, {"partition-id": 200})
+    carrier._homes = {node: Home(full, True, {"partition-id": node}) for node in range(200)}
+    carrier._homes[200] = Home(empty, True, {"partition-id": 200})
     carrier._balance(set(carrier._homes))
     assert Counter(home.connection for home in carrier._homes.values()) == {full: 101, empty: 100}
     (header,) = waiting(empty)
@@ -35,8 +35,8 @@ def test_a_hundred_clients_move_in_one_frame(carrier):
 
 def test_survivors_take_over_a_hundred_clients(carrier):
     dead, *survivors = (Connection(name) for name in "dab")
-    carrier._homes = {node: _Home(dead, True, {}) for node in range(200)}
-    carrier._homes |= {200 + i: _Home(each, True, {}) for i, each in enumerate(survivors)}
+    carrier._homes = {node: Home(dead, True, {}) for node in range(200)}
+    carrier._homes |= {200 + i: Home(each, True, {}) for i, each in enumerate(survivors)}
     dead.close("gone")
     carrier._lost(dead, "gone")
     assert Counter(home.connection for home in carrier._homes.values()) == dict.fromkeys(survivors, 101)
@@ -46,8 +46,8 @@ def test_survivors_take_over_a_hundred_clients(carrier):
 
 def test_clients_stay_where_the_other_process_reads_nothing(carrier):
     full, stuck = Connection("full"), Connection("stuck")
-    carrier._homes = {node: _Home(full, True, {}) for node in range(4)}
-    carrier._homes[4] = _Home(stuck, True, {})
+    carrier._homes = {node: Home(full, True, {}) for node in range(4)}
+    carrier._homes[4] = Home(stuck, True, {})
     while stuck.send(lambda: Frame({})):
         pass
     carrier._balance(set(carrier._homes))

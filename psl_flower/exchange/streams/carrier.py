@@ -7,7 +7,6 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -30,6 +29,7 @@ from psl_flower.exchange.streams.endpoint import (
 )
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Ticket, Tokens
+from psl_flower.exchange.streams.under_way import Exchange, Home, Sent
 from psl_flower.failures import Failure, Kind
 from psl_flower.flower import error_kind
 from psl_flower.protocol import ATTACH, Reply, Request
@@ -43,62 +43,6 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5  # seconds
 _READ_SECONDS = 5.0  # for replies that have been sent already
 # A request that ended this many processes is not tried on another.
 _MAX_MOVES = 3
-
-
-@dataclass
-class _Home:
-    """Where a client is served, and what another process needs to take it over."""
-
-    connection: Connection
-    resident: bool
-    node_config: Mapping[str, object]
-
-
-@dataclass(eq=False)
-class _Exchange:
-    """One exchange under way."""
-
-    request: Request
-    timeout: float
-    begin: float = field(default_factory=time.monotonic)
-    reply: Reply = field(default_factory=Reply)
-    moves: Counter[int] = field(default_factory=Counter)
-    over: bool = False
-
-    def __post_init__(self) -> None:
-        self._position = {node: i for i, node in enumerate(self.request.nodes)}
-        self._open = set(self.request.nodes)
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self.begin
-
-    def add(self, reply: Reply) -> None:
-        """Take a reply; nodes that were given up in the meantime have none any more."""
-        late = reply.answered() - self._open
-        if not late:
-            self.reply.add(reply)
-            self._open -= reply.answered()
-
-    def fail(self, nodes: Iterable[int], kind: Kind, reason: str) -> None:
-        failed = [node for node in nodes if node in self._open]
-        self.reply.failures |= dict.fromkeys(failed, Failure(kind, reason))
-        self.reply.seconds |= dict.fromkeys(failed, self.elapsed())
-        self._open.difference_update(failed)
-
-    def open_nodes(self) -> list[int]:
-        return [node for node in self.request.nodes if node in self._open] if self._open else []
-
-    def part(self, nodes: Iterable[int]) -> Request:
-        return self.request.take([self._position[node] for node in nodes])
-
-
-@dataclass(eq=False)
-class _Sent:
-    """A request on its way to a process."""
-
-    connection: Connection
-    request: Request
-    bytes_sent: int = 0
 
 
 class StreamCarrier(Carrier):
@@ -123,14 +67,14 @@ class StreamCarrier(Carrier):
         self._grid, self._group_id = grid, group_id
         self._tokens = Tokens()
         self._endpoint = Endpoint(self.options, self._tokens)
-        self._homes: dict[int, _Home] = {}
+        self._homes: dict[int, Home] = {}
         self._homeless: dict[int, str] = {}  # clients whose process ended, and why no other has them yet
         self._attaching: dict[int, str] = {}  # attach messages not known to have failed, by node
         self._refused: dict[int, Failure] = {}  # what came of those that have
         self._unread: set[str] = set()  # attach messages of clients that are in, whose replies are still to come
         self._number = 0
-        self._sent: dict[int, _Sent] = {}
-        self._exchange: _Exchange | None = None
+        self._sent: dict[int, Sent] = {}
+        self._exchange: Exchange | None = None
 
     @property
     def address(self) -> str:
@@ -267,13 +211,13 @@ class StreamCarrier(Carrier):
             moved = {node: self._homes[node].node_config for node, to in moves.items() if to is connection}
             frame = Frame({"kind": "adopt", "clients": [[node, dict(config)] for node, config in moved.items()]})
             if connection.send(partial(_same, frame)):
-                self._homes |= {node: _Home(connection, True, config) for node, config in moved.items()}
+                self._homes |= {node: Home(connection, True, config) for node, config in moved.items()}
 
     # --- exchanging --------------------------------------------------------------------------------------------------
     def exchange(self, request: Request, timeout: float) -> Reply:
         """Ask all nodes of a request and wait until all have answered or `timeout` is over."""
         self._check_stopped()
-        current = _Exchange(request, timeout)
+        current = Exchange(request, timeout)
         for node, failure in self.attach_new(request.nodes, timeout).items():
             current.fail([node], failure.kind, failure.detail)
         self._exchange = current
@@ -286,7 +230,7 @@ class StreamCarrier(Carrier):
             self._exchange = None
         return current.reply
 
-    def _wait(self, current: _Exchange) -> None:
+    def _wait(self, current: Exchange) -> None:
         look = _FIRST_LOOK
         while current.open_nodes():
             left = current.timeout - current.elapsed()
@@ -307,7 +251,7 @@ class StreamCarrier(Carrier):
                 current.fail([node], refused.kind, refused.detail)
                 self._attaching.pop(node, None)
 
-    def _give_up(self, current: _Exchange) -> None:
+    def _give_up(self, current: Exchange) -> None:
         """Answer for those that did not."""
         reason = f"no reply within {current.timeout:g} s: raise timeout, or see whether the client still runs"
         current.fail(current.open_nodes(), Kind.TIMEOUT, reason)
@@ -335,12 +279,12 @@ class StreamCarrier(Carrier):
         self._invite(invited)
         for connection, some in by_connection.items():
             self._number += 1
-            self._sent[self._number] = sent = _Sent(connection, current.part(some))
+            self._sent[self._number] = sent = Sent(connection, current.part(some))
             if not connection.send(self._job(self._number, sent, current)) and connection.closing is None:
                 del self._sent[self._number]
                 current.fail(some, Kind.UNREACHABLE, "its process reads nothing any more")
 
-    def _job(self, number: int, sent: _Sent, current: _Exchange) -> Job:
+    def _job(self, number: int, sent: Sent, current: Exchange) -> Job:
         """Return what makes the frame, in the thread that sends it, when those before it are out."""
 
         def make() -> Frame | None:
@@ -386,7 +330,7 @@ class StreamCarrier(Carrier):
 
     def _joined(self, event: Joined) -> None:
         node = event.node
-        self._homes[node] = _Home(event.connection, event.resident, event.node_config)
+        self._homes[node] = Home(event.connection, event.resident, event.node_config)
         self._homeless.pop(node, None)
         self._refused.pop(node, None)
         if self._exchange is not None and node in self._exchange.open_nodes():
