@@ -42,7 +42,8 @@ def train(folder: Path, beat: Callable[[], None]) -> None:
 
         def forward(self, half, inputs):
             (activations,) = super().forward(half, inputs)
-            activations.register_hook(lambda gradient: beat())
+            if activations.requires_grad:
+                activations.register_hook(lambda gradient: beat())
             return (activations,)
 
     def before_and_after(function):

@@ -119,6 +119,11 @@ class Validator:
                 except ProtocolError as error:
                     failures |= dict.fromkeys(part.nodes, error.failure())
                 continue
+            if leaf.kind is Kind.EACH:
+                for node, value in zip(part.nodes, leaf.value, strict=True):
+                    wrong = [_not_finite(path, t) for path, t in leaves_of(value, name) if not is_finite(t)]
+                    failures |= dict.fromkeys([node], wrong[0]) if wrong else {}
+                continue
             for path, tensor in leaves_of(leaf.value, name):
                 if is_finite(tensor):
                     continue
@@ -144,14 +149,18 @@ def _check_form(part: Part, stage: Stage, step: int | None) -> None:
 
 
 def _spec(part: Part, expected: Mapping[str, Any]) -> Spec:
-    found = []
+    found: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, leaf in part.outputs.items():
         if leaf.kind is Kind.SUM and name in expected:
             continue
-        values = leaf.value[:1] if leaf.kind is Kind.EACH else [leaf.value]
-        for value in values:
-            for path, tensor in leaves_of(value, name):
-                found.append((path, tensor.dtype, tuple(tensor.shape[leaf.kind is Kind.ROWS :])))
+        values = leaf.value if leaf.kind is Kind.EACH else [leaf.value]
+        each = {
+            tuple((path, t.dtype, tuple(t.shape[leaf.kind is Kind.ROWS :])) for path, t in leaves_of(value, name))
+            for value in values
+        }
+        if len(each) > 1:
+            raise ProtocolError(f"{name}: expected tensors alike for each of {len(values)} clients", FailureKind.SHAPE)
+        found += each.pop()
     return tuple(found)
 
 

@@ -28,7 +28,7 @@ def _shown(counts):
 def in_one_process(seeds):
     """Return how many faults there were, by kind."""
     import test_faults as chaos
-    from faulty import FakeTime, RecordingTrainer, assert_each_used_once
+    from faulty import FakeTime, RecordingRunner, assert_each_used_once
 
     from psl_flower.exchange import clients, messages
     from psl_flower.samplers.registry import SAMPLERS
@@ -38,7 +38,7 @@ def in_one_process(seeds):
     clock = FakeTime()
     for module in (messages, clients, run, tolerance):
         module.time = clock
-    strategy_module.SplitTrainer = RecordingTrainer
+    strategy_module.StepRunner = RecordingRunner
     injected, ignored, replans, runs = Counter(), Counter(), 0, 0
     for seed in seeds:
         for name in SAMPLERS:
@@ -47,7 +47,7 @@ def in_one_process(seeds):
                 strategy = chaos.make(**chaos.options_for(name), output_dir=folder, patience=100.0)
                 try:
                     chaos.start(strategy, grid, num_rounds=3)
-                    assert_each_used_once(RecordingTrainer.latest, chaos.K, 3)
+                    assert_each_used_once(RecordingRunner.latest, chaos.K, 3)
                     summary = json.loads((Path(folder) / "summary.json").read_text())
                     assert summary["refused"] == +grid.injected, (summary["refused"], grid.injected)
                     assert summary["ignored"] == +grid.ignorable, (summary["ignored"], grid.ignorable)

@@ -26,13 +26,14 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from process_grid import SPAWN, ProcessGrid
-from psl_flower.exchange.streams.frames import CHUNK_BYTES
 
 from psl_flower import SplitModel, split_client_app
+from psl_flower.exchange.frames import CHUNK_BYTES
 from psl_flower.exchange.streams import StreamCarrier
 from psl_flower.exchange.streams.endpoint import CHANNEL_OPTIONS
 from psl_flower.exchange.streams.security import SERVER_NAME, make_identity
-from psl_flower.protocol import ForwardRequest, Weights, WorkOrder
+from psl_flower.protocol import Orders, Request, Weights
+from psl_flower.tree import leaves
 
 SIZES = (64 * 2**10, 2 * 2**20, 16 * 2**20)
 
@@ -61,17 +62,16 @@ def measure(num_bytes, repeats):
     times = []
     with ProcessGrid(make_app, 2) as grid, StreamCarrier(grid) as carrier:
         for i in range(repeats):
-            weights = Weights({"client.p": torch.from_numpy(np.full((1, num_bytes // 4), i, np.float32))}, {}, f"v{i}")
-            requests = {
-                node: ForwardRequest(WorkOrder(client=k, seed=0, epoch=0, step=i, start=0, count=1), weights)
-                for k, node in enumerate(grid.get_node_ids())
-            }
+            p = torch.from_numpy(np.full((1, num_bytes // 4), i, np.float32))
+            orders = Orders(clients=np.arange(2), starts=np.zeros(2, int), counts=np.ones(2, int), step=i)
+            weights = {"head": Weights({"client.p": p}, {}, f"v{i}", "none")}
+            request = Request(stage="forward", nodes=tuple(grid.get_node_ids()), orders=orders, weights=weights)
             begin = time.perf_counter()
-            answers = carrier.exchange(requests, 60)
+            reply = carrier.exchange(request, 60)
             times.append(time.perf_counter() - begin)
-            for answer in answers.values():
-                assert answer.failure is None, answer.failure
-                assert float(answer.reply.tensors[0][0, -1]) == i
+            assert not reply.failures, reply.failures
+            for part in reply.parts:
+                assert float(leaves(part.outputs["activations"].value)[0][0, -1]) == i
     return times[repeats // 5 :]
 
 

@@ -13,13 +13,12 @@ import statistics
 
 import numpy as np
 import torch
-from psl_flower.exchange.streams.tensors import Packer, Unpacker
-from psl_flower.strategy.server_step import SplitTrainer
 
 from psl_flower.app.datasets import SPECS, load_arrays
 from psl_flower.app.images import ImageSet
 from psl_flower.app.models import build_model, default_cut
-from psl_flower.protocol import Activations, Gradients
+from psl_flower.exchange.tensors import Packer, Unpacker
+from psl_flower.server import LocalBackend
 from psl_flower.split import cut_model
 
 # dataset: (examples, epochs, batch size, learning rate)
@@ -52,9 +51,10 @@ def train(dataset, data_path, dtype, seed):
     used = rng.permutation(len(train_set))[:examples]
     model = build_model("cnn", in_channels=1, num_classes=10, seed=seed)
     halves = cut_model(model, default_cut("cnn"))
-    trainer = SplitTrainer(
-        halves.client,
-        halves.server,
+    client = halves.client
+    backend = LocalBackend(
+        {"head": client, "body": halves.server},
+        {"head": "client", "body": "server"},
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
         loss=torch.nn.functional.cross_entropy,
         device=torch.device("cpu"),
@@ -65,22 +65,21 @@ def train(dataset, data_path, dtype, seed):
     for _ in range(epochs):
         for rows in np.array_split(rng.permutation(used), -(-examples // batch_size)):
             inputs, labels = train_set.get_batch(rows)
-            trainer.client.train()
-            (sent,) = trainer.client(inputs)
+            client.train()
+            (sent,) = client(inputs)
             arrived, up = travel(sent, dtype)
-            outcome = trainer.forward_backward({0: Activations((arrived,), labels)}, seed=0)
-            (gradient,) = outcome.cut_gradients[0]
+            outcome = backend.part("body", seed=0).forward_backward((arrived,), labels)
+            (gradient,) = outcome.gradient
             back, down = travel(gradient, dtype)
-            found = torch.autograd.grad(sent, list(trainer.client.parameters()), back)
-            named = zip((name for name, _ in trainer.client.named_parameters()), found, strict=True)
-            trainer.client.zero_grad()
-            trainer.commit([Gradients(dict(named), ())])
+            found = torch.autograd.grad(sent, list(client.parameters()), back)
+            named = zip((name for name, _ in client.named_parameters()), found, strict=True)
+            backend.commit({"head": dict(named), "body": outcome.parameter_gradients})
             num_bytes += up + down
             some = gradient != 0
             nonzero += int(some.sum())
             lost += int((some & (back == 0)).sum())
             lost_unscaled += int((some & (unscaled(gradient, dtype) == 0)).sum())
-    parts, right = [trainer.client.eval(), trainer.server.eval()], 0
+    parts, right = [part.eval() for part in backend.parts.values()], 0
     with torch.no_grad():
         for rows in np.array_split(np.arange(len(test_set)), -(-len(test_set) // 500)):
             inputs, labels = test_set.get_batch(rows)

@@ -356,8 +356,8 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 
 
 class Shrunk(SplitClient):
-    def __init__(self, half, train, test=None, **options):
-        super().__init__(half, torch.utils.data.Subset(train, range(7)), test, **options)
+    def __init__(self, train, test=None, **options):
+        super().__init__(torch.utils.data.Subset(train.dataset, range(7)), test, **options)
 
 
 def test_clients_with_other_data_are_refused(tmp_path):
@@ -373,7 +373,7 @@ def test_measured_delays_are_remembered(tmp_path, caplog):
     caplog.set_level("INFO", "flwr.psl_flower")
     start(strategy, num_rounds=1)
     assert "Resumed in round 1, after step 6." in caplog.text  # steps whose deviation is not known yet count, too
-    replies = sum(len(client["quotas"]) for client in strategy._delays.state_dict()["clients"].values())
+    replies = sum(len(client["quotas"]) for client in strategy._stragglers.planned.state_dict()["clients"].values())
     assert replies == sum(line["clients"] for line in lines(tmp_path) if line["kind"] == "step")
 
 

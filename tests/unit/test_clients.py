@@ -149,7 +149,7 @@ def test_population_with_label_counts():
         (described(0, 3, counts={0: 4, 1: -1}), "must not be negative"),
         (described(0, 3, counts={MAX_CLASSES: 3}), f"labels must be below {MAX_CLASSES}, got {MAX_CLASSES}"),
         (Description(0, 4, 0, np.array([1, 1]), np.array([2, 2])), "labels must be unique"),
-        (described(0, 3, counts={0: 1, 1: 1}), "label counts add up to 2, num_examples is 3"),
+        (described(0, 3, counts={0: 1, 1: 1}), "label counts add up to 2, 3 examples can be read"),
         (described(0, 4, counts=dict.fromkeys(range(4), 2**62) | {5: 4}), "label counts add up to"),
     ],
 )

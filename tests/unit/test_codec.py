@@ -245,7 +245,10 @@ def test_sums_and_what_is_each_clients_come_out_as_they_went_in(way):
 def test_descriptions_come_out_as_they_went_in(labels, partition_id, way):
     labels = None if labels is None else np.array(labels, dtype=np.int64)
     counts = None if labels is None else labels * 2
-    described = Description(partition_id, 12, 4, labels, counts, "parallel", "head: stem")
+    unreadable = {3: "not a picture", 10**6: "empty"}
+    described = Description(
+        partition_id, 12, 4, labels, counts, left_out=unreadable, method="parallel", model="head: stem"
+    )
     received = answered("describe", Reply(descriptions={BIG: described, 7: described}), way)
     assert equal(received.descriptions, {BIG: described, 7: described})
     assert received.failures.keys() == {4}

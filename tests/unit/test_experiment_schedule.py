@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from psl_flower.client import SplitClient
 from psl_flower.experiments.draws import _as_torch_does, _draw_one_by_one, draw_all
@@ -9,19 +10,6 @@ from psl_flower.samplers import Population
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
 from psl_flower.stragglers import SlowFractionDelays
 from psl_flower.strategy.orders import Cursors
-
-
-class Labels:
-    """A client's data as far as drawing batches needs it."""
-
-    def __init__(self, targets):
-        self.targets = targets
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, index):
-        raise AssertionError("drawing reads no example")
 
 
 @pytest.fixture
@@ -42,10 +30,12 @@ def test_a_plan_is_filled_with_what_the_clients_draw(sampler, shared_data):
     population, shares, labels = shared_data
     plan = make_sampler(sampler, 16, 9).plan(population, 4)
     schedule = fill_plan(plan, shares, labels, seed=9, epoch=4)
-    clients = [SplitClient(torch.nn.Identity(), Labels(labels[share])) for share in shares]
+    clients = [
+        SplitClient(TensorDataset(torch.zeros(len(share), 1), torch.from_numpy(labels[share]))) for share in shares
+    ]
     cursors, drawn, counts = Cursors(plan.population.client_ids, seed=9, epoch=4), [], []
     for i, step in enumerate(plan):
-        drawn += [shares[o.client][clients[o.client].draw(o)] for o in cursors.orders(i, step)]
+        drawn += [shares[o.client][clients[o.client].draw(o)] for o in cursors.orders(i, step, {}).each()]
         cursors.advance(step)
         counts.append(np.bincount(labels[np.concatenate(drawn[-len(step.clients) :])], minlength=5))
     np.testing.assert_array_equal(schedule.rows, np.concatenate(drawn))

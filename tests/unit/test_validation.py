@@ -233,6 +233,42 @@ def test_stages_are_voted_on_apart():
         assert validator.check(each, request(each, {0: 2}), Reply([part]), {}).parts == [part]
 
 
+class Personal(SplitMethod):
+    name = "personal"
+    parts: ClassVar = {}
+
+    @stage(outputs={"own": EACH})
+    def tell(self, client, batch):
+        pass
+
+    step = evaluate = None
+
+
+def enter_each(*values):
+    parts = [Part(nodes, {"own": Leaf(EACH, list(each))}, 7) for nodes, each in values]
+    counts = {node: 1 for part in parts for node in part.nodes}
+    checked = Validator().check(Personal.tell.stage, request(Personal.tell.stage, counts), Reply(parts), {})
+    return {n: v for part in checked.parts for n, v in zip(part.nodes, part.outputs["own"].value, strict=True)}, (
+        checked.failures
+    )
+
+
+def test_what_is_each_clients_is_looked_at_one_by_one():
+    good, bad = {"a": torch.ones(2)}, {"a": torch.tensor([1.0, NAN])}
+    passed, failures = enter_each(((0,), [good]), ((4, 5, 6), [good, bad, good]))
+    assert list(passed) == [0, 4, 6]
+    assert failures == {
+        5: Failure(FailureKind.NOT_FINITE, "own['a']: expected finite values, got 1 NaN or infinite"),
+    }
+
+
+def test_what_is_each_clients_must_be_alike():
+    good, wide = (torch.ones(2),), (torch.ones(3),)
+    passed, failures = enter_each(((0, 1), [good, good]), ((2,), [wide]), ((3, 4), [good, wide]))
+    assert list(passed) == [0, 1]
+    assert {client: failure.kind for client, failure in failures.items()} == dict.fromkeys((2, 3, 4), FailureKind.SHAPE)
+
+
 # --- sums ------------------------------------------------------------------------------------------------------------
 PARAMETERS = {"head": {"a": torch.ones(2, 3), "b": torch.ones(4)}}
 GOOD = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
