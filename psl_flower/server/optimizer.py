@@ -24,6 +24,11 @@ _NEEDED = ("step", "zero_grad", "param_groups", "state_dict", "load_state_dict")
 _SHOWN = 5
 
 
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the default optimizer."""
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
 def make_optimizer(factory: Callable[[Any], Any], parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """Let a user's function make the optimizer, and check what it returns.
 

@@ -101,7 +101,7 @@ class EpochLedger:
             self._replan(available)
         return self._plan[self._next]
 
-    def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]]) -> Orders:
+    def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]] | None = None) -> Orders:
         """Return the work orders of a step, the `index`-th of the epoch to be committed."""
         return self._cursors.orders(index, step, left_out)
 

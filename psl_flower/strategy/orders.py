@@ -35,7 +35,7 @@ class Cursors:
         self.used = np.zeros(len(client_ids), dtype=np.int64)
         self.used_by_class = np.zeros((len(client_ids), 0), dtype=np.int64)
 
-    def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]]) -> Orders:
+    def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]] | None = None) -> Orders:
         """Return the work orders of step `index` of the epoch.
 
         Parameters

@@ -32,6 +32,7 @@ from psl_flower.monitor import round_values
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.server import LocalBackend, Loss, OptimizerFn, Scheduler, check_metrics, make_scheduler
+from psl_flower.server.optimizer import sgd
 from psl_flower.split import check_client_half, cut_model, signature
 from psl_flower.stragglers import DelayEstimator, DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
@@ -50,10 +51,6 @@ from psl_flower.strategy.summary import RunSummary
 log = logging.getLogger("flwr.psl_flower")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-
-
-def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.01)
 
 
 class ParallelSplitLearning(ExchangingStrategy):
@@ -134,7 +131,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         cut: str | None = None,
         method: str | SplitMethod = "parallel",
         sampler: Sampler | None = None,
-        optimizer: OptimizerFn = _sgd,
+        optimizer: OptimizerFn = sgd,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         loss: Loss = nn.functional.cross_entropy,
         classification: bool = True,

@@ -89,7 +89,7 @@ def _check_an_epoch(name, seed, loss, restore):
         labels = labels_of(rng, client_labels, came, cursors)
         ledger.done(came, labels)
         twin.done(came, labels)
-        for order in (o for o in orders if o.client in arrived):
+        for order in (o for o in orders.each() if o.client in arrived):
             assert order.start == cursors[order.client]
             used[order.client] += range(order.start, order.start + order.count)
             cursors[order.client] += order.count
