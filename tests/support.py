@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -238,8 +239,8 @@ def exactness_params(num_clients: Iterable[int]) -> list:
     some = exactness_cases(2, "messages")
     return [
         pytest.param(name, number, marks=() if name in some else pytest.mark.slow)
-        for number in num_clients
         for name in exactness_cases(2)
+        for number in num_clients
     ]
 
 
@@ -248,9 +249,14 @@ def sampler_for_20_steps(sampler_class: type[Sampler], num_clients: int) -> Samp
 
     None of its batches is tiny: batch norm over two or three examples amplifies rounding beyond any tolerance.
     """
+    return sampler_class(_batch_size_for_20_steps(sampler_class, num_clients), seed=3)
+
+
+@functools.cache  # some plan for a second, and many tests ask
+def _batch_size_for_20_steps(sampler_class: type[Sampler], num_clients: int) -> int:
     for batch_size in range(sum(client_sizes(num_clients)) // 8, 1, -1):
         sampler = sampler_class(batch_size, seed=3)
         plan = sampler.plan(population(num_clients, sampler), 0)
         if len(plan) >= 20 and plan.batch_sizes().min() >= 5:
-            return sampler
+            return batch_size
     raise ValueError(f"no batch size makes 20 steps of {sampler_class.__name__} with {num_clients} clients")
