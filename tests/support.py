@@ -232,13 +232,14 @@ def exactness_cases(num_clients: int, transport: str = "streams") -> dict[str, E
 def exactness_params(num_clients: Iterable[int]) -> list:
     """Return the (name, number of clients) of all cases, as parameters; what others tell as well is slow.
 
-    Each sampler with SGD, and one with all optimizers and dtypes, is enough: samplers know neither.
+    Each sampler with SGD, and one with all optimizers and dtypes, is enough: samplers know neither. Two clients show
+    what one and many do.
     """
     import pytest  # here: Flower apps import this module, too
 
     some = exactness_cases(2, "messages")
     return [
-        pytest.param(name, number, marks=() if name in some else pytest.mark.slow)
+        pytest.param(name, number, marks=() if name in some and number != 2 else pytest.mark.slow)
         for name in exactness_cases(2)
         for number in num_clients
     ]
