@@ -10,11 +10,33 @@ from leftovers import pytest_configure  # noqa: F401 (a hook)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# Files whose tests share a simulation or a deployment: pytest-xdist runs them in one process, all others one by one.
+TOGETHER = {
+    "test_chaos_flower.py": "simulation",
+    "test_exactness_simulation.py": "simulation",
+    "test_shutdown_flower.py": "simulation",
+    "test_deployment.py": "deployment",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """Return how many processes ``-n auto`` means: one a core, containers' quotas included, and memory for each."""
     from psl_flower.threads import available_cores
 
     return min(available_cores(), 4)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Return what hands tests to processes; pytest-xdist's own "loadgroup" does nothing with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return TOGETHER.get(nodeid.split("::")[0].split("/")[-1], nodeid)
+
+    return Together(config, log)
 
 
 def pytest_runtest_setup(item):
@@ -26,7 +48,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def superlink(tmp_path_factory):
-    """Return a SuperLink in simulation mode that is everybody's: tests that use it are of the group "simulation"."""
+    """Return a SuperLink in simulation mode that is everybody's; see TOGETHER."""
     from flower_runs import prepared  # imports torch, which reads the variable above
 
     from psl_flower.app.local import LocalSuperLink

@@ -29,7 +29,7 @@ def pytest_configure(config):
         return
     # tests' own folders stay where pytest keeps them, for whoever looks into a failure
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    folder = tempfile.mkdtemp(prefix="psl-tests-")  # short: the path of one of Ray's sockets has 107 characters at most
+    folder = tempfile.mkdtemp(prefix="psl-")  # short: the path of one of Ray's sockets has 107 characters at most
     mark = (
         f"PSL_TESTS_{os.getpid()}_{time.time_ns()}"  # a variable of its own: a pytest within a test is in two sessions
     )

@@ -13,7 +13,6 @@ K = 6
 
 
 @pytest.mark.flower
-@pytest.mark.xdist_group("simulation")
 @pytest.mark.parametrize(("transport", "deaths"), [pytest.param("messages", 0, marks=pytest.mark.slow), ("streams", 1)])
 def test_nothing_is_lost_and_nothing_used_twice(superlink, transport, deaths, tmp_path):
     output = superlink.run(

@@ -138,7 +138,6 @@ def test_the_end_says_where_the_results_are(tmp_path):
 
 
 @pytest.mark.flower
-@pytest.mark.xdist_group("simulation")
 def test_flwr_run_trains_on_the_simulation_as_in_one_process(superlink, tmp_path):
     choice = {"num_server_rounds": 1, "batch_size": 256, "partition": "severe"}
     run(tmp_path / "here", num_nodes=6, **choice)

@@ -10,7 +10,7 @@ from support import exactness_cases, largest_difference
 
 from psl_flower.app.deployment import LocalDeployment
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("deployment")]
+pytestmark = pytest.mark.flower
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from flower_runs import TESTS
 from safetensors.torch import load_file
 from support import exactness_cases, largest_difference
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("simulation")]
+pytestmark = pytest.mark.flower
 SOME = "messages/UniformGlobalSampler messages/AlignedSampler-sgd"  # whole batches, and quotas for each class
 
 

@@ -180,7 +180,7 @@ class Flaky(FaultyGrid):
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_chaos(name, seed, tmp_path):
     """Nothing hangs, nothing is lost, nothing is used twice, with any sampler."""
     grid = Flaky(seed)

@@ -50,7 +50,6 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-@pytest.mark.xdist_group("simulation")
 def test_killed_and_interrupted_a_run_ends_as_one_that_nothing_happened_to(superlink, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
@@ -72,7 +71,6 @@ def test_killed_and_interrupted_a_run_ends_as_one_that_nothing_happened_to(super
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("simulation")
 def test_failed_a_run_ends_as_one_that_nothing_happened_to(superlink, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
@@ -87,14 +85,12 @@ def test_failed_a_run_ends_as_one_that_nothing_happened_to(superlink, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("simulation")
 @pytest.mark.parametrize("transport", ["messages", "streams"])
 def test_flwr_stop_ends_a_simulation(superlink, transport, tmp_path):
     assert_stopped(superlink, tmp_path, K, transport, K)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deployment")
 def test_flwr_stop_and_signals_end_a_deployment(tmp_path):
     with prepared(LocalDeployment(tmp_path / "home", 2, tmp_path)) as link:
         assert_stopped(link, tmp_path, 2, "streams")

@@ -39,22 +39,22 @@ def make_app(trap):
     return split_client_app(tiny_resnet_64, cut=CUT, data_fn=functools.partial(load, trap))
 
 
-def train(grid, trap, at, timeout=60):
+def train(grid, trap, at, num_clients=CLIENTS):
     model = tiny_resnet(torch.float64)
-    case = ExactnessCase(sampler_for_20_steps(UniformGlobalSampler, CLIENTS), sgd, torch.float64, 1e-9)
+    case = ExactnessCase(sampler_for_20_steps(UniformGlobalSampler, num_clients), sgd, torch.float64, 1e-9)
     strategy = ParallelSplitLearning(
         model,
         cut=CUT,
         sampler=case.sampler,
         optimizer=lambda parameters: Trapped(parameters, trap, at),
-        min_available_nodes=CLIENTS,
+        min_available_nodes=num_clients,
         transport="streams",
         device="cpu",
         faults=FaultPolicy(patience=0.0),
     )
-    result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1, timeout=timeout)
+    result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=1, timeout=300)
     assert not trap.exists()  # it did go off
-    assert largest_difference(result.arrays.to_torch_state_dict(), case.reference(CLIENTS)) < case.tolerance
+    assert largest_difference(result.arrays.to_torch_state_dict(), case.reference(num_clients)) < case.tolerance
 
 
 def test_surviving_processes_take_over_the_clients_of_a_dead_one(tmp_path, caplog):
@@ -78,9 +78,9 @@ def test_without_a_survivor_the_run_ends_and_says_why(tmp_path):
 
 def test_in_a_deployment_the_client_is_attached_again(tmp_path):
     trap = Path(tmp_path / "trap")
-    with ProcessGrid(functools.partial(make_app, trap), CLIENTS) as grid:
-        train(grid, trap, at=[4])
-        assert len(grid.started) == CLIENTS + 1
+    with ProcessGrid(functools.partial(make_app, trap), 3) as grid:
+        train(grid, trap, at=[4], num_clients=3)
+        assert len(grid.started) == 3 + 1
         for each in grid.started:  # goodbye ends the others
             each.process.join(10)
         assert not any(each.process.is_alive() for each in grid.started)

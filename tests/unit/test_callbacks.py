@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from flower_runs import wait_until
 from flwr.app import ArrayRecord
 from support import load_partition
 
@@ -205,14 +206,20 @@ def test_wandb_writes_offline(tmp_path, monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records if record.name == "flwr.psl_flower"] == []
     (run,) = (tmp_path / "wandb" / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
-    found = logged(file)
+    # its service still writes when the run is finished here
+    wait_until(lambda: any(record.HasField("exit") for record in records_of(file)), 120, lambda: f"the end of {file}")
+    found = [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records_of(file)
+        if record.HasField("history")
+    ]
     assert [values["train_step/loss"] for values in found if "train_step/loss" in values] == [1.0, 1.0, 1.0]
     assert [v["step"] for v in found if "evaluate_metrics_serverapp/accuracy" in v] == [3, 3]
     assert [v.get("evaluate_metrics_clientapp/loss") for v in found if "round" in v] == [None, 0.4]
 
 
-def logged(path):
-    """Return what a file of wandb's own format holds, a dict a call of log.
+def records_of(path):
+    """Return the records of a file of wandb's own format, as far as it is written.
 
     A header of 7 bytes, then chunks of records as LevelDB's log has them: 4 bytes checksum, 2 bytes length, 1 byte that
     is 1 or 4 where a record ends.
@@ -220,15 +227,15 @@ def logged(path):
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, content, found = path.read_bytes(), 7, b"", []
-    while at + 7 < len(data):
+    while at + 7 <= len(data):
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        content += data[at + 7 : at + 7 + length]
-        at += 7 + length
+        begin, at = at + 7, at + 7 + length
+        if at > len(data):
+            break
+        content += data[begin:at]
         if kind in (1, 4):
-            record, content = Record.FromString(content), b""
-            if record.HasField("history"):
-                items = ((item.key or ".".join(item.nested_key), item.value_json) for item in record.history.item)
-                found.append({key: json.loads(value) for key, value in items})
+            found.append(Record.FromString(content))
+            content = b""
     return found
 
 

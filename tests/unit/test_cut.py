@@ -76,7 +76,7 @@ CUTS = [
     (models.resnet18, "layer2"),
     (models.resnet18, "layer2.0.downsample"),
     (models.resnet18, "fc"),
-    (models.resnet34, "layer3.4"),
+    pytest.param(models.resnet34, "layer3.4", marks=pytest.mark.slow),  # resnet18 has all it has, less often
     (models.mobilenet_v2, "features.1"),
     (models.mobilenet_v2, "features.9.conv.1"),
     (models.mobilenet_v2, "classifier"),
