@@ -11,13 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from psl_flower.errors import ConfigError
+from psl_flower.methods.context import EvaluationContext, RoundContext, StepContext
 from psl_flower.protocol import DESCRIBE, Kind
-
-if TYPE_CHECKING:  # for readers and type checkers: a method never makes one
-    from psl_flower.strategy.context import EvaluationContext, RoundContext, StepContext
 
 ROWS, SUM, EACH, SHARED = Kind.ROWS, Kind.SUM, Kind.EACH, Kind.SHARED
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from psl_flower.methods.base import CLIENT, ROWS, SERVER, SUM, SplitMethod, stage
-
-if TYPE_CHECKING:
-    from psl_flower.client.context import ClientContext
-    from psl_flower.strategy.context import EvaluationContext, StepContext
+from psl_flower.methods.context import ClientContext, EvaluationContext, StepContext
 
 
 class ParallelSplit(SplitMethod):

@@ -429,9 +429,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         log.info("Parallel split learning:")
         log.info("\t├── Sampler: %r", self.sampler)
         log.info("\t├── Cut: %s (%s parameters on the client, %s on the server)", self.cut, *(f"{n:,}" for n in sizes))
-        log.info("\t├── Transport: %s", self.transport)
-        log.info("\t├── Minimum available nodes: %d", self.min_available_nodes)
-        log.info("\t└── Device of the server half: %s", self._device)
+        log.info("\t├── Method: %s, transport: %s", self.method.name, self.transport)
+        log.info("\t└── Server half on: %s; at least %d nodes", self._device, self.min_available_nodes)
 
 
 def _evaluate_on_server(
