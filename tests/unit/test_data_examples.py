@@ -340,7 +340,7 @@ def test_rows_that_raise_are_found_with_their_errors_and_the_others_are_usable()
     with pytest.raises(BadRowsError, match="2 of the 23 examples of the training data cannot be used") as caught:
         examples.batch(ROWS)
     assert sorted(caught.value.rows) == [7, 22]
-    assert "test_examples.py:" in caught.value.rows[7]
+    assert "test_data_examples.py:" in caught.value.rows[7]
     assert "in row: OSError: cannot identify image file 'img_0007.png'" in caught.value.rows[7]
     assert "example 22: " in str(caught.value)
     assert same(examples.batch([3]).inputs, X[[3]])
@@ -383,7 +383,7 @@ def test_what_fails_for_all_rows_is_a_mistake_of_the_dataset():
         return {}["missing"]
 
     for rows in (ROWS, [7]):
-        with pytest.raises(ConfigError, match=r"training data cannot be read: test_examples.py:\d+ in row: KeyError"):
+        with pytest.raises(ConfigError, match=r"training data cannot be read: test_data_ex.*py:\d+ in row: KeyError"):
             Examples(Rows(row)).batch(rows)
     with pytest.raises(ConfigError, match=r"every example .* unusable: inputs holds NaN"):
         Examples(TensorDataset(X * float("nan"), Y)).batch([7])
@@ -396,7 +396,7 @@ def test_what_fails_only_for_several_rows_is_no_bad_row():
                 raise ValueError("one at a time")
             return super().__getitems__(indices)
 
-    with pytest.raises(ConfigError, match=r"cannot be read: test_examples.py:\d+ in __getitems__: ValueError: one at"):
+    with pytest.raises(ConfigError, match=r"cannot be read: test_data_examples.py:\d+ in __getitems__: ValueError"):
         Examples(Fetches()).batch(ROWS)
 
 
