@@ -1,11 +1,9 @@
 """A process's answers to requests: for all its clients of a step at once, where that is what each by itself would do.
 
 All clients of a step have the same weights, so a pass over all their rows computes what a pass for each would, a
-hundred
-times faster on a step of a hundred clients. It does so only if the model's part treats each example by itself, which
-is a
-rule here, and draws no random numbers, which would be each client's own. Neither is guessed from the layers: the first
-pass is compared with a pass over a single row, and torch's generator is looked at after every pass.
+hundred times faster on a step of a hundred clients. It does so only if the model's part treats each example by itself,
+which is a rule here, and draws no random numbers, which would be each client's own. Neither is guessed from the layers:
+the first pass is compared with a pass over a single row, and torch's generator is looked at after every pass.
 """
 
 from __future__ import annotations

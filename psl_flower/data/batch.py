@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ class Batch:
     inputs: Tree
     target: Tree | None
     size: int
+
+    def __iter__(self) -> Iterator[Tree]:
+        """Yield inputs and target: ``x, y = batch``."""
+        yield self.inputs
+        yield self.target
 
 
 def checksum(batch: Batch) -> int:

@@ -61,6 +61,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getitem__(self, index: int) -> Any:
+        """Return a row as the dataset has it."""
+        return self.dataset[index]
+
     # --- batches -----------------------------------------------------------------------------------------------------
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Return the examples at `indices`, at least one.

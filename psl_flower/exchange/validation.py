@@ -35,9 +35,8 @@ class Validator:
     """Checks replies against what was asked for; learns what crosses the cuts.
 
     The server cannot know the shape of the rows beforehand: it is what most clients have sent. Every client has one
-    vote
-    a stage, what it sent last; a draw changes nothing, at first the lowest id decides it. So a bad reply to the very
-    first request, which may be the only one, shuts nobody out for longer than a step.
+    vote a stage, what it sent last; a draw changes nothing, at first the lowest id decides it. So a bad reply to the
+    very first request, which may be the only one, shuts nobody out for longer than a step.
     """
 
     def __init__(self) -> None:

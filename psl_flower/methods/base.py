@@ -1,9 +1,8 @@
 """What a way of splitting is: both ends of a step, on one page.
 
 A method says which parts the model has and where each lives, what the clients do (its *stages*) and what the server
-does
-in a step. It knows of no transport and no Flower; membership, plans, transactions, carriers, checkpoints and records
-know of no method. See ``docs/architecture.md`` for how to add one.
+does in a step. It knows of no transport and no Flower; membership, plans, transactions, carriers, checkpoints and
+records know of no method. See ``docs/architecture.md`` for how to add one.
 """
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ class ServerPart:
             shown = ", ".join(
                 f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape[1:])}" for t in tree.leaves(inputs)
             )
-            theirs = ", ".join(str(tuple(t.shape)) for t in tree.leaves(labels))
+            theirs = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tree.leaves(labels))
             raise StepError(
                 f"the server half or the loss failed on {rows} rows of activations {shown} with labels {theirs}: "
                 f"{where(exc)}"

@@ -40,6 +40,8 @@ class Evaluator:
         Told what went wrong.
     tolerate : bool
         Whether to go on without clients that fail, as long as there are others.
+    mistakes : str
+        What to do about mistakes, see `FaultPolicy`.
     metrics : dict, optional
         The user's own, see `psl_flower.server.Scores`.
     """
@@ -56,11 +58,12 @@ class Evaluator:
         evaluate_config: Config,
         summary: RunSummary,
         tolerate: bool = False,
+        mistakes: str = "retry",
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
         self._method, self._backend, self._clients = method, backend, clients
         self._batch_size, self._summary, self._tolerate = batch_size, summary, tolerate
-        self._metrics = metrics
+        self._metrics, self._mistakes = metrics, mistakes
         self._left_out: dict[int, tuple[int, ...]] = {}  # test examples that a client cannot read
         self._asking = Asking(
             exchange=lambda request: clients.exchange(request, timeout),
@@ -100,6 +103,12 @@ class Evaluator:
                 if left[client] <= 0:
                     del left[client]
             self._summary.refuse_in_evaluation(failures)
+            mistakes = {client: f for client, f in failures.items() if f.kind.is_mistake}
+            if mistakes and self._mistakes == "stop":
+                raise StepError(f"a mistake of {len(mistakes)} of {len(counts)} clients", mistakes)
+            if mistakes and self._mistakes == "exclude":
+                self._clients.excluded |= mistakes.keys()
+                self._summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
             if failures and (not self._tolerate or not (outcome or examples)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
             for client, why in failures.items():

@@ -303,6 +303,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     evaluate_config=dict(evaluate_config or {}),
                     summary=summary,
                     tolerate=policy.tolerate,
+                    mistakes=policy.mistakes or "stop",
                     metrics=self._metrics,
                 ),
                 scheduler=scheduler,
