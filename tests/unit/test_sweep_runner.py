@@ -47,8 +47,10 @@ class Broken(UniformGlobalSampler):
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "killer_for_a_test.py").write_text(KILLER)
+    monkeypatch.syspath_prepend(
+        tmp_path
+    )  # now that the file is there: Python may list the folder at once, and only then
     path = tmp_path / "sweep.toml"
     path.write_text(SWEEP)
     return str(path)
