@@ -116,10 +116,11 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
         ('bad = { cut = "stage9" }', "cut 'stage9'"),
     ],
 )
-def test_what_any_training_would_refuse_ends_the_command_before_the_first(tmp_path, capsys, methods, message):
-    path, folder = tmp_path / "sweep.toml", tmp_path / "out"
-    path.write_text(f"{SWEEP}{methods}\n")
-    assert main(["run", str(path), "--out", str(folder)]) == 2
+def test_what_any_training_would_refuse_ends_the_command_before_the_first(sweep, tmp_path, capsys, methods, message):
+    folder = tmp_path / "out"
+    with open(sweep, "a") as file:
+        file.write(f"{methods}\n")
+    assert main(["run", sweep, "--out", str(folder)]) == 2
     assert f"bad, num-clients 2, seed 0: {message}" in capsys.readouterr().err.splitlines()[-1]
     assert not folder.exists()
 
