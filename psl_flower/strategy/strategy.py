@@ -69,8 +69,11 @@ class ParallelSplitLearning(Strategy):
         The whole model; copied, not changed. Its weights do not matter: `start` is given them.
     cut : str, optional
         Qualified name of the first server-side submodule. None for a `SplitModel`.
-    method : str or SplitMethod
-        The way of splitting, see `psl_flower.methods`; the clients need the same.
+    tail : str, optional
+        Qualified name of the first submodule that is back on the clients, for a U shape: labels and loss stay there.
+    method : str or SplitMethod, optional
+        The way of splitting, see `psl_flower.methods`; the clients need the same. Default: "parallel", or with a
+        `tail` "u-shaped".
     sampler : Sampler, optional
         Decides the quotas. Default: ``UniformGlobalSampler(batch_size=128)``.
     optimizer : callable, optional
@@ -79,7 +82,7 @@ class ParallelSplitLearning(Strategy):
     scheduler : callable, optional
         Takes the optimizer and returns a torch learning-rate scheduler, stepped after every round.
     loss : callable
-        Takes (outputs, labels) and returns the mean over the batch.
+        Takes (outputs, labels) and returns the mean over the batch. Where labels stay with the clients, so does it.
     classification : bool
         Whether labels are class indices, as for cross-entropy: they are checked, and accuracy and batch deviation are
         computed. Pass False for any other loss.
@@ -131,7 +134,8 @@ class ParallelSplitLearning(Strategy):
         model: nn.Module,
         *,
         cut: str | None = None,
-        method: str | SplitMethod = "parallel",
+        tail: str | None = None,
+        method: str | SplitMethod | None = None,
         sampler: Sampler | None = None,
         optimizer: OptimizerFn = _sgd,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
@@ -161,7 +165,7 @@ class ParallelSplitLearning(Strategy):
             if not callable(function):
                 raise ConfigError(f"{name} must be callable, got {function!r:.80}")
         self.sampler = sampler or UniformGlobalSampler(batch_size=128)
-        self.cut, self.method = cut, make_method(method)
+        self.cut, self.tail, self.method = cut, tail, make_method(method, tail)
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
@@ -189,8 +193,11 @@ class ParallelSplitLearning(Strategy):
         CallbackGroup(self._callbacks)  # refuses what is none
         self._output_dir = output_dir
         self._run_config = dict(run_config or {})
-        self._halves = cut_model(model, cut)
-        check_client_half(self._halves.client)
+        self._check_labels_stay()
+        self._halves = cut_model(model, cut, tail)
+        self.method.assign(self._halves.parts)  # refuses another number of them
+        for part in self._client_parts():
+            check_client_half(part)
         self._template = {name: t.detach().clone() for name, t in model.state_dict().items()}
         self._parameter_order = [name for name, _ in model.named_parameters()]
 
@@ -372,12 +379,30 @@ class ParallelSplitLearning(Strategy):
         return dict(metrics)
 
     # --- its parts ---------------------------------------------------------------------------------------------------
+    def _client_parts(self) -> list[nn.Module]:
+        parts = self.method.assign(self._halves.parts)
+        return [parts[name] for name in self.method.client_parts()]
+
+    def _check_labels_stay(self) -> None:
+        """Refuse what needs labels on the server where the method leaves them with the clients."""
+        if self.method.sends_labels():
+            return
+        stay = f"with method {self.method.name!r} labels and loss stay with the clients"
+        if self._loss is not nn.functional.cross_entropy or not self._classification:
+            raise ConfigError(f"{stay}: give loss and classification to split_client_app instead")
+        if self._metrics:
+            raise ConfigError(f"{stay}: the server cannot compute metrics of outputs and labels, leave metrics out")
+        if self.sampler.needs_label_counts:
+            raise ConfigError(
+                f"{stay}, but {type(self.sampler).__name__} plans by class: use a sampler that needs no label counts"
+            )
+
     def _backend(self, state: Mapping[str, torch.Tensor]) -> LocalBackend:
-        client, server = copy.deepcopy((self._halves.client, self._halves.server))  # `start` may be called again
-        for half in (client, server):
-            half.load_state_dict({name: state[name] for name in half.state_dict()})
+        parts = self.method.assign(copy.deepcopy(self._halves.parts))  # `start` may be called again
+        for part in parts.values():
+            part.load_state_dict({name: state[name] for name in part.state_dict()})
         return LocalBackend(
-            dict(zip(self.method.parts, (client, server), strict=True)),
+            parts,
             self.method.parts,
             optimizer=self._optimizer,
             loss=self._loss,
@@ -403,6 +428,7 @@ class ParallelSplitLearning(Strategy):
         return {
             "num_rounds": num_rounds,
             "cut": self.cut,
+            "tail": self.tail,
             "method": self.method.name,
             "sampler": self.sampler,
             "loss": self._loss,
@@ -424,7 +450,9 @@ class ParallelSplitLearning(Strategy):
 
     def summary(self) -> None:
         """Log the strategy's configuration."""
-        sizes = [sum(p.numel() for p in half.parameters()) for half in (self._halves.client, self._halves.server)]
+        everything = {p for part in self._halves.parts for p in part.parameters()}
+        on_clients = {p for part in self._client_parts() for p in part.parameters()}
+        sizes = [sum(p.numel() for p in some) for some in (on_clients, everything - on_clients)]
         log.info("Parallel split learning:")
         log.info("\t├── Sampler: %r", self.sampler)
         log.info("\t├── Cut: %s (%s parameters on the client, %s on the server)", self.cut, *(f"{n:,}" for n in sizes))
