@@ -9,8 +9,10 @@ from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from torch.nn.functional import cross_entropy
 
 from psl_flower.client.client import SplitClient
+from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client
 from psl_flower.client.runtime import answer
@@ -21,18 +23,22 @@ from psl_flower.exchange.codec import decode_request, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.protocol import ATTACH, DESCRIBE, Config
+from psl_flower.server import Loss
 
 
 def split_client_app(
     model_fn: Callable[..., Any],
     *,
     cut: str | Callable[..., str] | None = None,
+    tail: str | None = None,
     data_fn: Callable[..., Any],
     target: str = "label",
     collate_fn: Callable[[list[Any]], Any] | None = None,
     device: str = "auto",
     client_class: Callable[..., SplitClient] = SplitClient,
-    method: str | SplitMethod = "parallel",
+    method: str | SplitMethod | None = None,
+    loss: Loss = cross_entropy,
+    classification: bool = True,
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -46,6 +52,8 @@ def split_client_app(
     cut : str or callable, optional
         Qualified name of the first server-side submodule, the server's; ``cut(context)``, if it is callable. None for a
         `SplitModel`.
+    tail : str, optional
+        Qualified name of the first submodule that is back on the client, the server's, for a U shape.
     data_fn : callable
         ``data_fn(context)`` or ``data_fn(context, config)`` returns the client's training data, or a pair (training
         data, test data): map-style datasets, tensors (x, y), or data loaders, whose dataset and collate_fn are used.
@@ -58,8 +66,11 @@ def split_client_app(
         "auto" (the first GPU if there is one) or a torch device.
     client_class : callable
         A subclass of `SplitClient`, to make batches or run the forward pass another way.
-    method : str or SplitMethod
-        The way of splitting; the clients answer its stages and no others.
+    method : str or SplitMethod, optional
+        The way of splitting; the clients answer its stages and no others. Default: "parallel", or with a `tail`
+        "u-shaped".
+    loss, classification
+        As in `ParallelSplitLearning`, for methods that leave labels and loss with the clients; others do not use them.
     mods : list, optional
         Flower mods around every handler.
 
@@ -69,11 +80,23 @@ def split_client_app(
         With handlers for ``query.describe``, for each stage of the method (``train.forward``, ``evaluate.forward``,
         ...), and for ``train.attach``, which opens a stream that carries the same requests.
     """
-    for function, name in ((model_fn, "model_fn"), (data_fn, "data_fn"), (client_class, "client_class")):
+    functions: dict[str, Any] = {"model_fn": model_fn, "data_fn": data_fn, "client_class": client_class, "loss": loss}
+    for name, function in functions.items():
         if not callable(function):
             raise ConfigError(f"{name} must be callable, got {function!r:.80}")
     check_data_fn(data_fn)
-    recipe = ClientRecipe(model_fn, cut, data_fn, str(device), client_class, make_method(method), target, collate_fn)
+    recipe = ClientRecipe(
+        model_fn,
+        cut,
+        tail,
+        data_fn,
+        str(device),
+        client_class,
+        make_method(method, tail),
+        target,
+        collate_fn,
+        LossFn(loss, classification),
+    )
     app = ClientApp()
 
     # The handlers hold nothing but the recipe (see Note [Process state] in process.py).

@@ -10,33 +10,98 @@ from torch import Tensor
 
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
-from psl_flower.client.part import ClientPart, parameter_gradients
+from psl_flower.client.part import ClientPart, LossFn, parameter_gradients
 from psl_flower.data.batch import Batch
+from psl_flower.errors import ConfigError
 from psl_flower.protocol import Orders
+from psl_flower.server import WeightedLoss
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 
 
 class BoundPart:
-    """A part of the model with the weights of the step, as stages call it."""
+    """A part of the model with the weights of the step, as stages call it.
 
-    def __init__(self, part: ClientPart, client: SplitClient, *, training: bool) -> None:
-        self._part, self._client, self._training = part, client, training
+    Parameters
+    ----------
+    part : ClientPart
+    training : bool
+    client : SplitClient, optional
+        Runs the part, if it is the one that takes a batch's inputs.
+    loss : LossFn, optional
+    """
+
+    def __init__(
+        self, part: ClientPart, *, training: bool, client: SplitClient | None = None, loss: LossFn | None = None
+    ) -> None:
+        self._part, self._client, self._training, self._loss = part, client, training, loss
 
     def __call__(self, inputs: Tree) -> Tree:
-        """Run the part on a batch, in training or evaluation mode as the request has it."""
+        """Run the part on a batch, in training or evaluation mode as the request has it.
+
+        The model's first part takes a batch's inputs; another what crosses a cut, one argument an entry of a tuple.
+        """
+        return tree.as_tree(self._run(inputs), f"what the {self._part.name} returns")
+
+    def _run(self, inputs: Tree) -> Any:
+        moved = tree.to_device(inputs, self._part.device)
         with self._part.running(training=self._training) as module:
-            outputs = self._client.forward(module, tree.to_device(inputs, self._part.device))
-        return tree.as_tree(outputs, f"what the {self._part.name} returns")
+            if self._client is not None:
+                return self._client.forward(module, moved)
+            return module(*moved) if isinstance(moved, tuple) else module(moved)
+
+    def loss(self, inputs: Tree, target: Tree) -> WeightedLoss:
+        """Run the model's last part, and return the loss of its outputs: the mean, and what it is the mean over."""
+        if self._loss is None:
+            raise ConfigError(f"the loss of the {self._part.name} is not known on this client")
+        outputs = self._run(inputs)
+        with torch.set_grad_enabled(self._training):
+            return self._loss(outputs, target, tree.rows(target, "target"), self._part.device)
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
         """The trainable parameters, by whole-model name."""
         return self._part.parameters
 
-    def gradients(self, outputs: Tree, gradients: Tree) -> dict[str, Tensor | None]:
-        """Return the parameter gradients, given those of the outputs; None for parameters that took no part."""
-        return parameter_gradients(self._part.parameters, outputs, gradients)
+    def backward(self, loss: WeightedLoss, share: float, inputs: Tree) -> tuple[Tree, dict[str, Tensor | None]]:
+        """Back-propagate a share of a loss; return the gradients of the part's inputs, and of its parameters.
+
+        Where nothing counts in the loss, those of the inputs are zero.
+
+        Parameters
+        ----------
+        loss : WeightedLoss
+            Of `loss`.
+        share : float
+            What its mean is multiplied with.
+        inputs : tree
+            Leaves that went into it.
+        """
+        if not loss.weight:
+            return tree.map_leaves(torch.zeros_like, inputs), dict.fromkeys(self.parameters)
+        roots = [leaf for leaf in tree.leaves(inputs) if leaf.requires_grad]
+        wanted = [*roots, *self.parameters.values()]
+        found = torch.autograd.grad(loss.mean, wanted, torch.full_like(loss.mean, share), allow_unused=True)
+        moved = [None if gradient is None else gradient.cpu() for gradient in found]
+        of_roots, of_parameters = iter(moved[: len(roots)]), moved[len(roots) :]
+        return (
+            tree.map_leaves(lambda leaf: next(of_roots) if leaf.requires_grad else None, inputs),
+            dict(zip(self.parameters, of_parameters, strict=True)),
+        )
+
+    def gradients(self, outputs: Tree, gradients: Tree, *, again: bool = False) -> dict[str, Tensor | None]:
+        """Return the parameter gradients, given those of the outputs; None for parameters that took no part.
+
+        Parameters
+        ----------
+        outputs : tree
+            Attached to their graph.
+        gradients : tree
+            Of the same form; None for what has none.
+        again : bool
+            Whether another stage goes back through the same graph.
+        """
+        return parameter_gradients(self._part.parameters, outputs, gradients, again=again)
 
 
 class ClientContext:
@@ -51,17 +116,29 @@ class ClientContext:
     counts : (A,) int64
         Examples of each client.
     training : bool
+    batch : Batch
+        Of all of them, in their order.
     """
 
     def __init__(
-        self, clients: Sequence[SplitClient], parts: Mapping[str, ClientPart], orders: Orders, batch: Batch
+        self,
+        clients: Sequence[SplitClient],
+        parts: Mapping[str, ClientPart],
+        orders: Orders,
+        batch: Batch,
+        loss: LossFn | None = None,
     ) -> None:
-        self._parts = {name: BoundPart(part, clients[0], training=not orders.test) for name, part in parts.items()}
+        first = next(iter(parts))
+        self._parts = {
+            name: BoundPart(part, training=not orders.test, client=clients[0] if name == first else None, loss=loss)
+            for name, part in parts.items()
+        }
         self.kept: dict[str, Any] = {}
         self.counts: IntArray = orders.counts
         self.training = not orders.test
         self.batch = batch
         self.checksums: IntArray | None = None
+        self.done: set[str] = set()  # stages of the step
 
     def __getattr__(self, name: str) -> BoundPart:
         parts = self.__dict__.get("_parts", {})

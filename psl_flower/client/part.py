@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from psl_flower import tree
 from psl_flower.errors import ConfigError
 from psl_flower.protocol import Weights
+from psl_flower.server import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.tree import Tree
 
 Forward = Callable[[Callable[..., Tree], Any], Tree]
@@ -114,7 +116,30 @@ class ClientPart:
                 )
 
 
-def parameter_gradients(parameters: Mapping[str, Tensor], outputs: Tree, gradients: Tree) -> dict[str, Tensor | None]:
+@dataclass(frozen=True)
+class LossFn:
+    """A user's loss, where it is computed on the clients.
+
+    Parameters
+    ----------
+    function : callable
+        Takes (outputs, target) and returns the mean over the batch.
+    classification : bool
+        Whether targets are class indices.
+    """
+
+    function: Loss
+    classification: bool
+
+    def __call__(self, outputs: Any, target: Tree, rows: int, device: torch.device) -> WeightedLoss:
+        """Return the loss of the last part's outputs; see `weighted` for errors."""
+        labels = loss_target(target, device, classify=self.classification)
+        return weighted(self.function, outputs, labels, rows, classify=self.classification)
+
+
+def parameter_gradients(
+    parameters: Mapping[str, Tensor], outputs: Tree, gradients: Tree, *, again: bool = False
+) -> dict[str, Tensor | None]:
     """Return the gradients of parameters, given those of what they went into.
 
     Parameters
@@ -125,6 +150,8 @@ def parameter_gradients(parameters: Mapping[str, Tensor], outputs: Tree, gradien
         Attached to the graph.
     gradients : tree
         Of the same form; None for tensors that have none.
+    again : bool
+        Whether the graph is needed again.
 
     Returns
     -------
@@ -153,5 +180,5 @@ def parameter_gradients(parameters: Mapping[str, Tensor], outputs: Tree, gradien
         raise ConfigError(f"gradients of what did not cross the cut: {', '.join(given)[:200]}")
     if not roots or not parameters:
         return dict.fromkeys(parameters)
-    found = torch.autograd.grad(roots, list(parameters.values()), weights, allow_unused=True)
+    found = torch.autograd.grad(roots, list(parameters.values()), weights, retain_graph=again, allow_unused=True)
     return {name: None if g is None else g.cpu() for name, g in zip(parameters, found, strict=True)}

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
-from psl_flower.client.part import ClientPart
+from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.exchange.codec import WeightStore
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
@@ -64,6 +64,7 @@ class RunState:
     def __init__(self) -> None:
         self.parts: dict[str, ClientPart] | None = None
         self.signature = ""
+        self.loss: LossFn | None = None
         self.clients: dict[Hashable, SplitClient] = {}
         self.contexts = ContextCache(MAX_GRAPH_BYTES)
         self.weights = WeightStore()

@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Context
 
 from psl_flower.client.client import SplitClient
-from psl_flower.client.part import ClientPart
+from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.client.process import RunState
 from psl_flower.data import open_data
 from psl_flower.devices import pick_device
@@ -27,12 +27,14 @@ class ClientRecipe:
 
     model_fn: Callable[..., Any]
     cut: str | Callable[..., str] | None
+    tail: str | None
     data_fn: Callable[..., Any]
     device: str
     client_class: Callable[..., SplitClient]
     method: SplitMethod
-    target: str = "label"
-    collate_fn: Callable[[list[Any]], Any] | None = None
+    target: str
+    collate_fn: Callable[[list[Any]], Any] | None
+    loss: LossFn
 
 
 def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
@@ -41,11 +43,14 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
     if key not in state.clients:
         if state.parts is None:
             cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
-            halves = cut_model(_call(recipe.model_fn, context=context), cut)
-            half = halves.client
-            check_client_half(half)
-            state.signature = json.dumps(signature(halves))
-            state.parts = {"head": ClientPart("head", half, pick_device(recipe.device))}
+            halves = cut_model(_call(recipe.model_fn, context=context), cut, recipe.tail)
+            parts = recipe.method.assign(halves.parts)
+            mine = {name: parts[name] for name in recipe.method.client_parts()}
+            for part in mine.values():
+                check_client_half(part)
+            device = pick_device(recipe.device)
+            state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
+            state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
         data = _call(recipe.data_fn, context=context, config=config)
         train, test = open_data(data, target=recipe.target, collate_fn=recipe.collate_fn)
         partition = context.node_config.get("partition-id")

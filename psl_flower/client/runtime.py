@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,7 @@ def _answer(
     if request.stage == DESCRIBE:
         for node, client in zip(request.nodes, clients, strict=True):
             try:
+                _check_classes(method, by_class=request.label_counts)
                 reply.descriptions[node] = client.describe(
                     label_counts=request.label_counts, method=method.name, model=state.signature
                 )
@@ -118,9 +121,19 @@ def _stage(method: SplitMethod, request: Request) -> Stage:
     kinds = {name: leaf.kind for name, leaf in request.inputs.items()}
     if kinds != dict(stage.inputs):
         raise ProtocolError(f"stage {stage.name!r} takes {dict(stage.inputs)}, got {kinds}")
+    _check_classes(method, by_class=request.orders is not None and request.orders.class_counts is not None)
     if missing := set(method.client_parts()) - request.weights.keys():
         raise ProtocolError(f"stage {stage.name!r} needs the weights of {', '.join(sorted(missing))}")
     return stage
+
+
+def _check_classes(method: SplitMethod, *, by_class: bool) -> None:
+    """Refuse what would tell the server labels where the method leaves them with the client."""
+    if by_class and not method.sends_labels():
+        raise ProtocolError(
+            f"this client was built for method {method.name!r}, with which labels stay here: it tells nothing by "
+            "class, use a sampler that needs no label counts"
+        )
 
 
 def _together(work: _Work, request: Request, clients: Sequence[SplitClient]) -> Part | None:
@@ -160,8 +173,9 @@ class _Work:
         else:
             # absent if the stage before was done in another process, which is gone, or for another set of clients
             context = self.state.contexts.pop(key) or self._again(self.stage.after, orders, clients)
-            outputs = self.stage.function(self.method, context, **inputs)
-        if self._goes_on():
+            outputs = self._go_on(context, orders, clients, inputs)
+        context.done.add(self.stage.name)
+        if self._goes_on(context):
             self.state.contexts.put(key, context)
         leaves = self._leaves(outputs, orders)
         if (
@@ -176,8 +190,30 @@ class _Work:
         assert self.state.parts is not None
         return self.state.parts
 
-    def _goes_on(self) -> bool:
-        return any(other.after == self.stage.name for other in self.method.stages().values())
+    def _goes_on(self, context: ClientContext) -> bool:
+        stages = self.method.stages().values()
+        return any(other.after in context.done and other.name not in context.done for other in stages)
+
+    def _go_on(
+        self, context: ClientContext, orders: Orders, clients: Sequence[SplitClient], inputs: Mapping[str, Any]
+    ) -> Mapping[str, Tree]:
+        """Do a stage that goes on after another; each has random numbers of its own."""
+        device = next(iter(self._parts().values())).device
+        seed = zlib.crc32(self.stage.name.encode())
+        with seeded(0, device):
+            if len(clients) == 1:
+                reseed(next(orders.each()).step_seed() ^ seed, device)
+                return self.stage.function(self.method, context, **inputs)
+            return self._without_random(device, partial(self.stage.function, self.method, context, **inputs))
+
+    def _without_random(self, device: torch.device, run: Callable[[], Mapping[str, Tree]]) -> Mapping[str, Tree]:
+        """Run something for several clients as one, unless it draws random numbers."""
+        reseed(0, device)
+        before = random_state(device)
+        outputs = run()
+        if not torch.equal(before, random_state(device)):
+            raise CannotJoinError("the client half draws random numbers, which are each client's own", lasting=True)
+        return outputs
 
     def _begin(
         self, stage: Stage, orders: Orders, clients: Sequence[SplitClient], inputs: Mapping[str, Any]
@@ -189,7 +225,7 @@ class _Work:
             for client, order in zip(clients, orders.each(), strict=True):
                 reseed(order.step_seed(), device)
                 batches.append(client.draw_batch(order))
-            context = ClientContext(clients, self._parts(), orders, _join(batches))
+            context = ClientContext(clients, self._parts(), orders, _join(batches), self.state.loss)
             self._check_rows_alone(clients[0], context)
             if orders.checksums is None:
                 context.checksums = np.array([checksum(batch) for batch in batches])
@@ -200,12 +236,8 @@ class _Work:
                 return context, stage.function(self.method, context, context.batch, **inputs)
             if any(type(client).forward is not SplitClient.forward for client in clients):
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
-            reseed(0, device)
-            before = random_state(device)
-            outputs = stage.function(self.method, context, context.batch, **inputs)
-            if not torch.equal(before, random_state(device)):
-                raise CannotJoinError("the client half draws random numbers, which are each client's own", lasting=True)
-        return context, outputs
+            run = partial(stage.function, self.method, context, context.batch, **inputs)
+            return context, self._without_random(device, run)
 
     def _check_rows_alone(self, client: SplitClient, context: ClientContext) -> None:
         """Refuse a model whose first part does not treat each example by itself, as soon as a batch can show it."""
@@ -227,10 +259,8 @@ class _Work:
 
     def _again(self, after: str, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
         """Do the stage again that this one goes on from."""
-        before = self.method.stages()[after]
-        if before.after is not None or before.inputs:
-            raise CannotJoinError(f"stage {after!r} is not known in this process any more", lasting=False)
-        context, _ = self._begin(before, orders, clients, {})
+        context, _ = self._begin(self.method.stages()[after], orders, clients, {})
+        context.done.add(after)
         return context
 
     def _leaves(self, outputs: Mapping[str, Tree], orders: Orders) -> dict[str, Leaf]:
@@ -238,7 +268,8 @@ class _Work:
             raise ConfigError(f"stage {self.stage.name!r} must return {', '.join(self.stage.outputs) or 'nothing'}")
         leaves = {}
         for name, kind in self.stage.outputs.items():
-            if kind is LeafKind.ROWS and (rows := tree.rows(outputs[name], name)) != orders.num_rows:
+            rows = tree.rows(outputs[name], name) if kind is LeafKind.ROWS and outputs[name] is not None else None
+            if rows is not None and rows != orders.num_rows:
                 raise ConfigError(
                     f"every row of a batch must give one row of {name}: a batch of {orders.num_rows} gave {rows}. "
                     "Where the model drops the batch dimension (squeeze, mean over the batch), keep it: flatten(1), say"

@@ -120,8 +120,8 @@ class Validator:
                 continue
             if leaf.kind is Kind.EACH:
                 for node, value in zip(part.nodes, leaf.value, strict=True):
-                    wrong = [_not_finite(path, t) for path, t in leaves_of(value, name) if not is_finite(t)]
-                    failures |= dict.fromkeys([node], wrong[0]) if wrong else {}
+                    wrong = [(path, t) for path, t in leaves_of(value, name) if not is_finite(t)]
+                    failures |= {node: _not_finite(*wrong[0])} if wrong else {}
                 continue
             for path, tensor in leaves_of(leaf.value, name):
                 if is_finite(tensor):

@@ -3,6 +3,7 @@
 from psl_flower.methods.base import CLIENT, EACH, ROWS, SERVER, SHARED, SUM, SplitMethod, Stage, stage
 from psl_flower.methods.parallel import ParallelSplit
 from psl_flower.methods.registry import METHODS, make_method
+from psl_flower.methods.u_shaped import UShapedSplit
 
 __all__ = [
     "CLIENT",
@@ -15,6 +16,7 @@ __all__ = [
     "ParallelSplit",
     "SplitMethod",
     "Stage",
+    "UShapedSplit",
     "make_method",
     "stage",
 ]

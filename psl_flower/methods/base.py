@@ -8,13 +8,15 @@ records know of no method. See ``docs/architecture.md`` for how to add one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from psl_flower.errors import ConfigError
 from psl_flower.methods.context import EvaluationContext, RoundContext, StepContext
 from psl_flower.protocol import DESCRIBE, Kind
+
+T = TypeVar("T")
 
 ROWS, SUM, EACH, SHARED = Kind.ROWS, Kind.SUM, Kind.EACH, Kind.SHARED
 
@@ -34,8 +36,8 @@ class Stage:
     inputs, outputs : dict of str to Kind
         Each leaf that travels.
     after : str, optional
-        The stage it goes on from, which has drawn the batch and kept what this one needs; it is done again where the
-        process no longer has that.
+        The stage it goes on from, which has drawn the batch and kept what this one needs. It is done again where the
+        process no longer has that, so it takes no inputs: what a stage needs besides is sent to it.
     joint : bool
         Whether several clients of a process may do it as one; never where something is EACH client's.
     exact : tuple of str
@@ -88,9 +90,11 @@ class SplitMethod(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for each in cls.stages().values():
-            if each.after is not None and each.after not in cls.stages():
+            before = None if each.after is None else cls.stages().get(each.after)
+            if each.after is not None and (before is None or before.after or before.inputs):
                 raise ConfigError(
-                    f"stage {each.name!r} goes on after {each.after!r}, which is no stage of {cls.__name__}"
+                    f"stage {each.name!r} of {cls.__name__} goes on after {each.after!r}: that must be one of its "
+                    "stages which can be done again, one that draws a batch and takes no inputs"
                 )
             if each.name == DESCRIBE or SUM in each.inputs.values() or SHARED in each.outputs.values():
                 raise ConfigError(f"stage {each.name!r}: not to be called {DESCRIBE!r}, take SUM, or give SHARED")
@@ -104,6 +108,26 @@ class SplitMethod(ABC):
     def client_parts(self) -> list[str]:
         """Return the names of the parts on the clients."""
         return [name for name, place in self.parts.items() if place == CLIENT]
+
+    @classmethod
+    def sends_labels(cls) -> bool:
+        """Return whether clients send their "labels"; if not, they tell the server nothing by class at all."""
+        return any("labels" in each.outputs for each in cls.stages().values())
+
+    def assign(self, parts: Sequence[T]) -> dict[str, T]:
+        """Return the parts of a cut model, in the order in which they run, by the names this method has for them.
+
+        Raises
+        ------
+        ConfigError
+            If there are more or fewer than the method has.
+        """
+        if len(parts) != len(self.parts):
+            raise ConfigError(
+                f"method {self.name!r} has {len(self.parts)} parts ({', '.join(self.parts)}), the model is cut into "
+                f"{len(parts)}: give {'a' if len(parts) < len(self.parts) else 'no'} tail, or another method"
+            )
+        return dict(zip(self.parts, parts, strict=True))
 
     @abstractmethod
     def step(self, ctx: StepContext) -> Any:

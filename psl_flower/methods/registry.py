@@ -5,12 +5,13 @@ from __future__ import annotations
 from psl_flower.errors import ConfigError
 from psl_flower.methods.base import SplitMethod
 from psl_flower.methods.parallel import ParallelSplit
+from psl_flower.methods.u_shaped import UShapedSplit
 
-METHODS: dict[str, type[SplitMethod]] = {method.name: method for method in (ParallelSplit,)}
+METHODS: dict[str, type[SplitMethod]] = {method.name: method for method in (ParallelSplit, UShapedSplit)}
 
 
-def make_method(method: str | SplitMethod) -> SplitMethod:
-    """Return the method of a name, or the one given.
+def make_method(method: str | SplitMethod | None, tail: str | None = None) -> SplitMethod:
+    """Return the method of a name, or the one given; None means the plain one, or with a tail the U shape.
 
     Raises
     ------
@@ -19,6 +20,8 @@ def make_method(method: str | SplitMethod) -> SplitMethod:
     """
     if isinstance(method, SplitMethod):
         return method
+    if method is None:
+        return ParallelSplit() if tail is None else UShapedSplit()
     if method in METHODS:
         return METHODS[method]()
     raise ConfigError(f"method must be a SplitMethod or one of {', '.join(METHODS)}, got {method!r:.80}")

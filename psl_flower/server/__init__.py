@@ -1,11 +1,21 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
-from psl_flower.server.local import LocalBackend, NothingCountsError, OptimizerFn, Outcome, ServerPart, run_on_batch
-from psl_flower.server.loss import Loss, WeightedLoss, weighted
+from psl_flower.server.local import (
+    Gradients,
+    LocalBackend,
+    NothingCountsError,
+    OptimizerFn,
+    Outcome,
+    ServerPart,
+    ServerPass,
+    run_on_batch,
+)
+from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
 from psl_flower.server.optimizer import Scheduler, make_optimizer, make_scheduler
 
 __all__ = [
+    "Gradients",
     "LocalBackend",
     "Loss",
     "NothingCountsError",
@@ -15,9 +25,11 @@ __all__ = [
     "Scheduler",
     "Scores",
     "ServerPart",
+    "ServerPass",
     "WeightedLoss",
     "check_metrics",
     "classes_of",
+    "loss_target",
     "make_optimizer",
     "make_scheduler",
     "run_on_batch",

@@ -19,8 +19,8 @@ from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
 from psl_flower.origin import where
 from psl_flower.protocol import Weights
-from psl_flower.server.loss import Loss, WeightedLoss, weighted
-from psl_flower.server.metrics import Scores, is_integer, why_no_accuracy
+from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
+from psl_flower.server.metrics import Scores, why_no_accuracy
 from psl_flower.server.optimizer import make_optimizer
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
@@ -37,6 +37,22 @@ class NothingCountsError(StepError):
 
 
 @dataclass(frozen=True, eq=False)
+class Gradients:
+    """What came back through a server part.
+
+    Parameters
+    ----------
+    gradient : tree
+        Of the inputs, None for what is not differentiable.
+    parameter_gradients : dict of str to Tensor or None
+        Of the part, by whole-model name.
+    """
+
+    gradient: Tree
+    parameter_gradients: Mapping[str, Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What a server part made of a batch.
 
@@ -47,7 +63,7 @@ class Outcome:
     weight : float
         What the mean was taken over: examples, or what the loss counts of them; 0 where nothing counts.
     outputs, target
-        Of the model, without a graph; the target as the loss was given it.
+        Of the model, without a graph; the target as the loss was given it. None where they stay with the clients.
     rows : int
         Examples.
     score : (int, int) or None
@@ -174,9 +190,9 @@ class LocalBackend:
         self._weights = None
 
     # --- training ----------------------------------------------------------------------------------------------------
-    def part(self, name: str, seed: int) -> ServerPart:
+    def part(self, name: str, seed: int, *, training: bool = True) -> ServerPart:
         """Return a part for one step, in which everything random comes from `seed`."""
-        return ServerPart(self, self.parts[name], seed)
+        return ServerPart(self, self.parts[name], seed, training=training)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -205,10 +221,14 @@ class LocalBackend:
         gradients : dict of str to dict
             By part, its parameters' gradients by name; None for those that took no part.
         """
+        found: dict[nn.Parameter, Tensor | None] = {}  # a parameter that two parts share has the gradients of both
         for part, tensors in gradients.items():
             parameters = dict(self.parts[part].named_parameters())
             for name, gradient in (tensors or {}).items():
-                parameters[name].grad = None if gradient is None else gradient.to(self.device)
+                moved = None if gradient is None else gradient.to(self.device)
+                found[parameters[name]] = tree.add(found.get(parameters[name]), moved)
+        for parameter, total in found.items():
+            parameter.grad = total
         self.optimizer.step()
         self._changed()
 
@@ -234,10 +254,35 @@ class ServerPart:
         Takes what crosses the cut, one argument a tensor.
     seed : int
         Of everything random in it.
+    training : bool
+        The mode of `forward`.
     """
 
-    def __init__(self, backend: LocalBackend, module: nn.Module, seed: int) -> None:
-        self._backend, self._module, self._seed = backend, module, seed
+    def __init__(self, backend: LocalBackend, module: nn.Module, seed: int, *, training: bool = True) -> None:
+        self._backend, self._module, self._seed, self._training = backend, module, seed, training
+
+    def forward(self, inputs: Tree) -> ServerPass:
+        """Run the part on the global batch; what it returns has a row an example, and goes back to the clients.
+
+        Parameters
+        ----------
+        inputs : tree
+            Rows.
+
+        Raises
+        ------
+        StepError
+            If the part cannot take the inputs, or returns something else.
+        """
+        received = tree.map_leaves(self._leaf, inputs)
+        self._module.train(self._training)
+        rows = tree.rows(received, "activations")
+        grad = torch.set_grad_enabled(self._training)
+        with seeded(self._seed, self._backend.device), grad, self._told(received):
+            outputs = tree.as_tree(self._run(received, rows), "what the server's part returns")
+        if (found := tree.rows(outputs, "outputs")) != rows:
+            raise StepError(f"the server's part must return a row an example, got {found} of {rows}")
+        return ServerPass(self, received, outputs)
 
     def forward_backward(self, inputs: Tree, target: Tree) -> Outcome:
         """Run the part on the global batch, take the loss, and back-propagate.
@@ -261,7 +306,6 @@ class ServerPart:
         backend = self._backend
         leaves = tree.map_leaves(self._leaf, inputs)
         labels = self._target(target)
-        backend.clear_gradients()
         self._module.train()
         with seeded(self._seed, backend.device):
             outputs, found = self._finish(leaves, labels)
@@ -270,15 +314,12 @@ class ServerPart:
             value = found.mean.item()
             if not math.isfinite(value):
                 raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")
-            torch.autograd.backward(found.mean)
-        gradient = tree.map_leaves(lambda leaf: leaf.grad, leaves)
-        if not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
-            raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
+            back = self._backward([found.mean], None, leaves)
         return Outcome(
             **self._told_of(outputs, labels, found),
             class_counts=None if found.predictions is None else found.predictions.class_counts(),
-            gradient=gradient,
-            parameter_gradients={name: p.grad for name, p in self._module.named_parameters() if p.requires_grad},
+            gradient=back.gradient,
+            parameter_gradients=back.parameter_gradients,
         )
 
     @torch.no_grad()
@@ -306,33 +347,80 @@ class ServerPart:
         return moved.requires_grad_(moved.is_floating_point() or moved.is_complex())
 
     def _target(self, target: Tree) -> Any:
-        labels = tree.to_device(target, self._backend.device)
-        # losses take class indices as int64 only
-        return labels.long() if self._backend.classification and is_integer(labels) else labels
+        return loss_target(target, self._backend.device, classify=self._backend.classification)
+
+    def _backward(self, roots: list[Tensor], weights: list[Tensor] | None, received: Tree) -> Gradients:
+        self._backend.clear_gradients()
+        torch.autograd.backward(roots, weights)
+        gradient = tree.map_leaves(lambda leaf: leaf.grad, received)
+        if not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
+            raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
+        return Gradients(gradient, {name: p.grad for name, p in self._module.named_parameters() if p.requires_grad})
+
+    def _run(self, inputs: Tree, rows: int) -> Any:
+        return run_on_batch(self._module, inputs if isinstance(inputs, tuple) else (inputs,), rows)
 
     def _finish(self, inputs: Tree, labels: Any) -> tuple[Any, WeightedLoss]:
         """Return the outputs, and what the loss makes of them."""
         rows, backend = tree.rows(inputs, "activations"), self._backend
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-        try:
-            outputs = run_on_batch(self._module, arguments, rows)
+        with self._told(inputs, labels):
+            outputs = self._run(inputs, rows)
             found = weighted(backend.loss, outputs, labels, rows, classify=backend.classification)
-        except PSLError:
-            raise
-        except Exception as exc:
-            shown = ", ".join(
-                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape[1:])}" for t in tree.leaves(inputs)
-            )
-            theirs = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tree.leaves(labels))
-            raise StepError(
-                f"the server half or the loss failed on {rows} rows of activations {shown} with labels {theirs}: "
-                f"{where(exc)}"
-            ) from exc
         if found.broadcast:
             backend.tell_once(found.broadcast)
         if backend.classification and found.predictions is None:
             backend.tell_once(why_no_accuracy(outputs, labels))
         return outputs, found
+
+    @contextmanager
+    def _told(self, inputs: Tree, labels: Tree = None) -> Iterator[None]:
+        """Say of an error in the model's code, or the loss, what it was given."""
+        try:
+            yield
+        except PSLError:
+            raise
+        except Exception as exc:
+            rows = len(tree.leaves(inputs)[0])
+            shown = ", ".join(
+                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape[1:])}" for t in tree.leaves(inputs)
+            )
+            who, theirs = "the server half", ""
+            if labels is not None:
+                who += " or the loss"
+                theirs = " with labels " + ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tree.leaves(labels))
+            raise StepError(f"{who} failed on {rows} rows of activations {shown}{theirs}: {where(exc)}") from exc
+
+
+class ServerPass:
+    """A server part's pass over a global batch, to be back-propagated once.
+
+    Attributes
+    ----------
+    outputs : tree
+        Rows, without a graph.
+    """
+
+    def __init__(self, part: ServerPart, received: Tree, outputs: Tree) -> None:
+        self._part, self._received, self._attached = part, received, outputs
+        self.outputs = tree.map_leaves(Tensor.detach, outputs)
+
+    def backward(self, gradient: Tree) -> Gradients:
+        """Back-propagate the gradient of the outputs.
+
+        Parameters
+        ----------
+        gradient : tree
+            Of the form of the outputs; None for what has none.
+
+        Raises
+        ------
+        DivergenceError
+            If the gradients of the inputs are not finite.
+        """
+        given = dict(zip(tree.paths(gradient, "output"), tree.leaves(gradient), strict=True))
+        attached = zip(tree.paths(self._attached, "output"), tree.leaves(self._attached), strict=True)
+        pairs = [(leaf, given[path].to(leaf.device)) for path, leaf in attached if path in given and leaf.requires_grad]
+        return self._part._backward([leaf for leaf, _ in pairs], [each for _, each in pairs], self._received)
 
 
 def run_on_batch(module: nn.Module, inputs: Sequence[Any], batch_size: int) -> Any:

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from psl_flower import tree
 from psl_flower.errors import ConfigError, LabelError
 from psl_flower.server.metrics import Predictions, is_integer, logits_of, wrong_rows
+from psl_flower.tree import Tree
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -107,6 +109,12 @@ def weighted(loss: Loss, outputs: Any, labels: Any, rows: int, *, classify: bool
         _check_labels(shaped, None)
     predictions = watch.predictions(outputs) if classify and watch.targets else shaped
     return WeightedLoss(mean, watch.weight_of(mean, rows), predictions, watch.broadcast)
+
+
+def loss_target(target: Tree, device: torch.device, *, classify: bool) -> Any:
+    """Return a batch's target as a loss takes it: on its device, and class indices as int64 only."""
+    labels = tree.to_device(target, device)
+    return labels.long() if classify and is_integer(labels) else labels
 
 
 def _check_labels(predictions: Predictions | None, cause: Exception | None) -> None:

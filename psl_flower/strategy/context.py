@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights
 from psl_flower.protocol import Kind as LeafKind
-from psl_flower.server import LocalBackend, ServerPart
+from psl_flower.server import LocalBackend, NothingCountsError, Outcome, ServerPart
 from psl_flower.tree import Tree
 
 Exchange = Callable[[Request], Reply]
@@ -126,13 +127,35 @@ class CallContext:
         method = self.__dict__.get("method")
         if method is None or method.parts.get(name) != "server":
             raise AttributeError(f"there is no part {name!r} on the server")
-        part: ServerPart = self.backend.part(name, self._seed)
+        part: ServerPart = self.backend.part(name, self._seed, training=not self.orders.test)
         return part
 
     @property
     def clients(self) -> list[int]:
         """The clients of the batch, ascending."""
         return [int(client) for client in self.orders.clients]
+
+    def outcome(self, loss: Tensor, score: Tensor | None) -> Outcome:
+        """Return what is told of a batch whose loss the clients have computed.
+
+        Parameters
+        ----------
+        loss : (2,) tensor
+            The sum over the batch, and what counts in it.
+        score : (2,) tensor or None
+            Right predictions, and those that count, where it is classification.
+
+        Raises
+        ------
+        NothingCountsError
+            If nothing counts, in training.
+        """
+        total, weight = loss.tolist()
+        if not weight and not self.orders.test:
+            raise NothingCountsError("no target of the batch counts in the loss")
+        right = None if score is None else (int(score[0]), int(score[1]))
+        mean = total / weight if weight else math.nan
+        return Outcome(mean, weight, None, None, self.orders.num_rows, right, None)
 
     def _request(self, stage: Stage, orders: Orders, inputs: Mapping[str, Tree]) -> Request:
         if set(inputs) != set(stage.inputs):

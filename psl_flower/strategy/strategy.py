@@ -21,7 +21,7 @@ from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import Checkpoints
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
-from psl_flower.errors import ConfigError, StepError, StopTraining
+from psl_flower.errors import ConfigError, StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
@@ -36,9 +36,11 @@ from psl_flower.server.optimizer import sgd
 from psl_flower.split import check_client_half, cut_model, signature
 from psl_flower.stragglers import DelayEstimator, DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
+from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server, shown
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.exchanging import ExchangingStrategy
 from psl_flower.strategy.folder import FolderLock
+from psl_flower.strategy.labels import check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import RunRecorder
@@ -49,8 +51,6 @@ from psl_flower.strategy.stragglers import Stragglers
 from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class ParallelSplitLearning(ExchangingStrategy):
@@ -67,8 +67,11 @@ class ParallelSplitLearning(ExchangingStrategy):
         The whole model; copied, not changed. Its weights do not matter: `start` is given them.
     cut : str, optional
         Qualified name of the first server-side submodule. None for a `SplitModel`.
-    method : str or SplitMethod
-        The way of splitting, see `psl_flower.methods`; the clients need the same.
+    tail : str, optional
+        Qualified name of the first submodule that is back on the clients, for a U shape: labels and loss stay there.
+    method : str or SplitMethod, optional
+        The way of splitting, see `psl_flower.methods`; the clients need the same. Default: "parallel", or with a
+        `tail` "u-shaped".
     sampler : Sampler, optional
         Decides the quotas. Default: ``UniformGlobalSampler(batch_size=128)``.
     optimizer : callable, optional
@@ -77,7 +80,7 @@ class ParallelSplitLearning(ExchangingStrategy):
     scheduler : callable, optional
         Takes the optimizer and returns a torch learning-rate scheduler, stepped after every round.
     loss : callable
-        Takes (outputs, labels) and returns the mean over the batch.
+        Takes (outputs, labels) and returns the mean over the batch. Where labels stay with the clients, so does it.
     classification : bool
         Whether labels are class indices, as for cross-entropy: they are checked, and accuracy and batch deviation are
         computed. Pass False for any other loss.
@@ -129,7 +132,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         model: nn.Module,
         *,
         cut: str | None = None,
-        method: str | SplitMethod = "parallel",
+        tail: str | None = None,
+        method: str | SplitMethod | None = None,
         sampler: Sampler | None = None,
         optimizer: OptimizerFn = sgd,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
@@ -159,7 +163,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             if not callable(function):
                 raise ConfigError(f"{name} must be callable, got {function!r:.80}")
         self.sampler = sampler or UniformGlobalSampler(batch_size=128)
-        self.cut, self.method = cut, make_method(method)
+        self.cut, self.tail, self.method = cut, tail, make_method(method, tail)
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
@@ -187,8 +191,11 @@ class ParallelSplitLearning(ExchangingStrategy):
         CallbackGroup(self._callbacks)  # refuses what is none
         self._output_dir = output_dir
         self._run_config = dict(run_config or {})
-        self._halves = cut_model(model, cut)
-        check_client_half(self._halves.client)
+        check_labels_stay(self.method, self.sampler, loss, classification=classification, metrics=self._metrics)
+        self._halves = cut_model(model, cut, tail)
+        self.method.assign(self._halves.parts)  # refuses another number of them
+        for part in self._client_parts():
+            check_client_half(part)
         self._template = {name: t.detach().clone() for name, t in model.state_dict().items()}
         self._parameter_order = [name for name, _ in model.named_parameters()]
 
@@ -328,7 +335,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             try:
                 if saved is None:
                     result.arrays = initial_arrays
-                    _evaluate_on_server(evaluate_fn, 0, initial_arrays, result)
+                    evaluate_on_server(evaluate_fn, 0, initial_arrays, result)
                 else:
                     saver.restore(run, saved)
                     if saved["delays"] is not None and isinstance(self._stragglers.planned, DelayEstimator):
@@ -339,7 +346,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
                     in_clients = self._evaluate_in_clients(run, server_round, result)
-                    on_server, stop = _evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
+                    on_server, stop = evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
                     record = replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server)
                     scheduler.on_round(round_values(record), evaluated=self._evaluates(server_round))
                     recorder.round(record, run.current_state())
@@ -367,16 +374,20 @@ class ParallelSplitLearning(ExchangingStrategy):
         if metrics is None:
             return {}
         result.evaluate_metrics_clientapp[server_round] = metrics
-        log.info("round %d  clients' test data: %s", server_round, _shown(metrics))
+        log.info("round %d  clients' test data: %s", server_round, shown(metrics))
         return dict(metrics)
 
     # --- its parts ---------------------------------------------------------------------------------------------------
+    def _client_parts(self) -> list[nn.Module]:
+        parts = self.method.assign(self._halves.parts)
+        return [parts[name] for name in self.method.client_parts()]
+
     def _backend(self, state: Mapping[str, torch.Tensor]) -> LocalBackend:
-        client, server = copy.deepcopy((self._halves.client, self._halves.server))  # `start` may be called again
-        for half in (client, server):
-            half.load_state_dict({name: state[name] for name in half.state_dict()})
+        parts = self.method.assign(copy.deepcopy(self._halves.parts))  # `start` may be called again
+        for part in parts.values():
+            part.load_state_dict({name: state[name] for name in part.state_dict()})
         return LocalBackend(
-            dict(zip(self.method.parts, (client, server), strict=True)),
+            parts,
             self.method.parts,
             optimizer=self._optimizer,
             loss=self._loss,
@@ -402,6 +413,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         return {
             "num_rounds": num_rounds,
             "cut": self.cut,
+            "tail": self.tail,
             "method": self.method.name,
             "sampler": self.sampler,
             "loss": self._loss,
@@ -423,28 +435,11 @@ class ParallelSplitLearning(ExchangingStrategy):
 
     def summary(self) -> None:
         """Log the strategy's configuration."""
-        sizes = [sum(p.numel() for p in half.parameters()) for half in (self._halves.client, self._halves.server)]
+        everything = {p for part in self._halves.parts for p in part.parameters()}
+        on_clients = {p for part in self._client_parts() for p in part.parameters()}
+        sizes = [sum(p.numel() for p in some) for some in (on_clients, everything - on_clients)]
         log.info("Parallel split learning:")
         log.info("\t├── Sampler: %r", self.sampler)
         log.info("\t├── Cut: %s (%s parameters on the client, %s on the server)", self.cut, *(f"{n:,}" for n in sizes))
         log.info("\t├── Method: %s, transport: %s", self.method.name, self.transport)
         log.info("\t└── Server half on: %s; at least %d nodes", self._device, self.min_available_nodes)
-
-
-def _evaluate_on_server(
-    evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result
-) -> tuple[dict[str, Any], str | None]:
-    """Return the metrics of the server's own evaluation, and why it wants the run to end, if it does."""
-    try:
-        metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
-    except StopTraining as reason:
-        return {}, f"evaluate_fn: {reason}"
-    if metrics is None:
-        return {}, None
-    result.evaluate_metrics_serverapp[server_round] = metrics
-    log.info("round %d  server's test data: %s", server_round, _shown(metrics))
-    return dict(metrics), None
-
-
-def _shown(metrics: MetricRecord) -> str:
-    return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())

@@ -1,0 +1,88 @@
+"""U-shaped split learning: both ends of the model on the clients, and with them the labels (METHOD, "U-shaped")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from psl_flower import tree
+from psl_flower.methods.base import CLIENT, ROWS, SERVER, SHARED, SUM, SplitMethod, stage
+from psl_flower.methods.context import ClientContext, EvaluationContext, StepContext
+
+
+class UShapedSplit(SplitMethod):
+    """Head and tail on the clients, the body on the server; the loss is computed on the clients, labels stay there.
+
+    With per-example layers in head and tail this equals centralised SGD on the examples of the step, parameter by
+    parameter (three exchanges a step; arXiv 1812.00564, "U-shaped configuration").
+    """
+
+    name = "u-shaped"
+    parts: ClassVar[Mapping[str, str]] = {"head": CLIENT, "body": SERVER, "tail": CLIENT}
+
+    # --- on a client ------------------------------------------------------------------------------------------------
+    @stage(outputs={"activations": ROWS})
+    def head_forward(self, client: ClientContext, batch: Any) -> dict[str, Any]:
+        """Run the head on a batch; what it hands to the tail past the server (skip connections) stays here."""
+        client.kept["activations"], client.kept["skipped"] = client.head(batch.inputs)
+        return {"activations": client.kept["activations"]}
+
+    @stage(
+        inputs={"outputs": ROWS, "rows": SHARED},
+        outputs={"gradient": ROWS, "tail": SUM, "head": SUM, "loss": SUM, "score": SUM},
+        after="head_forward",
+    )
+    def tail_loss(self, client: ClientContext, outputs: Any, rows: Any) -> dict[str, Any]:
+        """Run the tail, take the loss, and back-propagate to the body's outputs and along what skips the body.
+
+        Gradients are those of the sum of the losses, divided by the examples of the step.
+        """
+        received, skipped = tree.map_leaves(_leaf, (outputs, client.kept["skipped"]))
+        found = client.tail.loss(received + skipped, client.batch.target)
+        loss = torch.tensor([found.sum, found.weight], dtype=torch.float64)
+        score = None if found.predictions is None else torch.tensor(found.predictions.score())
+        gradient, tail, head = None, dict.fromkeys(client.tail.parameters), dict.fromkeys(client.head.parameters)
+        if client.training:
+            share = found.weight / rows.item()
+            (gradient, past), tail = client.tail.backward(found, share, (received, skipped))
+            head = client.head.gradients(client.kept["skipped"], past, again=True)
+        return {"gradient": gradient, "tail": tail, "head": head, "loss": loss, "score": score}
+
+    @stage(inputs={"gradient": ROWS}, outputs={"head": SUM}, after="head_forward")
+    def head_backward(self, client: ClientContext, gradient: Any) -> dict[str, Any]:
+        """Back-propagate the gradient of the activations through the head."""
+        return {"head": client.head.gradients(client.kept["activations"], gradient)}
+
+    # --- on the server ----------------------------------------------------------------------------------------------
+    def step(self, ctx: StepContext) -> Any:
+        """Make one step of centralised SGD on the union of the clients' batches."""
+        sent = ctx.call(self.head_forward)
+        body = ctx.body.forward(sent.activations)
+        found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.orders.num_rows))
+        outcome = ctx.outcome(found.loss, found.score)
+        # clients know the examples of the step, but not yet how many of its targets count in the loss
+        scaled = partial(_times, ctx.orders.num_rows / outcome.weight)
+        inner = body.backward(scaled(found.gradient))
+        back = ctx.call(self.head_backward, gradient=inner.gradient)
+        head = tree.add(scaled(found.head), back.head)
+        ctx.commit(head=head, body=inner.parameter_gradients, tail=scaled(found.tail))
+        return outcome
+
+    def evaluate(self, ctx: EvaluationContext) -> Any:
+        """Have the clients finish what the server's body made of their test examples."""
+        sent = ctx.call(self.head_forward)
+        body = ctx.body.forward(sent.activations)
+        found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.orders.num_rows))
+        return ctx.outcome(found.loss, found.score)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+
+def _times(factor: float, gradients: Any) -> Any:
+    return gradients if factor == 1 else tree.map_leaves(lambda t: t * factor, gradients)

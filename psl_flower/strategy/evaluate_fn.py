@@ -1,0 +1,36 @@
+"""The server's own evaluation, after every round: a function of the user's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp.strategy import Result
+
+from psl_flower.errors import StopTraining
+
+log = logging.getLogger("flwr.psl_flower")
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+def evaluate_on_server(
+    evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result
+) -> tuple[dict[str, Any], str | None]:
+    """Return the metrics of the server's own evaluation, and why it wants the run to end, if it does."""
+    try:
+        metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
+    except StopTraining as reason:
+        return {}, f"evaluate_fn: {reason}"
+    if metrics is None:
+        return {}, None
+    result.evaluate_metrics_serverapp[server_round] = metrics
+    log.info("round %d  server's test data: %s", server_round, shown(metrics))
+    return dict(metrics), None
+
+
+def shown(metrics: MetricRecord) -> str:
+    """Return metrics as one line of the log."""
+    return ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())

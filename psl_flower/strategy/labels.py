@@ -1,0 +1,36 @@
+"""Where labels stay with the clients, the server needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from psl_flower.errors import ConfigError
+from psl_flower.methods import SplitMethod
+from psl_flower.samplers.base import Sampler
+from psl_flower.server import Loss
+
+
+def check_labels_stay(
+    method: SplitMethod, sampler: Sampler, loss: Loss, *, classification: bool, metrics: Mapping[str, Any]
+) -> None:
+    """Refuse what needs labels on the server where the method leaves them with the clients.
+
+    Raises
+    ------
+    ConfigError
+        Naming what, and where it belongs.
+    """
+    if method.sends_labels():
+        return
+    stay = f"with method {method.name!r} labels and loss stay with the clients"
+    if loss is not nn.functional.cross_entropy or not classification:
+        raise ConfigError(f"{stay}: give loss and classification to split_client_app instead")
+    if metrics:
+        raise ConfigError(f"{stay}: the server cannot compute metrics of outputs and labels, leave metrics out")
+    if sampler.needs_label_counts:
+        raise ConfigError(
+            f"{stay}, but {type(sampler).__name__} plans by class: use a sampler that needs no label counts"
+        )

@@ -1,0 +1,133 @@
+"""Rows as people have them, from the data_fn to the trained model: equal to centralised training on the same rows."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord
+from support import largest_difference, sgd
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower.samplers import Population
+
+K, N = 2, 12
+SAMPLER = UniformGlobalSampler(8, seed=3)
+RNG = np.random.default_rng(0)
+VECTORS = torch.tensor(RNG.normal(size=(K, N, 6)))
+LABELS = torch.tensor(RNG.integers(0, 3, (K, N)))
+
+
+class Vectors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.rest = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.rest(torch.tanh(self.first(x)))
+
+
+class Pairs(Vectors):
+    """Takes two inputs."""
+
+    def forward(self, left, right):
+        return super().forward(left * 2 - right)
+
+
+class Text(nn.Module):
+    """Takes tokens and their mask by the names that tokenizers give them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.rest = nn.Embedding(10, 5), nn.Linear(5, 3)
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None]
+        return self.rest((self.embed(input_ids) * mask).sum(1) / mask.sum(1))
+
+
+def images(k):
+    """Return a dataset as flwr-datasets gives it, with Flower's way to transform it."""
+    table = datasets.Dataset.from_dict({"img": VECTORS[k].tolist(), "label": LABELS[k].tolist()})
+    return table.with_transform(lambda b: {**b, "img": [torch.tensor(v, dtype=torch.float64) for v in b["img"]]})
+
+
+def tokens(k):
+    ids = (VECTORS[k].abs() * 4).long() % 10
+    mask = torch.arange(6)[None] < (LABELS[k][:, None] + 2)
+    rows = zip(ids, mask.long(), LABELS[k], strict=True)
+    return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in rows]
+
+
+def inputs_of_pairs(k):
+    return [(x, x.flip(0), int(y)) for x, y in zip(VECTORS[k], LABELS[k], strict=True)]
+
+
+def tensor_labels(k):
+    return [(x, x[:3] * 2) for x in VECTORS[k]]
+
+
+def named_target(k):
+    return [{"x": x, "kind": int(y), "label": -1} for x, y in zip(VECTORS[k], LABELS[k], strict=True)]
+
+
+def without_label(rows):
+    return {"x": torch.stack([row["x"] for row in rows]), "kind": torch.tensor([row["kind"] for row in rows])}
+
+
+CASES = {
+    "dict rows of Hugging Face": (Vectors, images, {}, lambda k, r: ((VECTORS[k][r],), LABELS[k][r])),
+    "tokens": (
+        Text,
+        tokens,
+        {},
+        lambda k, r: (
+            tuple(torch.stack([tokens(k)[i][n] for i in r]) for n in ("input_ids", "attention_mask")),
+            LABELS[k][r],
+        ),
+    ),
+    "several inputs": (Pairs, inputs_of_pairs, {}, lambda k, r: ((VECTORS[k][r], VECTORS[k][r].flip(1)), LABELS[k][r])),
+    "tensors as labels": (Vectors, tensor_labels, {}, lambda k, r: ((VECTORS[k][r],), VECTORS[k][r][:, :3] * 2)),
+    "target and collate_fn": (
+        Vectors,
+        named_target,
+        {"target": "kind", "collate_fn": without_label},
+        lambda k, r: ((VECTORS[k][r],), LABELS[k][r]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_centralised_training(name):
+    model_class, data, options, batch_of = CASES[name]
+    regression = name == "tensors as labels"
+    loss = mse_loss if regression else cross_entropy
+
+    def make():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return model_class().double()
+
+    cut = "rest"
+    app = split_client_app(make, cut=cut, data_fn=lambda context: data(context.node_config["partition-id"]), **options)
+    strategy = ParallelSplitLearning(
+        make(), cut=cut, sampler=SAMPLER, optimizer=sgd, loss=loss, classification=not regression, device="cpu"
+    )
+    result = strategy.start(InProcessGrid(app, K), ArrayRecord(make().state_dict()), num_rounds=1)
+
+    model, used = make(), [0] * K
+    optimizer = sgd(model.parameters())
+    for step in SAMPLER.plan(Population(list(range(K)), [N] * K), 0):
+        parts = []
+        for k, quota in zip(step.clients, step.quotas, strict=True):
+            order = np.random.default_rng([3, 0, k]).permutation(N)
+            parts.append(batch_of(k, order[used[k] : used[k] + quota]))
+            used[k] += quota
+        inputs = [torch.cat(column) for column in zip(*(x for x, _ in parts), strict=True)]
+        optimizer.zero_grad()
+        loss(model(*inputs), torch.cat([y for _, y in parts])).backward()
+        optimizer.step()
+    assert used == [N] * K
+    assert largest_difference(result.arrays.to_torch_state_dict(), model.state_dict()) < 1e-9
+    assert largest_difference(model.state_dict(), make().state_dict()) > 1e-3
