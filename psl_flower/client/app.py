@@ -33,6 +33,7 @@ def split_client_app(
     device: str = "auto",
     client_class: Callable[..., SplitClient] = SplitClient,
     method: str | SplitMethod = "parallel",
+    optimizer: Callable[..., Any] | None = None,
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -60,6 +61,10 @@ def split_client_app(
         A subclass of `SplitClient`, to make batches or run the forward pass another way.
     method : str or SplitMethod
         The way of splitting; the clients answer its stages and no others.
+    optimizer : callable, optional
+        ``optimizer(parameters)`` or ``optimizer(parameters, context)`` returns a torch optimizer: for methods whose
+        clients train parts of their own (SplitFed), which begin each round with a new one. Its learning rate follows
+        the schedule of the strategy's. Usually the same function as the strategy's `optimizer`.
     mods : list, optional
         Flower mods around every handler.
 
@@ -73,7 +78,13 @@ def split_client_app(
         if not callable(function):
             raise ConfigError(f"{name} must be callable, got {function!r:.80}")
     check_data_fn(data_fn)
-    recipe = ClientRecipe(model_fn, cut, data_fn, str(device), client_class, make_method(method), target, collate_fn)
+    method = make_method(method)
+    if method.trains_on_clients() and not callable(optimizer):
+        raise ConfigError(
+            f"with method {method.name!r} clients train a part of the model: pass split_client_app(..., optimizer="
+            f"lambda parameters: torch.optim.SGD(parameters, lr=0.1)), got {optimizer!r:.80}"
+        )
+    recipe = ClientRecipe(model_fn, cut, data_fn, str(device), client_class, method, target, collate_fn, optimizer)
     app = ClientApp()
 
     # The handlers hold nothing but the recipe (see Note [Process state] in process.py).

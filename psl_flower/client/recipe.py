@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flwr.app import Context
@@ -33,6 +34,7 @@ class ClientRecipe:
     method: SplitMethod
     target: str = "label"
     collate_fn: Callable[[list[Any]], Any] | None = None
+    optimizer: Callable[..., Any] | None = None
 
 
 def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
@@ -46,6 +48,8 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
             check_client_half(half)
             state.signature = json.dumps(signature(halves))
             state.parts = {"head": ClientPart("head", half, pick_device(recipe.device))}
+        if recipe.optimizer is not None:
+            state.own.make_optimizer[context.node_id] = _with_context(recipe.optimizer, context)
         data = _call(recipe.data_fn, context=context, config=config)
         train, test = open_data(data, target=recipe.target, collate_fn=recipe.collate_fn)
         partition = context.node_config.get("partition-id")
@@ -53,6 +57,11 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
             raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
         state.clients[key] = recipe.client_class(train, test, partition_id=partition, config=config)
     return state.clients[key]
+
+
+def _with_context(function: Callable[..., Any], context: Context) -> Callable[..., Any]:
+    """Return a function of one argument less, if it wants the context."""
+    return partial(function, context=context) if "context" in inspect.signature(function).parameters else function
 
 
 def _call(function: Callable[..., Any], **offered: Any) -> Any:

@@ -1,9 +1,10 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
-from psl_flower.server.local import LocalBackend, NothingCountsError, OptimizerFn, Outcome, ServerPart, run_on_batch
+from psl_flower.server.local import LocalBackend, NothingCountsError, PartCopy, ServerPart, run_on_batch
 from psl_flower.server.loss import Loss, WeightedLoss, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
-from psl_flower.server.optimizer import Scheduler, make_optimizer, make_scheduler
+from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, Scheduler, make_optimizer, make_scheduler
+from psl_flower.server.outcome import Outcome
 
 __all__ = [
     "LocalBackend",
@@ -11,7 +12,9 @@ __all__ = [
     "NothingCountsError",
     "OptimizerFn",
     "Outcome",
+    "PartCopy",
     "Predictions",
+    "RatedOptimizer",
     "Scheduler",
     "Scores",
     "ServerPart",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,69 +16,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from psl_flower import tree
 from psl_flower.devices import seeded
-from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
+from psl_flower.errors import ConfigError, DivergenceError, LabelError, PSLError, StepError
 from psl_flower.origin import where
 from psl_flower.protocol import Weights
 from psl_flower.server.loss import Loss, WeightedLoss, weighted
-from psl_flower.server.metrics import Scores, is_integer, why_no_accuracy
-from psl_flower.server.optimizer import make_optimizer
+from psl_flower.server.metrics import is_integer, why_no_accuracy
+from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
+from psl_flower.server.outcome import Outcome
 from psl_flower.tree import Tree
-from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
-
-OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 CLIENT = "client"  # where a part lives, as in `psl_flower.methods`
 
 
 class NothingCountsError(StepError):
     """No target of a batch counts in the loss: there is nothing to learn from it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a server part made of a batch.
-
-    Parameters
-    ----------
-    loss : float
-        Mean over the batch.
-    weight : float
-        What the mean was taken over: examples, or what the loss counts of them; 0 where nothing counts.
-    outputs, target
-        Of the model, without a graph; the target as the loss was given it.
-    rows : int
-        Examples.
-    score : (int, int) or None
-        Right predictions, and those that count; None unless it is classification.
-    class_counts : (C,) int64 or None
-        Labels of each class in the batch; None unless it is classification.
-    gradient : tree or None
-        Of the inputs, None for what is not differentiable. None in evaluation.
-    parameter_gradients : dict of str to Tensor or None
-        Of the part, by whole-model name.
-    """
-
-    loss: float
-    weight: float
-    outputs: Any
-    target: Any
-    rows: int
-    score: tuple[int, int] | None
-    class_counts: IntArray | None
-    gradient: Tree = None
-    parameter_gradients: Mapping[str, Tensor | None] | None = None
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of right predictions, where it is classification and some count."""
-        return None if self.score is None or not self.score[1] else self.score[0] / self.score[1]
-
-    def add_to(self, scores: Scores) -> None:
-        """Count it in."""
-        total = self.loss * self.weight if self.weight else 0.0
-        scores.add(self.outputs, self.target, self.rows, loss=(total, self.weight), score=self.score)
 
 
 class LocalBackend:
@@ -122,6 +75,9 @@ class LocalBackend:
         if not parameters:
             raise ConfigError("the model has no parameter to train: set requires_grad on some")
         self.optimizer = make_optimizer(optimizer, parameters)
+        self._make_optimizer, self._order = optimizer, list(parameters)
+        self._first_rate = _rate(self.optimizer)
+        self._copies: dict[str, dict[int, PartCopy]] = {}
         self._told: set[str] = set()
         self._session = secrets.token_hex(8)
         self._version = 0
@@ -186,14 +142,19 @@ class LocalBackend:
         step and leaves the generators as they were.
         """
         on_server = [part for name, part in self.parts.items() if name not in self._on_clients]
+        on_server += [each.module for copies in self._copies.values() for each in copies.values()]
         before = [{name: t.clone() for name, t in part.named_buffers()} for part in on_server]
+        known = {part: set(copies) for part, copies in self._copies.items()}
         try:
             yield
         except BaseException:
             self.clear_gradients()
+            for part, copies in self._copies.items():
+                for client in copies.keys() - known.get(part, set()):
+                    del copies[client]
             with torch.no_grad():
-                for part, values in zip(on_server, before, strict=True):
-                    for name, t in part.named_buffers():  # by name: another tensor may stand in its place
+                for module, values in zip(on_server, before, strict=True):
+                    for name, t in module.named_buffers():  # by name: another tensor may stand in its place
                         t.copy_(values[name])
             raise
 
@@ -210,7 +171,62 @@ class LocalBackend:
             for name, gradient in (tensors or {}).items():
                 parameters[name].grad = None if gradient is None else gradient.to(self.device)
         self.optimizer.step()
+        if not set(self._on_clients).isdisjoint(gradients):
+            self._changed()
+
+    @property
+    def rate(self) -> float:
+        """What a schedule has made of the learning rate so far, as a factor."""
+        return _rate(self.optimizer) / self._first_rate if self._first_rate else 1.0
+
+    def assign(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give parts other values, by part and name; whole numbers are rounded."""
+        with torch.no_grad():
+            for part, tensors in parts.items():
+                held = _state(self.parts[part])
+                for name, t in tensors.items():
+                    held[name].copy_(t if held[name].is_floating_point() else t.round())
         self._changed()
+
+    # --- copies of a part, one a client ------------------------------------------------------------------------------
+    def copy_of(self, part: str, client: int, seed: int, first_row: int) -> PartCopy:
+        """Return a client's copy of a part, for one step; it is made of the master's, and stays until the average.
+
+        Parameters
+        ----------
+        part : str
+        client : int
+        seed : int
+            Of everything random in it.
+        first_row : int
+            Where the client's rows begin in the step's.
+        """
+        copies = self._copies.setdefault(part, {})
+        if client not in copies:
+            module = copy.deepcopy(self.parts[part])
+            named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            parameters = {name: named[name] for name in self._order if name in named}
+            copies[client] = PartCopy(self, module, RatedOptimizer(self._make_optimizer, parameters))
+        found = copies[client]
+        found.seed, found.first_row = seed, first_row
+        return found
+
+    def average_copies(self, part: str, shares: Mapping[int, float]) -> dict[str, Tensor]:
+        """Return the average of clients' copies, parameters and buffers, and forget all copies.
+
+        Parameters
+        ----------
+        part : str
+        shares : dict of int to float
+            Each client's share of the average, 1 in all.
+        """
+        copies, total = self._copies.pop(part, {}), dict[str, Tensor]()
+        for client, share in shares.items():  # who has none had no step that changed anything
+            module = copies[client].module if client in copies else self.parts[part]
+            for name, t in _state(module).items():
+                value = t.detach() if t.is_floating_point() else t.double()
+                total[name] = total[name] + share * value if name in total else share * value
+        return total
 
     def tell_once(self, sentence: str) -> None:
         """Warn of something that holds for every batch."""
@@ -237,7 +253,7 @@ class ServerPart:
     """
 
     def __init__(self, backend: LocalBackend, module: nn.Module, seed: int) -> None:
-        self._backend, self._module, self._seed = backend, module, seed
+        self._backend, self.module, self.seed = backend, module, seed
 
     def forward_backward(self, inputs: Tree, target: Tree) -> Outcome:
         """Run the part on the global batch, take the loss, and back-propagate.
@@ -262,8 +278,9 @@ class ServerPart:
         leaves = tree.map_leaves(self._leaf, inputs)
         labels = self._target(target)
         backend.clear_gradients()
-        self._module.train()
-        with seeded(self._seed, backend.device):
+        self.module.zero_grad(set_to_none=True)
+        self.module.train()
+        with seeded(self.seed, backend.device):
             outputs, found = self._finish(leaves, labels)
             if not found.weight:
                 raise NothingCountsError("no target of the batch counts in the loss")
@@ -278,13 +295,13 @@ class ServerPart:
             **self._told_of(outputs, labels, found),
             class_counts=None if found.predictions is None else found.predictions.class_counts(),
             gradient=gradient,
-            parameter_gradients={name: p.grad for name, p in self._module.named_parameters() if p.requires_grad},
+            parameter_gradients={name: p.grad for name, p in self.module.named_parameters() if p.requires_grad},
         )
 
     @torch.no_grad()
     def evaluate(self, inputs: Tree, target: Tree) -> Outcome:
         """Run the part in evaluation mode, and take the loss."""
-        self._module.eval()
+        self.module.eval()
         labels = self._target(target)
         outputs, found = self._finish(tree.to_device(inputs, self._backend.device), labels)
         return Outcome(**self._told_of(outputs, labels, found), class_counts=None)
@@ -315,7 +332,7 @@ class ServerPart:
         rows, backend = tree.rows(inputs, "activations"), self._backend
         arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         try:
-            outputs = run_on_batch(self._module, arguments, rows)
+            outputs = run_on_batch(self.module, arguments, rows)
             found = weighted(backend.loss, outputs, labels, rows, classify=backend.classification)
         except PSLError:
             raise
@@ -333,6 +350,33 @@ class ServerPart:
         if backend.classification and found.predictions is None:
             backend.tell_once(why_no_accuracy(outputs, labels))
         return outputs, found
+
+
+class PartCopy(ServerPart):
+    """A client's copy of a part that runs on the server, with an optimizer of its own."""
+
+    def __init__(self, backend: LocalBackend, module: nn.Module, optimizer: RatedOptimizer) -> None:
+        super().__init__(backend, module, 0)
+        self._optimizer, self.first_row = optimizer, 0
+
+    def forward_backward(self, inputs: Tree, target: Tree) -> Outcome:
+        """Run the copy on its client's rows, take the loss, and back-propagate; see `ServerPart`."""
+        try:
+            return super().forward_backward(inputs, target)
+        except LabelError as error:  # its rows are to be those of the step
+            raise LabelError(str(error), [self.first_row + row for row in error.rows]) from error
+
+    def step(self) -> None:
+        """Step the copy's optimizer with the gradients of its last batch."""
+        self._optimizer.step(self._backend.rate)
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    return float(optimizer.param_groups[0].get("lr", 1.0))
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def run_on_batch(module: nn.Module, inputs: Sequence[Any], batch_size: int) -> Any:

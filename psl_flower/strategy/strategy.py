@@ -160,8 +160,8 @@ class ParallelSplitLearning(Strategy):
         for function, name in ((optimizer, "optimizer"), (loss, "loss")):
             if not callable(function):
                 raise ConfigError(f"{name} must be callable, got {function!r:.80}")
-        self.sampler = sampler or UniformGlobalSampler(batch_size=128)
         self.cut, self.method = cut, make_method(method)
+        self.sampler = self.method.sampler(sampler or UniformGlobalSampler(batch_size=128))
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
@@ -181,6 +181,11 @@ class ParallelSplitLearning(Strategy):
             raise ConfigError(
                 "checkpoint_every and resume_from='latest' need an output_dir and keep_checkpoints of at least 1, got "
                 f"{output_dir!r} and {keep_checkpoints}"
+            )
+        if checkpoint_every and not self.method.resumable_within_round:
+            raise ConfigError(
+                f"with method {self.method.name!r} clients keep parts of the model within a round: checkpoints are "
+                f"written at its end only, got checkpoint_every={checkpoint_every}: leave it 0"
             )
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
         self._classification, self._metrics = classification, check_metrics(metrics or {})
@@ -425,7 +430,7 @@ class ParallelSplitLearning(Strategy):
     def summary(self) -> None:
         """Log the strategy's configuration."""
         sizes = [sum(p.numel() for p in half.parameters()) for half in (self._halves.client, self._halves.server)]
-        log.info("Parallel split learning:")
+        log.info("Split learning, method %s:", self.method.name)
         log.info("\t├── Sampler: %r", self.sampler)
         log.info("\t├── Cut: %s (%s parameters on the client, %s on the server)", self.cut, *(f"{n:,}" for n in sizes))
         log.info("\t├── Transport: %s", self.transport)
