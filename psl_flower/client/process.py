@@ -17,6 +17,7 @@ from psl_flower.client.context import ClientContext
 from psl_flower.client.own import OwnParts
 from psl_flower.client.part import ClientPart
 from psl_flower.exchange.codec import WeightStore
+from psl_flower.methods import SplitMethod
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
 MAX_GRAPH_BYTES = 512 * 2**20
@@ -67,6 +68,7 @@ class RunState:
     def __init__(self) -> None:
         self.parts: dict[str, ClientPart] | None = None
         self.signature = ""
+        self.method: SplitMethod | None = None  # where the run's configuration names it
         self.clients: dict[Hashable, SplitClient] = {}
         self.contexts = ContextCache(MAX_GRAPH_BYTES)
         self.weights = WeightStore()

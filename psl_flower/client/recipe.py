@@ -17,7 +17,7 @@ from psl_flower.client.process import RunState
 from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError
-from psl_flower.methods import SplitMethod
+from psl_flower.methods import SplitMethod, make_method
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
 
@@ -31,10 +31,19 @@ class ClientRecipe:
     data_fn: Callable[..., Any]
     device: str
     client_class: Callable[..., SplitClient]
-    method: SplitMethod
+    method: SplitMethod | Callable[..., str]
     target: str = "label"
     collate_fn: Callable[[list[Any]], Any] | None = None
     optimizer: Callable[..., Any] | None = None
+
+
+def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitMethod:
+    """Return the way of splitting in a run."""
+    if isinstance(recipe.method, SplitMethod):
+        return recipe.method
+    if state.method is None:
+        state.method = make_method(_call(recipe.method, context=context))
+    return state.method
 
 
 def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:

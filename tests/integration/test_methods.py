@@ -22,8 +22,10 @@ from psl_flower import (
     UniformGlobalSampler,
     split_client_app,
 )
+from psl_flower.app.experiment import train_in_process
 from psl_flower.callbacks import Callback
 from psl_flower.client.process import run_state
+from psl_flower.config import RunConfig
 from psl_flower.stragglers import SlowFractionDelays
 
 K, B, SEED, ROUNDS = 5, 24, 3, 2  # client 3 has no examples
@@ -276,7 +278,17 @@ def test_a_run_goes_on_from_the_end_of_a_round(method, tmp_path):
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ConfigError, match=r"clients train a part of the model.*got None"):
         grid_of("splitfed-v1", optimizer=None)
+    with pytest.raises(ConfigError, match="method must be"):
+        RunConfig(method="splitfed")
     with pytest.raises(ConfigError, match="checkpoint_every=5: leave it 0"):
         strategy_of("splitfed-v2", checkpoint_every=5, output_dir="never-made")
     with pytest.raises(ConfigError, match=r"method 'sequential' makes each client's batches.*got LatentDirichlet"):
         ParallelSplitLearning(tiny_resnet_64(), cut=CUT, method="sequential", sampler=LatentDirichletSampler(B))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_app_takes_the_method_of_its_configuration(method, tmp_path):
+    config = RunConfig(method=method, model="tiny-cnn", num_server_rounds=2, batch_size=32, output_dir=str(tmp_path))
+    training = train_in_process(config, 3)
+    assert training.accuracy[-1] > training.accuracy[0] + 0.2
+    assert json.loads((tmp_path / "config.json").read_text())["strategy"]["method"] == method
