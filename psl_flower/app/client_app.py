@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from flwr.app import Context
 from torch import nn
 
-from psl_flower.app.task import cut_of, load_partition, make_model
+from psl_flower.app.task import cut_of, load_partition, make_model, make_optimizer
 from psl_flower.client import split_client_app
 from psl_flower.config import RunConfig
 
@@ -20,4 +23,14 @@ def cut_fn(context: Context) -> str:
     return cut_of(RunConfig.read(context.run_config))
 
 
-app = split_client_app(model_fn, cut=cut_fn, data_fn=load_partition)
+def method_fn(context: Context) -> str:
+    """Return how the server splits."""
+    return RunConfig.read(context.run_config).method
+
+
+def optimizer_fn(parameters: Any, context: Context) -> torch.optim.Optimizer:
+    """Make the optimizer of what clients train themselves: the server's."""
+    return make_optimizer(RunConfig.read(context.run_config), parameters)
+
+
+app = split_client_app(model_fn, cut=cut_fn, data_fn=load_partition, method=method_fn, optimizer=optimizer_fn)

@@ -29,6 +29,7 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
     return ParallelSplitLearning(
         make_model(config),
         cut=cut_of(config),
+        method=config.method,
         sampler=config.make_sampler(),
         optimizer=partial(make_optimizer, config),
         delays=delays,

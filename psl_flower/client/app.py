@@ -14,14 +14,14 @@ from torch.nn.functional import cross_entropy
 from psl_flower.client.client import SplitClient
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
-from psl_flower.client.recipe import ClientRecipe, make_client
+from psl_flower.client.recipe import ClientRecipe, make_client, method_of
 from psl_flower.client.runtime import answer
 from psl_flower.client.stream import attach_stream
 from psl_flower.data import check_data_fn
 from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_request, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
-from psl_flower.methods import SplitMethod, make_method
+from psl_flower.methods import METHODS, SplitMethod, make_method
 from psl_flower.protocol import ATTACH, DESCRIBE, Config
 from psl_flower.server import Loss
 
@@ -36,9 +36,10 @@ def split_client_app(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     device: str = "auto",
     client_class: Callable[..., SplitClient] = SplitClient,
-    method: str | SplitMethod | None = None,
+    method: str | SplitMethod | Callable[..., str] | None = None,
     loss: Loss = cross_entropy,
     classification: bool = True,
+    optimizer: Callable[..., Any] | None = None,
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -66,11 +67,15 @@ def split_client_app(
         "auto" (the first GPU if there is one) or a torch device.
     client_class : callable
         A subclass of `SplitClient`, to make batches or run the forward pass another way.
-    method : str or SplitMethod, optional
-        The way of splitting; the clients answer its stages and no others. Default: "parallel", or with a `tail`
-        "u-shaped".
+    method : str, SplitMethod or callable, optional
+        The way of splitting, or ``method(context)``, which names it; the clients answer its stages and no others.
+        Default: "parallel", or with a `tail` "u-shaped".
     loss, classification
         As in `ParallelSplitLearning`, for methods that leave labels and loss with the clients; others do not use them.
+    optimizer : callable, optional
+        ``optimizer(parameters)`` or ``optimizer(parameters, context)`` returns a torch optimizer: for methods whose
+        clients train parts of their own (SplitFed), which begin each round with a new one. Its learning rate follows
+        the schedule of the strategy's. Usually the same function as the strategy's `optimizer`.
     mods : list, optional
         Flower mods around every handler.
 
@@ -85,6 +90,13 @@ def split_client_app(
         if not callable(function):
             raise ConfigError(f"{name} must be callable, got {function!r:.80}")
     check_data_fn(data_fn)
+    if isinstance(method, SplitMethod) or not callable(method):
+        method = make_method(method, tail)
+    if isinstance(method, SplitMethod) and method.trains_on_clients() and not callable(optimizer):
+        raise ConfigError(
+            f"with method {method.name!r} clients train a part of the model: pass split_client_app(..., optimizer="
+            f"lambda parameters: torch.optim.SGD(parameters, lr=0.1)), got {optimizer!r:.80}"
+        )
     recipe = ClientRecipe(
         model_fn,
         cut,
@@ -92,16 +104,19 @@ def split_client_app(
         data_fn,
         str(device),
         client_class,
-        make_method(method, tail),
+        method,
         target,
         collate_fn,
         LossFn(loss, classification),
+        optimizer,
     )
     app = ClientApp()
 
     # The handlers hold nothing but the recipe (see Note [Process state] in process.py).
     app.query(DESCRIBE, mods=mods)(partial(serve, recipe))
-    for stage in recipe.method.stages():
+    # where the method is not known yet, its client refuses what is not its own
+    methods = [method] if isinstance(method, SplitMethod) else METHODS.values()
+    for stage in {name for each in methods for name in each.stages()}:
         app.train(stage, mods=mods)(partial(serve, recipe))
         app.evaluate(stage, mods=mods)(partial(serve, recipe))
     app.train(ATTACH.removeprefix("train."), mods=mods)(partial(attach_stream, recipe))
@@ -116,6 +131,6 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
     def client(node: int, config: Config) -> SplitClient:
         return make_client(recipe, state, context, config)
 
-    reply = answer(recipe.method, state, client, replace(request, nodes=(context.node_id,)))
+    reply = answer(method_of(recipe, state, context), state, client, replace(request, nodes=(context.node_id,)))
     reply = reply.renamed({context.node_id: request.nodes[0]})
     return Message(frame_to_content(encode_reply(number, reply, request, wire_dtype)), reply_to=message)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
+from psl_flower.client.own import BoundOwn, OwnPart
 from psl_flower.client.part import ClientPart, LossFn, parameter_gradients
 from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
@@ -107,7 +108,20 @@ class BoundPart:
 class ClientContext:
     """One client in one step, or several that a process serves as one.
 
-    The parts of the model are attributes: ``client.head(batch.inputs)``.
+    The parts of the model are attributes: ``client.head(batch.inputs)``; those that the client keeps for a round are
+    ``client.own("head")``, in stages that say `own`.
+
+    Parameters
+    ----------
+    clients : sequence of SplitClient
+    parts : dict of str to ClientPart
+    orders : Orders
+    batch : Batch or None
+        None where the stage is not about examples.
+    own : dict of str to OwnPart
+        What the client keeps.
+    keep : callable, optional
+        Takes a `ClientPart`, and has the client keep a copy of it.
 
     Attributes
     ----------
@@ -125,9 +139,13 @@ class ClientContext:
         clients: Sequence[SplitClient],
         parts: Mapping[str, ClientPart],
         orders: Orders,
-        batch: Batch,
+        batch: Batch | None,
         loss: LossFn | None = None,
+        own: Mapping[str, OwnPart] | None = None,
+        keep: Callable[[ClientPart], None] | None = None,
     ) -> None:
+        self._client, self._shared = clients[0], parts
+        self._own, self._keep = own or {}, keep
         first = next(iter(parts))
         self._parts = {
             name: BoundPart(part, training=not orders.test, client=clients[0] if name == first else None, loss=loss)
@@ -146,6 +164,17 @@ class ClientContext:
             raise AttributeError(f"there is no part {name!r} on the client, only {', '.join(parts)}")
         part: BoundPart = parts[name]
         return part
+
+    def begin(self, name: str) -> None:
+        """Keep a copy of a part for the round, to be trained here."""
+        assert self._keep is not None, "only a stage of one client can begin a part of its own"
+        self._keep(self._shared[name])
+
+    def own(self, name: str) -> BoundOwn:
+        """Return the client's own copy of a part."""
+        kept = self._own[name]
+        run = BoundPart(kept.part, training=self.training, client=self._client)
+        return BoundOwn(kept, run, int(self.counts.sum()))
 
     def num_bytes(self) -> int:
         """Return the bytes of what is kept: a lower bound of what the graphs hold."""

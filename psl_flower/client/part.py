@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,12 @@ class ClientPart:
         for name, p in self.module.named_parameters():
             p.requires_grad_(name in weights.parameters)
         self._versions = versions
+
+    def copy(self) -> ClientPart:
+        """Return another part of the same weights, which go their own way from here."""
+        other = ClientPart(self.name, copy.deepcopy(self.module), self.device)
+        other.parameters = {name: p for name, p in other.module.named_parameters() if name in self.parameters}
+        return other
 
     @contextmanager
     def running(self, *, training: bool) -> Iterator[nn.Module]:

@@ -1,5 +1,7 @@
 """What a process keeps between messages. All of it can be rebuilt: losing it costs time, never a result.
 
+Clients' own parts are the exception: a client that loses them is out of the round, see ``client/own.py``.
+
 Note [Process state]: Flower's simulation sends the ClientApp to the Ray actor with every message and unpickles it
 afresh, so its handlers, their attributes and the globals they name are copies, and a cache there stays empty. State
 must live in a plain module, reached through an importable function. This is that module.
@@ -12,8 +14,10 @@ from collections.abc import Hashable
 
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
+from psl_flower.client.own import OwnParts
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.exchange.codec import WeightStore
+from psl_flower.methods import SplitMethod
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
 MAX_GRAPH_BYTES = 512 * 2**20
@@ -65,9 +69,11 @@ class RunState:
         self.parts: dict[str, ClientPart] | None = None
         self.signature = ""
         self.loss: LossFn | None = None
+        self.method: SplitMethod | None = None  # where the run's configuration names it
         self.clients: dict[Hashable, SplitClient] = {}
         self.contexts = ContextCache(MAX_GRAPH_BYTES)
         self.weights = WeightStore()
+        self.own = OwnParts()
         self.one_at_a_time = False
         self.verified: set[Hashable] = set()
 

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flwr.app import Context
@@ -16,7 +17,7 @@ from psl_flower.client.process import RunState
 from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError
-from psl_flower.methods import SplitMethod
+from psl_flower.methods import SplitMethod, make_method
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
 
@@ -31,10 +32,20 @@ class ClientRecipe:
     data_fn: Callable[..., Any]
     device: str
     client_class: Callable[..., SplitClient]
-    method: SplitMethod
+    method: SplitMethod | Callable[..., str]
     target: str
     collate_fn: Callable[[list[Any]], Any] | None
     loss: LossFn
+    optimizer: Callable[..., Any] | None = None
+
+
+def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitMethod:
+    """Return the way of splitting in a run."""
+    if isinstance(recipe.method, SplitMethod):
+        return recipe.method
+    if state.method is None:
+        state.method = make_method(_call(recipe.method, context=context), recipe.tail)
+    return state.method
 
 
 def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
@@ -44,13 +55,16 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
         if state.parts is None:
             cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
             halves = cut_model(_call(recipe.model_fn, context=context), cut, recipe.tail)
-            parts = recipe.method.assign(halves.parts)
-            mine = {name: parts[name] for name in recipe.method.client_parts()}
+            method = method_of(recipe, state, context)
+            parts = method.assign(halves.parts)
+            mine = {name: parts[name] for name in method.client_parts()}
             for part in mine.values():
                 check_client_half(part)
             device = pick_device(recipe.device)
             state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
             state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
+        if recipe.optimizer is not None:
+            state.own.make_optimizer[context.node_id] = _with_context(recipe.optimizer, context)
         data = _call(recipe.data_fn, context=context, config=config)
         train, test = open_data(data, target=recipe.target, collate_fn=recipe.collate_fn)
         partition = context.node_config.get("partition-id")
@@ -58,6 +72,11 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
             raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
         state.clients[key] = recipe.client_class(train, test, partition_id=partition, config=config)
     return state.clients[key]
+
+
+def _with_context(function: Callable[..., Any], context: Context) -> Callable[..., Any]:
+    """Return a function of one argument less, if it wants the context."""
+    return partial(function, context=context) if "context" in inspect.signature(function).parameters else function
 
 
 def _call(function: Callable[..., Any], **offered: Any) -> Any:

@@ -122,7 +122,8 @@ def _stage(method: SplitMethod, request: Request) -> Stage:
     if kinds != dict(stage.inputs):
         raise ProtocolError(f"stage {stage.name!r} takes {dict(stage.inputs)}, got {kinds}")
     _check_classes(method, by_class=request.orders is not None and request.orders.class_counts is not None)
-    if missing := set(method.client_parts()) - request.weights.keys():
+    missing = set() if stage.own else set(method.client_parts()) - request.weights.keys()
+    if missing:
         raise ProtocolError(f"stage {stage.name!r} needs the weights of {', '.join(sorted(missing))}")
     return stage
 
@@ -169,10 +170,10 @@ class _Work:
         key = _key(request, orders)
         inputs = {n: leaf.value[0] if leaf.kind is LeafKind.EACH else leaf.value for n, leaf in request.inputs.items()}
         if self.stage.after is None:
-            context, outputs = self._begin(self.stage, orders, clients, inputs)
+            context, outputs = self._begin(self.stage, request, orders, clients, inputs)
         else:
             # absent if the stage before was done in another process, which is gone, or for another set of clients
-            context = self.state.contexts.pop(key) or self._again(self.stage.after, orders, clients)
+            context = self.state.contexts.pop(key) or self._again(self.stage.after, request, orders, clients)
             outputs = self._go_on(context, orders, clients, inputs)
         context.done.add(self.stage.name)
         if self._goes_on(context):
@@ -216,32 +217,44 @@ class _Work:
         return outputs
 
     def _begin(
-        self, stage: Stage, orders: Orders, clients: Sequence[SplitClient], inputs: Mapping[str, Any]
+        self,
+        stage: Stage,
+        request: Request,
+        orders: Orders,
+        clients: Sequence[SplitClient],
+        inputs: Mapping[str, Any],
     ) -> tuple[ClientContext, Mapping[str, Tree]]:
         """Draw the batch and do the first stage of a step."""
+        store, node = self.state.own, request.nodes[0]
+        own = store.find(node, orders) if stage.own else {}
+        if not stage.batch:
+            keep = partial(store.begin, node, orders)
+            context = ClientContext(clients, self._parts(), orders, None, self.state.loss, own, keep)
+            return context, stage.function(self.method, context, **inputs)
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
             batches = []
             for client, order in zip(clients, orders.each(), strict=True):
                 reseed(order.step_seed(), device)
                 batches.append(client.draw_batch(order))
-            context = ClientContext(clients, self._parts(), orders, _join(batches), self.state.loss)
-            self._check_rows_alone(clients[0], context)
+            joined = _join(batches)
+            context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own)
+            self._check_rows_alone(clients[0], joined, training=context.training)
             if orders.checksums is None:
                 context.checksums = np.array([checksum(batch) for batch in batches])
             else:
                 for order, batch, before in zip(orders.each(), batches, orders.checksums.tolist(), strict=True):
                     check_drawn_again(batch, before, f"client {order.client}, step {order.step}")
             if len(clients) == 1:
-                return context, stage.function(self.method, context, context.batch, **inputs)
+                return context, stage.function(self.method, context, joined, **inputs)
             if any(type(client).forward is not SplitClient.forward for client in clients):
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
-            run = partial(stage.function, self.method, context, context.batch, **inputs)
+            run = partial(stage.function, self.method, context, joined, **inputs)
             return context, self._without_random(device, run)
 
-    def _check_rows_alone(self, client: SplitClient, context: ClientContext) -> None:
+    def _check_rows_alone(self, client: SplitClient, batch: Batch, *, training: bool) -> None:
         """Refuse a model whose first part does not treat each example by itself, as soon as a batch can show it."""
-        if not context.training or context.batch.size < 2 or "rows" in self.state.verified:
+        if not training or batch.size < 2 or "rows" in self.state.verified:
             return
         part: ClientPart = next(iter(self._parts().values()))
         part.module.train(True)
@@ -250,16 +263,16 @@ class _Work:
             return client.forward(part.module, inputs)
 
         try:
-            mixing = find_mixing(run, tree.to_device(context.batch.inputs, part.device), module=part.module)
+            mixing = find_mixing(run, tree.to_device(batch.inputs, part.device), module=part.module)
         except CannotTellError:
             return  # another batch may tell
         if mixing:
             raise ConfigError(mixing)
         self.state.verified.add("rows")
 
-    def _again(self, after: str, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
+    def _again(self, after: str, request: Request, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
         """Do the stage again that this one goes on from."""
-        context, _ = self._begin(self.method.stages()[after], orders, clients, {})
+        context, _ = self._begin(self.method.stages()[after], request, orders, clients, {})
         context.done.add(after)
         return context
 

@@ -20,7 +20,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from psl_flower.client.client import SplitClient
 from psl_flower.client.process import run_state
-from psl_flower.client.recipe import ClientRecipe, make_client
+from psl_flower.client.recipe import ClientRecipe, make_client, method_of
 from psl_flower.client.runtime import answer
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.codec import REQUEST, WeightStore, decode_request, encode_reply
@@ -187,7 +187,9 @@ class StreamClient:
         kind, node = frame.header.get("kind"), frame.header.get("node")
         if kind == REQUEST:
             number, wire_dtype, request = decode_request(frame, self._weights)
-            reply = answer(self._recipe.method, run_state(self._first.run_id), self._client, request)
+            state = run_state(self._first.run_id)
+            method = method_of(self._recipe, state, self._first)
+            reply = answer(method, state, self._client, request)
             self._outgoing.put(encode_reply(number, reply, request, wire_dtype))
         elif kind == "joined":
             self._settle(node, None)

@@ -19,6 +19,7 @@ from psl_flower.errors import ConfigError
 from psl_flower.exchange.streams.options import WIRE_DTYPES, StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS
 from psl_flower.faults import JOIN, NON_FINITE_LOSS, FaultPolicy
+from psl_flower.methods import METHODS
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
 from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
@@ -82,6 +83,9 @@ class RunConfig:
 
     model: Annotated[str, OneOf(MODELS)] = key("cnn", "The network", section="Model and optimizer")
     cut: str = key("", "Qualified name of the first server-side module; empty: after the model's first stage")
+    method: Annotated[str, OneOf(METHODS)] = key(
+        "parallel", "The way of splitting; all but parallel go with sampler ugs, batch-size is that of a client's batch"
+    )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = key("sgd", "The optimizer over both halves")
     learning_rate: float = key(0.02, "Step size of the optimizer", gt=0)
     momentum: float = key(0.9, "Momentum of sgd; adam has its own", ge=0, lt=1)

@@ -3,6 +3,8 @@
 from psl_flower.methods.base import CLIENT, EACH, ROWS, SERVER, SHARED, SUM, SplitMethod, Stage, stage
 from psl_flower.methods.parallel import ParallelSplit
 from psl_flower.methods.registry import METHODS, make_method
+from psl_flower.methods.sequential import SequentialSplit
+from psl_flower.methods.splitfed import SplitFedV1, SplitFedV2
 from psl_flower.methods.u_shaped import UShapedSplit
 
 __all__ = [
@@ -14,6 +16,9 @@ __all__ = [
     "SHARED",
     "SUM",
     "ParallelSplit",
+    "SequentialSplit",
+    "SplitFedV1",
+    "SplitFedV2",
     "SplitMethod",
     "Stage",
     "UShapedSplit",

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from psl_flower.errors import ConfigError
 from psl_flower.methods.context import EvaluationContext, RoundContext, StepContext
 from psl_flower.protocol import DESCRIBE, Kind
+from psl_flower.samplers.base import Sampler
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Stage:
     name : str
         Of the function.
     function : callable
-        Takes (method, client, batch, **inputs), without the batch if it goes on `after` another stage.
+        Takes (method, client, batch, **inputs), without the batch if it goes on `after` another stage or draws none.
     inputs, outputs : dict of str to Kind
         Each leaf that travels.
     after : str, optional
@@ -42,6 +43,11 @@ class Stage:
         Whether several clients of a process may do it as one; never where something is EACH client's.
     exact : tuple of str
         Outputs with rows that never travel in fewer bits: labels, say.
+    batch : bool
+        Whether it is about the examples of the orders; those before and after the steps of a round are not.
+    own : bool
+        Whether it acts on a part that the client keeps for a round and trains itself, ``client.own(name)``: the
+        master's weights do not travel. A client that has lost the part is out of the round.
     """
 
     name: str
@@ -51,6 +57,8 @@ class Stage:
     after: str | None
     joint: bool
     exact: tuple[str, ...]
+    batch: bool = True
+    own: bool = False
 
 
 def stage(
@@ -60,13 +68,24 @@ def stage(
     after: str | None = None,
     joint: bool = True,
     exact: tuple[str, ...] = (),
+    batch: bool = True,
+    own: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function of a method a stage that clients answer; see `Stage`."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         kinds = [*(inputs or {}).values(), *(outputs or {}).values()]
-        alone = not joint or EACH in kinds
-        made = Stage(function.__name__, function, dict(inputs or {}), dict(outputs or {}), after, not alone, exact)
+        made = Stage(
+            function.__name__,
+            function,
+            dict(inputs or {}),
+            dict(outputs or {}),
+            after,
+            joint=joint and not own and EACH not in kinds,
+            exact=exact,
+            batch=batch,
+            own=own,
+        )
         function.stage = made  # type: ignore[attr-defined]
         return function
 
@@ -82,10 +101,14 @@ class SplitMethod(ABC):
         What users call it.
     parts : dict of str to str
         Where each part of the model lives, `CLIENT` or `SERVER`, in the model's order.
+    resumable_within_round : bool
+        Whether a checkpoint between two steps of a round holds all there is. False where clients keep parts of their
+        own, or something happens before or after the steps: checkpoints are written at the end of rounds only, then.
     """
 
     name: ClassVar[str]
     parts: ClassVar[Mapping[str, str]]
+    resumable_within_round: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -129,6 +152,14 @@ class SplitMethod(ABC):
             )
         return dict(zip(self.parts, parts, strict=True))
 
+    def trains_on_clients(self) -> bool:
+        """Return whether clients keep parts of their own, and need an optimizer for them."""
+        return any(each.own for each in self.stages().values())
+
+    def sampler(self, chosen: Sampler) -> Sampler:
+        """Return what plans the steps: the sampler that the user chose, or the method's own with its batch size."""
+        return chosen
+
     @abstractmethod
     def step(self, ctx: StepContext) -> Any:
         """Make one step: call stages, run the server's parts, and commit. A transaction: it commits, or nothing was."""
@@ -138,7 +169,7 @@ class SplitMethod(ABC):
         """Evaluate the model on the test examples of the context's clients."""
 
     def begin_round(self, ctx: RoundContext) -> None:  # noqa: B027 - most methods have nothing to do
-        """Do what comes before the first step of a round."""
+        """Do what comes before the first step of a round; clients that fail in it are out of the round."""
 
     def end_round(self, ctx: RoundContext) -> None:  # noqa: B027 - likewise
-        """Do what comes after the last step of a round."""
+        """Do what comes after the last step of a round, with those who have contributed and are not out of it."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 from psl_flower.errors import ConfigError
 from psl_flower.methods.base import SplitMethod
 from psl_flower.methods.parallel import ParallelSplit
+from psl_flower.methods.sequential import SequentialSplit
+from psl_flower.methods.splitfed import SplitFedV1, SplitFedV2
 from psl_flower.methods.u_shaped import UShapedSplit
 
-METHODS: dict[str, type[SplitMethod]] = {method.name: method for method in (ParallelSplit, UShapedSplit)}
+METHODS: dict[str, type[SplitMethod]] = {
+    method.name: method for method in (ParallelSplit, SequentialSplit, SplitFedV1, SplitFedV2, UShapedSplit)
+}
 
 
 def make_method(method: str | SplitMethod | None, tail: str | None = None) -> SplitMethod:

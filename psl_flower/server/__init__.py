@@ -1,18 +1,11 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
-from psl_flower.server.local import (
-    Gradients,
-    LocalBackend,
-    NothingCountsError,
-    OptimizerFn,
-    Outcome,
-    ServerPart,
-    ServerPass,
-    run_on_batch,
-)
+from psl_flower.server.local import LocalBackend
 from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
-from psl_flower.server.optimizer import Scheduler, make_optimizer, make_scheduler
+from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, Scheduler, make_optimizer, make_scheduler
+from psl_flower.server.outcome import Outcome
+from psl_flower.server.part import Gradients, NothingCountsError, PartCopy, ServerPart, ServerPass, run_on_batch
 
 __all__ = [
     "Gradients",
@@ -21,7 +14,9 @@ __all__ = [
     "NothingCountsError",
     "OptimizerFn",
     "Outcome",
+    "PartCopy",
     "Predictions",
+    "RatedOptimizer",
     "Scheduler",
     "Scores",
     "ServerPart",

@@ -2,99 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from psl_flower import tree
-from psl_flower.devices import seeded
-from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
-from psl_flower.origin import where
+from psl_flower.errors import ConfigError
 from psl_flower.protocol import Weights
-from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
-from psl_flower.server.metrics import Scores, why_no_accuracy
-from psl_flower.server.optimizer import make_optimizer
-from psl_flower.tree import Tree
-from psl_flower.typing import IntArray
+from psl_flower.server.loss import Loss
+from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
+from psl_flower.server.part import PartCopy, ServerPart
 
 log = logging.getLogger("flwr.psl_flower")
 
-OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
 CLIENT = "client"  # where a part lives, as in `psl_flower.methods`
-
-
-class NothingCountsError(StepError):
-    """No target of a batch counts in the loss: there is nothing to learn from it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Gradients:
-    """What came back through a server part.
-
-    Parameters
-    ----------
-    gradient : tree
-        Of the inputs, None for what is not differentiable.
-    parameter_gradients : dict of str to Tensor or None
-        Of the part, by whole-model name.
-    """
-
-    gradient: Tree
-    parameter_gradients: Mapping[str, Tensor | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a server part made of a batch.
-
-    Parameters
-    ----------
-    loss : float
-        Mean over the batch.
-    weight : float
-        What the mean was taken over: examples, or what the loss counts of them; 0 where nothing counts.
-    outputs, target
-        Of the model, without a graph; the target as the loss was given it. None where they stay with the clients.
-    rows : int
-        Examples.
-    score : (int, int) or None
-        Right predictions, and those that count; None unless it is classification.
-    class_counts : (C,) int64 or None
-        Labels of each class in the batch; None unless it is classification.
-    gradient : tree or None
-        Of the inputs, None for what is not differentiable. None in evaluation.
-    parameter_gradients : dict of str to Tensor or None
-        Of the part, by whole-model name.
-    """
-
-    loss: float
-    weight: float
-    outputs: Any
-    target: Any
-    rows: int
-    score: tuple[int, int] | None
-    class_counts: IntArray | None
-    gradient: Tree = None
-    parameter_gradients: Mapping[str, Tensor | None] | None = None
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of right predictions, where it is classification and some count."""
-        return None if self.score is None or not self.score[1] else self.score[0] / self.score[1]
-
-    def add_to(self, scores: Scores) -> None:
-        """Count it in."""
-        total = self.loss * self.weight if self.weight else 0.0
-        scores.add(self.outputs, self.target, self.rows, loss=(total, self.weight), score=self.score)
 
 
 class LocalBackend:
@@ -138,6 +65,9 @@ class LocalBackend:
         if not parameters:
             raise ConfigError("the model has no parameter to train: set requires_grad on some")
         self.optimizer = make_optimizer(optimizer, parameters)
+        self._make_optimizer, self._order = optimizer, list(parameters)
+        self._first_rate = _rate(self.optimizer)
+        self._copies: dict[str, dict[int, PartCopy]] = {}
         self._told: set[str] = set()
         self._session = secrets.token_hex(8)
         self._version = 0
@@ -202,14 +132,19 @@ class LocalBackend:
         step and leaves the generators as they were.
         """
         on_server = [part for name, part in self.parts.items() if name not in self._on_clients]
+        on_server += [each.module for copies in self._copies.values() for each in copies.values()]
         before = [{name: t.clone() for name, t in part.named_buffers()} for part in on_server]
+        known = {part: set(copies) for part, copies in self._copies.items()}
         try:
             yield
         except BaseException:
             self.clear_gradients()
+            for part, copies in self._copies.items():
+                for client in copies.keys() - known.get(part, set()):
+                    del copies[client]
             with torch.no_grad():
-                for part, values in zip(on_server, before, strict=True):
-                    for name, t in part.named_buffers():  # by name: another tensor may stand in its place
+                for module, values in zip(on_server, before, strict=True):
+                    for name, t in module.named_buffers():  # by name: another tensor may stand in its place
                         t.copy_(values[name])
             raise
 
@@ -230,7 +165,62 @@ class LocalBackend:
         for parameter, total in found.items():
             parameter.grad = total
         self.optimizer.step()
+        if not set(self._on_clients).isdisjoint(gradients):
+            self._changed()
+
+    @property
+    def rate(self) -> float:
+        """What a schedule has made of the learning rate so far, as a factor."""
+        return _rate(self.optimizer) / self._first_rate if self._first_rate else 1.0
+
+    def assign(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Give parts other values, by part and name; whole numbers are rounded."""
+        with torch.no_grad():
+            for part, tensors in parts.items():
+                held = _state(self.parts[part])
+                for name, t in tensors.items():
+                    held[name].copy_(t if held[name].is_floating_point() else t.round())
         self._changed()
+
+    # --- copies of a part, one a client ------------------------------------------------------------------------------
+    def copy_of(self, part: str, client: int, seed: int, first_row: int) -> PartCopy:
+        """Return a client's copy of a part, for one step; it is made of the master's, and stays until the average.
+
+        Parameters
+        ----------
+        part : str
+        client : int
+        seed : int
+            Of everything random in it.
+        first_row : int
+            Where the client's rows begin in the step's.
+        """
+        copies = self._copies.setdefault(part, {})
+        if client not in copies:
+            module = copy.deepcopy(self.parts[part])
+            named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            parameters = {name: named[name] for name in self._order if name in named}
+            copies[client] = PartCopy(self, module, RatedOptimizer(self._make_optimizer, parameters))
+        found = copies[client]
+        found.seed, found.first_row = seed, first_row
+        return found
+
+    def average_copies(self, part: str, shares: Mapping[int, float]) -> dict[str, Tensor]:
+        """Return the average of clients' copies, parameters and buffers, and forget all copies.
+
+        Parameters
+        ----------
+        part : str
+        shares : dict of int to float
+            Each client's share of the average, 1 in all.
+        """
+        copies, total = self._copies.pop(part, {}), dict[str, Tensor]()
+        for client, share in shares.items():  # who has none had no step that changed anything
+            module = copies[client].module if client in copies else self.parts[part]
+            for name, t in _state(module).items():
+                value = t.detach() if t.is_floating_point() else t.double()
+                total[name] = total[name] + share * value if name in total else share * value
+        return total
 
     def tell_once(self, sentence: str) -> None:
         """Warn of something that holds for every batch."""
@@ -244,202 +234,9 @@ class LocalBackend:
             part.zero_grad(set_to_none=True)
 
 
-class ServerPart:
-    """A part of the model that runs on the server, in one step.
-
-    Parameters
-    ----------
-    backend : LocalBackend
-    module : nn.Module
-        Takes what crosses the cut, one argument a tensor.
-    seed : int
-        Of everything random in it.
-    training : bool
-        The mode of `forward`.
-    """
-
-    def __init__(self, backend: LocalBackend, module: nn.Module, seed: int, *, training: bool = True) -> None:
-        self._backend, self._module, self._seed, self._training = backend, module, seed, training
-
-    def forward(self, inputs: Tree) -> ServerPass:
-        """Run the part on the global batch; what it returns has a row an example, and goes back to the clients.
-
-        Parameters
-        ----------
-        inputs : tree
-            Rows.
-
-        Raises
-        ------
-        StepError
-            If the part cannot take the inputs, or returns something else.
-        """
-        received = tree.map_leaves(self._leaf, inputs)
-        self._module.train(self._training)
-        rows = tree.rows(received, "activations")
-        grad = torch.set_grad_enabled(self._training)
-        with seeded(self._seed, self._backend.device), grad, self._told(received):
-            outputs = tree.as_tree(self._run(received, rows), "what the server's part returns")
-        if (found := tree.rows(outputs, "outputs")) != rows:
-            raise StepError(f"the server's part must return a row an example, got {found} of {rows}")
-        return ServerPass(self, received, outputs)
-
-    def forward_backward(self, inputs: Tree, target: Tree) -> Outcome:
-        """Run the part on the global batch, take the loss, and back-propagate.
-
-        Parameters
-        ----------
-        inputs, target : tree
-            Of the same rows.
-
-        Raises
-        ------
-        LabelError
-            If some labels are no class indices.
-        NothingCountsError
-            If no target counts.
-        StepError
-            If the part cannot take the inputs.
-        DivergenceError
-            If the loss or its gradients at the cut are not finite.
-        """
-        backend = self._backend
-        leaves = tree.map_leaves(self._leaf, inputs)
-        labels = self._target(target)
-        self._module.train()
-        with seeded(self._seed, backend.device):
-            outputs, found = self._finish(leaves, labels)
-            if not found.weight:
-                raise NothingCountsError("no target of the batch counts in the loss")
-            value = found.mean.item()
-            if not math.isfinite(value):
-                raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")
-            back = self._backward([found.mean], None, leaves)
-        return Outcome(
-            **self._told_of(outputs, labels, found),
-            class_counts=None if found.predictions is None else found.predictions.class_counts(),
-            gradient=back.gradient,
-            parameter_gradients=back.parameter_gradients,
-        )
-
-    @torch.no_grad()
-    def evaluate(self, inputs: Tree, target: Tree) -> Outcome:
-        """Run the part in evaluation mode, and take the loss."""
-        self._module.eval()
-        labels = self._target(target)
-        outputs, found = self._finish(tree.to_device(inputs, self._backend.device), labels)
-        return Outcome(**self._told_of(outputs, labels, found), class_counts=None)
-
-    def _told_of(self, outputs: Any, labels: Any, found: WeightedLoss) -> dict[str, Any]:
-        return {
-            "loss": found.mean.item() if found.weight else math.nan,
-            "weight": found.weight,
-            "outputs": tree.map_leaves(torch.Tensor.detach, outputs)
-            if isinstance(outputs, Tensor | tuple | dict)
-            else outputs,
-            "target": labels,
-            "rows": tree.rows(labels, "target"),
-            "score": None if found.predictions is None else found.predictions.score(),
-        }
-
-    def _leaf(self, tensor: Tensor) -> Tensor:
-        moved = tensor.detach().to(self._backend.device)
-        return moved.requires_grad_(moved.is_floating_point() or moved.is_complex())
-
-    def _target(self, target: Tree) -> Any:
-        return loss_target(target, self._backend.device, classify=self._backend.classification)
-
-    def _backward(self, roots: list[Tensor], weights: list[Tensor] | None, received: Tree) -> Gradients:
-        self._backend.clear_gradients()
-        torch.autograd.backward(roots, weights)
-        gradient = tree.map_leaves(lambda leaf: leaf.grad, received)
-        if not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
-            raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
-        return Gradients(gradient, {name: p.grad for name, p in self._module.named_parameters() if p.requires_grad})
-
-    def _run(self, inputs: Tree, rows: int) -> Any:
-        return run_on_batch(self._module, inputs if isinstance(inputs, tuple) else (inputs,), rows)
-
-    def _finish(self, inputs: Tree, labels: Any) -> tuple[Any, WeightedLoss]:
-        """Return the outputs, and what the loss makes of them."""
-        rows, backend = tree.rows(inputs, "activations"), self._backend
-        with self._told(inputs, labels):
-            outputs = self._run(inputs, rows)
-            found = weighted(backend.loss, outputs, labels, rows, classify=backend.classification)
-        if found.broadcast:
-            backend.tell_once(found.broadcast)
-        if backend.classification and found.predictions is None:
-            backend.tell_once(why_no_accuracy(outputs, labels))
-        return outputs, found
-
-    @contextmanager
-    def _told(self, inputs: Tree, labels: Tree = None) -> Iterator[None]:
-        """Say of an error in the model's code, or the loss, what it was given."""
-        try:
-            yield
-        except PSLError:
-            raise
-        except Exception as exc:
-            rows = len(tree.leaves(inputs)[0])
-            shown = ", ".join(
-                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape[1:])}" for t in tree.leaves(inputs)
-            )
-            who, theirs = "the server half", ""
-            if labels is not None:
-                who += " or the loss"
-                theirs = " with labels " + ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tree.leaves(labels))
-            raise StepError(f"{who} failed on {rows} rows of activations {shown}{theirs}: {where(exc)}") from exc
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    return float(optimizer.param_groups[0].get("lr", 1.0))
 
 
-class ServerPass:
-    """A server part's pass over a global batch, to be back-propagated once.
-
-    Attributes
-    ----------
-    outputs : tree
-        Rows, without a graph.
-    """
-
-    def __init__(self, part: ServerPart, received: Tree, outputs: Tree) -> None:
-        self._part, self._received, self._attached = part, received, outputs
-        self.outputs = tree.map_leaves(Tensor.detach, outputs)
-
-    def backward(self, gradient: Tree) -> Gradients:
-        """Back-propagate the gradient of the outputs.
-
-        Parameters
-        ----------
-        gradient : tree
-            Of the form of the outputs; None for what has none.
-
-        Raises
-        ------
-        DivergenceError
-            If the gradients of the inputs are not finite.
-        """
-        given = dict(zip(tree.paths(gradient, "output"), tree.leaves(gradient), strict=True))
-        attached = zip(tree.paths(self._attached, "output"), tree.leaves(self._attached), strict=True)
-        pairs = [(leaf, given[path].to(leaf.device)) for path, leaf in attached if path in given and leaf.requires_grad]
-        return self._part._backward([leaf for leaf, _ in pairs], [each for _, each in pairs], self._received)
-
-
-def run_on_batch(module: nn.Module, inputs: Sequence[Any], batch_size: int) -> Any:
-    """Run a module on a batch; batch norm that sees one value a channel normalises by its running statistics.
-
-    An epoch may end in a batch of one example: with fixed quotas, or if a client is lost from the last step. Of one
-    value a channel there are no statistics, and torch refuses it. Layers that see several positions of the example have
-    statistics, and use them, as in centralised training.
-    """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training] if batch_size == 1 else []
-    hooks = [norm.register_forward_pre_hook(_choose_statistics) for norm in norms]
-    try:
-        return module(*inputs)
-    finally:
-        for norm, hook in zip(norms, hooks, strict=True):
-            hook.remove()
-            norm.train()
-
-
-def _choose_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    values, channels = inputs[0].numel(), inputs[0].shape[1]
-    norm.train(values > channels)
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

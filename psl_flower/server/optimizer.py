@@ -105,6 +105,29 @@ def _check_parameters(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
         )
 
 
+class RatedOptimizer:
+    """An optimizer of a copy of a part, whose learning rate follows that of the master's.
+
+    Parameters
+    ----------
+    factory, parameters
+        See `make_optimizer`.
+    """
+
+    def __init__(self, factory: Callable[[Any], Any], parameters: Mapping[str, nn.Parameter]) -> None:
+        self.optimizer = make_optimizer(factory, parameters)
+        self._rates = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
+
+    def step(self, rate: float) -> None:
+        """Step, with the factory's learning rate times `rate`."""
+        for group, own in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if isinstance(group.get("lr"), torch.Tensor):
+                group["lr"].fill_(own * rate)
+            elif "lr" in group:
+                group["lr"] = own * rate
+        self.optimizer.step()
+
+
 class Scheduler:
     """A learning-rate scheduler that steps when it should; without one it does nothing.
 

@@ -17,9 +17,9 @@ from psl_flower.errors import ConfigError, LabelError, PSLError, StepError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
-from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights
+from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights, step_seed
 from psl_flower.protocol import Kind as LeafKind
-from psl_flower.server import LocalBackend, NothingCountsError, Outcome, ServerPart
+from psl_flower.server import LocalBackend, NothingCountsError, Outcome, PartCopy, ServerPart
 from psl_flower.tree import Tree
 
 Exchange = Callable[[Request], Reply]
@@ -168,7 +168,7 @@ class CallContext:
             stage=stage.name,
             nodes=clients,
             orders=orders,
-            weights=self._weights,
+            weights={} if stage.own else self._weights,
             inputs={name: Leaf(kind, inputs[name]) for name, kind in stage.inputs.items()},
             delays=tuple(self._delays.get(c, 0.0) for c in clients) if first and self._delays else (),
             separate=self._asking.separate,
@@ -181,6 +181,20 @@ class CallContext:
         expected = {name: weights.parameters for name, weights in self._weights.items()}
         checked = self._asking.validator.check(stage, request, reply, expected)
         return checked.parts, checked.failures
+
+    def _once_more(
+        self, stage: Stage, request: Request, failures: Mapping[int, Failure]
+    ) -> tuple[list[Part], dict[int, Failure]]:
+        """Ask those again that failed and had contributed before; return what comes of it."""
+        at = {client: i for i, client in enumerate(request.nodes)}
+        parts: list[Part] = []
+        left: dict[int, Failure] = {}
+        for some in _apart(failures, self._asking.separate):
+            more, still = self._ask(stage, request.take([at[client] for client in some]))
+            parts += more
+            left |= still
+        self._asking.refuse(left, len(request.nodes), stage.name)
+        return parts, left
 
 
 class StepContext(CallContext):
@@ -258,25 +272,22 @@ class StepContext(CallContext):
     def _first_parts(self, stage: Stage) -> list[Part] | None:
         return self._first.get(stage.name)
 
-    def _once_more(
-        self, stage: Stage, request: Request, failures: Mapping[int, Failure]
-    ) -> tuple[list[Part], dict[int, Failure]]:
-        """Ask those again that failed and had contributed before; return what comes of it."""
-        at = {client: i for i, client in enumerate(request.nodes)}
-        parts: list[Part] = []
-        left: dict[int, Failure] = {}
-        for some in _apart(failures, self._asking.separate):
-            more, still = self._ask(stage, request.take([at[client] for client in some]))
-            parts += more
-            left |= still
-        self._asking.refuse(left, len(request.nodes), stage.name)
-        return parts, left
-
     def _remember_checksums(self, parts: list[Part]) -> None:
         if self.orders.checksums is not None or any(part.checksums is None for part in parts):
             return
         found = {n: c for part in parts for n, c in zip(part.nodes, part.checksums.tolist(), strict=True)}  # type: ignore[union-attr]
         self.orders = replace(self.orders, checksums=np.array([found[c] for c in self.orders.clients.tolist()]))
+
+    @property
+    def rate(self) -> Tensor:
+        """What a schedule has made of the learning rate so far, as a factor, for clients: () float64."""
+        return torch.tensor(self.backend.rate, dtype=torch.float64)
+
+    def copy(self, part: str, client: int) -> PartCopy:
+        """Return a client's copy of a part on the server, which lives until the end of the round."""
+        at = self.clients.index(client)
+        first = int(self.orders.counts[:at].sum())
+        return self.backend.copy_of(part, client, step_seed(self._seed, 0, 0, client), first)
 
     def commit(self, **gradients: Mapping[str, Tensor | None] | None) -> None:
         """Step the optimizer over all parts, with their gradients by part."""
@@ -308,7 +319,52 @@ class EvaluationContext(CallContext):
 
 
 class RoundContext(CallContext):
-    """What comes before and after the steps of a round, with all its clients."""
+    """What comes before and after the steps of a round, with all its clients.
+
+    Attributes
+    ----------
+    orders : Orders
+        Of the clients that are left; `counts` are the examples that each holds, or has used, of the round.
+    lost : dict of int to Failure
+        The clients that are out of the round.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.lost: dict[int, Failure] = {}
+
+    def call(self, function: Any, **inputs: Tree) -> Any:
+        """Ask all clients for a stage at once, as in `StepContext.call`; go on without those that fail.
+
+        Raises
+        ------
+        StepError
+            If nobody is left.
+        """
+        stage: Stage = function.stage
+        request = self._request(stage, self.orders, inputs)
+        parts, failures = self._ask(stage, request) if len(self.orders) else ([], {})
+        self._asking.refuse(failures, len(request.nodes), stage.name)
+        again = {client: why for client, why in failures.items() if why.kind is not Kind.LEFT_OUT}
+        if again:
+            more, still = self._once_more(stage, request, again)
+            parts += more
+            failures = {client: why for client, why in failures.items() if client not in again} | still
+        asked = self.orders
+        self.lost |= failures
+        self.orders = asked.take(np.flatnonzero(~np.isin(asked.clients, list(failures))))
+        if not len(self.orders):
+            raise StepError(f"no client is left for {stage.name}", self.lost)
+        return gather(stage, parts, self.orders, asked, None)
+
+    def assign(self, **parts: Mapping[str, Tensor]) -> None:
+        """Give parts of the master other values, by whole-model name."""
+        self.backend.assign(parts)
+
+    def average_copies(self, part: str) -> dict[str, Tensor]:
+        """Return the average of the clients' copies of a part, by examples; the copies are gone then."""
+        shares = self.orders.counts / self.orders.num_rows
+        return self.backend.average_copies(part, dict(zip(self.clients, shares.tolist(), strict=True)))
 
 
 def gather(stage: Stage, parts: list[Part], orders: Orders, asked: Orders, clip: Any) -> SimpleNamespace:

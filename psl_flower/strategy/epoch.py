@@ -51,6 +51,7 @@ class Epoch:
         self._recorder, self._round = recorder, server_round
         self.population = population
         self.seconds_plan = 0.0
+        self.bytes_around = [0, 0]  # sent and received before and after the steps
         self._pooled = pooled
         self._steps: list[StepRecord] = []
         self._class_counts: list[IntArray] = []
@@ -101,6 +102,7 @@ class Epoch:
             "class_counts": _stack(self._class_counts) if self._class_counts else None,
             "client_mix": self._client_mix,
             "seconds_plan": self.seconds_plan,
+            "bytes_around": self.bytes_around,
             "scores": self._scores.state_dict(),
         }
 
@@ -110,6 +112,7 @@ class Epoch:
         self._waiting = [StepRecord(**values) for values in state["waiting"]]
         self._class_counts = [] if state["class_counts"] is None else list(state["class_counts"])
         self._client_mix, self.seconds_plan = list(state["client_mix"]), state["seconds_plan"]
+        self.bytes_around = list(state["bytes_around"])
         self._scores.load_state_dict(state["scores"])
 
     def summary(self, examples_unseen: int = 0) -> RoundRecord:
@@ -137,8 +140,8 @@ class Epoch:
             num_steps=len(steps),
             num_clients=int((self.population.sizes > 0).sum()),
             clients_per_step=float(np.mean([s.clients for s in steps])) if steps else 0.0,
-            bytes_sent=_sum([s.bytes_sent for s in steps]),
-            bytes_received=_sum([s.bytes_received for s in steps]),
+            bytes_sent=_sum([self.bytes_around[0], *(s.bytes_sent for s in steps)]),
+            bytes_received=_sum([self.bytes_around[1], *(s.bytes_received for s in steps)]),
             examples_unseen=examples_unseen,
             client_mix_mean=float(np.mean(self._client_mix)) if self._client_mix else 0.0,
             seconds_plan=self.seconds_plan,

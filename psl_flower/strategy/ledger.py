@@ -84,6 +84,10 @@ class EpochLedger:
         """Return the ids of the clients with examples remaining, ascending."""
         return np.asarray(self.population.client_ids[self.remaining > 0])
 
+    def contributors(self) -> IntArray:
+        """Return the ids of the clients with examples used, ascending."""
+        return np.asarray(self.population.client_ids[self._cursors.used > 0])
+
     def steps_left(self) -> int:
         """Return the number of steps still to come, if nobody is lost."""
         beyond = int((self.remaining - self._planned).sum())
@@ -104,6 +108,19 @@ class EpochLedger:
     def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]] | None = None) -> Orders:
         """Return the work orders of a step, the `index`-th of the epoch to be committed."""
         return self._cursors.orders(index, step, left_out)
+
+    def round_orders(self, index: int, clients: IntArray, *, over: bool) -> Orders:
+        """Return orders that name the examples that clients owe of the epoch; `over`: that they have used."""
+        rows = np.searchsorted(self.population.client_ids, clients)
+        used, left = self._cursors.used[rows], self.remaining[rows]
+        return Orders(
+            clients=clients,
+            starts=used,
+            counts=used if over else left,
+            seed=self._sampler.seed,
+            epoch=self._epoch,
+            step=index,
+        )
 
     def leave_out(self, client: int, labels: Sequence[int], rows: int, *, lost: bool) -> None:
         """Have a client owe fewer examples: it cannot read some, which no committed step has used.

@@ -61,11 +61,14 @@ class EpochLoop:
     def train(self, server_round: int) -> RoundRecord:
         """Use every example of every client once."""
         run = self._run
-        ledger, epoch = self._open(server_round)
+        ledger, epoch, over = self._open(server_round)
         clock = self._stragglers.clock(ledger.population)
         retries, skips = Retries(), 0
         with epoch:
-            while len(run.unfinished(ledger)):
+            if not over:
+                with StepError.located(f"round {server_round}, before its first step"):
+                    run.begin_round(ledger, epoch)
+            while not over and len(run.unfinished(ledger)):
                 self._look_for_clients(ledger, epoch, clock)
                 begin = time.monotonic()
                 step = ledger.step(run.available(run.unfinished(ledger)))
@@ -94,6 +97,9 @@ class EpochLoop:
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
                     if self._checkpoint_every and done % self._checkpoint_every == 0 and ledger.steps_left():
                         self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
+            if not over:
+                with StepError.located(f"round {server_round}, after its last step"):
+                    run.end_round(ledger, epoch)
             self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
             unseen = run.close_epoch(server_round, ledger)
             record_of_round = epoch.summary(unseen)
@@ -102,8 +108,8 @@ class EpochLoop:
         _log_round(record_of_round)
         return record_of_round
 
-    def _open(self, server_round: int) -> tuple[EpochLedger, Epoch]:
-        """Return what there is to do in an epoch, and its bookkeeping: a new one, or the one to be resumed."""
+    def _open(self, server_round: int) -> tuple[EpochLedger, Epoch, bool]:
+        """Return what there is to do in an epoch, its bookkeeping, and whether it is over: new, or to be resumed."""
         run = self._run
         run.clients.refresh(self._min_nodes, run.timeout, run.missing)
         population, saved = run.clients.population(), run.take_saved()
@@ -124,7 +130,7 @@ class EpochLoop:
         if saved is not None:
             epoch.load_state_dict(saved["epoch"])
         epoch.seconds_plan += seconds_plan
-        return ledger, epoch
+        return ledger, epoch, saved is not None and not run.runner.method.resumable_within_round
 
     def _look_for_clients(self, ledger: EpochLedger, epoch: Epoch, clock: VirtualClock | None) -> None:
         """Find clients that failed before on the nodes where they are now, and let new ones in if they may enter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
 from psl_flower.server import LocalBackend, Scheduler
-from psl_flower.strategy.context import Attempt
+from psl_flower.strategy.context import Attempt, RoundContext
+from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.ledger import EpochLedger
 from psl_flower.strategy.progress import Progress
@@ -54,6 +55,7 @@ class Run:
         self.backoff = Backoff()
         self.given_up: set[int] = set()  # clients that owed examples at the end of the last epoch they were in
         self.missing: set[int] = set()  # those of them that gave nothing at all
+        self.out: set[int] = set()  # of the round: clients that have lost what they keep for it
         self.committed = False  # a step, in this process
         self.answered = False  # some client, of a step that nothing came of: so not all have the same bug
         self._pooled: tuple[Population, IntArray] | None = None
@@ -76,9 +78,35 @@ class Run:
         return kept if len(kept) else unfinished
 
     def unfinished(self, ledger: EpochLedger) -> IntArray:
-        """Return the clients that owe examples and are not excluded."""
-        found, excluded = ledger.unfinished(), list(self.clients.excluded)
-        return found[~np.isin(found, excluded)] if excluded else found
+        """Return the clients that owe examples and are not excluded or out of the round."""
+        return self._taking_part(ledger.unfinished())
+
+    def _taking_part(self, clients: IntArray) -> IntArray:
+        absent = list(self.clients.excluded | self.out)
+        return clients[~np.isin(clients, absent)] if absent else clients
+
+    def begin_round(self, ledger: EpochLedger, epoch: Epoch) -> None:
+        """Let the method do what comes before the first step; clients that fail in it are out of the round."""
+        self.out = set()
+        orders = ledger.round_orders(len(epoch), self.unfinished(ledger), over=False)
+        self._around(self.runner.method.begin_round, orders, epoch)
+
+    def end_round(self, ledger: EpochLedger, epoch: Epoch) -> None:
+        """Let the method do what comes after the last step, with the clients that have contributed."""
+        orders = ledger.round_orders(len(epoch), self._taking_part(ledger.contributors()), over=True)
+        self._around(self.runner.method.end_round, orders, epoch)
+
+    def _around(self, hook: Callable[[RoundContext], None], orders: Orders, epoch: Epoch) -> None:
+        attempt = self.runner.around(hook, orders)
+        epoch.bytes_around[0] += attempt.bytes_sent
+        epoch.bytes_around[1] += attempt.bytes_received
+        self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
+        for client, why in attempt.lost.items():
+            self._leave_out_of_round(client, why)
+
+    def _leave_out_of_round(self, client: int, why: Failure) -> None:
+        self.out.add(client)
+        log.warning("%s is out of the round: %s", self.clients.name(client), why)
 
     def attempt(self, ledger: EpochLedger, orders: Orders, waits: Mapping[int, float]) -> Attempt:
         """Try a step, and remember who failed."""
@@ -90,6 +118,9 @@ class Run:
         self.backoff.failed(c for c, f in attempt.lost.items() if f.kind is not Kind.UNREADABLE)
         self.backoff.succeeded(attempt.clients)
         self.given_up.difference_update(attempt.clients)
+        for client, why in attempt.lost.items():
+            if why.kind is Kind.LEFT_OUT:
+                self._leave_out_of_round(client, why)
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
         what = "is redone, for want of" if nothing else "goes on without"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,15 @@ from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, step_seed
 from psl_flower.server import LocalBackend, NothingCountsError
-from psl_flower.strategy.context import Asking, Attempt, LostClientsError, StepContext, TooFewError, by_client
+from psl_flower.strategy.context import (
+    Asking,
+    Attempt,
+    LostClientsError,
+    RoundContext,
+    StepContext,
+    TooFewError,
+    by_client,
+)
 from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
@@ -102,6 +110,28 @@ class StepRunner:
             return attempt
         exchanges = summary.seconds_clients + summary.seconds_wire - before[1] - before[2]
         summary.seconds_compute += time.monotonic() - begin - exchanges
+        return attempt
+
+    def around(self, hook: Callable[[RoundContext], None], orders: Orders) -> Attempt:
+        """Do what a method does before or after the steps of a round; return whom it lost and what it sent.
+
+        Parameters
+        ----------
+        hook : callable
+            Of the method.
+        orders : Orders
+            See `RoundContext`.
+
+        Raises
+        ------
+        StepError
+            If nobody is left, or a client fails and that is not tolerated.
+        """
+        attempt = self._attempt = Attempt(orders)
+        seed = step_seed(orders.seed, orders.epoch, orders.step)
+        ctx = RoundContext(self.method, self.backend, self._asking, orders, seed=seed)
+        hook(ctx)
+        attempt.lost = ctx.lost
         return attempt
 
     def _try(self, ctx: StepContext, attempt: Attempt) -> bool:

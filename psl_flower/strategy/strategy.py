@@ -162,8 +162,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         for function, name in ((optimizer, "optimizer"), (loss, "loss")):
             if not callable(function):
                 raise ConfigError(f"{name} must be callable, got {function!r:.80}")
-        self.sampler = sampler or UniformGlobalSampler(batch_size=128)
         self.cut, self.tail, self.method = cut, tail, make_method(method, tail)
+        self.sampler = self.method.sampler(sampler or UniformGlobalSampler(batch_size=128))
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
@@ -183,6 +183,11 @@ class ParallelSplitLearning(ExchangingStrategy):
             raise ConfigError(
                 "checkpoint_every and resume_from='latest' need an output_dir and keep_checkpoints of at least 1, got "
                 f"{output_dir!r} and {keep_checkpoints}"
+            )
+        if checkpoint_every and not self.method.resumable_within_round:
+            raise ConfigError(
+                f"with method {self.method.name!r} clients keep parts of the model within a round: checkpoints are "
+                f"written at its end only, got checkpoint_every={checkpoint_every}: leave it 0"
             )
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
         self._classification, self._metrics = classification, check_metrics(metrics or {})
@@ -438,7 +443,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         everything = {p for part in self._halves.parts for p in part.parameters()}
         on_clients = {p for part in self._client_parts() for p in part.parameters()}
         sizes = [sum(p.numel() for p in some) for some in (on_clients, everything - on_clients)]
-        log.info("Parallel split learning:")
+        log.info("Split learning, method %s:", self.method.name)
         log.info("\t├── Sampler: %r", self.sampler)
         log.info("\t├── Cut: %s (%s parameters on the client, %s on the server)", self.cut, *(f"{n:,}" for n in sizes))
         log.info("\t├── Method: %s, transport: %s", self.method.name, self.transport)
