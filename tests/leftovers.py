@@ -35,7 +35,8 @@ def pytest_configure(config):
     )
     command = [sys.executable, "-I", __file__, str(os.getpid()), mark, folder]
     subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)  # not marked, and no Ctrl-C
-    os.environ.update({mark: "1", "TMPDIR": folder, "MPLCONFIGDIR": str(Path(folder, "matplotlib"))})
+    os.environ.update({mark: "1", "TMPDIR": folder})
+    os.environ.update({name: f"{folder}/{name}" for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME")})
     tempfile.tempdir = None  # read TMPDIR again
 
 
