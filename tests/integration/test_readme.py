@@ -1,11 +1,13 @@
 """What README and docs/ show works: Python blocks run, in order, in one namespace a file; links lead somewhere."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from psl_flower.experiments.sweep import read_sweep
+from psl_flower.methods import ParallelSplit
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -39,6 +41,15 @@ def test_the_sampler_of_the_docs_keeps_every_promise(capsys):
     plan = namespace["EndToEndSampler"](7, seed=1).plan(namespace["Population"]([3, 5, 8, 9], [10, 0, 1, 30]), epoch=2)
     plan.validate()
     assert plan.batch_sizes().tolist() == [7, 7, 7, 7, 7, 6]
+
+
+def test_the_method_of_the_docs_is_that_of_the_package():
+    shown = run_blocks(ROOT / "docs" / "architecture.md")["ParallelSplit"]
+    assert shown.parts == ParallelSplit.parts
+    for name, stage in ParallelSplit.stages().items():
+        assert replace(shown.stages()[name], function=None) == replace(stage, function=None)
+    for name in ("forward", "backward", "step", "evaluate"):
+        assert getattr(shown, name).__code__.co_names == getattr(ParallelSplit, name).__code__.co_names
 
 
 def test_the_cuts_of_the_docs_are_as_they_say(capsys):

@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord
 from support import largest_difference, sgd
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader
 
 from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
 from psl_flower.samplers import Population
@@ -131,3 +132,28 @@ def test_equals_centralised_training(name):
     assert used == [N] * K
     assert largest_difference(result.arrays.to_torch_state_dict(), model.state_dict()) < 1e-9
     assert largest_difference(model.state_dict(), make().state_dict()) > 1e-3
+
+
+def load_data(partition_id, num_partitions):
+    """Return loaders of dict batches, as the load_data of Flower's PyTorch quickstart does."""
+    assert num_partitions == K
+    table = datasets.Dataset.from_dict({"img": VECTORS[partition_id].tolist(), "label": LABELS[partition_id].tolist()})
+    parts = table.train_test_split(test_size=0.25, seed=42)
+
+    def apply_transforms(batch):
+        batch["img"] = [torch.tensor(v, dtype=torch.float32) for v in batch["img"]]
+        return batch
+
+    parts = parts.with_transform(apply_transforms)
+    return DataLoader(parts["train"], batch_size=4, shuffle=True), DataLoader(parts["test"], batch_size=4)
+
+
+def test_the_load_data_of_flowers_quickstart_is_taken_as_it_is():
+    def data_fn(context):
+        return load_data(context.node_config["partition-id"], context.node_config["num-partitions"])
+
+    app = split_client_app(Vectors, cut="rest", data_fn=data_fn)
+    strategy = ParallelSplitLearning(Vectors(), cut="rest", sampler=SAMPLER, device="cpu")
+    result = strategy.start(InProcessGrid(app, K), ArrayRecord(Vectors().state_dict()), num_rounds=1)
+    assert result.train_metrics_clientapp[1]["num_examples"] == K * 9
+    assert result.evaluate_metrics_clientapp[1]["num_examples"] == K * 3
