@@ -1,7 +1,10 @@
 """Ways of splitting beside parallel: each equals a reference of a few lines that trains in one process."""
 
 import copy
+import functools
 import json
+import os
+import signal
 from collections import Counter
 from itertools import zip_longest
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Error, Message
-from process_grid import ERROR_CRASHED
+from process_grid import ERROR_CRASHED, ProcessGrid
 from support import CUT, adam, client_data, client_sizes, largest_difference, load_partition_64, sgd, tiny_resnet_64
 from torch import nn
 
@@ -211,6 +214,41 @@ def test_a_client_that_loses_its_head_is_left_out_of_the_average_and_reported(me
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["refused"] == {"left out for the round": 1}
     assert summary["examples_unseen"] == {str(client): unseen}
+    assert [r["examples_unseen"] for r in records(tmp_path, "round")] == [unseen, 0]
+
+
+def load_and_tell(folder, context):
+    """Load a client's data; tell which process it is in."""
+    (folder / str(context.node_config["partition-id"])).write_text(str(os.getpid()))
+    return load_partition_64(context)
+
+
+def make_app(folder):
+    data_fn = functools.partial(load_and_tell, folder)
+    return split_client_app(tiny_resnet_64, cut=CUT, data_fn=data_fn, method="splitfed-v1", optimizer=sgd)
+
+
+class Killing(Callback):
+    """Kills a client's process after the second step of the run."""
+
+    def __init__(self, folder, client):
+        self._file = folder / str(client)
+
+    def on_step(self, record):
+        if (record.round, record.step) == (1, 1):
+            os.kill(int(self._file.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.slow  # six processes import torch
+def test_a_client_whose_process_is_killed_is_back_in_the_next_round(tmp_path):
+    """Over streams, a process for each client: the new one does not have the head of the old one."""
+    pids, client = tmp_path / "pids", 2
+    pids.mkdir()
+    options = {"transport": "streams", "callbacks": [Killing(pids, client)], "classification": False}
+    with ProcessGrid(functools.partial(make_app, pids), K) as grid:
+        state = trained(grid, strategy_of("splitfed-v1", output_dir=tmp_path, min_available_nodes=K, **options))
+    assert largest_difference(state, splitfed_v1(sgd, gone=(0, client))) < 1e-9
+    unseen = client_sizes(K)[client] - examples(client, 2)
     assert [r["examples_unseen"] for r in records(tmp_path, "round")] == [unseen, 0]
 
 
