@@ -8,7 +8,7 @@ import torch
 from flwr.app import Context
 from torch import nn
 
-from psl_flower.app.task import cut_of, load_partition, make_model, make_optimizer
+from psl_flower.app.task import cut_of, load_partition, make_model, make_optimizer, method_of
 from psl_flower.client import split_client_app
 from psl_flower.config import RunConfig
 
@@ -25,7 +25,12 @@ def cut_fn(context: Context) -> str:
 
 def method_fn(context: Context) -> str:
     """Return how the server splits."""
-    return RunConfig.read(context.run_config).method
+    return method_of(RunConfig.read(context.run_config))
+
+
+def tail_fn(context: Context) -> str | None:
+    """Return where the clients' tail begins, if there is one."""
+    return RunConfig.read(context.run_config).tail or None
 
 
 def optimizer_fn(parameters: Any, context: Context) -> torch.optim.Optimizer:
@@ -33,4 +38,6 @@ def optimizer_fn(parameters: Any, context: Context) -> torch.optim.Optimizer:
     return make_optimizer(RunConfig.read(context.run_config), parameters)
 
 
-app = split_client_app(model_fn, cut=cut_fn, data_fn=load_partition, method=method_fn, optimizer=optimizer_fn)
+app = split_client_app(
+    model_fn, cut=cut_fn, tail=tail_fn, data_fn=load_partition, method=method_fn, optimizer=optimizer_fn
+)

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from psl_flower.app.last_word import last_word
 from psl_flower.app.preflight import check_temporary_folder
-from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer
+from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer, method_of
 from psl_flower.callbacks import make_loggers
 from psl_flower.config import RunConfig
 from psl_flower.strategy import ParallelSplitLearning
@@ -29,7 +29,8 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
     return ParallelSplitLearning(
         make_model(config),
         cut=cut_of(config),
-        method=config.method,
+        tail=config.tail or None,
+        method=method_of(config),
         sampler=config.make_sampler(),
         optimizer=partial(make_optimizer, config),
         delays=delays,

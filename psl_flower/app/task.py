@@ -22,6 +22,7 @@ from psl_flower.app.images import ImageSet, crop_flip
 from psl_flower.app.models import build_model, default_cut
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
+from psl_flower.methods import ParallelSplit, UShapedSplit, make_method
 from psl_flower.partition.split import Rows, extended_dirichlet_split, iid_split
 from psl_flower.split import check_client_half, cut_model, replace_batch_norm
 
@@ -42,7 +43,12 @@ def make_model(config: RunConfig) -> nn.Module:
     """
     spec = SPECS[config.dataset]
     model = build_model(config.model, in_channels=spec.shape[0], num_classes=spec.num_classes, seed=config.seed)
-    return replace_batch_norm(model, before=cut_of(config))
+    return replace_batch_norm(model, before=cut_of(config), tail=config.tail or None)
+
+
+def method_of(config: RunConfig) -> str:
+    """Return the way of splitting: with a tail it is the U shape, unless another is named."""
+    return UShapedSplit.name if config.tail and config.method == ParallelSplit.name else config.method
 
 
 def check_model(config: RunConfig) -> None:
@@ -53,7 +59,10 @@ def check_model(config: RunConfig) -> None:
     CutError
         If there is no such cut, or it cannot be made.
     """
-    check_client_half(cut_model(make_model(config), cut_of(config)).client)
+    parts = make_method(method_of(config)).assign(
+        cut_model(make_model(config), cut_of(config), config.tail or None).parts
+    )
+    check_client_half(next(iter(parts.values())))
 
 
 def make_optimizer(config: RunConfig, params: Iterable[Any]) -> torch.optim.Optimizer:

@@ -30,7 +30,7 @@ def split_client_app(
     model_fn: Callable[..., Any],
     *,
     cut: str | Callable[..., str] | None = None,
-    tail: str | None = None,
+    tail: str | Callable[..., str | None] | None = None,
     data_fn: Callable[..., Any],
     target: str = "label",
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -53,7 +53,7 @@ def split_client_app(
     cut : str or callable, optional
         Qualified name of the first server-side submodule, the server's; ``cut(context)``, if it is callable. None for a
         `SplitModel`.
-    tail : str, optional
+    tail : str or callable, optional
         Qualified name of the first submodule that is back on the client, the server's, for a U shape.
     data_fn : callable
         ``data_fn(context)`` or ``data_fn(context, config)`` returns the client's training data, or a pair (training
@@ -91,7 +91,7 @@ def split_client_app(
             raise ConfigError(f"{name} must be callable, got {function!r:.80}")
     check_data_fn(data_fn)
     if isinstance(method, SplitMethod) or not callable(method):
-        method = make_method(method, tail)
+        method = make_method(method, None if callable(tail) else tail)
     if isinstance(method, SplitMethod) and method.trains_on_clients() and not callable(optimizer):
         raise ConfigError(
             f"with method {method.name!r} clients train a part of the model: pass split_client_app(..., optimizer="

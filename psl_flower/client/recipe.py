@@ -28,7 +28,7 @@ class ClientRecipe:
 
     model_fn: Callable[..., Any]
     cut: str | Callable[..., str] | None
-    tail: str | None
+    tail: str | Callable[..., str | None] | None
     data_fn: Callable[..., Any]
     device: str
     client_class: Callable[..., SplitClient]
@@ -44,7 +44,7 @@ def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitM
     if isinstance(recipe.method, SplitMethod):
         return recipe.method
     if state.method is None:
-        state.method = make_method(_call(recipe.method, context=context), recipe.tail)
+        state.method = make_method(_call(recipe.method, context=context))
     return state.method
 
 
@@ -54,7 +54,8 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
     if key not in state.clients:
         if state.parts is None:
             cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
-            halves = cut_model(_call(recipe.model_fn, context=context), cut, recipe.tail)
+            tail = _call(recipe.tail, context=context) if callable(recipe.tail) else recipe.tail
+            halves = cut_model(_call(recipe.model_fn, context=context), cut, tail)
             method = method_of(recipe, state, context)
             parts = method.assign(halves.parts)
             mine = {name: parts[name] for name in method.client_parts()}

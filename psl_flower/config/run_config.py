@@ -83,6 +83,9 @@ class RunConfig:
 
     model: Annotated[str, OneOf(MODELS)] = key("cnn", "The network", section="Model and optimizer")
     cut: str = key("", "Qualified name of the first server-side module; empty: after the model's first stage")
+    tail: str = key(
+        "", "First module that is back on the clients, where labels and loss then stay (the U shape); empty: none"
+    )
     method: Annotated[str, OneOf(METHODS)] = key(
         "parallel", "The way of splitting; all but parallel go with sampler ugs, batch-size is that of a client's batch"
     )

@@ -14,6 +14,7 @@ PRECISIONS = ("float32", "float64", "bfloat16")
 # Keys that say how real clients are reached, kept waiting or mistrusted, and the one value that goes without them.
 _WITHOUT_CLIENTS = {
     "method": "parallel",
+    "tail": "",
     "sleep": False,
     "wire_dtype": "float32",
     "non_finite_loss": "stop",
