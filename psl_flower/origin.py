@@ -24,7 +24,7 @@ def where(error: BaseException) -> str:
 
 
 def _is_users(filename: str) -> bool:
-    if filename.startswith("<frozen") or not filename:
+    if filename.startswith(("<frozen", "<psl_flower", "<eval_with_key")) or not filename:  # generated code
         return False
     path = Path(filename)
     return not (

@@ -18,7 +18,7 @@ from psl_flower.data.rows import INPUT, divide
 from psl_flower.devices import seeded
 from psl_flower.errors import BadRowsError, ConfigError, PSLError
 from psl_flower.origin import where
-from psl_flower.tree import as_tree, leaves, paths, rows
+from psl_flower.tree import Tree, as_tree, leaves, paths, rows
 
 _READ_ROWS = 256  # examples read at once where only their labels are wanted
 
@@ -74,7 +74,7 @@ class Examples:
         Raises
         ------
         BadRowsError
-            If some examples cannot be read, or have an input that is NaN or infinite, while others are in order.
+            If some examples cannot be read, or hold NaN or infinite values, while others are in order.
         ConfigError
             If no example can be read, or rows break a rule; the message says the remedy.
         """
@@ -209,15 +209,22 @@ class Examples:
 
 
 def _not_finite(batch: Batch, indices: list[int]) -> dict[int, str]:
-    """Return which examples have an input that is NaN or infinite."""
+    """Return which examples have an input or a label that is NaN or infinite."""
     bad: dict[int, str] = {}
-    for i, leaf in enumerate(leaves(batch.inputs)):
+    named = [(batch.inputs, "inputs", "in a mask, use torch.finfo(dtype).min in place of -inf")]
+    if batch.target is not batch.inputs:
+        named.append((batch.target, "label", "mark what is missing with a number, and leave it out in the loss"))
+    for tree, name, remedy in named:
+        bad = _not_finite_rows(tree, name, remedy, indices) | bad
+    return bad
+
+
+def _not_finite_rows(tree: Tree, name: str, remedy: str, indices: list[int]) -> dict[int, str]:
+    bad: dict[int, str] = {}
+    for path, leaf in zip(paths(tree, name), leaves(tree), strict=True):
         # a sum takes a fortieth of the time; where it is not finite, it may only have overflowed
         if not (leaf.is_floating_point() or leaf.is_complex()) or cmath.isfinite(leaf.sum().item()):
             continue
-        for row in (~leaf.isfinite().reshape(batch.size, -1).all(dim=1)).nonzero().flatten().tolist():
-            bad[indices[row]] = (
-                f"{paths(batch.inputs, 'inputs')[i]} holds NaN or infinite values "
-                "(in a mask, use torch.finfo(dtype).min in place of -inf)"
-            )
+        for row in (~leaf.isfinite().reshape(len(indices), -1).all(dim=1)).nonzero().flatten().tolist():
+            bad[indices[row]] = f"{path} holds NaN or infinite values ({remedy})"
     return bad

@@ -41,7 +41,14 @@ def read_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
     """Return the examples at `indices`, by torch's batched fetch (``__getitems__``) if offered, else one at a time."""
     dataset, indices = _unwrapped(dataset, indices)
     if _offers(dataset, "__getitems__"):
-        return list(dataset.__getitems__(list(indices)))
+        found = dataset.__getitems__(list(indices))
+        if not isinstance(found, list) or len(found) != len(indices):
+            what = f"a {type(found).__name__}" + (f" of {len(found)}" if hasattr(found, "__len__") else "")
+            raise ConfigError(
+                f"{type(dataset).__name__}.__getitems__ must return a list with a row for each of {len(indices)} "
+                f"indices, got {what}: to return a batch, call the method get_batch"
+            )
+        return found
     return [dataset[i] for i in indices]
 
 

@@ -25,7 +25,11 @@ def divide(batch: Any, target: str, name: str) -> tuple[Any, Any]:
         If there is no label.
     """
     inputs, label = _inputs_and_label(batch, target, name)
-    return (inputs, inputs) if target == INPUT else (inputs, label)
+    if target != INPUT:
+        return inputs, label
+    if isinstance(inputs, Mapping) and len(inputs) == 1:  # the model has one input, and one output
+        (inputs,) = inputs.values()
+    return inputs, inputs
 
 
 def label_name(names: Any, target: str) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from psl_flower import tree
 from psl_flower.errors import ConfigError
+from psl_flower.origin import where
 from psl_flower.protocol import Weights
 from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
@@ -68,6 +69,8 @@ class LocalBackend:
         self._make_optimizer, self._order = optimizer, list(parameters)
         self._first_rate = _rate(self.optimizer)
         self._copies: dict[str, dict[int, PartCopy]] = {}
+        if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+            log.warning("the loss, %s, has parameters, which do not train: make them the model's", type(loss).__name__)
         self._told: set[str] = set()
         self._session = secrets.token_hex(8)
         self._version = 0
@@ -164,7 +167,11 @@ class LocalBackend:
                 found[parameters[name]] = tree.add(found.get(parameters[name]), moved)
         for parameter, total in found.items():
             parameter.grad = total
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except Exception as exc:
+            name = type(self.optimizer).__name__
+            raise ConfigError(f"the step of the optimizer, {name}, failed: {where(exc)}") from exc
         if not set(self._on_clients).isdisjoint(gradients):
             self._changed()
 

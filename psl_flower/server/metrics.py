@@ -135,13 +135,18 @@ def wrong_rows(labels: Tensor, classes: int, ignore_index: int = IGNORE_INDEX) -
 def why_no_accuracy(outputs: Any, labels: Any) -> str:
     """Return the sentence that says why there is no accuracy, and what to do."""
     logits = logits_of(outputs)
-    shown = f"a {type(outputs).__name__}" if logits is None else str(tuple(logits.shape))
-    theirs = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+    shown = f"a {type(outputs).__name__}" if logits is None else _batch_shape(logits)
+    theirs = f"{_batch_shape(labels)} of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
     return (
         f"there is no accuracy: it needs outputs (n, classes, ...) and integer labels (n, ...), or a cross-entropy of "
         f"them, got outputs {shown} and labels {theirs}: pass metrics={{'name': function of (outputs, labels)}} for "
         "your own"
     )
+
+
+def _batch_shape(tensor: Tensor) -> str:
+    """Return a shape that is the same for batches of any size."""
+    return f"({', '.join(['n', *map(str, tensor.shape[1:])])})"
 
 
 def is_integer(value: Any) -> bool:

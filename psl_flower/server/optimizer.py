@@ -14,6 +14,7 @@ from torch import nn
 from psl_flower.checks import check_choice
 from psl_flower.errors import ConfigError
 from psl_flower.monitor import Monitor, expected_mode
+from psl_flower.origin import where
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -192,7 +193,13 @@ class Scheduler:
             return
         with warnings.catch_warnings():  # of a round that is resumed at its end: the optimizer had no step here
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self._scheduler.step(*metric)
+            try:
+                self._scheduler.step(*metric)
+            except Exception as exc:
+                name = type(self._scheduler).__name__
+                raise ConfigError(
+                    f"the {self._interval}'s step of the scheduler, {name}, failed: {where(exc)}"
+                ) from exc
 
 
 def make_scheduler(

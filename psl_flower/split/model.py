@@ -137,11 +137,19 @@ def cut_model(model: nn.Module, cut: str | None = None, tail: str | None = None)
     Raises
     ------
     ConfigError
-        If a SplitModel comes with a cut or a tail, or any other model without a cut.
+        If it is no module, a SplitModel comes with a cut or a tail, or any other model without a cut.
     CutError
         If the model cannot be cut there, see `split_module` and `SplitModel`.
     """
     parts: tuple[nn.Module, ...]
+    given: object = model
+    if not isinstance(given, nn.Module):
+        found = f"the class {given.__name__}: call it" if isinstance(given, type) else f"{given!r:.80}"
+        raise ConfigError(f"the model must be an nn.Module, got {found}")
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError(
+            "a model that torch.compile has wrapped cannot be cut: pass the model itself, and compile submodules of it"
+        )
     if not isinstance(model, SplitModel):
         if cut is None:
             raise ConfigError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ def find_mixing(run: Callable[[Any], Any], inputs: Any, *, module: nn.Module | N
         raise CannotTellError("there is no example to run")
     dice = _Dice(inputs)
     with (
+        _eager(),
         torch.no_grad(),
         torch.random.fork_rng(dice.devices),
         _NoDropout(),
@@ -158,6 +159,12 @@ def _misshapen(outputs: Sequence[Tensor], rows: int) -> str | None:
             batch = "one example alone" if rows == 1 else f"a batch of {rows}"
             return f"output {i} has shape {tuple(output.shape)} for {batch}"
     return None
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Run compiled modules as they were written: hooks do not go into what is compiled."""
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return stance("force_eager") if stance else nullcontext()
 
 
 class _Dice:

@@ -179,8 +179,8 @@ class _PathTracer(fx.Tracer):
         if _contexts() != self._contexts:
             raise CutError(
                 f"{node.name!r} is computed under torch.no_grad, inference_mode or autocast, which torch.fx does not "
-                f"record: move the context into a submodule of its own or use requires_grad_(False), or cut by hand: "
-                f"SplitModel(client=..., server=...)"
+                f"record: give torch.utils.checkpoint use_reentrant=False, move the context into a submodule of its "
+                f"own or use requires_grad_(False), or cut by hand: SplitModel(client=..., server=...)"
             )
         return node
 

@@ -140,8 +140,8 @@ class Epoch:
             num_steps=len(steps),
             num_clients=int((self.population.sizes > 0).sum()),
             clients_per_step=float(np.mean([s.clients for s in steps])) if steps else 0.0,
-            bytes_sent=_sum([self.bytes_around[0], *(s.bytes_sent for s in steps)]),
-            bytes_received=_sum([self.bytes_around[1], *(s.bytes_received for s in steps)]),
+            bytes_sent=_sum([s.bytes_sent for s in steps], self.bytes_around[0]),
+            bytes_received=_sum([s.bytes_received for s in steps], self.bytes_around[1]),
             examples_unseen=examples_unseen,
             client_mix_mean=float(np.mean(self._client_mix)) if self._client_mix else 0.0,
             seconds_plan=self.seconds_plan,
@@ -179,9 +179,10 @@ def _with_deviation(records: list[StepRecord], counts: list[IntArray], pooled: I
     return [replace(r, deviation=float(d)) for r, d in zip(records, batch_deviation(table[1:], table[0]), strict=True)]
 
 
-def _sum(numbers: list[int | None]) -> int | None:
+def _sum(numbers: list[int | None], more: int) -> int | None:
+    """Return the sum, with what came around the steps; None where nothing is sent."""
     known = [n for n in numbers if n is not None]
-    return sum(known) if known else None
+    return sum(known) + more if known else None
 
 
 def _stack(counts: list[IntArray]) -> IntArray:

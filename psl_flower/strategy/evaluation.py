@@ -105,7 +105,7 @@ class Evaluator:
             self._summary.refuse_in_evaluation(failures)
             mistakes = {client: f for client, f in failures.items() if f.kind.is_mistake}
             if mistakes and self._mistakes == "stop":
-                raise StepError(f"a mistake of {len(mistakes)} of {len(counts)} clients", mistakes)
+                raise StepError(f"{len(mistakes)} of {len(counts)} clients failed", mistakes)
             if mistakes and self._mistakes == "exclude":
                 self._clients.excluded |= mistakes.keys()
                 self._summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})

@@ -80,7 +80,7 @@ def test_wrong_labels_are_found_by_row():
 
 def test_a_sentence_says_why_there_is_no_accuracy():
     text = why_no_accuracy(torch.zeros(6, 1), ints(6))
-    assert "got outputs (6, 1) and labels (6,) of torch.int64: pass metrics={'name': function" in text
+    assert "got outputs (n, 1) and labels (n) of torch.int64: pass metrics={'name': function" in text
     assert "got outputs a tuple and labels a dict" in why_no_accuracy((1, 2), {})
 
 
