@@ -1,0 +1,519 @@
+"""What people bring, a case of each kind: it trains as with all data in one place, or is refused in a sentence.
+
+The right value is centralised training on the same examples, the loss of all test data pooled, or a count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord, MetricRecord
+from support import largest_difference
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate, random_split
+
+from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower.callbacks import BestModel, EarlyStopping
+from psl_flower.errors import ConfigError, CutError, MembershipError, StepError
+from psl_flower.samplers import AlignedSampler, Population
+from psl_flower.stragglers import SlowFractionDelays
+
+SIZES = (20, 30, 40)
+TOTAL = sum(SIZES)
+GENERATOR = torch.Generator().manual_seed(1)
+X = torch.randn(TOTAL, 8, generator=GENERATOR, dtype=torch.float64)
+Y = torch.randint(0, 3, (TOTAL,), generator=GENERATOR)
+TOKENS = torch.randint(0, 20, (TOTAL, 6), generator=GENERATOR)
+TAGS = torch.randint(0, 4, (TOTAL, 6), generator=GENERATOR)
+
+
+class Net(nn.Module):
+    """A body of one's own, cut before the head."""
+
+    def __init__(self, body=None, outputs=3):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.SiLU()) if body is None else body
+        self.head = nn.Linear(16, outputs)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+        self.double()
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens)).transpose(1, 2)
+
+
+class Lambda(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(8, 16), function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
+
+
+def parts(*tensors):
+    """Return a dataset for each client."""
+    bounds = np.cumsum((0, *SIZES))
+    return [TensorDataset(*(t[a:b] for t in tensors)) for a, b in itertools.pairwise(bounds)]
+
+
+def partition(context):
+    return context.node_config["partition-id"]
+
+
+def fresh(model_fn):
+    torch.manual_seed(0)
+    return model_fn()
+
+
+def train(datasets, model_fn=Net, *, tests=None, rounds=1, client=None, start=None, grid=InProcessGrid, **options):
+    """Train split; return the result."""
+
+    def data_fn(context):
+        train = datasets(context) if callable(datasets) else datasets[partition(context)]
+        return train if tests is None else (train, tests[partition(context)])
+
+    app = split_client_app(model_fn, cut="head", data_fn=data_fn, **(client or {}))
+    options.setdefault("sampler", UniformGlobalSampler(batch_size=16, seed=0))
+    strategy = ParallelSplitLearning(fresh(model_fn), cut="head", **options)
+    nodes = grid(app, len(SIZES) if callable(datasets) else len(datasets))
+    return strategy.start(
+        nodes, ArrayRecord(fresh(model_fn).state_dict()), num_rounds=rounds, timeout=60, **(start or {})
+    )
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def centralised(datasets, model_fn=Net, *, rounds=1, loss=F.cross_entropy, optimizer=sgd, after_step=None):
+    """Return the weights of the whole model, trained on the same batches, row by row as each dataset gives them."""
+    model = fresh(model_fn).train()
+    stepper = optimizer([p for p in model.parameters() if p.requires_grad])
+    scheduler = after_step(stepper) if after_step else None
+    sampler = UniformGlobalSampler(batch_size=16, seed=0)
+    for epoch in range(rounds):
+        orders = [iter(np.random.default_rng([0, epoch, k]).permutation(len(d))) for k, d in enumerate(datasets)]
+        for step in sampler.plan(Population(np.arange(len(datasets)), [len(d) for d in datasets]), epoch):
+            rows = [
+                datasets[k][int(next(orders[k]))]
+                for k, n in zip(step.clients, step.quotas, strict=True)
+                for _ in range(n)
+            ]
+            *inputs, labels = default_collate(rows)
+            stepper.zero_grad()
+            loss(model(*inputs), labels).backward()
+            stepper.step()
+            if scheduler:
+                scheduler.step()
+    return model.state_dict()
+
+
+def check_exact(datasets, model_fn=Net, *, loss=F.cross_entropy, optimizer=sgd, rounds=1, **options):
+    result = train(datasets, model_fn, loss=loss, optimizer=optimizer, rounds=rounds, **options)
+    weights = result.arrays.to_torch_state_dict()
+    reference = centralised(datasets, model_fn, loss=loss, optimizer=optimizer, rounds=rounds)
+    assert largest_difference(weights, reference) < 1e-9
+    assert largest_difference(weights, fresh(model_fn).state_dict()) > 1e-3  # it did train
+    return result
+
+
+def unseen(result):
+    return [metrics["examples_unseen"] for metrics in result.train_metrics_clientapp.values()]
+
+
+# --- A: the forward and the backward pass of a step agree ------------------------------------------------------------
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+
+def test_activation_checkpointing():
+    check_exact(parts(X, Y), Checkpointed)
+
+
+def test_the_other_kind_of_checkpointing_is_refused():
+    class Reentrant(Checkpointed):
+        reentrant = True
+
+    with pytest.raises(CutError, match="use_reentrant=False"):
+        train(parts(X, Y), Reentrant)
+
+
+class Augmented(Dataset):
+    def __init__(self, offset, size):
+        self.offset, self.size = offset, size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        noise = random.random() + np.random.rand(8) + torch.rand(8, dtype=torch.float64).numpy()  # noqa: NPY002
+        return X[self.offset + i] + torch.from_numpy(noise), Y[self.offset + i]
+
+
+def test_augmentation_is_the_same_on_every_carrier():
+    data = [Augmented(0, 20), Augmented(20, 30), Augmented(50, 40)]
+    before = random.getstate()
+    weights = [train(data, transport=t).arrays.to_torch_state_dict() for t in ("messages", "streams")]
+    assert largest_difference(*weights) < 1e-12
+    assert random.getstate() == before
+
+
+def test_compiled_submodules():
+    check_exact(parts(X, Y), lambda: Net(torch.compile(nn.Linear(8, 16), backend="eager")))
+    with pytest.raises(ConfigError, match=r"torch\.compile has wrapped"):
+        train(parts(X, Y), lambda: torch.compile(Net(), backend="eager"))
+
+
+# --- B: a dataset's own items are what is trained on -----------------------------------------------------------------
+class Turned(TensorDataset):
+    """Transforms inputs and labels."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return 2 * x + 1, 2 - y
+
+
+class Listed(Turned):
+    """Lists its raw labels, as torchvision's datasets do beside a target_transform."""
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.targets = tensors[1].tolist()
+
+
+def halved(dataset):
+    return random_split(dataset, [len(dataset) - 6, 6], generator=torch.Generator().manual_seed(0))[0]
+
+
+SHAPES = {
+    "subclass": lambda d: d,
+    "random_split": halved,
+    "subset of a subset": lambda d: Subset(Subset(d, torch.arange(18)), np.arange(3, 15)),
+    "concatenation": lambda d: ConcatDataset([d, d]),
+    "list": lambda d: [d[i] for i in range(len(d))],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_items_are_read(shape):
+    check_exact([SHAPES[shape](Turned(*d.tensors)) for d in parts(X, Y)])
+
+
+def test_samplers_by_class_count_the_labels_of_items():
+    data = [Listed(*d.tensors) for d in parts(X, torch.where(Y == 2, 0, Y))]  # of classes 0 and 1, as items 2 and 1
+    sampler = AlignedSampler(batch_size=16, seed=0)
+    result = train(data, sampler=sampler, delays=SlowFractionDelays(fraction=0.25))
+    assert unseen(result) == [0]
+    # the sampler's target for class 0 is met by what are really items of class 0 only if raw labels are not believed
+    assert result.train_metrics_clientapp[1]["deviation_mean"] < 0.5
+
+
+def test_getitems_must_return_rows():
+    class Batches(TensorDataset):
+        def __getitem__(self, index):
+            return super().__getitem__(index)
+
+        def __getitems__(self, indices):
+            return super().__getitem__(indices)
+
+    with pytest.raises(StepError, match=r"__getitems__ must return a list .*get_batch"):
+        train([Batches(*d.tensors) for d in parts(X, Y)])
+
+
+# --- C: optimizers and schedulers ------------------------------------------------------------------------------------
+def groups(parameters):
+    matrices, vectors = ([p for p in parameters if (p.ndim > 1) is kind] for kind in (True, False))
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "lr": 0.05}], lr=0.01)
+
+
+@pytest.mark.parametrize("optimizer", [groups, lambda p: torch.optim.Adam(p, lr=0.01, foreach=True)])
+def test_optimizers(optimizer):
+    check_exact(parts(X, Y), optimizer=optimizer, rounds=2)
+
+
+def test_frozen_layers():
+    def frozen():
+        model = Net(nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 16)))
+        return model.requires_grad_(True) if model.body[0].requires_grad_(False) is None else model
+
+    weights = check_exact(parts(X, Y), frozen).arrays.to_torch_state_dict()
+    assert torch.equal(weights["body.0.weight"], fresh(frozen).state_dict()["body.0.weight"])
+
+
+def test_a_scheduler_by_step():
+    def warmup(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 10))
+
+    result = train(
+        parts(X, Y), optimizer=sgd, rounds=2, scheduler=lambda o: {"scheduler": warmup(o), "interval": "step"}
+    )
+    reference = centralised(parts(X, Y), rounds=2, after_step=warmup)
+    assert largest_difference(result.arrays.to_torch_state_dict(), reference) < 1e-9
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure=None):
+        if closure is None:
+            raise RuntimeError("sharpness-aware steps need a closure")
+
+
+def elsewhere(parameters):
+    return torch.optim.SGD(Net().parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"optimizer": elsewhere}, "built over the parameters it is given"),
+        ({"optimizer": lambda p: (sgd(p), None)}, "one torch optimizer"),
+        ({"optimizer": torch.optim.LBFGS}, "needs a closure"),
+        ({"optimizer": lambda p: NeedsClosure(p, lr=0.1)}, "NeedsClosure, failed: .*need a closure"),
+        (
+            {
+                "scheduler": lambda o: {
+                    "scheduler": torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=3),
+                    "interval": "step",
+                }
+            },
+            "the scheduler, OneCycleLR, failed: .*total steps is 3",
+        ),
+        ({"loss": lambda o, y: F.cross_entropy(o, y).detach()}, "the loss has no gradient"),
+    ],
+)
+def test_what_cannot_train_is_refused(options, text):
+    with pytest.raises(ConfigError, match=text):
+        train(parts(X, Y), **options)
+
+
+# --- D: what is classification, and what is not ----------------------------------------------------------------------
+def flat_cross_entropy(outputs, labels):
+    return F.cross_entropy(outputs.transpose(1, 2).flatten(0, 1), labels.flatten())
+
+
+def binary(outputs, labels):
+    return F.binary_cross_entropy_with_logits(outputs, labels.double())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "model_fn", "loss", "accuracy"),
+    [
+        ((TOKENS, TAGS), Tagger, F.cross_entropy, True),
+        ((TOKENS, TAGS), Tagger, flat_cross_entropy, True),
+        ((X, torch.stack([Y == 0, Y == 1, Y == 2], 1).long()), Net, binary, False),  # several labels a row
+        ((X, (Y > 0).long()[:, None]), lambda: Net(outputs=1), binary, False),  # one logit
+        ((X, torch.arange(TOTAL)[:, None]), lambda: Net(outputs=1), lambda o, y: F.mse_loss(o, y / 90.0), False),
+        ((X, Y), Net, nn.CrossEntropyLoss(label_smoothing=0.1), True),
+    ],
+)
+def test_accuracy_is_told_of_classes_only(tensors, model_fn, loss, accuracy):
+    result = check_exact(parts(*tensors), model_fn, loss=loss, tests=parts(*tensors))
+    told = result.evaluate_metrics_clientapp[1]
+    assert ("accuracy" in told) is accuracy
+    model = fresh(model_fn)
+    model.load_state_dict(result.arrays.to_torch_state_dict())
+    inputs, labels = tensors
+    assert told["loss"] == pytest.approx(loss(model(inputs), labels).item())
+    if accuracy:
+        assert told["accuracy"] == pytest.approx((model(inputs).argmax(1) == labels).double().mean().item())
+
+
+# --- E: rows that cannot be used -------------------------------------------------------------------------------------
+class Spoilt(Dataset):
+    """Some rows raise, or are NaN; `once` rows raise when they are read first."""
+
+    def __init__(self, dataset, raising=(), nan=(), nan_label=(), once=()):
+        self.dataset, self.raising, self.nan, self.nan_label = dataset, raising, nan, nan_label
+        self.once = set(once)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        if i in self.raising or i in self.once:
+            self.once.discard(i)
+            raise OSError(f"cannot identify image file 'img_{i}.png'")
+        x, y = self.dataset[i]
+        return x * (np.nan if i in self.nan else 1), y * (np.nan if i in self.nan_label else 1)
+
+
+def test_bad_rows_are_left_out_and_all_others_used(caplog):
+    a, b, c = parts(X, Y)
+    result = train([a, Spoilt(b, raising=(7, 8, 20)), Spoilt(c, nan=(0, 39))], rounds=2)
+    assert unseen(result) == [5, 5]
+    assert [m["num_examples"] for m in result.train_metrics_clientapp.values()] == [TOTAL - 5] * 2
+    said = [r.getMessage() for r in caplog.records if "client 1 (node 3): example 7 is left out" in r.getMessage()]
+    assert len(said) == 1
+    assert "in __getitem__: OSError: cannot identify image file 'img_7.png'" in said[0]
+
+
+def test_a_nan_label_is_a_bad_row():
+    a, b, c = parts(X, X[:, :1])
+    result = train([a, Spoilt(b, nan_label=(7,)), c], lambda: Net(outputs=1), loss=F.mse_loss, classification=False)
+    assert unseen(result) == [1]
+
+
+def test_bad_rows_under_a_sampler_by_class():
+    a, b, c = parts(X, Y)
+    data = [a, Spoilt(b, raising=(7, 8)), Spoilt(c, nan=(3,))]
+    for name in ("items", "list"):
+        if name == "list":
+            for one, whole in zip(data[1:], (b, c), strict=True):
+                one.targets = whole.tensors[1]
+        sampler = AlignedSampler(batch_size=16, seed=0)
+        assert unseen(train(data, sampler=sampler, delays=SlowFractionDelays(fraction=0.25), rounds=2)) == [3, 3]
+
+
+# --- F: a loss is a sum over what counts -----------------------------------------------------------------------------
+IGNORED = torch.where(torch.arange(TOTAL)[:, None].lt(50) & torch.arange(6).gt(0), -100, TAGS)  # uneven by client
+NONE_OF_CLIENT_0 = torch.where(torch.arange(TOTAL)[:, None].lt(20), -100, TAGS)
+
+
+def by_count(outputs, labels):
+    return F.cross_entropy(outputs, labels, reduction="sum") / max(1, (labels != -100).sum().item())
+
+
+def weighted_classes(outputs, labels):
+    return F.cross_entropy(outputs, labels, weight=torch.tensor([1.0, 5.0, 0.1, 1.0], dtype=outputs.dtype))
+
+
+# --- G: mistakes -----------------------------------------------------------------------------------------------------
+class Deployed(InProcessGrid):
+    """Its nodes are other people's."""
+
+
+def fails_in_data_fn(context):
+    if partition(context) == 1:
+        return {}["missing"]
+    return parts(X, Y)[partition(context)]
+
+
+def labels_from_one(context):
+    return parts(X, Y + 1 if partition(context) == 1 else Y)[partition(context)]
+
+
+# --- H: rows are treated one by one ----------------------------------------------------------------------------------
+MIXING = {
+    "mean": lambda h: h - h.mean(0),
+    "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "softmax": lambda h: h.softmax(0),
+    "mixup": lambda h: 0.7 * h + 0.3 * h[torch.randperm(len(h))],
+    "noise and mean": lambda h: h + torch.randn_like(h) - h.mean(0),
+    "single row": lambda h: h * (2.0 if len(h) > 1 else 1.0),
+}
+
+
+class Frozen(nn.BatchNorm1d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+@pytest.mark.parametrize("layer", [lambda: Frozen(16), lambda: nn.GroupNorm(2, 16), lambda: nn.LayerNorm(16)])
+def test_what_does_not_is_trained(layer):
+    check_exact(parts(X, Y), lambda: Net(nn.Sequential(nn.Linear(8, 16), layer())))
+
+
+def test_noise_is_no_mixing():
+    train(parts(X, Y), lambda: Net(Lambda(lambda h: h + torch.randn_like(h))))
+
+
+# --- I: inputs, and labels that are not there ------------------------------------------------------------------------
+class Masked(Net):
+    def forward(self, x, mask=None, scale=2.0):
+        h = self.body(x) * scale
+        return self.head(h if mask is None else h * mask)
+
+
+def test_arguments_with_defaults():
+    check_exact(parts(X, Y), Masked)
+
+
+class AutoEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(8, 4), nn.Linear(4, 8)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.encoder(x).tanh())
+
+
+@pytest.mark.parametrize("row", [lambda x: x, lambda x: (x, 0), lambda x: {"x": x}], ids=["alone", "pair", "dict"])
+def test_autoencoders(row):
+    data = [[row(x) for (x,) in d] for d in parts(X)]
+    result = train(data, AutoEncoder, loss=F.mse_loss, optimizer=sgd, client={"target": "input"})
+    reference = centralised(parts(X, X), AutoEncoder, loss=F.mse_loss)
+    assert largest_difference(result.arrays.to_torch_state_dict(), reference) < 1e-9
+
+
+def test_loaders_and_models_as_people_write_them():
+    loaders = [DataLoader(Turned(*d.tensors), batch_size=4, shuffle=True) for d in parts(X, Y)]
+    weights = train(loaders, optimizer=sgd).arrays.to_torch_state_dict()
+    assert largest_difference(weights, centralised([Turned(*d.tensors) for d in parts(X, Y)])) < 1e-9
+    with pytest.raises(ConfigError, match="got the class Net: call it"):
+        ParallelSplitLearning(Net, cut="head")
+
+
+# --- J: another run goes on ------------------------------------------------------------------------------------------
+def test_settings_of_a_resumed_run(tmp_path):
+    whole = train(parts(X, Y), optimizer=sgd, rounds=2, output_dir=tmp_path).arrays.to_torch_state_dict()
+    options = {"output_dir": tmp_path, "resume_from": "latest"}
+    again = train(parts(X, Y), optimizer=sgd, rounds=1, **options)  # fewer than done
+    assert largest_difference(again.arrays.to_torch_state_dict(), whole) == 0
+    slower = train(parts(X, Y), optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), rounds=3, **options)
+    change = largest_difference(slower.arrays.to_torch_state_dict(), whole)
+    as_before = largest_difference(centralised(parts(X, Y), rounds=3), whole)
+    assert 0 < change < as_before / 2
+    with pytest.raises(ConfigError, match=r"optimizer.*SGD.*Adam|optimizer.*Adam.*SGD"):
+        train(parts(X, Y), optimizer=torch.optim.Adam, rounds=4, **options)
+
+
+# --- K: no waiting without hope --------------------------------------------------------------------------------------
+def test_too_few_nodes_are_told_at_once():
+    with pytest.raises(MembershipError, match="min_available_nodes is 4, there are 3 nodes, and no more can come"):
+        train(parts(X, Y), min_available_nodes=4)
+
+
+def test_a_client_without_data():
+    data = [*parts(X, Y), TensorDataset(X[:0], Y[:0])]
+    check_exact(data)
+
+
+# --- both sides cut the same model, and a run may end itself ---------------------------------------------------------
+def test_another_cut_is_told_before_the_first_step():
+    app = split_client_app(lambda: Net(), cut="body.1", data_fn=lambda context: parts(X, Y)[partition(context)])
+    strategy = ParallelSplitLearning(Net(), cut="head")
+    with pytest.raises(MembershipError, match=r"the server.*'head'.*'body\.1'"):
+        strategy.start(InProcessGrid(app, 3), ArrayRecord(Net().state_dict()), num_rounds=1)
+
+
+def test_a_run_ends_early_with_its_best_model(tmp_path):
+    scores = {0: 9.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0, 5: 0.0}
+    best = BestModel(tmp_path / "best.safetensors", monitor="server/loss")
+    result = train(
+        parts(X, Y),
+        rounds=5,
+        start={"evaluate_fn": lambda server_round, arrays: MetricRecord({"loss": scores[server_round]})},
+        callbacks=[EarlyStopping(monitor="server/loss", patience=2), best],
+        output_dir=tmp_path,
+    )
+    assert list(result.train_metrics_clientapp) == [1, 2, 3, 4]
+    assert best.best_round == 2
+    assert (tmp_path / "summary.json").exists()
