@@ -47,7 +47,7 @@ class Trapped(torch.optim.SGD):
 
 
 class Freezing(Trapped):
-    """The process that stops in the trap goes on after five more steps, which it takes no part in."""
+    """The process that stops in the trap goes on after two more steps, which it takes no part in."""
 
     since = 0
 
@@ -56,6 +56,6 @@ class Freezing(Trapped):
         stopped = self.trap.with_suffix(".pid")
         if stopped.exists():
             self.since += 1
-            if self.since == 5:
+            if self.since == 2:
                 os.kill(int(stopped.read_text()), signal.SIGCONT)
                 stopped.rename(self.trap.with_suffix(".went-on"))

@@ -192,7 +192,8 @@ class Run:
         unreadable = any(failure.kind is Kind.UNREADABLE for failure in attempt.lost.values())
         if unreadable:
             return False  # what is left of those examples is asked for next
-        if all_failed and not (self.committed or self.answered):
+        mistaken = all_failed and all(failure.kind.is_mistake for failure in attempt.lost.values())
+        if mistaken and not (self.committed or self.answered):  # silence may end by itself, a bug does not
             everyone = len(attempt.lost) == len(self.clients.members)
             details = {failure.detail for failure in attempt.lost.values()}
             alike = len(attempt.lost) > 1 and len(details) == 1  # a bug, in others too

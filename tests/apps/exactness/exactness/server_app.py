@@ -30,7 +30,7 @@ def main(grid, context):
         case = replace(case, optimizer=lambda p, kind=kind, trap=trap: kind(p, trap, at=[7]))
         options = {"output_dir": folder}
         if end == "freeze":
-            options["faults"] = FaultPolicy(step_timeout=2.0, min_batch_fraction=0.0)
+            options["faults"] = FaultPolicy(step_timeout=10.0, min_batch_fraction=0.0)
         folder.mkdir(parents=True)
         train(grid, case, num_clients, "streams", folder / name, {"trap": str(trap), "end": end}, **options)
 
