@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from psl_flower.errors import ConfigError
 
 log = logging.getLogger("flwr.psl_flower")
 
-VERSION = 3  # of the format: how a tree is written, and what a run puts into it; another one is refused
+VERSION = 4  # of the format: how a tree is written, and what a run puts into it; another one is refused
 FOLDER = "checkpoints"
 _NAME = re.compile(r"round-(\d+)-step-(\d+)\.safetensors")
 _TREE = "psl_flower"  # the metadata's key
@@ -85,6 +85,19 @@ def read(path: Path) -> dict[str, Any]:
         raise
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError) as exc:
         raise ConfigError(f"{path} is no checkpoint, or damaged: {type(exc).__name__}: {exc}") from exc
+    return found
+
+
+def dumps(tree: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Return a tree as text and tensors, to be kept elsewhere than in a file."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_encode_items(tree, "", tensors))
+    return text, save(tensors)
+
+
+def loads(text: str, tensors: bytes) -> dict[str, Any]:
+    """Return what `dumps` was given."""
+    found: dict[str, Any] = _decode(json.loads(text), {name: t.clone() for name, t in load(tensors).items()})
     return found
 
 

@@ -14,9 +14,7 @@ import numpy as np
 from psl_flower.errors import MembershipError, ProtocolError
 from psl_flower.exchange.base import Carrier
 from psl_flower.failures import Failure, Kind
-from psl_flower.population import Population
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
-from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.split import difference
 
 log = logging.getLogger("flwr.psl_flower")
@@ -70,17 +68,13 @@ class Clients:
         model: Mapping[str, Any] | None = None,
     ) -> None:
         self._carrier = carrier
-        self._label_counts, self._config = label_counts, dict(config or {})
+        self.label_counts, self._config = label_counts, dict(config or {})
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate, self._may_grow = tolerate, may_grow
         self._method, self._model = method, model
         self._silent: set[int] = set()  # nodes whose last answer was a failure
         self._looks = 0
-        # by client id: indices of examples that it cannot read, and its classes of these where they are known
-        self.left_out: dict[int, tuple[int, ...]] = {}
-        self._left_out_labels: dict[int, list[int]] = {}
-        self.excluded: set[int] = set()  # for the rest of the run
         # nodes that did not describe themselves since the last refresh: how often, and the look to ask them again at
         self._turned_away: dict[int, tuple[int, int]] = {}
 
@@ -127,7 +121,6 @@ class Clients:
         self._members = dict(sorted(here.items()))
         if any(self._descriptions[node].partition_id is None for node in new if node in self._descriptions):
             log.warning("No node reports a partition-id: clients are numbered by the order of their node ids.")
-        self._note_left_out()
         if left:
             log.warning("clients that left: %s", _listed(set(left)))
 
@@ -166,16 +159,15 @@ class Clients:
                 log.warning("client %d is back, on node %d", client, node)
             self._members[client] = Member(client, node, description)
         self._members = dict(sorted(self._members.items()))
-        self._note_left_out()
         return joined
 
     def _describe(self, nodes: Iterable[int], timeout: float) -> list[str]:
         """Ask nodes who they are; return what is wrong with those that do not say."""
-        request = Request(stage=DESCRIBE, nodes=tuple(nodes), label_counts=self._label_counts, config=self._config)
+        request = Request(stage=DESCRIBE, nodes=tuple(nodes), label_counts=self.label_counts, config=self._config)
         reply, failures = self._carrier.exchange(request, timeout), []
         for node in request.nodes:
             try:
-                described = _description(node, reply, label_counts=self._label_counts)
+                described = _description(node, reply, label_counts=self.label_counts)
                 self._check_same(node, described)
                 self._descriptions[node] = described
             except ProtocolError as error:
@@ -240,61 +232,10 @@ class Clients:
             wait = min(2 * wait, _LONGEST_WAIT)
         return nodes
 
-    def leave_out(self, client: int, failure: Failure) -> list[int]:
-        """Leave examples out that a client cannot read; return those that were not left out yet."""
-        before = set(self.left_out.get(client, ()))
-        held = self._members[client].description.num_examples if client in self._members else 0
-        new = [row for row in failure.rows if row not in before and 0 <= row < held]
-        self.left_out[client] = tuple(sorted(before.union(new)))
-        self._left_out_labels.setdefault(client, []).extend(failure.labels[r] for r in new if r in failure.labels)
-        for row in new:
-            log.warning("%s: example %d is left out: %s", self.name(client), row, failure.rows[row])
-        return new
-
-    def _note_left_out(self) -> None:
-        """Leave out what clients said they cannot read when they described themselves."""
-        for client, member in self._members.items():
-            if rows := member.description.left_out:
-                self.leave_out(client, Failure(Kind.UNREADABLE, "", rows))
-
-    def left_out_state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of who and what is left out."""
-        return {
-            "rows": {client: list(rows) for client, rows in self.left_out.items()},
-            "labels": {client: list(labels) for client, labels in self._left_out_labels.items()},
-            "excluded": sorted(self.excluded),
-        }
-
-    def load_left_out(self, state: Mapping[str, Any]) -> None:
-        """Go on with what `left_out_state` returned."""
-        self.left_out = {client: tuple(rows) for client, rows in state["rows"].items()}
-        self._left_out_labels = {client: list(labels) for client, labels in state["labels"].items()}
-        self.excluded = set(state["excluded"])
-
     def name(self, client: int) -> str:
         """Return how a client is called in messages: by its id, and its node where it has one."""
         member = self._members.get(client)
         return f"client {client}" + (f" (node {member.node})" if member else "")
-
-    def population(self) -> Population:
-        """Return what a sampler reads."""
-        members = [m for m in self._members.values() if m.client not in self.excluded]
-        sizes = [m.description.num_examples - len(self.left_out.get(m.client, ())) for m in members]
-        if not any(sizes):
-            raise MembershipError(f"none of the {len(members)} clients holds a training example")
-        counts = None
-        if self._label_counts:
-            described = [(m.description.labels, m.description.counts) for m in members]
-            held = [(labels, c) for labels, c in described if labels is not None and c is not None]
-            classes = max((int(labels.max()) + 1 for labels, _ in held if labels.size), default=0)
-            counts = np.zeros((len(members), classes), dtype=np.int64)
-            for row, (labels, c) in zip(counts, held, strict=True):
-                row[labels] = c
-            for i, member in enumerate(members):
-                np.subtract.at(counts[i], self._left_out_labels.get(member.client, []), 1)
-                if counts[i].sum() != sizes[i]:  # classes of examples that are left out are not known
-                    counts[i] = round_to_sum(counts[i] + 1e-9, sizes[i], np.random.default_rng(0))
-        return Population(np.array([m.client for m in members]), np.array(sizes), counts)
 
     def exchange(self, request: Request, timeout: float) -> Reply:
         """Ask clients and wait for the answers.

@@ -10,13 +10,13 @@ import numpy as np
 from flwr.app import MetricRecord
 
 from psl_flower.errors import LabelError, StepError
-from psl_flower.exchange import Clients
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
 from psl_flower.server import LocalBackend, Outcome, Scores
 from psl_flower.strategy.context import Asking, EvaluationContext, LostClientsError, TooFewError, by_client
+from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
@@ -29,7 +29,7 @@ class Evaluator:
     ----------
     method : SplitMethod
     backend : LocalBackend
-    clients : Clients
+    membership : Membership
     batch_size : int
         Examples an exchange, over all clients.
     timeout : float
@@ -50,7 +50,7 @@ class Evaluator:
         self,
         method: SplitMethod,
         backend: LocalBackend,
-        clients: Clients,
+        membership: Membership,
         *,
         batch_size: int,
         timeout: float,
@@ -61,12 +61,11 @@ class Evaluator:
         mistakes: str = "retry",
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
-        self._method, self._backend, self._clients = method, backend, clients
+        self._method, self._backend, self._membership = method, backend, membership
         self._batch_size, self._summary, self._tolerate = batch_size, summary, tolerate
         self._metrics, self._mistakes = metrics, mistakes
-        self._left_out: dict[int, tuple[int, ...]] = {}  # test examples that a client cannot read
         self._asking = Asking(
-            exchange=lambda request: clients.exchange(request, timeout),
+            exchange=lambda request: membership.clients.exchange(request, timeout),
             validator=Validator(),
             config=config,
             evaluate_config=evaluate_config,
@@ -86,9 +85,7 @@ class Evaluator:
         StepError
             If a client fails and that is not tolerated, or all fail.
         """
-        members = self._clients.members.items()
-        left = {c: m.description.num_test_examples - len(self._left_out.get(c, ())) for c, m in members}
-        left = {client: n for client, n in left.items() if n > 0 and client not in self._clients.excluded}
+        left = self._membership.test_sizes()
         if not left:
             return None
         done = dict.fromkeys(left, 0)
@@ -97,17 +94,18 @@ class Evaluator:
             share = max(1, self._batch_size // len(left))
             counts = {client: min(share, n) for client, n in left.items()}
             outcome, failures = self._batch(done, counts)
-            for client, found in self._unreadable(failures).items():
-                left[client] -= found
-                del failures[client], counts[client]
-                if left[client] <= 0:
-                    del left[client]
+            for client in [client for client, failure in failures.items() if failure.kind is Kind.UNREADABLE]:
+                if new := self._membership.leave_out_rows(client, failures[client], test=True):
+                    left[client] -= len(new)
+                    del failures[client], counts[client]
+                    if left[client] <= 0:
+                        del left[client]
             self._summary.refuse_in_evaluation(failures)
             mistakes = {client: f for client, f in failures.items() if f.kind.is_mistake}
             if mistakes and self._mistakes == "stop":
                 raise StepError(f"{len(mistakes)} of {len(counts)} clients failed", mistakes)
             if mistakes and self._mistakes == "exclude":
-                self._clients.excluded |= mistakes.keys()
+                self._membership.exclude(mistakes)
                 self._summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
             if failures and (not self._tolerate or not (outcome or examples)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
@@ -124,28 +122,14 @@ class Evaluator:
         metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
         return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
 
-    def _unreadable(self, failures: Mapping[int, Failure]) -> dict[int, int]:
-        """Leave test examples out that clients cannot read; return how many more, by client."""
-        found = {}
-        for client, failure in failures.items():
-            before = set(self._left_out.get(client, ()))
-            new = [row for row in failure.rows if row not in before]
-            if failure.kind is Kind.UNREADABLE and new:
-                self._left_out[client] = tuple(sorted(before.union(new)))
-                found[client] = len(new)
-                for row in new:
-                    who = self._clients.name(client)
-                    log.warning("%s: test example %d is left out: %s", who, row, failure.rows[row])
-        return found
-
     def _batch(self, done: Mapping[int, int], counts: Mapping[int, int]) -> tuple[Outcome | None, dict[int, Failure]]:
         """Evaluate some examples of each client; return what is wrong with those that failed."""
-        clients = np.array(sorted(counts), dtype=np.int64)
+        clients, unreadable = np.array(sorted(counts), dtype=np.int64), self._membership.unreadable_tests.rows
         orders = Orders(
             clients=clients,
             starts=np.array([done[int(c)] for c in clients], dtype=np.int64),
             counts=np.array([counts[int(c)] for c in clients], dtype=np.int64),
-            left_out={int(c): self._left_out[int(c)] for c in clients if int(c) in self._left_out},
+            left_out={int(c): unreadable[int(c)] for c in clients if int(c) in unreadable},
             test=True,
         )
         failures: dict[int, Failure] = {}

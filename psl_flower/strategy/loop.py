@@ -71,9 +71,9 @@ class EpochLoop:
             while not over and len(run.unfinished(ledger)):
                 self._look_for_clients(ledger, epoch, clock)
                 begin = time.monotonic()
-                step = ledger.step(run.available(run.unfinished(ledger)))
+                step = ledger.step(run.membership.at_once(run.unfinished(ledger)))
                 epoch.seconds_plan += time.monotonic() - begin
-                orders = ledger.orders(len(epoch), step, run.clients.left_out)
+                orders = ledger.orders(len(epoch), step, run.membership.unreadable.rows)
                 waits = self._stragglers.waits(clock, step)
                 with StepError.located(f"round {server_round}, step {len(epoch)}"):
                     attempt = run.attempt(ledger, orders, waits)
@@ -111,8 +111,8 @@ class EpochLoop:
     def _open(self, server_round: int) -> tuple[EpochLedger, Epoch, bool]:
         """Return what there is to do in an epoch, its bookkeeping, and whether it is over: new, or to be resumed."""
         run = self._run
-        run.clients.refresh(self._min_nodes, run.timeout, run.missing)
-        population, saved = run.clients.population(), run.take_saved()
+        run.membership.refresh(self._min_nodes, run.timeout)
+        population, saved = run.membership.population(), run.take_saved()
         begin = time.monotonic()
         if saved is None:
             ledger = EpochLedger(self._sampler, self._stragglers.known_of(population), server_round - 1)
@@ -136,15 +136,15 @@ class EpochLoop:
         """Find clients that failed before on the nodes where they are now, and let new ones in if they may enter."""
         run = self._run
         at_once = run.policy.join == "step"
-        failing = run.backoff.failing() & set(run.available(run.unfinished(ledger)).tolist())
+        failing = run.membership.failing() & set(run.membership.at_once(run.unfinished(ledger)).tolist())
         if not run.policy.tolerate or not (at_once or failing):
             return
-        joined = run.clients.look_again(run.policy.step_timeout or run.timeout)
+        joined = run.membership.look_again(run.policy.step_timeout or run.timeout)
         if not joined:
             return
         log.info("clients that joined%s: %s", "" if at_once else ", from the next round on", sorted(joined))
         if at_once:
-            ledger.admit(self._stragglers.known_of(run.with_members(ledger.population, joined)))
+            ledger.admit(self._stragglers.known_of(run.membership.population_with(ledger.population, joined)))
             epoch.population = ledger.population
             self._stragglers.admit(clock, ledger.population)
 

@@ -127,12 +127,11 @@ class Saver:
             "changes": self._history,
             "round": server_round,
             "trainer": {**run.backend.state_dict(), "state": run.current_state()},
-            "left_out": run.clients.left_out_state(),
+            "membership": run.membership.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "ledger": ledger.state_dict(),
             "epoch": epoch.state_dict(),
             "pooled": run.saved_pooled(),
-            "backoff": run.backoff.state_dict(),
             "delays": delays.state_dict() if isinstance(delays, DelayEstimator) else None,
             "metrics_position": run.recorder.position(),
             "summary": run.summary.state_dict(),
@@ -140,15 +139,17 @@ class Saver:
         }
         self._checkpoints.save(server_round, len(epoch), tree)
 
-    def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
+    def restore(self, run: Run, saved: Mapping[str, Any], delays: DelayModel | None) -> None:
         """Bring a run to where a checkpoint was written, with the settings that it has now."""
         run.backend.load_state_dict(saved["trainer"])
-        run.clients.load_left_out(saved["left_out"])
+        run.membership.load_state_dict(saved["membership"])
         run.state |= saved["trainer"]["state"]
         self._scheduler.load_state_dict(saved["scheduler"])
         settings.apply(run.backend.optimizer, self._scheduler.wrapped, saved["settings"], self._settings)
         run.restore_pooled(saved["pooled"])
-        run.backoff.load_state_dict(saved["backoff"])
+        if saved["delays"] is not None and isinstance(delays, DelayEstimator):
+            delays.load_state_dict(saved["delays"])
+        run.summary.load_state_dict(saved["summary"])
         run.summary.resumed += 1
         log.info("Resumed in round %d, after step %d.", saved["round"], _steps(saved))
         if self._changes:

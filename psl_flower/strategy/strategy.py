@@ -34,7 +34,7 @@ from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.server import LocalBackend, Loss, OptimizerFn, Scheduler, check_metrics, make_scheduler
 from psl_flower.server.optimizer import sgd
 from psl_flower.split import check_client_half, cut_model, signature
-from psl_flower.stragglers import DelayEstimator, DelayModel
+from psl_flower.stragglers import DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server, shown
 from psl_flower.strategy.evaluation import Evaluator
@@ -42,6 +42,7 @@ from psl_flower.strategy.exchanging import ExchangingStrategy
 from psl_flower.strategy.folder import FolderLock
 from psl_flower.strategy.labels import check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
+from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.run import Run
@@ -280,25 +281,25 @@ class ParallelSplitLearning(ExchangingStrategy):
         ):
             stops.append(carrier.stop)
             config = dict(train_config or {})
-            clients = Clients(
-                carrier,
-                label_counts=self.sampler.needs_label_counts,
-                config=config,
-                tolerate=policy.tolerate,
-                may_grow=deployment,
-                method=self.method.name,
-                model=signature(self._halves),
+            membership = Membership(
+                Clients(
+                    carrier,
+                    label_counts=self.sampler.needs_label_counts,
+                    config=config,
+                    tolerate=policy.tolerate,
+                    may_grow=deployment,
+                    method=self.method.name,
+                    model=signature(self._halves),
+                )
             )
             summary = RunSummary()
-            if saved is not None:
-                summary.load_state_dict(saved["summary"])
             run = Run(
                 backend=backend,
-                clients=clients,
+                membership=membership,
                 runner=StepRunner(
                     self.method,
                     backend,
-                    clients,
+                    membership.clients,
                     policy=policy,
                     timeout=policy.step_timeout or timeout,
                     separate=not self.stream_options.sum_gradients,
@@ -308,7 +309,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 evaluator=Evaluator(
                     self.method,
                     backend,
-                    clients,
+                    membership,
                     batch_size=self.evaluate_batch_size,
                     timeout=timeout,
                     config=config,
@@ -342,9 +343,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     result.arrays = initial_arrays
                     evaluate_on_server(evaluate_fn, 0, initial_arrays, result)
                 else:
-                    saver.restore(run, saved)
-                    if saved["delays"] is not None and isinstance(self._stragglers.planned, DelayEstimator):
-                        self._stragglers.planned.load_state_dict(saved["delays"])
+                    saver.restore(run, saved, self._stragglers.planned)
                 stop = recorder.stopped
                 for server_round in range(first_round, num_rounds + 1) if stop is None else ():
                     record = loop.train(server_round)

@@ -1,4 +1,4 @@
-"""Membership: who the clients are, when the answers and the nodes come and go as they like."""
+"""Who the clients are, when the answers and the nodes come and go as they like."""
 
 import logging
 
@@ -75,10 +75,6 @@ def test_clients_are_in_ascending_id_whatever_their_nodes():
     members = refreshed({70: described(1, 11), 50: described(2, 12), 60: described(0, 10)})
     assert list(members.members) == [0, 1, 2]
     assert [m.node for m in members.members.values()] == [60, 70, 50]
-    population = members.population()
-    np.testing.assert_array_equal(population.client_ids, [0, 1, 2])
-    np.testing.assert_array_equal(population.sizes, [10, 11, 12])
-    assert population.label_counts is None
 
 
 def test_the_question_carries_the_config():
@@ -133,12 +129,6 @@ def test_all_that_failed_are_named():
 
 
 # --- label counts ----------------------------------------------------------------------------------------------------
-def test_population_with_label_counts():
-    nodes = {5: described(0, 10, counts={0: 4, 3: 6}), 6: described(1, 0, counts={}), 7: described(2, 2, counts={1: 2})}
-    population = refreshed(nodes, label_counts=True).population()
-    np.testing.assert_array_equal(population.label_counts, [[4, 0, 0, 6], [0, 0, 0, 0], [0, 2, 0, 0]])
-
-
 @pytest.mark.parametrize(
     ("description", "message"),
     [
@@ -156,15 +146,6 @@ def test_population_with_label_counts():
 def test_impossible_label_counts_are_refused(description, message):
     with pytest.raises(MembershipError, match=message):
         refreshed({5: description}, label_counts=True)
-
-
-def test_label_counts_that_were_not_asked_for_are_ignored():
-    assert refreshed({5: described(0, 3, counts={0: 99})}).population().label_counts is None
-
-
-def test_clients_without_any_data_are_no_population():
-    with pytest.raises(MembershipError, match="none of the 2 clients holds a training example"):
-        refreshed({5: described(0, 0), 6: described(1, 0)}).population()
 
 
 # --- coming and going ------------------------------------------------------------------------------------------------
@@ -209,7 +190,6 @@ def test_a_client_that_left_is_reported_and_may_come_back(caplog):
     members.refresh(1, 5.0)
     assert list(members.members) == [10, 12]
     assert "clients that left: 11" in caplog.text
-    np.testing.assert_array_equal(members.population().client_ids, [10, 12])
     members.refresh(1, 5.0)
     assert list(members.members) == [10, 11, 12]
     assert sum(len(request.nodes) for request, _ in carrier.asked) == 3  # its description is still known
@@ -221,7 +201,7 @@ def test_a_replaced_node_takes_over_the_id_of_one_that_left():
     members.refresh(1, 5.0)
     members.refresh(1, 5.0)
     assert members.members[0].node == 6
-    assert members.population().num_examples == 8
+    assert members.members[0].description.num_examples == 8
 
 
 # --- exchange --------------------------------------------------------------------------------------------------------
@@ -303,7 +283,7 @@ def test_a_client_back_with_other_data_waits_for_the_next_refresh(caplog):
     assert members.members[0].node == 1
     assert "client 0 is back on node 9 with other data" in caplog.text
     members.refresh(1, 5.0)
-    assert members.population().sizes.tolist() == [11, 10]
+    assert [m.description.num_examples for m in members.members.values()] == [11, 10]
 
 
 def test_those_that_join_are_named():
@@ -348,16 +328,3 @@ def test_where_no_more_nodes_can_come_too_few_are_too_few_soon(clock):
     with pytest.raises(MembershipError, match="min_available_nodes is 2, there are 1 nodes, and no more can come"):
         members.refresh(2, 3600.0)
     assert clock.now < 5
-
-
-# --- who and what is left out ----------------------------------------------------------------------------------------
-def test_clients_that_are_excluded_are_no_population():
-    members = refreshed({5: described(0, 7), 6: described(1, 8), 7: described(2, 9)})
-    members.excluded.add(1)
-    assert members.population().client_ids.tolist() == [0, 2]
-    again = refreshed({5: described(0, 7), 6: described(1, 8), 7: described(2, 9)})
-    again.load_left_out(members.left_out_state())
-    assert again.population().client_ids.tolist() == [0, 2]
-    members.excluded |= {0, 2}
-    with pytest.raises(MembershipError, match="holds a training example"):
-        members.population()
