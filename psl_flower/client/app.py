@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from torch.nn.functional import cross_entropy
 
 from psl_flower.client.client import SplitClient
+from psl_flower.client.keeping import keep_own, take_own
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client, method_of
@@ -128,9 +129,17 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
     state = run_state(context.run_id)
     number, wire_dtype, request = decode_request(content_to_frame(message.content), state.weights)
 
-    def client(node: int, config: Config) -> SplitClient:
-        return make_client(recipe, state, context, config)
+    method = method_of(recipe, state, context)
 
-    reply = answer(method_of(recipe, state, context), state, client, replace(request, nodes=(context.node_id,)))
+    def client(node: int, config: Config) -> SplitClient:
+        made = make_client(recipe, state, context, config)
+        if method.trains_on_clients():
+            take_own(state, context)
+        return made
+
+    reply = answer(method, state, client, replace(request, nodes=(context.node_id,)))
+    stage = method.stages().get(request.stage)
+    if stage is not None and (stage.own or not stage.batch):
+        keep_own(state, context)
     reply = reply.renamed({context.node_id: request.nodes[0]})
     return Message(frame_to_content(encode_reply(number, reply, request, wire_dtype)), reply_to=message)

@@ -1,9 +1,10 @@
 """Parts of the model that a client keeps for a round and trains itself.
 
-They live in the process that serves the client. The server's word is what was committed: its orders say how many
-examples of the round a client has used. A step of the client's part stays provisional until the next order counts it
-in; one that comes again, because a reply was lost or the step failed elsewhere, is undone first. So a step can be asked
-for any number of times. What cannot be brought to where the server is, is out of the round.
+They live in the process that serves the client, and between messages in the node's Flower state (`keeping.py`). The
+server's word is what was committed: its orders say how many examples of the round a client has used. A step of the
+client's part stays provisional until the next order counts it in; one that comes again, because a reply was lost or the
+step failed elsewhere, is undone first. So a step can be asked for any number of times. What cannot be brought to where
+the server is, is out of the round.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from psl_flower.client.part import ClientPart, parameter_gradients
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.validation import is_finite
 from psl_flower.failures import Kind
-from psl_flower.protocol import Orders
+from psl_flower.protocol import Orders, Weights
 from psl_flower.server.optimizer import RatedOptimizer
 from psl_flower.tree import Tree
 
@@ -37,28 +38,36 @@ class OwnPart:
 
     def __init__(self, part: ClientPart, make_optimizer: Callable[[Any], Any]) -> None:
         self.part, self.used = part, 0
+        self._end = 0  # of the last batch that it was run on
         self._rated = RatedOptimizer(make_optimizer, part.parameters)
         self._before: tuple[int, dict[str, Tensor], dict[str, Any]] | None = None
 
     def go_to(self, used: int) -> None:
         """Be where the server is, which has committed so many examples of the round.
 
+        That is after the last step; or before it, if that came to nothing; or after the last batch that it was run on
+        and not trained with, if the server has skipped the step.
+
         Raises
         ------
         ProtocolError
-            If that was before the last step.
+            If it is anywhere else.
         """
-        if used < self.used:
-            if self._before is None or used != self._before[0]:
-                raise _out(f"its own {self.part.name} was trained on {self.used} examples, the server counts {used}")
+        if used == self.used:
+            return
+        if self._before is not None and used == self._before[0]:
             _, parameters, optimizer = self._before
             with torch.no_grad():
                 for name, t in parameters.items():
                     self.part.parameters[name].copy_(t)
             self._rated.optimizer.load_state_dict(optimizer)
-        if used != self.used:
-            self._before = None
-        self.used = used  # more than there were: steps that the server has skipped
+        elif used != self._end or used < self.used:
+            raise _out(f"its own {self.part.name} was trained on {self.used} examples, the server counts {used}")
+        self.used, self._before = used, None
+
+    def run_on(self, count: int) -> None:
+        """Take note of a batch of so many examples."""
+        self._end = self.used + count
 
     def step(self, gradients: Mapping[str, Tensor | None], rate: float, count: int) -> None:
         """Step the optimizer.
@@ -89,14 +98,28 @@ class OwnPart:
         for p in self.part.parameters.values():
             p.grad = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything, for another process."""
+        return {
+            "weights": vars(self.part.weights()),
+            "used": self.used,
+            "end": self._end,
+            "optimizer": self._rated.optimizer.state_dict(),
+            "before": self._before,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, but for the weights: the part must have been given those."""
+        self.used, self._end, self._before = state["used"], state["end"], state["before"]
+        self._rated.optimizer.load_state_dict(state["optimizer"])
+
 
 class OwnParts:
-    """What the clients of a process keep of their own, by node; that of an earlier round is dropped."""
+    """What the clients of a process keep of their own for a round, by node."""
 
     def __init__(self) -> None:
         self.make_optimizer: dict[int, Callable[[Any], Any]] = {}  # by node
-        self._round: tuple[int, int] | None = None
-        self._kept: dict[int, dict[str, OwnPart]] = {}
+        self._kept: dict[int, tuple[tuple[int, int], dict[str, OwnPart]]] = {}  # with seed and epoch
 
     def begin(self, node: int, orders: Orders, part: ClientPart) -> None:
         """Let a client have a copy of a part for the round of these orders.
@@ -111,10 +134,9 @@ class OwnParts:
                 "this method trains a part of the model on the clients: give them an optimizer, "
                 "split_client_app(..., optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))"
             )
-        if self._round != (orders.seed, orders.epoch):
-            self._round = (orders.seed, orders.epoch)
-            self._kept.clear()
-        self._kept.setdefault(node, {})[part.name] = OwnPart(part.copy(), self.make_optimizer[node])
+        now = (orders.seed, orders.epoch)
+        self._kept = {n: kept for n, kept in self._kept.items() if kept[0] == now}
+        self._kept.setdefault(node, (now, {}))[1][part.name] = OwnPart(part.copy(), self.make_optimizer[node])
 
     def find(self, node: int, orders: Orders) -> Mapping[str, OwnPart]:
         """Return what a client keeps, where the orders of it are.
@@ -124,24 +146,41 @@ class OwnParts:
         ProtocolError
             If it has nothing from this round.
         """
-        found = self._kept.get(node, {}) if self._round == (orders.seed, orders.epoch) else {}
-        if not found:
-            raise _out("its own part of the model is gone: the process that kept it has ended, or another serves it")
+        round_, found = self._kept.get(node, ((0, 0), {}))
+        if not found or round_ != (orders.seed, orders.epoch):
+            raise _out("its own part of the model is gone: the process that kept it has ended")
         for own in found.values():
             own.go_to(int(orders.starts[0]))
         return found
+
+    def identity(self, node: int) -> tuple[int, ...]:
+        """Return what tells a client's parts from those it had before they came back from another process."""
+        return tuple(map(id, self._kept[node][1].values())) if node in self._kept else ()
 
     def forget(self, node: int) -> None:
         """Drop what a client keeps."""
         self._kept.pop(node, None)
 
+    def state_dict(self, node: int) -> dict[str, Any] | None:
+        """Return what a client keeps, for another process."""
+        if node not in self._kept:
+            return None
+        round_, parts = self._kept[node]
+        return {"round": round_, "parts": {name: own.state_dict() for name, own in parts.items()}}
+
+    def load_state_dict(self, node: int, state: Mapping[str, Any], parts: Mapping[str, ClientPart]) -> None:
+        """Let a client go on with what `state_dict` returned, in copies of this process's parts."""
+        found = {}
+        for name, saved in state["parts"].items():
+            part = parts[name].copy()
+            part.load(Weights(**saved["weights"]))
+            found[name] = OwnPart(part, self.make_optimizer[node])
+            found[name].load_state_dict(saved)
+        self._kept[node] = (state["round"], found)
+
 
 def _out(what: str) -> ProtocolError:
-    return ProtocolError(
-        f"{what}; it is left out for the rest of the round. The transport must leave each client in one process: "
-        "'streams' does",
-        Kind.LEFT_OUT,
-    )
+    return ProtocolError(f"{what}; it is left out for the rest of the round", Kind.LEFT_OUT)
 
 
 class BoundOwn:
@@ -152,6 +191,7 @@ class BoundOwn:
 
     def __call__(self, inputs: Tree) -> Tree:
         """Run the part on a batch."""
+        self._own.run_on(self._count)
         return self._forward(inputs)
 
     @property

@@ -71,6 +71,12 @@ class ClientPart:
             p.requires_grad_(name in weights.parameters)
         self._versions = versions
 
+    def weights(self) -> Weights:
+        """Return the weights as they are now; not copied."""
+        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        constants = {name: t for name, t in own.items() if name not in self.parameters}
+        return Weights(self.parameters, constants, version="", constants_version="")
+
     def copy(self) -> ClientPart:
         """Return another part of the same weights, which go their own way from here."""
         other = ClientPart(self.name, copy.deepcopy(self.module), self.device)

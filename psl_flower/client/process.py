@@ -1,6 +1,7 @@
 """What a process keeps between messages. All of it can be rebuilt: losing it costs time, never a result.
 
-Clients' own parts are the exception: a client that loses them is out of the round, see ``client/own.py``.
+Clients' own parts are the exception: a client that loses them is out of the round, see ``client/own.py``. Over messages
+they are kept in the node's Flower state as well, see ``client/keeping.py``.
 
 Note [Process state]: Flower's simulation sends the ClientApp to the Ray actor with every message and unpickles it
 afresh, so its handlers, their attributes and the globals they name are copies, and a cache there stays empty. State
@@ -74,6 +75,7 @@ class RunState:
         self.contexts = ContextCache(MAX_GRAPH_BYTES)
         self.weights = WeightStore()
         self.own = OwnParts()
+        self.own_versions: dict[int, str] = {}  # by node, of what its Flower state holds, see keeping.py
         self.one_at_a_time = False
         self.verified: set[Hashable] = set()
 

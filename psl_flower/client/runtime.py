@@ -167,7 +167,8 @@ class _Work:
             raise CannotJoinError("each client's own sum is asked for", lasting=False)
         for name, weights in request.weights.items():
             self._parts()[name].load(weights)
-        key = _key(request, orders)
+        own = self.state.own.identity(request.nodes[0]) if self.stage.own else ()
+        key = _key(request, orders, own)
         inputs = {n: leaf.value[0] if leaf.kind is LeafKind.EACH else leaf.value for n, leaf in request.inputs.items()}
         if self.stage.after is None:
             context, outputs = self._begin(self.stage, request, orders, clients, inputs)
@@ -292,13 +293,13 @@ class _Work:
         return leaves
 
 
-def _key(request: Request, orders: Orders) -> tuple[Hashable, ...]:
-    """Return what identifies the work of a step for some clients."""
+def _key(request: Request, orders: Orders, own: tuple[int, ...]) -> tuple[Hashable, ...]:
+    """Return what identifies the work of a step for some clients, or for one with parts of its own."""
     # with the weights' versions: a process may hold what was kept for a stage whose next went to another process
     versions = tuple(weights.version for weights in request.weights.values())
     step = (versions, orders.seed, orders.epoch, orders.step, orders.test)
     classes = None if orders.class_counts is None else orders.class_counts.tobytes()
-    return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes)
+    return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes, own)
 
 
 def _join(batches: Sequence[Batch]) -> Batch:

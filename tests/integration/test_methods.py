@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import signal
-from collections import Counter
+from collections import Counter, OrderedDict
 from itertools import zip_longest
 
 import numpy as np
@@ -27,8 +27,12 @@ from psl_flower import (
 )
 from psl_flower.app.experiment import train_in_process
 from psl_flower.callbacks import Callback
+from psl_flower.client import process
+from psl_flower.client.own import OwnPart
+from psl_flower.client.part import ClientPart
 from psl_flower.client.process import run_state
 from psl_flower.config import RunConfig
+from psl_flower.errors import ProtocolError
 from psl_flower.stragglers import SlowFractionDelays
 
 K, B, SEED, ROUNDS = 5, 24, 3, 2  # client 3 has no examples
@@ -185,25 +189,28 @@ def examples(client, steps):
 
 
 class Losing(Callback):
-    """Has a client's own head be lost after some of its steps in the first round, as when its process dies."""
+    """Has a client's own head be lost after some of its steps in the first round, as when its SuperNode dies."""
 
     def __init__(self, grid, client, steps):
         self._own, self._node = run_state(grid.run.run_id).own, FIRST_NODE + client
-        self._used, self.done = examples(client, steps), False
+        self._state, self._used, self.done = grid._contexts[self._node].state, examples(client, steps), False
 
     def on_step(self, record):
-        kept = self._own._kept.get(self._node)
+        _, kept = self._own._kept.get(self._node, (None, None))
         if kept and not self.done and kept["head"].used == self._used:
             self._own.forget(self._node)
+            self._state.pop("psl_flower.own", None)  # over streams there is none
             self.done = True
 
 
+@pytest.mark.parametrize("transport", ["messages", "streams"])
 @pytest.mark.parametrize("method", ["splitfed-v1", "splitfed-v2"])
-def test_a_client_that_loses_its_head_is_left_out_of_the_average_and_reported(method, tmp_path):
+def test_a_client_that_loses_its_head_is_left_out_of_the_average_and_reported(method, transport, tmp_path):
     client, steps, grid = turns(0)[1], 2, grid_of(method)
     losing = Losing(grid, client, steps)
     # without classification a step is told at once
-    strategy = strategy_of(method, callbacks=[losing], output_dir=tmp_path, classification=False)
+    options = {"callbacks": [losing], "output_dir": tmp_path, "classification": False, "transport": transport}
+    strategy = strategy_of(method, **options)
     state = trained(grid, strategy)
     assert losing.done
     options = {"steps": steps} if method == "splitfed-v2" else {}
@@ -276,6 +283,52 @@ def test_a_step_can_be_asked_for_again(method, times, monkeypatch):
     state = trained(grid, strategy_of(method, faults=FaultPolicy(min_batch_fraction=1.0)))
     assert not grid.lost.total()
     assert largest_difference(state, REFERENCES[method](sgd)) < 1e-9
+
+
+class SeveralProcesses(LosingReplies):
+    """Has each message answered by another of several processes, as Ray's actors do; of none: by a new one."""
+
+    number, lost = 0, Counter()
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._processes, self._rng = [OrderedDict() for _ in range(self.number)], np.random.default_rng(1)
+
+    def _answer(self, message, context):
+        chosen = self._processes[self._rng.integers(self.number)] if self.number else OrderedDict()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(process, "_runs", chosen)
+            return super()._answer(message, context)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize(("method", "optimizer"), [("splitfed-v1", adam), ("splitfed-v2", sgd)])
+def test_over_messages_heads_go_along_from_process_to_process(method, optimizer, number, monkeypatch):
+    grid, node = grid_of(method, optimizer, kind=SeveralProcesses), FIRST_NODE + 2
+    grid._processes = [OrderedDict() for _ in range(number)]
+    grid.number, grid.lost = number, Counter({("train.local_forward", node): 2, ("train.local_backward", node): 2})
+    monkeypatch.setattr("psl_flower.strategy.tolerance.Backoff.left_out", lambda self: set())
+    strategy = strategy_of(method, optimizer, transport="messages", faults=FaultPolicy(min_batch_fraction=1.0))
+    assert largest_difference(trained(grid, strategy), REFERENCES[method](optimizer)) < 1e-9
+    assert not grid.lost.total()
+
+
+def test_steps_that_are_skipped_leave_heads_as_they_were_and_old_heads_are_noticed():
+    part = ClientPart("head", nn.Linear(2, 1).double(), torch.device("cpu"))
+    part.parameters = dict(part.module.named_parameters())
+    own = OwnPart(part, functools.partial(torch.optim.SGD, lr=0.5))
+    gradients = {name: torch.ones_like(p) for name, p in part.parameters.items()}
+    first = part.module.bias.item()
+    own.run_on(8)
+    own.go_to(8)  # the server has skipped the step
+    assert (own.used, part.module.bias.item()) == (8, first)
+    own.run_on(4)
+    own.step(gradients, 1.0, 4)
+    assert (own.used, part.module.bias.item()) == (12, first - 0.5)
+    own.go_to(8)  # the step has come to nothing
+    assert (own.used, part.module.bias.item()) == (8, first)
+    with pytest.raises(ProtocolError, match="was trained on 8 examples, the server counts 20; it is left out"):
+        own.go_to(20)
 
 
 # --- records, resuming, refusals -------------------------------------------------------------------------------------
