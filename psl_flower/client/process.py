@@ -75,7 +75,6 @@ class RunState:
         self.weights = WeightStore()
         self.own = OwnParts()
         self.one_at_a_time = False
-        self.verified: set[Hashable] = set()
 
 
 _runs: OrderedDict[int, RunState] = OrderedDict()

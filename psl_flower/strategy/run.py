@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Result
 
 from psl_flower.errors import StepError
 from psl_flower.exchange import Clients
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, alike, told
 from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
@@ -101,12 +101,12 @@ class Run:
         epoch.bytes_around[0] += attempt.bytes_sent
         epoch.bytes_around[1] += attempt.bytes_received
         self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
-        for client, why in attempt.lost.items():
-            self._leave_out_of_round(client, why)
+        self._leave_out_of_round(attempt.lost)
 
-    def _leave_out_of_round(self, client: int, why: Failure) -> None:
-        self.out.add(client)
-        log.warning("%s is out of the round: %s", self.clients.name(client), why)
+    def _leave_out_of_round(self, lost: Mapping[int, Failure]) -> None:
+        self.out |= lost.keys()
+        for line in told(lost, self.clients.name):
+            log.warning("out of the round: %s", line)
 
     def attempt(self, ledger: EpochLedger, orders: Orders, waits: Mapping[int, float]) -> Attempt:
         """Try a step, and remember who failed."""
@@ -118,14 +118,12 @@ class Run:
         self.backoff.failed(c for c, f in attempt.lost.items() if f.kind is not Kind.UNREADABLE)
         self.backoff.succeeded(attempt.clients)
         self.given_up.difference_update(attempt.clients)
-        for client, why in attempt.lost.items():
-            if why.kind is Kind.LEFT_OUT:
-                self._leave_out_of_round(client, why)
+        self._leave_out_of_round({c: f for c, f in attempt.lost.items() if f.kind is Kind.LEFT_OUT})
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
         what = "is redone, for want of" if nothing else "goes on without"
-        for client, why in attempt.lost.items():
-            log.warning("step %d %s %s: %s", orders.step, what, self.clients.name(client), why)
+        for line in told(attempt.lost, self.clients.name):
+            log.warning("step %d %s %s", orders.step, what, line)
         if attempt.skipped:
             summary.steps_skipped += 1
             summary.examples_skipped += sum(examples[client] for client in attempt.clients)
@@ -163,8 +161,8 @@ class Run:
             return
         self.clients.excluded |= mistakes.keys()
         self.summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
-        for client, failure in mistakes.items():
-            log.warning("%s is left out for the rest of the run, for a mistake: %s", self.clients.name(client), failure)
+        for line in told(mistakes, self.clients.name):
+            log.warning("left out for the rest of the run, for a mistake: %s", line)
         members = self.clients.members.items()
         if self.clients.excluded.issuperset(client for client, m in members if m.description.num_examples):
             raise StepError("every client made a mistake, nobody is left to train with", mistakes)
@@ -195,9 +193,8 @@ class Run:
         mistaken = all_failed and all(failure.kind.is_mistake for failure in attempt.lost.values())
         if mistaken and not (self.committed or self.answered):  # silence may end by itself, a bug does not
             everyone = len(attempt.lost) == len(self.clients.members)
-            details = {failure.detail for failure in attempt.lost.values()}
-            alike = len(attempt.lost) > 1 and len(details) == 1  # a bug, in others too
-            if everyone or (alike and self.policy.mistakes != "exclude"):
+            shared = len(attempt.lost) > 1 and alike(attempt.lost.values())  # a bug, in others too
+            if everyone or (shared and self.policy.mistakes != "exclude"):
                 raise StepError(f"all {len(attempt.lost)} clients failed, before any step was completed", attempt.lost)
         # no waiting for those again for whom an earlier epoch has waited in vain
         known = set(self.unfinished(ledger).tolist()) <= self.given_up
