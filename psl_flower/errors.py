@@ -47,10 +47,12 @@ class LabelError(PSLError, ValueError):
         What is expected, and what was found.
     rows : iterable of int
         Positions in the batch of the examples whose labels are wrong; empty where that cannot be told.
+    rule : str, optional
+        The message without any label, for where labels are to stay.
     """
 
-    def __init__(self, message: str, rows: Iterable[int] = ()) -> None:
-        self.rows = tuple(rows)
+    def __init__(self, message: str, rows: Iterable[int] = (), rule: str = "labels must be class indices") -> None:
+        self.rows, self.rule = tuple(rows), rule
         super().__init__(message)
 
 

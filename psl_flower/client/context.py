@@ -81,7 +81,7 @@ class BoundPart:
             Leaves that went into it.
         """
         if not loss.weight:
-            return tree.map_leaves(torch.zeros_like, inputs), dict.fromkeys(self.parameters)
+            return no_gradient(inputs), dict.fromkeys(self.parameters)
         roots = [leaf for leaf in tree.leaves(inputs) if leaf.requires_grad]
         wanted = [*roots, *self.parameters.values()]
         found = torch.autograd.grad(loss.mean, wanted, torch.full_like(loss.mean, share), allow_unused=True)
@@ -181,6 +181,11 @@ class ClientContext:
     def num_bytes(self) -> int:
         """Return the bytes of what is kept: a lower bound of what the graphs hold."""
         return sum(tree.num_bytes(value) for value in self.kept.values() if isinstance(value, Tensor | tuple | dict))
+
+
+def no_gradient(inputs: Tree) -> Tree:
+    """Return gradients of zero, None for what has none."""
+    return tree.map_leaves(lambda leaf: torch.zeros_like(leaf) if leaf.requires_grad else None, inputs)
 
 
 def _run(module: nn.Module, inputs: Tree) -> Any:

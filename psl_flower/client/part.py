@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psl_flower import tree
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, PSLError
+from psl_flower.origin import where
 from psl_flower.protocol import Weights
-from psl_flower.server import Loss, WeightedLoss, loss_target, weighted
+from psl_flower.server import Loss, Reduction, WeightedLoss, loss_target, weighted
 from psl_flower.split import CannotTellError, find_mixing
 from psl_flower.tree import Tree
+
+log = logging.getLogger("flwr.psl_flower")
 
 Forward = Callable[[Callable[..., Tree], Any], Tree]
 
@@ -171,11 +175,27 @@ class LossFn:
 
     function: Loss
     classification: bool
+    reduction: Reduction = field(default_factory=Reduction)
 
     def __call__(self, outputs: Any, target: Tree, rows: int, device: torch.device) -> WeightedLoss:
-        """Return the loss of the last part's outputs; see `weighted` for errors."""
+        """Return the loss of the last part's outputs; see `weighted` for errors.
+
+        Of what else the user's code raises, only the kind and the place are told: its text may hold labels.
+        """
         labels = loss_target(target, device, classify=self.classification)
-        return weighted(self.function, outputs, labels, rows, classify=self.classification)
+        try:
+            return weighted(
+                self.function, outputs, labels, rows, classify=self.classification, reduction=self.reduction
+            )
+        except PSLError:
+            raise
+        except Exception as exc:
+            log.error("the loss failed: %s", where(exc), exc_info=exc)
+            shown = ", ".join(f"{t.dtype} {tuple(t.shape[1:])}" for t in tree.leaves(labels))
+            raise ConfigError(
+                f"the loss failed on labels {shown} a row: {where(exc, text=False)}; what it says is in the log of the "
+                "client, for it may tell labels"
+            ) from exc
 
 
 def parameter_gradients(

@@ -27,7 +27,7 @@ from psl_flower.client.process import RunState
 from psl_flower.client.recipe import NotBuiltError
 from psl_flower.data.batch import Batch, check_drawn_again, checksum
 from psl_flower.devices import reseed, seeded
-from psl_flower.errors import BadRowsError, ConfigError, ProtocolError, PSLError
+from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.exchange.validation import is_finite
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
@@ -327,6 +327,9 @@ def _failure(exc: Exception, node: int, client: SplitClient | None = None) -> Fa
     log.debug("node %d: %s", node, exc, exc_info=exc)
     if isinstance(exc, ProtocolError):
         return exc.failure()
+    if isinstance(exc, LabelError):  # where the loss is a client's, labels are to stay there
+        log.error("node %d: %s", node, exc)
+        return Failure(Kind.LABELS, f"{exc.rule} (which they are is in the log of the client)")
     if isinstance(exc, BadRowsError) and client is not None:
         return client.unreadable(exc)
     return Failure(Kind.RAISED, str(exc) if isinstance(exc, PSLError) else where(exc))

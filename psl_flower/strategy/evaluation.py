@@ -120,7 +120,8 @@ class Evaluator:
             for client, n in counts.items():
                 done[client] += n
             examples += sum(counts.values())
-            left = {client: n - counts[client] for client, n in left.items() if n > counts[client]}
+            # whoever has just found rows that cannot be read is asked for the others next
+            left = {client: n - counts.get(client, 0) for client, n in left.items() if n > counts.get(client, 0)}
         result = scores.result()
         metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
         return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
