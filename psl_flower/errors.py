@@ -18,10 +18,12 @@ onto this tree with ``raise ... from exc``. `StopTraining` stands beside it: it 
 for the end of a run.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, told
+
+_NAME = "client {}".format
 
 
 class PSLError(Exception):
@@ -45,10 +47,12 @@ class LabelError(PSLError, ValueError):
         What is expected, and what was found.
     rows : iterable of int
         Positions in the batch of the examples whose labels are wrong; empty where that cannot be told.
+    rule : str, optional
+        The message without any label, for where labels are to stay.
     """
 
-    def __init__(self, message: str, rows: Iterable[int] = ()) -> None:
-        self.rows = tuple(rows)
+    def __init__(self, message: str, rows: Iterable[int] = (), rule: str = "labels must be class indices") -> None:
+        self.rows, self.rule = tuple(rows), rule
         super().__init__(message)
 
 
@@ -84,22 +88,25 @@ class StepError(PSLError, RuntimeError):
         What happened, naming the step.
     failures : dict of int to Failure, optional
         What each failed client did wrong, keyed by client id.
+    name : callable, optional
+        Takes a client id, and returns how the client is called.
     """
 
-    def __init__(self, message: str, failures: Mapping[int, Failure] | None = None) -> None:
+    def __init__(
+        self, message: str, failures: Mapping[int, Failure] | None = None, name: Callable[[int], str] = _NAME
+    ) -> None:
         self.message = message
         self.failures = dict(failures or {})
-        details = "".join(f"\n  client {client}: {why}" for client, why in sorted(self.failures.items()))
-        super().__init__(message + details)
+        super().__init__("\n  ".join([message, *told(self.failures, name)]))
 
     @classmethod
     @contextmanager
-    def located(cls, where: str) -> Iterator[None]:
-        """Put `where` in front of the message of every StepError raised inside."""
+    def located(cls, where: str, name: Callable[[int], str] = _NAME) -> Iterator[None]:
+        """Put `where` in front of the message of every StepError raised inside, and give its clients their names."""
         try:
             yield
         except StepError as error:
-            raise type(error)(f"{where}: {error.message}", error.failures) from error.__cause__
+            raise type(error)(f"{where}: {error.message}", error.failures, name) from error.__cause__
 
 
 class DivergenceError(StepError):

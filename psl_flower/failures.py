@@ -6,9 +6,13 @@ reply that is not what was asked for: it will happen again, so somebody must be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+
+_NUMBERS = re.compile(r"0x[0-9a-f]+|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
+_LISTED = re.compile(r"#(?:, (?:#|\.\.\.))+")
 
 
 class Kind(Enum):
@@ -51,12 +55,45 @@ class Failure:
         Of `Kind.UNREADABLE`: indices in the client's training data, and what is wrong with each.
     labels : dict of int to int
         The classes of these rows, where the client knows them.
+    partition_id : int, optional
+        The client's, of one that could not be built, and so has not described itself.
     """
 
     kind: Kind
     detail: str
     rows: Mapping[int, str] = field(default_factory=dict)
     labels: Mapping[int, int] = field(default_factory=dict)
+    partition_id: int | None = None
 
     def __str__(self) -> str:
         return self.detail
+
+
+def likeness(text: str) -> str:
+    """Return a text without its numbers and ids: what two clients say of the same mistake is equal but for these."""
+    return _LISTED.sub("#", _NUMBERS.sub("#", text))
+
+
+def alike(failures: Iterable[Failure]) -> bool:
+    """Return whether it is the same that went wrong with all."""
+    return len({(failure.kind, likeness(failure.detail)) for failure in failures}) <= 1
+
+
+def told(failures: Mapping[int, Failure], name: Callable[[int], str]) -> list[str]:
+    """Return what went wrong, a line for each mistake: the first client that made it, and how many others did.
+
+    Parameters
+    ----------
+    failures : dict of int to Failure
+        By client.
+    name : callable
+        Takes a client, and returns how it is called.
+    """
+    groups: dict[tuple[Kind, str], list[int]] = {}
+    for client, failure in sorted(failures.items()):
+        groups.setdefault((failure.kind, likeness(failure.detail)), []).append(client)
+    lines = []
+    for first, *others in groups.values():
+        more = f" and {len(others)} other{'s' * (len(others) > 1)} likewise" if others else ""
+        lines.append(f"{name(first)}{more}: {failures[first]}")
+    return lines

@@ -10,17 +10,18 @@ _OURS = str(Path(__file__).parent)
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {_OURS})
 
 
-def where(error: BaseException) -> str:
+def where(error: BaseException, *, text: bool = True) -> str:
     """Return the place and text of an exception: "data.py:31 in __getitem__: OSError: cannot open img_0007.png".
 
     The place is the last frame of its traceback that is neither psl_flower's nor a library's: the line that its user
-    can mend. Without one (it was raised and caught within libraries), the text alone.
+    can mend. Without one (it was raised and caught within libraries), the text alone. With ``text=False``, of the text
+    only the kind of exception.
     """
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    said = f"{type(error).__name__}: {error}" if text and str(error) else type(error).__name__
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if _is_users(frame.filename):
-            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {text}"
-    return text
+            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {said}"
+    return said
 
 
 def _is_users(filename: str) -> bool:

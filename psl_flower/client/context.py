@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
@@ -47,9 +48,10 @@ class BoundPart:
     def _run(self, inputs: Tree) -> Any:
         moved = tree.to_device(inputs, self._part.device)
         with self._part.running(training=self._training) as module:
-            if self._client is not None:
-                return self._client.forward(module, moved)
-            return module(*moved) if isinstance(moved, tuple) else module(moved)
+            run = _run if self._client is None else self._client.forward
+            if self._training:
+                self._part.check_rows(partial(run, module), moved)
+            return run(module, moved)
 
     def loss(self, inputs: Tree, target: Tree) -> WeightedLoss:
         """Run the model's last part, and return the loss of its outputs: the mean, and what it is the mean over."""
@@ -79,7 +81,7 @@ class BoundPart:
             Leaves that went into it.
         """
         if not loss.weight:
-            return tree.map_leaves(torch.zeros_like, inputs), dict.fromkeys(self.parameters)
+            return no_gradient(inputs), dict.fromkeys(self.parameters)
         roots = [leaf for leaf in tree.leaves(inputs) if leaf.requires_grad]
         wanted = [*roots, *self.parameters.values()]
         found = torch.autograd.grad(loss.mean, wanted, torch.full_like(loss.mean, share), allow_unused=True)
@@ -179,6 +181,15 @@ class ClientContext:
     def num_bytes(self) -> int:
         """Return the bytes of what is kept: a lower bound of what the graphs hold."""
         return sum(tree.num_bytes(value) for value in self.kept.values() if isinstance(value, Tensor | tuple | dict))
+
+
+def no_gradient(inputs: Tree) -> Tree:
+    """Return gradients of zero, None for what has none."""
+    return tree.map_leaves(lambda leaf: torch.zeros_like(leaf) if leaf.requires_grad else None, inputs)
+
+
+def _run(module: nn.Module, inputs: Tree) -> Any:
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
 def random_state(device: torch.device) -> Tensor:

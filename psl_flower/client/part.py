@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psl_flower import tree
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, PSLError
+from psl_flower.origin import where
 from psl_flower.protocol import Weights
-from psl_flower.server import Loss, WeightedLoss, loss_target, weighted
+from psl_flower.server import Loss, Reduction, WeightedLoss, loss_target, weighted
+from psl_flower.split import CannotTellError, find_mixing
 from psl_flower.tree import Tree
+
+log = logging.getLogger("flwr.psl_flower")
 
 Forward = Callable[[Callable[..., Tree], Any], Tree]
 
@@ -39,7 +44,9 @@ class ClientPart:
     def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
         self.name, self.device = name, device
         self.module = module.to(device)
+        self._mode: bool | None = None
         self._versions: tuple[str, str] | None = None
+        self._seen_apart: list[bool] = []  # not empty, once rows were seen to be treated one by one; of copies, too
         self.parameters: dict[str, nn.Parameter] = {}
 
     def load(self, weights: Weights) -> None:
@@ -80,6 +87,7 @@ class ClientPart:
     def copy(self) -> ClientPart:
         """Return another part of the same weights, which go their own way from here."""
         other = ClientPart(self.name, copy.deepcopy(self.module), self.device)
+        other._seen_apart = self._seen_apart
         other.parameters = {name: p for name, p in other.module.named_parameters() if name in self.parameters}
         return other
 
@@ -92,7 +100,8 @@ class ClientPart:
         ConfigError
             If its forward pass changes a buffer or parameter: the change would be lost, for clients keep no state.
         """
-        if self.module.training is not training:
+        if self._mode is not training:  # at first, too: a model's own train() may freeze layers
+            self._mode = training
             self.module.train(training)
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         before = {name: t._version for name, t in state.items()}
@@ -111,9 +120,38 @@ class ClientPart:
             name = min(changed)
             kind = "buffer" if name in dict(self.module.named_buffers()) else "parameter"
             raise ConfigError(
-                f"the client half's forward pass changes its {kind} {name!r}, but clients keep no state between "
+                f"{self._called}'s forward pass changes its {kind} {name!r}, but clients keep no state between "
                 "steps: replace that layer (see replace_batch_norm), or cut the model before it"
             )
+
+    def check_rows(self, run: Callable[[Any], Any], inputs: Tree) -> None:
+        """Refuse a part that does not treat each example by itself, as soon as a batch can show it.
+
+        Parameters
+        ----------
+        run : callable
+            Runs the module, which is in training mode, on `inputs`.
+        inputs : tree
+            Rows, on the part's device.
+
+        Raises
+        ------
+        ConfigError
+            If it does not.
+        """
+        if self._seen_apart or tree.rows(inputs, "inputs") < 2:
+            return
+        try:
+            mixing = find_mixing(run, inputs, module=self.module, who=self._called)
+        except CannotTellError:
+            return  # another batch may tell
+        if mixing:
+            raise ConfigError(mixing)
+        self._seen_apart.append(True)
+
+    @property
+    def _called(self) -> str:
+        return "the client half" if self.name == "head" else f"the {self.name}"
 
     def _check(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         rule = "server and client must cut the same model in the same place"
@@ -143,11 +181,27 @@ class LossFn:
 
     function: Loss
     classification: bool
+    reduction: Reduction = field(default_factory=Reduction)
 
     def __call__(self, outputs: Any, target: Tree, rows: int, device: torch.device) -> WeightedLoss:
-        """Return the loss of the last part's outputs; see `weighted` for errors."""
+        """Return the loss of the last part's outputs; see `weighted` for errors.
+
+        Of what else the user's code raises, only the kind and the place are told: its text may hold labels.
+        """
         labels = loss_target(target, device, classify=self.classification)
-        return weighted(self.function, outputs, labels, rows, classify=self.classification)
+        try:
+            return weighted(
+                self.function, outputs, labels, rows, classify=self.classification, reduction=self.reduction
+            )
+        except PSLError:
+            raise
+        except Exception as exc:
+            log.error("the loss failed: %s", where(exc), exc_info=exc)
+            shown = ", ".join(f"{t.dtype} {tuple(t.shape[1:])}" for t in tree.leaves(labels))
+            raise ConfigError(
+                f"the loss failed on labels {shown} a row: {where(exc, text=False)}; what it says is in the log of the "
+                "client, for it may tell labels"
+            ) from exc
 
 
 def parameter_gradients(

@@ -77,7 +77,6 @@ class RunState:
         self.own = OwnParts()
         self.own_versions: dict[int, str] = {}  # by node, of what its Flower state holds, see keeping.py
         self.one_at_a_time = False
-        self.verified: set[Hashable] = set()
 
 
 _runs: OrderedDict[int, RunState] = OrderedDict()

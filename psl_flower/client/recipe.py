@@ -16,7 +16,7 @@ from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.client.process import RunState
 from psl_flower.data import open_data
 from psl_flower.devices import pick_device
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, PSLError
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
@@ -48,31 +48,52 @@ def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitM
     return state.method
 
 
+class NotBuiltError(PSLError):
+    """A client could not be built; the reason is its cause."""
+
+    def __init__(self, partition_id: Any) -> None:
+        super().__init__("the client could not be built")
+        self.partition_id = partition_id if type(partition_id) is int else None
+
+
 def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
-    """Return the client of a node, built at its first request and kept."""
+    """Return the client of a node, built at its first request and kept.
+
+    Raises
+    ------
+    NotBuiltError
+        If the user's code, or what it returns, does not allow it.
+    """
     key = (context.node_id, tuple(sorted((name, str(value)) for name, value in config.items())))
     if key not in state.clients:
-        if state.parts is None:
-            cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
-            tail = _call(recipe.tail, context=context) if callable(recipe.tail) else recipe.tail
-            halves = cut_model(_call(recipe.model_fn, context=context), cut, tail)
-            method = method_of(recipe, state, context)
-            parts = method.assign(halves.parts)
-            mine = {name: parts[name] for name in method.client_parts()}
-            for part in mine.values():
-                check_client_half(part)
-            device = pick_device(recipe.device)
-            state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
-            state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
-        if recipe.optimizer is not None:
-            state.own.make_optimizer[context.node_id] = _with_context(recipe.optimizer, context)
-        data = _call(recipe.data_fn, context=context, config=config)
-        train, test = open_data(data, target=recipe.target, collate_fn=recipe.collate_fn)
-        partition = context.node_config.get("partition-id")
-        if partition is not None and type(partition) is not int:
-            raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
-        state.clients[key] = recipe.client_class(train, test, partition_id=partition, config=config)
+        try:
+            state.clients[key] = _build(recipe, state, context, config)
+        except Exception as error:
+            raise NotBuiltError(context.node_config.get("partition-id")) from error
     return state.clients[key]
+
+
+def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
+    if state.parts is None:
+        cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
+        tail = _call(recipe.tail, context=context) if callable(recipe.tail) else recipe.tail
+        halves = cut_model(_call(recipe.model_fn, context=context), cut, tail)
+        method = method_of(recipe, state, context)
+        parts = method.assign(halves.parts)
+        mine = {name: parts[name] for name in method.client_parts()}
+        for part in mine.values():
+            check_client_half(part)
+        device = pick_device(recipe.device)
+        state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
+        state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
+    if recipe.optimizer is not None:
+        state.own.make_optimizer[context.node_id] = _with_context(recipe.optimizer, context)
+    data = _call(recipe.data_fn, context=context, config=config)
+    train, test = open_data(data, target=recipe.target, collate_fn=recipe.collate_fn)
+    partition = context.node_config.get("partition-id")
+    if partition is not None and type(partition) is not int:
+        raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
+    return recipe.client_class(train, test, partition_id=partition, config=config)
 
 
 def _with_context(function: Callable[..., Any], context: Context) -> Callable[..., Any]:

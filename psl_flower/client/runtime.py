@@ -12,6 +12,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,16 +24,16 @@ from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext, random_state
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
+from psl_flower.client.recipe import NotBuiltError
 from psl_flower.data.batch import Batch, check_drawn_again, checksum
 from psl_flower.devices import reseed, seeded
-from psl_flower.errors import BadRowsError, ConfigError, ProtocolError, PSLError
+from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.exchange.validation import is_finite
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.origin import where
 from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request
 from psl_flower.protocol import Kind as LeafKind
-from psl_flower.split import CannotTellError, find_mixing
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -89,7 +90,7 @@ def _answer(
                     label_counts=request.label_counts, method=method.name, model=state.signature
                 )
             except Exception as exc:
-                reply.failures[node] = _failure(exc, node)
+                reply.failures[node] = replace(_failure(exc, node), partition_id=client.partition_id)
         return
     try:
         stage = _stage(method, request)
@@ -240,36 +241,17 @@ class _Work:
                 batches.append(client.draw_batch(order))
             joined = _join(batches)
             context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own)
-            self._check_rows_alone(clients[0], joined, training=context.training)
             if orders.checksums is None:
                 context.checksums = np.array([checksum(batch) for batch in batches])
             else:
                 for order, batch, before in zip(orders.each(), batches, orders.checksums.tolist(), strict=True):
-                    check_drawn_again(batch, before, f"client {order.client}, step {order.step}")
+                    check_drawn_again(batch, before, "test data" if order.test else "training data")
             if len(clients) == 1:
                 return context, stage.function(self.method, context, joined, **inputs)
             if any(type(client).forward is not SplitClient.forward for client in clients):
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
             run = partial(stage.function, self.method, context, joined, **inputs)
             return context, self._without_random(device, run)
-
-    def _check_rows_alone(self, client: SplitClient, batch: Batch, *, training: bool) -> None:
-        """Refuse a model whose first part does not treat each example by itself, as soon as a batch can show it."""
-        if not training or batch.size < 2 or "rows" in self.state.verified:
-            return
-        part: ClientPart = next(iter(self._parts().values()))
-        part.module.train(True)
-
-        def run(inputs: Tree) -> Tree:
-            return client.forward(part.module, inputs)
-
-        try:
-            mixing = find_mixing(run, tree.to_device(batch.inputs, part.device), module=part.module)
-        except CannotTellError:
-            return  # another batch may tell
-        if mixing:
-            raise ConfigError(mixing)
-        self.state.verified.add("rows")
 
     def _again(self, after: str, request: Request, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
         """Do the stage again that this one goes on from."""
@@ -341,9 +323,14 @@ def _share(reply: Reply, request: Request, seconds: float) -> None:
 
 
 def _failure(exc: Exception, node: int, client: SplitClient | None = None) -> Failure:
+    if isinstance(exc, NotBuiltError) and isinstance(exc.__cause__, Exception):
+        return replace(_failure(exc.__cause__, node), partition_id=exc.partition_id)
     log.debug("node %d: %s", node, exc, exc_info=exc)
     if isinstance(exc, ProtocolError):
         return exc.failure()
+    if isinstance(exc, LabelError):  # where the loss is a client's, labels are to stay there
+        log.error("node %d: %s", node, exc)
+        return Failure(Kind.LABELS, f"{exc.rule} (which they are is in the log of the client)")
     if isinstance(exc, BadRowsError) and client is not None:
         return client.unreadable(exc)
     return Failure(Kind.RAISED, str(exc) if isinstance(exc, PSLError) else where(exc))

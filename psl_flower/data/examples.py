@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from psl_flower.data.batch import Batch
 from psl_flower.data.collating import collate
 from psl_flower.data.labels import listed_labels, telling_rows
-from psl_flower.data.reading import check_map_style, is_plain, read_columns, read_rows
+from psl_flower.data.reading import RowsError, check_map_style, is_plain, read_columns, read_rows
 from psl_flower.data.rows import INPUT, divide
-from psl_flower.devices import seeded
+from psl_flower.devices import generators, seeded
 from psl_flower.errors import BadRowsError, ConfigError, PSLError
 from psl_flower.origin import where
 from psl_flower.tree import Tree, as_tree, leaves, paths, rows
 
 _READ_ROWS = 256  # examples read at once where only their labels are wanted
+_PROBED = 16  # examples tried to see whether none can be read
 
 
 class Examples:
@@ -69,6 +70,7 @@ class Examples:
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """Return the examples at `indices`, at least one.
 
+        What cannot be read is read once more, for a file system may fail once; rows that fail twice are refused.
         Randomness in transforms is what the caller has seeded, see `psl_flower.devices.seeded`.
 
         Raises
@@ -79,22 +81,40 @@ class Examples:
             If no example can be read, or rows break a rule; the message says the remedy.
         """
         chosen = [int(i) for i in indices]
+        back = None if self.plain else generators()
         try:
             batch = self._read(chosen)
         except MemoryError:
             raise
         except Exception as error:
-            raise self._explained(chosen, error) from error
+            if back is None or isinstance(error, PSLError):
+                raise self._explained(chosen, error) from error
+            back()
+            batch = self._read_again(chosen, error)
         if bad := _not_finite(batch, chosen):
             raise self._refused(bad, chosen)
         return batch
 
-    def _read(self, indices: list[int]) -> Batch:
+    def _read_again(self, indices: list[int], error: Exception) -> Batch:
+        """Read examples again of which some failed."""
+        try:
+            return self._read(indices, failed=error.errors if isinstance(error, RowsError) else ())
+        except MemoryError:
+            raise
+        except RowsError as twice:
+            bad = {i: where(why) for i, why in twice.errors.items()}
+            if self._all_bad(bad, indices):
+                raise ConfigError(f"the {self.name} cannot be read: {next(iter(bad.values()))}") from error
+            raise self._bad_rows(bad) from error
+        except Exception as twice:
+            raise self._explained(indices, twice) from error
+
+    def _read(self, indices: list[int], failed: Collection[int] | None = None) -> Batch:
         if not indices:
             raise ConfigError(f"a batch of the {self.name} must hold at least one example, got none")
         found = read_columns(self.dataset, indices) if self.collate_fn is None else None
         if found is None:
-            rows_read = read_rows(self.dataset, indices)
+            rows_read = read_rows(self.dataset, indices, failed)
             make = self.collate_fn or (lambda read: collate(read, indices, self.name))
             found = make(rows_read)
         inputs, target = divide(found, self.target, self.name)
@@ -116,7 +136,7 @@ class Examples:
             return self._bad_rows(bad)
         if isinstance(error, PSLError):
             return error
-        return ConfigError(f"the {self.name} cannot be read: {where(error)}")
+        return ConfigError(f"the {self.name} cannot be read: {_said(error)}")
 
     def _refused(self, bad: dict[int, str], indices: list[int]) -> Exception:
         if not self._all_bad(bad, indices):
@@ -130,17 +150,22 @@ class Examples:
         """Return what is wrong with each of these rows when it is read alone, if something is."""
         bad: dict[int, str] = {}
         for i in indices:
-            try:
-                bad |= _not_finite(self._read([i]), [i])
-            except Exception as error:
-                bad[i] = str(error) if isinstance(error, PSLError) else where(error)
+            for _ in range(1 if self.plain else 2):
+                try:
+                    found = _not_finite(self._read([i]), [i])
+                except Exception as error:
+                    found = {i: _said(error)}
+                if not found:
+                    break
+            bad |= found
         return bad
 
     def _all_bad(self, bad: dict[int, str], indices: list[int]) -> bool:
         """Return whether it is not these rows but all: then the mistake is the dataset's."""
         if any(i not in bad for i in indices):
             return False
-        others = [i for i in {0, len(self) // 2, len(self) - 1} if i not in bad]
+        spread = np.linspace(0, len(self) - 1, min(_PROBED, len(self))).astype(np.int64)
+        others = [i for i in spread.tolist() if i not in bad]
         return len(self._errors_of(others)) == len(others)
 
     # --- labels ------------------------------------------------------------------------------------------------------
@@ -206,6 +231,13 @@ class Examples:
             f"this sampler plans by class: the label of an example must be one whole number, got {found}; "
             "use a sampler that needs no label counts"
         )
+
+
+def _said(error: Exception) -> str:
+    """Return what to say of an error in reading."""
+    if isinstance(error, RowsError):
+        error = next(iter(error.errors.values()))
+    return str(error) if isinstance(error, PSLError) else where(error)
 
 
 def _not_finite(batch: Batch, indices: list[int]) -> dict[int, str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset
 
+from psl_flower.devices import generators
 from psl_flower.errors import ConfigError
+
+log = logging.getLogger("flwr.psl_flower")
 
 
 def check_map_style(dataset: Any, name: str) -> None:
@@ -37,8 +41,37 @@ def read_columns(dataset: Any, indices: Sequence[int]) -> Any:
     return None
 
 
-def read_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
-    """Return the examples at `indices`, by torch's batched fetch (``__getitems__``) if offered, else one at a time."""
+class RowsError(Exception):
+    """Items of a dataset cannot be read.
+
+    Parameters
+    ----------
+    errors : dict of int to Exception
+        What each raised, by its index.
+    """
+
+    def __init__(self, errors: Mapping[int, Exception]) -> None:
+        super().__init__(f"{len(errors)} items cannot be read")
+        self.errors = dict(errors)
+
+
+def read_rows(dataset: Any, indices: Sequence[int], failed: Collection[int] | None = None) -> list[Any]:
+    """Return the examples at `indices`, by torch's batched fetch (``__getitems__``) if offered, else one at a time.
+
+    Parameters
+    ----------
+    dataset : map-style dataset
+    indices : sequence of int
+    failed : collection of int, optional
+        None: the first that fails ends it. Else this is a second reading, of rows among which these have failed once:
+        others that fail now are read once more, with the same random numbers, for a file system may fail once.
+
+    Raises
+    ------
+    RowsError
+        If items are read one at a time, and some fail.
+    """
+    outer = indices
     dataset, indices = _unwrapped(dataset, indices)
     if _offers(dataset, "__getitems__"):
         found = dataset.__getitems__(list(indices))
@@ -49,7 +82,31 @@ def read_rows(dataset: Any, indices: Sequence[int]) -> list[Any]:
                 f"indices, got {what}: to return a batch, call the method get_batch"
             )
         return found
-    return [dataset[i] for i in indices]
+    found, errors = [], dict[int, Exception]()
+    for name, i in zip(outer, indices, strict=True):
+        back = None if failed is None or name in failed else generators()
+        try:
+            found.append(_read_row(dataset, i, back))
+        except MemoryError:
+            raise
+        except Exception as error:
+            errors[name] = error
+            if failed is None:
+                break
+    if errors:
+        raise RowsError(errors)
+    return found
+
+
+def _read_row(dataset: Any, index: int, back: Callable[[], None] | None) -> Any:
+    """Return an item, at the second try if need be and `back` is given."""
+    if back is not None:
+        try:
+            return dataset[index]
+        except Exception as error:
+            log.info("example %s was read again: %s: %s", index, type(error).__name__, error)
+            back()
+    return dataset[index]
 
 
 def is_plain(dataset: Any) -> bool:

@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from psl_flower.errors import MembershipError, ProtocolError
 from psl_flower.exchange.base import Carrier
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, told
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
 from psl_flower.split import difference
 
@@ -48,6 +49,8 @@ class Clients:
         Sent along with the question.
     tolerate : bool
         Whether to go on without nodes that do not describe themselves, as long as there are enough others.
+    tolerate_mistakes : bool
+        Whether also where they could not for a mistake: code that raises, another model.
     may_grow : bool
         Whether nodes may connect later. If not, too few are too few at once.
     method : str, optional
@@ -63,6 +66,7 @@ class Clients:
         label_counts: bool,
         config: Config | None = None,
         tolerate: bool = False,
+        tolerate_mistakes: bool = True,
         may_grow: bool = True,
         method: str = "",
         model: Mapping[str, Any] | None = None,
@@ -72,6 +76,7 @@ class Clients:
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate, self._may_grow = tolerate, may_grow
+        self._tolerate_mistakes = tolerate_mistakes
         self._method, self._model = method, model
         self._silent: set[int] = set()  # nodes whose last answer was a failure
         self._looks = 0
@@ -107,10 +112,12 @@ class Clients:
         self._turned_away.clear()
         failures = self._describe(new, timeout)
         nodes = [node for node in nodes if node in self._descriptions]
-        if failures and (not self._tolerate or len(nodes) < min_nodes):
-            raise MembershipError("every client must describe itself:\n  " + "\n  ".join(failures))
-        for failure in failures:
-            log.warning("going on without it: %s", failure)
+        lines = told(failures, partial(_who, failures))
+        mistaken = not self._tolerate_mistakes and any(failure.kind.is_mistake for failure in failures.values())
+        if failures and (not self._tolerate or mistaken or len(nodes) < min_nodes):
+            raise MembershipError("every client must describe itself:\n  " + "\n  ".join(lines))
+        for line in lines:
+            log.warning("going on without it: %s", line)
         known = self._without_ghosts({node: self._descriptions[node] for node in nodes})
         before, here = self._members, {m.client: m for m in _members(known)}
         left = {client: member for client, member in before.items() if client not in here}
@@ -140,8 +147,9 @@ class Clients:
         self._silent |= {m.node for m in self._members.values()} - here
         self._looks += 1
         not_yet = {node for node, (_, look) in self._turned_away.items() if look > self._looks}
-        for failure in self._describe(sorted(here - self._descriptions.keys() - not_yet), timeout):
-            log.warning("it is asked again later: %s", failure)
+        failures = self._describe(sorted(here - self._descriptions.keys() - not_yet), timeout)
+        for line in told(failures, partial(_who, failures)):
+            log.warning("it is asked again later: %s", line)
         at_home = {m.node for m in self._members.values()}
         joined = []
         for node in sorted(here & self._descriptions.keys() - at_home):
@@ -161,17 +169,24 @@ class Clients:
         self._members = dict(sorted(self._members.items()))
         return joined
 
-    def _describe(self, nodes: Iterable[int], timeout: float) -> list[str]:
-        """Ask nodes who they are; return what is wrong with those that do not say."""
+    def _describe(self, nodes: Iterable[int], timeout: float) -> dict[int, Failure]:
+        """Ask nodes who they are; return what is wrong with those that do not say, by node."""
         request = Request(stage=DESCRIBE, nodes=tuple(nodes), label_counts=self.label_counts, config=self._config)
-        reply, failures = self._carrier.exchange(request, timeout), []
+        reply, failures = self._carrier.exchange(request, timeout), dict[int, Failure]()
         for node in request.nodes:
+            described = reply.descriptions.get(node)
             try:
-                described = _description(node, reply, label_counts=self.label_counts)
-                self._check_same(node, described)
-                self._descriptions[node] = described
+                if described is None:
+                    failures[node] = reply.failures.get(node, Failure(Kind.MALFORMED, "not a description"))
+                else:
+                    described.check(label_counts=self.label_counts)
+                    self._check_same(node, described)
+                    self._descriptions[node] = described
             except ProtocolError as error:
-                failures.append(f"node {node}: {error}")
+                failures[node] = error.failure()
+            if node in failures:
+                if described is not None and type(described.partition_id) is int:
+                    failures[node] = replace(failures[node], partition_id=described.partition_id)
                 times = self._turned_away.get(node, (0, 0))[0] + 1
                 self._turned_away[node] = (times, self._looks + 2 ** min(times, _LONGEST_REST))
         return failures
@@ -262,13 +277,10 @@ class Clients:
         return reply
 
 
-def _description(node: int, reply: Reply, *, label_counts: bool) -> Description:
-    if node not in reply.descriptions:
-        failure = reply.failures.get(node, Failure(Kind.MALFORMED, "not a description"))
-        raise ProtocolError(failure.detail, failure.kind)
-    description = reply.descriptions[node]
-    description.check(label_counts=label_counts)
-    return description
+def _who(failures: Mapping[int, Failure], node: int) -> str:
+    """Return how a node is called that has not described itself."""
+    partition = failures[node].partition_id
+    return f"node {node}" if partition is None or partition < 0 else f"client {partition} (node {node})"
 
 
 def _members(described: Mapping[int, Description]) -> list[Member]:

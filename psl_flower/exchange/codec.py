@@ -254,6 +254,7 @@ def encode_reply(number: int, reply: Reply, request: Request, wire_dtype: str = 
                 "detail": each.detail[:_MAX_TEXT],
                 "rows": {str(row): why[:_MAX_TEXT] for row, why in list(each.rows.items())[:_MAX_ROWS]},
                 "labels": {str(row): label for row, label in list(each.labels.items())[:_MAX_ROWS]},
+                "partition-id": each.partition_id,
             }
             for node, each in reply.failures.items()
         },
@@ -331,7 +332,8 @@ def _decode_failure(value: Any) -> Failure:
     rows = {_node(row): f"{why!s:.{_MAX_TEXT}}" for row, why in _limited(_get(value, "rows", dict), _MAX_ROWS).items()}
     held = _limited(_get(value, "labels", dict), _MAX_ROWS)
     labels = dict(zip(map(_node, held), _integers({"labels": list(held.values())}, "labels"), strict=True))
-    return Failure(kind, _get(value, "detail", str)[:_MAX_TEXT], rows, labels)
+    partition = None if value.get("partition-id") is None else _get(value, "partition-id", int)
+    return Failure(kind, _get(value, "detail", str)[:_MAX_TEXT], rows, labels, partition)
 
 
 def _encode_description(each: Description) -> dict[str, Any]:

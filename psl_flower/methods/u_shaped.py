@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -39,17 +40,25 @@ class UShapedSplit(SplitMethod):
     def tail_loss(self, client: ClientContext, outputs: Any, rows: Any) -> dict[str, Any]:
         """Run the tail, take the loss, and back-propagate to the body's outputs and along what skips the body.
 
-        Gradients are those of the sum of the losses, divided by the examples of the step.
+        Gradients are those of the sum of the losses, divided by the examples of the step unless the loss is a sum.
+        Where loss or gradients are not finite, that is told in their stead: whether the run goes on is the server's to
+        decide.
         """
         received, skipped = tree.map_leaves(_leaf, (outputs, client.kept["skipped"]))
         found = client.tail.loss(received + skipped, client.batch.target)
-        loss = torch.tensor([found.sum, found.weight], dtype=torch.float64)
         score = None if found.predictions is None else torch.tensor(found.predictions.score())
         gradient, tail, head = None, dict.fromkeys(client.tail.parameters), dict.fromkeys(client.head.parameters)
-        if client.training:
-            share = found.weight / rows.item()
+        finite = math.isfinite(found.sum)
+        if client.training and finite:
+            share = 1.0 if found.summed else found.weight / rows.item()
             (gradient, past), tail = client.tail.backward(found, share, (received, skipped))
             head = client.head.gradients(client.kept["skipped"], past, again=True)
+            finite = all(bool(torch.isfinite(t).all()) for t in tree.leaves((gradient, tail, head)))
+        if client.training and not finite:
+            gradient = tree.map_leaves(lambda t: torch.zeros_like(t) if t.requires_grad else None, received)
+            tail, head = dict.fromkeys(tail), dict.fromkeys(head)
+        told = [found.sum if finite else 0.0, found.weight, found.summed, not finite]
+        loss = torch.tensor(told, dtype=torch.float64)
         return {"gradient": gradient, "tail": tail, "head": head, "loss": loss, "score": score}
 
     @stage(inputs={"gradient": ROWS}, outputs={"head": SUM}, after="head_forward")
@@ -65,7 +74,7 @@ class UShapedSplit(SplitMethod):
         found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.orders.num_rows))
         outcome = ctx.outcome(found.loss, found.score)
         # clients know the examples of the step, but not yet how many of its targets count in the loss
-        scaled = partial(_times, ctx.orders.num_rows / outcome.weight)
+        scaled = partial(_times, 1.0 if outcome.summed else ctx.orders.num_rows / outcome.weight)
         inner = body.backward(scaled(found.gradient))
         back = ctx.call(self.head_backward, gradient=inner.gradient)
         head = tree.add(scaled(found.head), back.head)

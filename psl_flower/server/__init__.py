@@ -6,8 +6,10 @@ from psl_flower.server.metrics import Predictions, Scores, check_metrics, classe
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, Scheduler, make_optimizer, make_scheduler
 from psl_flower.server.outcome import Outcome
 from psl_flower.server.part import Gradients, NothingCountsError, PartCopy, ServerPart, ServerPass, run_on_batch
+from psl_flower.server.reduction import SUMMED, Reduction
 
 __all__ = [
+    "SUMMED",
     "Gradients",
     "LocalBackend",
     "Loss",
@@ -17,6 +19,7 @@ __all__ = [
     "PartCopy",
     "Predictions",
     "RatedOptimizer",
+    "Reduction",
     "Scheduler",
     "Scores",
     "ServerPart",

@@ -19,6 +19,7 @@ from psl_flower.protocol import Weights
 from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
+from psl_flower.server.reduction import Reduction
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -59,6 +60,7 @@ class LocalBackend:
     ) -> None:
         self.parts = {name: part.to(device) for name, part in parts.items()}
         self.device, self.loss, self.classification = device, loss, classification
+        self.reduction = Reduction()
         self._on_clients = [name for name in parts if places[name] == CLIENT]
         # all names of tied parameters: a part may know one by another name first than the whole model does
         named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from psl_flower import tree
 from psl_flower.errors import ConfigError, LabelError
-from psl_flower.server.metrics import Predictions, is_integer, logits_of, wrong_rows
+from psl_flower.server.metrics import Predictions, is_integer, label_rule, logits_of, wrong_rows
+from psl_flower.server.reduction import Reduction
 from psl_flower.tree import Tree
 
 Loss = Callable[[Any, Any], Tensor]
@@ -28,6 +30,7 @@ Loss = Callable[[Any, Any], Tensor]
 _CROSS_ENTROPIES = {f: inspect.signature(f) for f in (F.cross_entropy, F.nll_loss)}
 _DIVISIONS = (Tensor.div, Tensor.div_, Tensor.true_divide, torch.div, torch.true_divide)
 _MEANS = (Tensor.mean, torch.mean)
+_SUMS = (Tensor.sum, torch.sum)
 _DIFFERENCES = (Tensor.sub, torch.sub, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 
 
@@ -46,27 +49,41 @@ class WeightedLoss:
         Of classes, and the labels; None unless it is classification.
     broadcast : str or None
         A sentence if outputs and labels were spread over each other in the loss.
+    summed : bool
+        Whether it is no mean, but the sum over the batch.
     """
 
     mean: Tensor
     weight: float
     predictions: Predictions | None = None
     broadcast: str | None = None
+    summed: bool = False
 
     @property
     def sum(self) -> float:
-        """The mean times the weight; 0 where nothing counts."""
-        return self.mean.item() * self.weight if self.weight else 0.0
+        """The mean times the weight, or what is the sum; 0 where nothing counts."""
+        if not self.weight:
+            return 0.0
+        return self.mean.item() * (1.0 if self.summed else self.weight)
 
 
-def weighted(loss: Loss, outputs: Any, labels: Any, rows: int, *, classify: bool = True) -> WeightedLoss:
+def weighted(
+    loss: Loss,
+    outputs: Any,
+    labels: Any,
+    rows: int,
+    *,
+    classify: bool = True,
+    reduction: Reduction | None = None,
+) -> WeightedLoss:
     """Compute a user's loss of a batch, and find how much it weighs.
 
     The weight is, in this order,
 
     - where ``cross_entropy`` or ``nll_loss`` (also as modules) is called with its mean, by whatever function, and all
       such calls count the same: the targets that count, times their class weights;
-    - where what is returned is a total divided by a tensor of one number (``total / mask.sum()``): that number;
+    - where what is returned is a total divided by a tensor of one number (``total / mask.sum()``), or a sum divided by
+      a number: that number;
     - where it is a ``mean()`` (``loss[mask].mean()``): its elements. Both may be scaled, and added if they count alike;
     - else `rows`. A sum of two losses that count differently has no weight that is right for both.
 
@@ -82,6 +99,8 @@ def weighted(loss: Loss, outputs: Any, labels: Any, rows: int, *, classify: bool
         Examples in the batch.
     classify : bool
         Whether labels may be class indices. If so, and the loss is no cross-entropy, shapes tell whether they are.
+    reduction : Reduction, optional
+        Asked whether the loss is a sum; without it, it is a mean.
 
     Raises
     ------
@@ -108,7 +127,10 @@ def weighted(loss: Loss, outputs: Any, labels: Any, rows: int, *, classify: bool
     if not watch.targets:
         _check_labels(shaped, None)
     predictions = watch.predictions(outputs) if classify and watch.targets else shaped
-    return WeightedLoss(mean, watch.weight_of(mean, rows), predictions, watch.broadcast)
+    weight, summed = watch.weight_of(mean, rows), False
+    if reduction is not None and weight and not watch.is_mean:
+        summed = reduction.is_sum(loss, outputs, labels, mean.item())
+    return WeightedLoss(mean, rows if summed else weight, predictions, watch.broadcast, summed)
 
 
 def loss_target(target: Tree, device: torch.device, *, classify: bool) -> Any:
@@ -122,7 +144,8 @@ def _check_labels(predictions: Predictions | None, cause: Exception | None) -> N
         return
     rows, text = wrong_rows(predictions.targets, predictions.classes)
     if rows:
-        raise LabelError(f"{text}; pass classification=False if they are none", rows) from cause
+        more = "; pass classification=False if they are none"
+        raise LabelError(text + more, rows, rule=label_rule(predictions.classes) + more) from cause
 
 
 class _Watch(TorchFunctionMode):
@@ -132,6 +155,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._labels = labels
         self._weights: list[float] = []  # of cross-entropies that are means
+        self._counted: list[int] = []  # targets that count in cross-entropies, means or not
+        self._totals: dict[int, Tensor] = {}  # sums that are one number, by id
         # by the id of a tensor that is a mean, it, which keeps the id its own, and what gives the number it is over
         self._means: dict[int, tuple[Tensor, list[Callable[[], float]]]] = {}
         self.targets: list[Predictions] = []  # of cross-entropies with class indices
@@ -147,13 +172,23 @@ class _Watch(TorchFunctionMode):
             self.broadcast = _spread([*args, *kwargs.values()])
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.ndim == 0:
-            divisors = self._divisors(func, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
+            operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            divisors = self._divisors(func, operands) or self._number(func, args)
             if divisors:
                 self._means[id(result)] = (result, divisors)
+            elif func in _SUMS or kwargs.get("reduction") == "sum" or self._of_totals(operands):
+                self._totals[id(result)] = result
         return result
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it was seen that the loss is a mean."""
+        return bool(self._weights)
 
     def weight_of(self, mean: Tensor, rows: int) -> float:
         """Return what a loss is the mean over."""
+        if self._counted and not any(self._counted) and not self._weights and not mean.item():
+            return 0.0
         if self._weights and all(math.isclose(w, self._weights[0]) for w in self._weights):
             return self._weights[0]
         if self._weights or id(mean) not in self._means:
@@ -181,6 +216,15 @@ class _Watch(TorchFunctionMode):
             return [operands[1].item]
         return []
 
+    def _of_totals(self, operands: Sequence[Tensor]) -> bool:
+        return bool(operands) and all(id(t) in self._totals for t in operands)
+
+    def _number(self, func: Any, args: Sequence[Any]) -> list[Callable[[], float]]:
+        """Return what gives the number, no tensor, that a sum is divided by."""
+        if func in _DIVISIONS and len(args) == 2 and self._of_totals(args[:1]) and isinstance(args[1], int | float):
+            return [partial(float, args[1])]
+        return []
+
     def _cross_entropy(
         self, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, **legacy: Any
     ) -> None:
@@ -189,6 +233,7 @@ class _Watch(TorchFunctionMode):
         if is_integer(target):
             self._check_range(target, input.shape[1], ignore_index)
             self.targets.append(Predictions(input.detach(), target, ignore_index))
+            self._counted.append(int((target != ignore_index).sum()))
         if reduction != "mean" or legacy.get("size_average") is False or legacy.get("reduce") is False:
             return
         if not is_integer(target):  # probabilities: all of them count, whatever the class weights
@@ -201,7 +246,7 @@ class _Watch(TorchFunctionMode):
         positions, text = wrong_rows(target, classes, ignore_index)
         if positions:
             rows = wrong_rows(self._labels, classes, ignore_index)[0] if _same(target, self._labels) else []
-            raise LabelError(text, rows)
+            raise LabelError(text, rows, rule=label_rule(classes, ignore_index))
 
 
 def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -126,9 +126,14 @@ def wrong_rows(labels: Tensor, classes: int, ignore_index: int = IGNORE_INDEX) -
         return [], ""
     values = sorted(set(labels[wrong].tolist()))
     found = ", ".join(map(str, values[:_SHOWN])) + (", ..." if len(values) > _SHOWN else "")
-    return rows, (
+    return rows, label_rule(classes, ignore_index, f", got {found}")
+
+
+def label_rule(classes: int, ignore_index: int = IGNORE_INDEX, found: str = "") -> str:
+    """Return what labels must be, and the remedy; without `found` it says nothing of any label."""
+    return (
         f"labels must be class indices from 0 to {classes - 1}, as the model has {classes} outputs, or {ignore_index} "
-        f"for what does not count, got {found}: number the classes from 0, or give the model an output for each"
+        f"for what does not count{found}: number the classes from 0, or give the model an output for each"
     )
 
 
@@ -188,7 +193,14 @@ class Scores:
             metric.reset()
 
     def add(
-        self, outputs: Any, labels: Any, rows: int, *, loss: tuple[float, float], score: tuple[int, int] | None
+        self,
+        outputs: Any,
+        labels: Any,
+        rows: int,
+        *,
+        loss: tuple[float, float],
+        score: tuple[int, int] | None,
+        summed: bool = False,
     ) -> None:
         """Count a part in.
 
@@ -202,6 +214,8 @@ class Scores:
             Sum and weight, as `psl_flower.server.weighted` finds them.
         score : (int, int), optional
             Right predictions, and those that count; None where it is no classification: there is no accuracy then.
+        summed : bool
+            Whether the loss of all is their sum, and no mean.
 
         Raises
         ------
@@ -209,6 +223,8 @@ class Scores:
             If a metric of the user's fails, or returns no number.
         """
         self._add("loss", *loss)
+        if summed:
+            self._sums["loss"] = (self._sums["loss"][0], 1.0)
         self._scored &= score is not None
         if self._ours and score is not None:
             self._add("accuracy", *score)

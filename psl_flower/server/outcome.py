@@ -22,7 +22,7 @@ class Outcome:
     Parameters
     ----------
     loss : float
-        Mean over the batch.
+        Mean over the batch; its sum, if the loss is one.
     weight : float
         What the mean was taken over: examples, or what the loss counts of them; 0 where nothing counts.
     outputs, target
@@ -37,6 +37,8 @@ class Outcome:
         Of the inputs, None for what is not differentiable. None in evaluation.
     parameter_gradients : dict of str to Tensor or None
         Of the part, by whole-model name.
+    summed : bool
+        Whether the loss is the sum over the batch.
     """
 
     loss: float
@@ -48,6 +50,7 @@ class Outcome:
     class_counts: IntArray | None
     gradient: Tree = None
     parameter_gradients: Mapping[str, Tensor | None] | None = None
+    summed: bool = False
 
     @property
     def accuracy(self) -> float | None:
@@ -56,19 +59,25 @@ class Outcome:
 
     def add_to(self, scores: Scores) -> None:
         """Count it in."""
-        total = self.loss * self.weight if self.weight else 0.0
-        scores.add(self.outputs, self.target, self.rows, loss=(total, self.weight), score=self.score)
+        loss = (self._total, self.weight)
+        scores.add(self.outputs, self.target, self.rows, loss=loss, score=self.score, summed=self.summed)
+
+    @property
+    def _total(self) -> float:
+        return self.loss * (1.0 if self.summed else self.weight) if self.weight else 0.0
 
     def join(self, others: Sequence[Outcome]) -> Outcome:
         """Return what became of this batch and others as of one, without gradients."""
         outcomes = [self, *others]
-        weight = sum(each.weight for each in outcomes)
+        weight, total = sum(each.weight for each in outcomes), sum(each._total for each in outcomes)
+        summed = any(each.summed for each in outcomes)
         scores = [each.score for each in outcomes if each.score is not None]
         counts = [each.class_counts for each in outcomes if each.class_counts is not None]
         outputs, targets = [each.outputs for each in outcomes], [each.target for each in outcomes]
         trees = all(isinstance(each, Tensor | tuple | dict) for each in outputs)
         return Outcome(
-            loss=sum(each.loss * each.weight for each in outcomes if each.weight) / weight if weight else math.nan,
+            loss=total / (1.0 if summed else weight) if weight else math.nan,
+            summed=summed,
             weight=weight,
             outputs=tree.join(outputs, "outputs") if trees else outputs,
             target=tree.join(targets, "targets"),

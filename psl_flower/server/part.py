@@ -21,6 +21,7 @@ from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import why_no_accuracy
 from psl_flower.server.optimizer import RatedOptimizer
 from psl_flower.server.outcome import Outcome
+from psl_flower.server.reduction import SUMMED, Reduction
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -34,6 +35,7 @@ class Backend(Protocol):
     device: torch.device
     loss: Loss
     classification: bool
+    reduction: Reduction
 
     @property
     def rate(self) -> float:
@@ -161,6 +163,7 @@ class ServerPart:
         return {
             "loss": found.mean.item() if found.weight else math.nan,
             "weight": found.weight,
+            "summed": found.summed,
             "outputs": tree.map_leaves(torch.Tensor.detach, outputs)
             if isinstance(outputs, Tensor | tuple | dict)
             else outputs,
@@ -193,7 +196,11 @@ class ServerPart:
         rows, backend = tree.rows(inputs, "activations"), self._backend
         with self._told(inputs, labels):
             outputs = self._run(inputs, rows)
-            found = weighted(backend.loss, outputs, labels, rows, classify=backend.classification)
+            found = weighted(
+                backend.loss, outputs, labels, rows, classify=backend.classification, reduction=backend.reduction
+            )
+        if found.summed:
+            backend.tell_once(SUMMED)
         if found.broadcast:
             backend.tell_once(found.broadcast)
         if backend.classification and found.predictions is None:
@@ -263,7 +270,7 @@ class PartCopy(ServerPart):
         try:
             return super().forward_backward(inputs, target)
         except LabelError as error:  # its rows are to be those of the step
-            raise LabelError(str(error), [self.first_row + row for row in error.rows]) from error
+            raise LabelError(str(error), [self.first_row + row for row in error.rows], error.rule) from error
 
     def step(self) -> None:
         """Step the copy's optimizer with the gradients of its last batch."""

@@ -9,25 +9,32 @@ with themselves in the batch.
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from psl_flower.devices import reseed, seeded
 from psl_flower.errors import CutError
 
-_RULE = "the client half must treat examples one by one, or training is not what it would be with all data in one place"
+_RULE = "must treat examples one by one, or training is not what it would be with all data in one place"
 _NORMALISE = (
     "replace layers that normalise over the batch with replace_batch_norm(model, before=cut) (before='server' for a "
     "SplitModel, and tail=tail for a U shape) where the model is made, on the server and in model_fn, and compute "
     "nothing over dimension 0 (attention and recurrent layers need batch_first=True)"
 )
 _RESHAPE = "keep the batch as the first dimension, with x.flatten(1) instead of x.squeeze() or x.view(-1)"
+_BY_CHANCE = "what mixes examples at random (mixup, CutMix) sees those of one client only: do it behind the cut"
+
+# Of a function that draws random numbers: with how many seeds it is tried, on how many rows, and on how few at least.
+_SEEDS, _MOST_ROWS, _LEAST_ROWS = 8, 16, 4
 
 # The share of integers and booleans that may differ.
 _TURNED = 1e-3
@@ -37,22 +44,28 @@ class CannotTellError(Exception):
     """The batch does not show whether examples are treated one by one."""
 
 
-def find_mixing(run: Callable[[Any], Any], inputs: Any, *, module: nn.Module | None = None) -> str | None:
+def find_mixing(
+    run: Callable[[Any], Any], inputs: Any, *, module: nn.Module | None = None, who: str = "the client half"
+) -> str | None:
     """Return why a function does not treat the rows of a batch one by one, or None if it does.
 
     The first and the last row are each run alone and compared with the batch's, within rounding. Dropout, which makes
-    rows differ rightly, is off meanwhile; all else is as it is.
+    rows differ rightly, is off meanwhile; all else is as it is. Where random numbers are drawn otherwise, rows are
+    compared with themselves beside other rows, with the same random numbers: noise is the same then, mixup is not.
 
     Parameters
     ----------
     run : callable
         Takes a tree of inputs (dict, list, tuple, tensor) and returns a tree of tensors, each with a row an example.
-        It is called a few times, without gradients, and with copies of rows; buffers that it changes are changed.
+        It is called some times, without gradients, and with copies of rows; buffers that it changes are changed.
     inputs : tree
         A batch; tensors have the batch first, what is no tensor is given as it is.
     module : nn.Module, optional
         What `run` runs; nothing else may run it meanwhile. The first of its submodules that mixes rows is named, and
-        submodules that draw random numbers without being dropout (such as stochastic depth) are in evaluation mode.
+        submodules that draw random numbers without being dropout (such as stochastic depth) are in evaluation mode
+        while rows are run alone.
+    who : str
+        What to call it.
 
     Returns
     -------
@@ -62,29 +75,52 @@ def find_mixing(run: Callable[[Any], Any], inputs: Any, *, module: nn.Module | N
     Raises
     ------
     CannotTellError
-        If there is one row only, all rows are alike, or random numbers other than dropout's are drawn.
+        If there is one row only, all rows are alike, or there are very few where random numbers are drawn.
     """
     rows = next((len(leaf) for leaf in _tensors(inputs) if leaf.dim()), 0)
     if not rows:
         raise CannotTellError("there is no example to run")
-    dice = _Dice(inputs)
-    with (
-        _eager(),
-        torch.no_grad(),
-        torch.random.fork_rng(dice.devices),
-        _NoDropout(),
-        _resting(module, dice, lambda: run(_pick(inputs))),
-    ):
-        before = dice.state()
-        whole = _tensors(run(_pick(inputs)))
-        if found := _misshapen(whole, rows):
-            return f"{_RULE}: {found}; {_RESHAPE}"
-        found = _difference(run, inputs, whole, rows, module, random=before != dice.state())
+    device = next(iter(_tensors(inputs))).device
+    dice = _Dice(device)
+    with _eager(), torch.no_grad(), seeded(0, device):
+        with _NoDropout(), _resting(module, dice, lambda: run(_pick(inputs))) as drawing:
+            before = dice.state()
+            whole = _tensors(run(_pick(inputs)))
+            if found := _misshapen(whole, rows):
+                return f"{who} {_RULE}: {found}; {_RESHAPE}"
+            drawn = before != dice.state()
+            found = _difference(run, inputs, whole, rows, module, drawn=drawn)
+        if not found and (drawn or drawing):
+            found = _difference_by_chance(run, inputs, rows, device)
     if found:
-        return f"{_RULE}: {found}"
-    if all(same(leaf, leaf[:1].expand_as(leaf)) for leaf in _tensors(inputs) if leaf.dim()):
+        return f"{who} {_RULE}: {found}"
+    if _alike(inputs):
         raise CannotTellError("all examples of the batch are alike")
     return None
+
+
+def _difference_by_chance(run: Callable[[Any], Any], inputs: Any, rows: int, device: torch.device) -> str | None:
+    """Say what some rows show beside other rows, with the same random numbers, and the remedy."""
+    count = min(rows, _MOST_ROWS)
+    some = _pick(inputs, torch.arange(count), rows)
+    for seed in range(_SEEDS):
+        reseed(seed, device)
+        before = _tensors(run(_pick(some)))
+        for kept in (0, 1):
+            # every second row stays, each other becomes its neighbour
+            index = torch.tensor([i if i % 2 == kept or count == 1 else i - 1 if i else 1 for i in range(count)])
+            reseed(seed, device)
+            after = _tensors(run(_pick(some, index, count)))
+            for i, (one, other) in enumerate(zip(before, after, strict=True)):
+                if not same(one[kept::2], other[kept::2]):
+                    return f"output {i} for an example depends on the others in its batch; {_BY_CHANCE}; {_NORMALISE}"
+    if count < _LEAST_ROWS or _alike(some):
+        raise CannotTellError("random numbers are drawn, and the batch is too small to see what they do")
+    return None
+
+
+def _alike(inputs: Any) -> bool:
+    return all(same(leaf, leaf[:1].expand_as(leaf)) for leaf in _tensors(inputs) if leaf.dim())
 
 
 def _difference(
@@ -94,7 +130,7 @@ def _difference(
     rows: int,
     module: nn.Module | None,
     *,
-    random: bool,
+    drawn: bool,
 ) -> str | None:
     """Say what a row alone shows, and the remedy; None if it is as in the batch."""
     for row in sorted({0, rows - 1}):
@@ -111,10 +147,10 @@ def _difference(
             return f"there are {len(whole)} outputs for a batch of {rows}, and {len(alone)} for one example; {_RESHAPE}"
         if found := _misshapen(alone, 1):
             return f"{found}; {_RESHAPE}"
-        if random:
-            raise CannotTellError("random numbers other than dropout's are drawn, so no two passes are alike")
         if rows == 1:
             raise CannotTellError("a batch of one example has nothing to compare it with")
+        if drawn:  # no two passes are alike
+            return None
         for i, (joint, single) in enumerate(zip(whole, alone, strict=True)):
             if not same(joint[row : row + 1], single):
                 with _Watch(module, row, rows) as joint_watch:
@@ -142,13 +178,15 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _pick(tree: Any, row: int | None = None, rows: int = 0) -> Any:
-    """Return a copy of a batch, because code may change it in place, or of one row of it."""
+def _pick(tree: Any, index: int | Tensor | None = None, rows: int = 0) -> Any:
+    """Return a copy of a batch, because code may change it in place, or of some rows of it."""
+    if isinstance(index, int):
+        index = torch.tensor([index])
 
     def pick(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return (leaf[row : row + 1] if row is not None and leaf.dim() and len(leaf) == rows else leaf).clone()
+        return leaf[index].clone() if index is not None and leaf.dim() and len(leaf) == rows else leaf.clone()
 
     return tree_map(pick, tree)
 
@@ -168,15 +206,18 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 class _Dice:
-    """Torch's generators on the devices of a batch."""
+    """The global generators of Python, numpy and torch, on the CPU and a batch's device."""
 
-    def __init__(self, inputs: Any) -> None:
-        self.devices = sorted({tensor.device.index for tensor in _tensors(inputs) if tensor.is_cuda})
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
-    def state(self) -> list[bytes]:
+    def state(self) -> tuple[Any, ...]:
         """Return their states, only to compare them."""
-        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
-        return [state.numpy().tobytes() for state in states]
+        numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return random.getstate(), numpy["pos"], numpy["key"].tobytes(), *(s.numpy().tobytes() for s in states)
 
 
 # Functions whose only randomness is dropout, and the argument that switches it off.
@@ -206,7 +247,7 @@ class _NoDropout(TorchFunctionMode):
 
 
 @contextmanager
-def _resting(module: nn.Module | None, dice: _Dice, run: Callable[[], Any]) -> Iterator[None]:
+def _resting(module: nn.Module | None, dice: _Dice, run: Callable[[], Any]) -> Iterator[list[nn.Module]]:
     """Put those submodules in evaluation mode that draw random numbers themselves, found out by running once."""
     frames: list[list[Any]] = []
     drawing: list[nn.Module] = []
@@ -228,7 +269,7 @@ def _resting(module: nn.Module | None, dice: _Dice, run: Callable[[], Any]) -> I
     for one in drawing:
         one.training = False
     try:
-        yield
+        yield drawing
     finally:
         for one in drawing:
             one.training = True

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from psl_flower import tree
-from psl_flower.errors import ConfigError, LabelError, PSLError, StepError
+from psl_flower.errors import ConfigError, DivergenceError, LabelError, PSLError, StepError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights, step_seed
 from psl_flower.protocol import Kind as LeafKind
-from psl_flower.server import LocalBackend, NothingCountsError, Outcome, PartCopy, ServerPart
+from psl_flower.server import SUMMED, LocalBackend, NothingCountsError, Outcome, PartCopy, ServerPart
 from psl_flower.tree import Tree
 
 Exchange = Callable[[Request], Reply]
@@ -140,8 +140,9 @@ class CallContext:
 
         Parameters
         ----------
-        loss : (2,) tensor
-            The sum over the batch, and what counts in it.
+        loss : (2,) or (4,) tensor
+            The sum over the batch, and what counts in it; for how many clients the loss is a sum and no mean, and for
+            how many it, or its gradients, are not finite.
         score : (2,) tensor or None
             Right predictions, and those that count, where it is classification.
 
@@ -149,13 +150,21 @@ class CallContext:
         ------
         NothingCountsError
             If nothing counts, in training.
+        DivergenceError
+            If it is not finite, in training.
         """
-        total, weight = loss.tolist()
+        total, weight, summed, wrong = (*loss.tolist(), 0.0, 0.0)[:4]
         if not weight and not self.orders.test:
             raise NothingCountsError("no target of the batch counts in the loss")
+        if wrong and not self.orders.test:
+            raise DivergenceError(
+                "the loss or its gradients are not finite: training diverges, lower the learning rate"
+            )
+        if summed:
+            self.backend.tell_once(SUMMED)
         right = None if score is None else (int(score[0]), int(score[1]))
-        mean = total / weight if weight else math.nan
-        return Outcome(mean, weight, None, None, self.orders.num_rows, right, None)
+        mean = math.nan if wrong or not weight else total if summed else total / weight
+        return Outcome(mean, weight, None, None, self.orders.num_rows, right, None, summed=bool(summed))
 
     def _request(self, stage: Stage, orders: Orders, inputs: Mapping[str, Tree]) -> Request:
         if set(inputs) != set(stage.inputs):

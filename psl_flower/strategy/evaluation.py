@@ -11,7 +11,7 @@ from flwr.app import MetricRecord
 
 from psl_flower.errors import LabelError, StepError
 from psl_flower.exchange.validation import Validator
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, told
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
 from psl_flower.server import LocalBackend, Outcome, Scores
@@ -109,15 +109,17 @@ class Evaluator:
                 self._summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
             if failures and (not self._tolerate or not (outcome or examples)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
-            for client, why in failures.items():
-                log.warning("evaluation goes on without client %d: %s", client, why)
+            for line in told(failures, self._membership.name):
+                log.warning("evaluation goes on without %s", line)
+            for client in failures:
                 del left[client], counts[client]
             if outcome is not None:
                 outcome.add_to(scores)
             for client, n in counts.items():
                 done[client] += n
             examples += sum(counts.values())
-            left = {client: n - counts[client] for client, n in left.items() if n > counts[client]}
+            # whoever has just found rows that cannot be read is asked for the others next
+            left = {client: n - counts.get(client, 0) for client, n in left.items() if n > counts.get(client, 0)}
         result = scores.result()
         metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
         return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant

@@ -66,7 +66,7 @@ class EpochLoop:
         retries, skips = Retries(), 0
         with epoch:
             if not over:
-                with StepError.located(f"round {server_round}, before its first step"):
+                with StepError.located(f"round {server_round}, before its first step", run.membership.name):
                     run.begin_round(ledger, epoch)
             while not over and len(run.unfinished(ledger)):
                 self._look_for_clients(ledger, epoch, clock)
@@ -75,7 +75,7 @@ class EpochLoop:
                 epoch.seconds_plan += time.monotonic() - begin
                 orders = ledger.orders(len(epoch), step, run.membership.unreadable.rows)
                 waits = self._stragglers.waits(clock, step)
-                with StepError.located(f"round {server_round}, step {len(epoch)}"):
+                with StepError.located(f"round {server_round}, step {len(epoch)}", run.membership.name):
                     attempt = run.attempt(ledger, orders, waits)
                     nothing = attempt.record is None and not attempt.skipped
                     if nothing and run.give_up(attempt, ledger, retries, committed=len(epoch) > 0):
@@ -98,7 +98,7 @@ class EpochLoop:
                     if self._checkpoint_every and done % self._checkpoint_every == 0 and ledger.steps_left():
                         self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
             if not over:
-                with StepError.located(f"round {server_round}, after its last step"):
+                with StepError.located(f"round {server_round}, after its last step", run.membership.name):
                     run.end_round(ledger, epoch)
             self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
             unseen = run.close_epoch(server_round, ledger)

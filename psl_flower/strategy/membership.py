@@ -10,7 +10,7 @@ import numpy as np
 
 from psl_flower.errors import MembershipError
 from psl_flower.exchange import Clients
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, told
 from psl_flower.population import Population
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.strategy.tolerance import Backoff
@@ -151,20 +151,19 @@ class Membership:
         self._backoff.failed(client for client, f in lost.items() if f.kind is not Kind.UNREADABLE)
         self._backoff.succeeded(done)
         self._given_up.difference_update(done)
-        for client, failure in lost.items():
-            if failure.kind is Kind.LEFT_OUT:
-                self.leave_out_of_round(client, failure)
+        self.leave_out_of_round({client: f for client, f in lost.items() if f.kind is Kind.LEFT_OUT})
 
-    def leave_out_of_round(self, client: int, why: Failure) -> None:
-        """Leave a client out until the next round."""
-        self._out_of_round.add(client)
-        log.warning("%s is out of the round: %s", self.name(client), why)
+    def leave_out_of_round(self, lost: Mapping[int, Failure]) -> None:
+        """Leave clients out until the next round."""
+        self._out_of_round |= lost.keys()
+        for line in told(lost, self.name):
+            log.warning("out of the round: %s", line)
 
     def exclude(self, mistakes: Mapping[int, Failure]) -> None:
         """Leave clients out for the rest of the run."""
         self._excluded |= mistakes.keys()
-        for client, failure in mistakes.items():
-            log.warning("%s is left out for the rest of the run, for a mistake: %s", self.name(client), failure)
+        for line in told(mistakes, self.name):
+            log.warning("left out for the rest of the run, for a mistake: %s", line)
 
     def leave_out_rows(self, client: int, failure: Failure, *, test: bool = False) -> list[int]:
         """Leave examples out for good that a client cannot read; return those that were not left out yet."""

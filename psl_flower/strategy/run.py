@@ -13,7 +13,7 @@ import torch
 from flwr.serverapp.strategy import Result
 
 from psl_flower.errors import StepError
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, alike, told
 from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
@@ -87,8 +87,7 @@ class Run:
         epoch.bytes_around[0] += attempt.bytes_sent
         epoch.bytes_around[1] += attempt.bytes_received
         self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
-        for client, why in attempt.lost.items():
-            self.membership.leave_out_of_round(client, why)
+        self.membership.leave_out_of_round(attempt.lost)
 
     def attempt(self, ledger: EpochLedger, orders: Orders, waits: Mapping[int, float]) -> Attempt:
         """Try a step, and remember who failed."""
@@ -101,8 +100,8 @@ class Run:
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
         what = "is redone, for want of" if nothing else "goes on without"
-        for client, why in attempt.lost.items():
-            log.warning("step %d %s %s: %s", orders.step, what, self.membership.name(client), why)
+        for line in told(attempt.lost, self.membership.name):
+            log.warning("step %d %s %s", orders.step, what, line)
         if attempt.skipped:
             summary.steps_skipped += 1
             summary.examples_skipped += sum(examples[client] for client in attempt.clients)
@@ -169,9 +168,8 @@ class Run:
         mistaken = all_failed and all(failure.kind.is_mistake for failure in attempt.lost.values())
         if mistaken and not (self.committed or self.answered):  # silence may end by itself, a bug does not
             everyone = len(attempt.lost) == len(self.membership.clients.members)
-            details = {failure.detail for failure in attempt.lost.values()}
-            alike = len(attempt.lost) > 1 and len(details) == 1  # a bug, in others too
-            if everyone or (alike and self.policy.mistakes != "exclude"):
+            shared = len(attempt.lost) > 1 and alike(attempt.lost.values())  # a bug, in others too
+            if everyone or (shared and self.policy.mistakes != "exclude"):
                 raise StepError(f"all {len(attempt.lost)} clients failed, before any step was completed", attempt.lost)
         # no waiting for those again for whom an earlier epoch has waited in vain
         patience = 0.0 if self.membership.hopeless(self.unfinished(ledger)) else self.policy.patience

@@ -193,7 +193,15 @@ class StepRunner:
         if self._policy.mistakes == "stop":
             mistakes = {client: f for client, f in failures.items() if f.kind.is_mistake}
             if mistakes:
-                raise StepError(_mistakes(mistakes, of, stage), mistakes)
+                raise StepError(self._mistakes(mistakes, of, stage), mistakes)
+
+    def _mistakes(self, mistakes: Mapping[int, Failure], of: int, stage: str) -> str:
+        """Return what a run that ends for a mistake says first."""
+        who = self.clients.name(min(mistakes)) if len(mistakes) == 1 else f"{len(mistakes)} of {of} clients"
+        return (
+            f"a mistake of {who} in {stage}, which would happen again (to go on without whoever makes one: "
+            "FaultPolicy(mistakes='exclude'))"
+        )
 
     def _clipped(self, parts: list[Part], output: str) -> list[Part]:
         """Return each client's part of a sum, within the policy's norm."""
@@ -209,21 +217,13 @@ class StepRunner:
             norm = _norm(value) * total / sum(counts[node] for node in part.nodes)
             if norm > most:
                 self._summary.clipped += 1
-                log.warning("client %d: gradient of norm %.3g scaled down to %.3g", part.nodes[0], norm, most)
+                who = self.clients.name(part.nodes[0])
+                log.warning("%s: gradient of norm %.3g scaled down to %.3g", who, norm, most)
                 factor = most / norm
                 value = tree.map_leaves(lambda t, factor=factor: t * factor, value)
                 part = replace(part, outputs={**part.outputs, output: Leaf(part.outputs[output].kind, value)})
             result.append(part)
         return result
-
-
-def _mistakes(mistakes: Mapping[int, Failure], of: int, stage: str) -> str:
-    """Return what a run that ends for a mistake says first."""
-    who = f"client {min(mistakes)}" if len(mistakes) == 1 else f"{len(mistakes)} of {of} clients"
-    return (
-        f"a mistake of {who} in {stage}, which would happen again (to go on without whoever makes one: "
-        "FaultPolicy(mistakes='exclude'))"
-    )
 
 
 def _norm(tensors: Any) -> float:

@@ -287,6 +287,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     label_counts=self.sampler.needs_label_counts,
                     config=config,
                     tolerate=policy.tolerate,
+                    tolerate_mistakes=policy.mistakes != "stop",
                     may_grow=deployment,
                     method=self.method.name,
                     model=signature(self._halves),
@@ -363,7 +364,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             finally:
                 summary.ignored.update(carrier.ignored)
                 recorder.summary(summary.report())
-            summary.log()
+            summary.log(membership.name)
         log.info("Finished %d rounds in %s.", num_rounds, clock(time.monotonic() - begin))
         return result
 
@@ -373,7 +374,7 @@ class ParallelSplitLearning(ExchangingStrategy):
     def _evaluate_in_clients(self, run: Run, server_round: int, result: Result) -> dict[str, Any]:
         if not self._evaluates(server_round):
             return {}
-        with StepError.located(f"round {server_round}, evaluation"):
+        with StepError.located(f"round {server_round}, evaluation", run.membership.name):
             metrics = run.evaluator.evaluate()
         if metrics is None:
             return {}
@@ -442,8 +443,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         everything = {p for part in self._halves.parts for p in part.parameters()}
         on_clients = {p for part in self._client_parts() for p in part.parameters()}
         sizes = [sum(p.numel() for p in some) for some in (on_clients, everything - on_clients)]
-        log.info("Split learning, method %s:", self.method.name)
+        log.info("Split learning, method %s, transport %s:", self.method.name, self.transport)
         log.info("\t├── Sampler: %r", self.sampler)
         log.info("\t├── Cut: %s (%s parameters on the client, %s on the server)", self.cut, *(f"{n:,}" for n in sizes))
-        log.info("\t├── Method: %s, transport: %s", self.method.name, self.transport)
         log.info("\t└── Server half on: %s; at least %d nodes", self._device, self.min_available_nodes)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from psl_flower.failures import Failure
+from psl_flower.failures import Failure, Kind, told
 from psl_flower.protocol import Reply
 from psl_flower.strategy.progress import clock
 
@@ -120,8 +120,8 @@ class RunSummary:
         counts = {k: v for k, v in self.state_dict().items() if k not in ("client_seconds", "client_examples")}
         return {**counts, "slowest_clients_seconds_per_example": {str(k): v for k, v in self.slowest().items()}}
 
-    def log(self) -> None:
-        """Log it."""
+    def log(self, name: Callable[[int], str] = "client {}".format) -> None:
+        """Log it; `name` returns how a client is called."""
         log.info(
             "Time: %s server half, %s clients (the slowest of each exchange), %s wire, %s waiting",
             *map(clock, (self.seconds_compute, self.seconds_clients, self.seconds_wire, self.seconds_waiting)),
@@ -149,7 +149,8 @@ class RunSummary:
         if self.steps_skipped:
             log.warning("%d steps of %d examples were not finite", self.steps_skipped, self.examples_skipped)
         if self.excluded:
-            log.warning("The run went without clients that made a mistake: %s", _listed(self.excluded))
+            mistakes = {client: Failure(Kind.RAISED, why) for client, why in self.excluded.items()}
+            log.warning("The run went without clients that made a mistake: %s", "; ".join(told(mistakes, name)))
         if self.examples_unseen:
             log.warning("Examples not seen, by client: %s", _shown(self.examples_unseen))
 
@@ -174,7 +175,3 @@ class RunSummary:
 def _shown(counts: Mapping[Any, int]) -> str:
     items: Iterable[tuple[Any, int]] = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{key} {n}" for key, n in items)
-
-
-def _listed(mistakes: Mapping[int, str]) -> str:
-    return "; ".join(f"client {client}: {why}" for client, why in sorted(mistakes.items())[:_SLOWEST])

@@ -84,7 +84,9 @@ def assert_gone_without(result, summary, reason):
 def test_what_a_client_does_wrong_is_counted_and_the_others_are_evaluated(kind, transport, tmp_path, caplog):
     FailsToEvaluate.kind = kind
     assert_gone_without(*train(tmp_path, transport), kind)
-    said = [r.message for r in caplog.records if f"evaluation goes on without client {BAD}: " in r.message]
+    said = [
+        r.message for r in caplog.records if f"evaluation goes on without client {BAD} (node {BAD + 2}): " in r.message
+    ]
     assert len(said) == 2
     assert all(TEXTS[kind] in text for text in said)
     assert f"Failures in evaluation: {kind} 2; of clients: {BAD} (2)" in caplog.text
@@ -107,4 +109,4 @@ def test_a_client_that_does_not_answer_is_counted(tmp_path, caplog, monkeypatch)
     for module in (messages, clients):
         monkeypatch.setattr(module, "time", clock)
     assert_gone_without(*train(tmp_path, "messages", Silent, SplitClient), "timeout")
-    assert f"evaluation goes on without client {BAD}: no reply within 3600 s" in caplog.text
+    assert f"evaluation goes on without client {BAD} (node {BAD + 2}): no reply within 3600 s" in caplog.text

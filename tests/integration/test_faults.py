@@ -452,7 +452,7 @@ def test_when_all_clients_go_the_run_ends_with_what_happened():
             return super().push_messages(pushed)
 
     with pytest.raises(
-        StepError, match=r"round 1, step 4: no step could be .*, all clients fail(?s:.*)client 0: no reply"
+        StepError, match=r"round 1, step 4: no step could be .*, all clients fail(?s:.*)client 0 \(node 2\).*: no reply"
     ):
         start(make(), AllDown(recording_app(), K), num_rounds=3)
 
@@ -471,7 +471,7 @@ def test_evaluation_goes_on_without_a_client_but_not_without_all(tmp_path, caplo
     result = start(make(evaluate_every=1, output_dir=tmp_path), InProcessGrid(app, K))
     others = sum(n // 2 for k, n in enumerate(client_sizes(K)) if k != 1)
     assert result.evaluate_metrics_clientapp[1]["num_examples"] == others
-    assert "evaluation goes on without client 1: test_faults.py:" in caplog.text
+    assert "evaluation goes on without client 1 (node 3): test_faults.py:" in caplog.text
     assert "OSError: no test data today" in caplog.text
     assert "Failures in evaluation: client error 1; of clients: 1 (1)" in caplog.text
     summary = summary_of(tmp_path)
@@ -490,7 +490,7 @@ def test_a_node_that_does_not_describe_itself_is_left_out(caplog):
 
     result = start(make(), InProcessGrid(recording_app(load), K))
     assert result.train_metrics_clientapp[1]["num_examples"] == sum(client_sizes(K)) - client_sizes(K)[2]
-    assert "going on without it: node 4" in caplog.text
+    assert "going on without it: client 2 (node 4): test_faults.py:" in caplog.text
     with pytest.raises(MembershipError, match=r"(?s)every client must describe itself.*no data here"):
         start(make(min_available_nodes=K), InProcessGrid(recording_app(load), K))
 
@@ -504,17 +504,19 @@ MISTAKES = [*(kind for kind in CHANGES if kind != "label range"), "client error"
 def test_the_first_mistake_ends_a_run_in_process(kind, message_type, tmp_path):
     stage = message_type.removeprefix("train.")
     grid = OneFault(kind, message_type)
-    with pytest.raises(StepError, match=rf"round 1, step 2: a mistake of client 1 in {stage}.*mistakes='exclude'") as e:
+    with pytest.raises(StepError, match=rf"round 1, step 2: a mistake of client 1 \(node 3\) in {stage}.*") as e:
         start(make(output_dir=tmp_path, mistakes=None), grid)
     (failure,) = e.value.failures.values()
     assert failure.kind.value == kind
-    assert failure.detail in str(e.value)
+    assert "FaultPolicy(mistakes='exclude')" in str(e.value)
+    assert f"\n  client 1 (node 3): {failure.detail}" in str(e.value)
     assert len(RecordingRunner.latest.committed) == 2
     assert summary_of(tmp_path)["refused"] == {kind: 1} == +grid.injected
 
 
 def test_labels_that_are_no_classes_end_a_run_in_process(tmp_path):
-    with pytest.raises(StepError, match=r"a mistake of client 1 in forward(?s:.*)client 1: .*labels must be class ind"):
+    message = r"a mistake of client 1 \(node 3\) in forward(?s:.*)client 1 \(node 3\): .*labels must be class indices"
+    with pytest.raises(StepError, match=message):
         start(make(output_dir=tmp_path, mistakes=None), OneFault("label range", FORWARD))
 
 
@@ -541,10 +543,9 @@ def test_whoever_makes_a_mistake_is_excluded_for_the_run(kind, message_type, tmp
     summary = summary_of(tmp_path)
     assert list(summary["excluded"]) == ["1"]
     assert summary["refused"] == +grid.injected
-    assert f"client 1 (node 3) is left out for the rest of the run, for a mistake: {summary['excluded']['1']}" in (
-        caplog.text
-    )
-    assert f"The run went without clients that made a mistake: client 1: {summary['excluded']['1']}" in caplog.text
+    which = f"client 1 (node 3): {summary['excluded']['1']}"
+    assert f"left out for the rest of the run, for a mistake: {which}" in caplog.text
+    assert f"The run went without clients that made a mistake: {which}" in caplog.text
     assert result.train_metrics_clientapp[1]["examples_unseen"] == client_sizes(K)[1] - len(used[0, 1])
     assert result.train_metrics_clientapp[2]["num_clients"] == 4  # one has no data
 
@@ -553,7 +554,7 @@ def test_in_a_deployment_mistakes_exclude_unless_told_otherwise(tmp_path, monkey
     monkeypatch.setattr(strategy_module, "is_deployment", lambda grid: True)
     start(make(output_dir=tmp_path, mistakes=None), OneFault("client error", FORWARD))
     assert list(summary_of(tmp_path)["excluded"]) == ["1"]
-    with pytest.raises(StepError, match="a mistake of client 1 in forward"):
+    with pytest.raises(StepError, match=r"a mistake of client 1 \(node 3\) in forward"):
         start(make(mistakes="stop"), OneFault("client error", FORWARD))
 
 

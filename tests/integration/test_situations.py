@@ -6,6 +6,7 @@ The right value is centralised training on the same examples, the loss of all te
 from __future__ import annotations
 
 import itertools
+import json
 import random
 
 import numpy as np
@@ -18,9 +19,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate, random_split
 
-from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower import FaultPolicy, InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
 from psl_flower.callbacks import BestModel, EarlyStopping
-from psl_flower.errors import ConfigError, CutError, MembershipError, StepError
+from psl_flower.errors import ConfigError, CutError, DivergenceError, MembershipError, StepError
 from psl_flower.samplers import AlignedSampler, Population
 from psl_flower.stragglers import SlowFractionDelays
 
@@ -49,11 +50,24 @@ class Net(nn.Module):
 class Tagger(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+        self.embedding, self.middle, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 4)
         self.double()
 
     def forward(self, tokens):
-        return self.head(self.embedding(tokens)).transpose(1, 2)
+        return self.head(self.middle(self.embedding(tokens)).tanh()).transpose(1, 2)
+
+
+class Three(nn.Module):
+    """For a U shape: cut before the middle, its tail is the head."""
+
+    def __init__(self, head=None, outputs=3):
+        super().__init__()
+        self.body, self.middle = nn.Linear(8, 16), nn.Sequential(nn.SiLU(), nn.Linear(16, 8))
+        self.head = nn.Linear(8, outputs) if head is None else head
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.middle(self.body(x)).tanh())
 
 
 class Lambda(nn.Module):
@@ -80,16 +94,31 @@ def fresh(model_fn):
     return model_fn()
 
 
-def train(datasets, model_fn=Net, *, tests=None, rounds=1, client=None, start=None, grid=InProcessGrid, **options):
+def train(
+    datasets,
+    model_fn=Net,
+    *,
+    tests=None,
+    rounds=1,
+    cut="head",
+    tail=None,
+    client=None,
+    start=None,
+    grid=InProcessGrid,
+    **options,
+):
     """Train split; return the result."""
 
     def data_fn(context):
         train = datasets(context) if callable(datasets) else datasets[partition(context)]
         return train if tests is None else (train, tests[partition(context)])
 
-    app = split_client_app(model_fn, cut="head", data_fn=data_fn, **(client or {}))
+    client = dict(client or {})
+    if tail is not None:  # the loss is the clients'
+        client |= {name: options.pop(name) for name in ("loss", "classification") if name in options}
+    app = split_client_app(model_fn, cut=cut, tail=tail, data_fn=data_fn, **client)
     options.setdefault("sampler", UniformGlobalSampler(batch_size=16, seed=0))
-    strategy = ParallelSplitLearning(fresh(model_fn), cut="head", **options)
+    strategy = ParallelSplitLearning(fresh(model_fn), cut=cut, tail=tail, **options)
     nodes = grid(app, len(SIZES) if callable(datasets) else len(datasets))
     return strategy.start(
         nodes, ArrayRecord(fresh(model_fn).state_dict()), num_rounds=rounds, timeout=60, **(start or {})
@@ -130,6 +159,20 @@ def check_exact(datasets, model_fn=Net, *, loss=F.cross_entropy, optimizer=sgd, 
     assert largest_difference(weights, reference) < 1e-9
     assert largest_difference(weights, fresh(model_fn).state_dict()) > 1e-3  # it did train
     return result
+
+
+def check_told(result, tensors, model_fn, loss):
+    """The loss that is told of the test data is that of all of them pooled, with the weights of the end."""
+    model = fresh(model_fn)
+    model.load_state_dict(result.arrays.to_torch_state_dict())
+    *inputs, labels = tensors
+    told = list(result.evaluate_metrics_clientapp.values())[-1]
+    with torch.no_grad():
+        assert told["loss"] == pytest.approx(loss(model.eval()(*inputs), labels).item(), rel=1e-9)
+    return told
+
+
+U_SHAPE = {"cut": "middle", "tail": "head"}
 
 
 def unseen(result):
@@ -364,6 +407,48 @@ def test_bad_rows_are_left_out_and_all_others_used(caplog):
     assert "in __getitem__: OSError: cannot identify image file 'img_7.png'" in said[0]
 
 
+@pytest.mark.parametrize("transport", ["messages", "streams"])
+def test_a_read_that_fails_once_is_made_again(transport):
+    a, b, c = parts(X, Y)
+    result = train([a, Spoilt(b, once=(3, 9, 29)), c], optimizer=sgd, transport=transport)
+    assert unseen(result) == [0]
+    assert largest_difference(result.arrays.to_torch_state_dict(), centralised([a, b, c])) < 1e-9
+
+
+def test_bad_test_rows_are_told_once_and_the_rest_is_evaluated(caplog):
+    a, b, c = parts(X, Y)
+    result = train([a, b, c], tests=[a, Spoilt(b, raising=(7,)), Spoilt(c, nan=(0, 39), once=(3,))], rounds=2)
+    good = [i for i in range(TOTAL) if i not in (20 + 7, 50, 89)]
+    told = check_told(result, (X[good], Y[good]), Net, F.cross_entropy)
+    assert told["num_examples"] == TOTAL - 3
+    said = [r.getMessage() for r in caplog.records if "is left out" in r.getMessage()]
+    assert sorted(text[: text.index(" is")] for text in said) == [
+        "client 1 (node 3): test example 7",
+        "client 2 (node 4): test example 0",
+        "client 2 (node 4): test example 39",
+    ]
+
+
+def test_a_client_without_any_usable_row():
+    a, b, c = parts(X, Y)
+    data = [a, Spoilt(b, raising=range(30)), c]
+    with pytest.raises(StepError, match=r"client 1 \(node 3\): the training data cannot be read: .*OSError: .* 'img_"):
+        train(data)
+    result = train(data, faults=FaultPolicy(mistakes="exclude"))
+    assert unseen(result) == [30]
+    assert result.train_metrics_clientapp[1]["num_examples"] == TOTAL - 30
+
+
+def test_rows_of_other_shapes_are_told_with_both():
+    rows = [list(d) for d in parts(X, Y)]
+    rows[1][5] = (torch.zeros(9, dtype=torch.float64), rows[1][5][1])
+    with pytest.raises(StepError, match=r"rows must be alike in shape: row\[0\] is \([89],\) in example") as caught:
+        train(rows)
+    assert "\n  client 1 (node 3): " in str(caught.value)
+    assert "example 5" in str(caught.value)
+    assert "collate_fn that pads" in str(caught.value)
+
+
 def test_a_nan_label_is_a_bad_row():
     a, b, c = parts(X, X[:, :1])
     result = train([a, Spoilt(b, nan_label=(7,)), c], lambda: Net(outputs=1), loss=F.mse_loss, classification=False)
@@ -394,8 +479,69 @@ def weighted_classes(outputs, labels):
     return F.cross_entropy(outputs, labels, weight=torch.tensor([1.0, 5.0, 0.1, 1.0], dtype=outputs.dtype))
 
 
+def smoothed(outputs, labels):
+    weight = torch.tensor([1.0, 5.0, 0.1, 1.0], dtype=outputs.dtype)
+    return F.cross_entropy(outputs, labels, weight=weight, label_smoothing=0.2)
+
+
+POOLED = {
+    "ignored": (IGNORED, F.cross_entropy),
+    "nothing counts at a client": (NONE_OF_CLIENT_0, F.cross_entropy),
+    "by count": (IGNORED, by_count),
+    "by count, none at a client": (NONE_OF_CLIENT_0, by_count),
+    "class weights": (IGNORED, weighted_classes),
+    "label smoothing": (IGNORED, smoothed),
+    "sums": (IGNORED, nn.CrossEntropyLoss(reduction="sum")),
+}
+
+
+def slow_sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
+@pytest.mark.parametrize("shape", [{}, U_SHAPE], ids=["plain", "U shape"])
+@pytest.mark.parametrize("case", POOLED)
+def test_a_loss_is_that_of_all_examples_pooled(case, shape, caplog):
+    labels, loss = POOLED[case]
+    data = parts(TOKENS, labels)
+    result = check_exact(data, Tagger, loss=loss, optimizer=slow_sgd, tests=data, evaluate_batch_size=30, **shape)
+    check_told(result, (TOKENS, labels), Tagger, loss)
+    assert sum("the loss is the sum over a batch" in r.getMessage() for r in caplog.records) == (case == "sums")
+
+
+def diverging(outputs, labels):
+    return F.mse_loss(outputs, labels) * (np.nan if (labels > 90).any() else 1.0)
+
+
+def test_a_loss_that_is_not_finite_is_the_same_matter_wherever_it_is_computed(tmp_path):
+    labels = X[:, :1].clone()
+    labels[30] = 99.0
+    data, model = parts(X, labels), lambda: Three(outputs=1)
+    options = {"loss": diverging, "classification": False, "cut": "middle", "transport": "messages"}
+    skip = {"faults": FaultPolicy(non_finite_loss="skip"), "optimizer": slow_sgd}
+    plain, u_shaped = (train(data, model, **options, **skip, tail=tail) for tail in (None, "head"))
+    weights = plain.arrays.to_torch_state_dict()
+    assert largest_difference(weights, u_shaped.arrays.to_torch_state_dict()) < 1e-12
+    assert largest_difference(weights, fresh(model).state_dict()) > 1e-4
+    for result in (plain, u_shaped):
+        assert TOTAL - 16 <= result.train_metrics_clientapp[1]["num_examples"] < TOTAL
+    for tail in (None, "head"):
+        with pytest.raises(DivergenceError, match="training diverges, lower the learning rate"):
+            train(data, model, **options, tail=tail)
+
+
 # --- G: mistakes -----------------------------------------------------------------------------------------------------
-class Deployed(InProcessGrid):
+class Grid:
+    """Of no kind that a run knows as its own."""
+
+    def __init__(self, client_app, num_nodes):
+        self._nodes = InProcessGrid(client_app, num_nodes)
+
+    def __getattr__(self, name):
+        return getattr(self._nodes, name)
+
+
+class Deployed(Grid):
     """Its nodes are other people's."""
 
 
@@ -409,6 +555,60 @@ def labels_from_one(context):
     return parts(X, Y + 1 if partition(context) == 1 else Y)[partition(context)]
 
 
+def test_client_code_that_fails_is_told_once_with_its_place():
+    place = r"test_situations\.py:\d+ in fails_in_data_fn: KeyError: 'missing'"
+    with pytest.raises(MembershipError, match=rf"client 1 \(node 3\): {place}$") as caught:
+        train(fails_in_data_fn)
+    assert str(caught.value).count("missing") == 1
+    with pytest.raises(MembershipError, match=r"client 0 \(node 2\) and 2 others likewise: .*: KeyError: 'nobody'$"):
+        train(lambda context: {}["nobody"])
+
+
+class Buggy(TensorDataset):
+    def __getitem__(self, index):
+        return {"image": super().__getitem__(index)}[f"picture of {len(self.tensors[0])}"]
+
+
+def test_one_mistake_is_one_message(caplog):
+    place = r"test_situations\.py:\d+ in __getitem__: KeyError: 'picture of 20'"
+    with pytest.raises(StepError, match=rf"\n  client 0 \(node 2\) and 2 others likewise: .*{place}$") as caught:
+        train([Buggy(*d.tensors) for d in parts(X, Y)])
+    assert list(caught.value.failures) == [0, 1, 2]
+    assert str(caught.value).count("picture") == 1
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_labels_that_are_no_classes_are_a_mistake():
+    rule = "labels must be class indices from 0 to 2, as the model has 3 outputs"
+    with pytest.raises(StepError, match=rf"\n  client 1 \(node 3\): {rule}.*, got 3"):
+        train(labels_from_one)
+
+
+def test_in_a_deployment_whoever_makes_a_mistake_is_left_out(tmp_path, caplog):
+    result = train(labels_from_one, grid=Deployed, output_dir=tmp_path)
+    metrics = result.train_metrics_clientapp[1]
+    assert (metrics["num_examples"], metrics["examples_unseen"]) == (TOTAL - 30, 30)
+    assert list(json.loads((tmp_path / "summary.json").read_text())["excluded"]) == ["1"]
+    assert "The run went without clients that made a mistake: client 1 (node 3): labels must be" in caplog.text
+
+
+def test_a_wrong_label_stays_with_its_client(caplog):
+    labels = torch.where(torch.arange(TOTAL) == 33, 77, Y)
+    with pytest.raises(StepError, match=r"client 1 \(node 3\): labels must be class indices from 0 to 2") as caught:
+        train(parts(X, labels), Three, **U_SHAPE)
+    assert "77" not in str(caught.value)
+    assert any(r.levelname == "ERROR" and "got 77" in r.getMessage() for r in caplog.records)  # on the client
+
+    def loss(outputs, labels):
+        raise ValueError(f"never seen {labels.tolist()}")
+
+    with pytest.raises(
+        StepError, match=r"the loss failed on labels torch.int64 .* in loss: ValueError; what"
+    ) as caught:
+        train(parts(X, labels), Three, loss=loss, **U_SHAPE)
+    assert "never seen" not in str(caught.value)
+
+
 # --- H: rows are treated one by one ----------------------------------------------------------------------------------
 MIXING = {
     "mean": lambda h: h - h.mean(0),
@@ -418,6 +618,27 @@ MIXING = {
     "noise and mean": lambda h: h + torch.randn_like(h) - h.mean(0),
     "single row": lambda h: h * (2.0 if len(h) > 1 else 1.0),
 }
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_what_mixes_rows_is_refused(kind):
+    with pytest.raises(StepError, match="the client half must treat examples one by one"):
+        train(parts(X, Y), lambda: Net(Lambda(MIXING[kind])))
+
+
+@pytest.mark.parametrize("kind", ["mean", "mixup"])
+def test_what_mixes_rows_in_a_tail_is_refused(kind):
+    with pytest.raises(StepError, match="the tail must treat examples one by one"):
+        train(parts(X, Y), lambda: Three(Tail(MIXING[kind])), **U_SHAPE)
+
+
+class Tail(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(8, 3), function
+
+    def forward(self, x):
+        return self.function(self.linear(x))
 
 
 class Frozen(nn.BatchNorm1d):
@@ -443,6 +664,15 @@ class Masked(Net):
 
 def test_arguments_with_defaults():
     check_exact(parts(X, Y), Masked)
+
+
+def test_rows_that_are_not_what_the_model_takes():
+    with pytest.raises(
+        StepError, match=r"training data have no label \(found a tuple of 1\): add one, or pass target="
+    ):
+        train(parts(X))
+    with pytest.raises(StepError, match=r"forward takes \(x\), rows hold 2 inputs: .*leave others out of the rows"):
+        train(parts(X, X, Y))
 
 
 class AutoEncoder(nn.Module):

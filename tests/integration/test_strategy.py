@@ -796,7 +796,7 @@ def test_a_bad_reply_ends_its_step_and_nothing_of_it_is_applied(fault, monkeypat
     monkeypatch.setattr(strategy_module, "LocalBackend", Watched)
     strategy, _ = make(output_dir=tmp_path, faults=STRICT)
     grid = TamperingGrid(split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition), K, message_type, 1, 2, change)
-    with pytest.raises(StepError, match=f"round 1, step 2: (?s:.*)client 1: .*{difference}") as caught:
+    with pytest.raises(StepError, match=f"round 1, step 2: (?s:.*)client 1 \\(node 3\\): .*{difference}") as caught:
         strategy.start(grid, ArrayRecord(tiny_resnet().state_dict()), num_rounds=1, timeout=0.3)
     assert list(caught.value.failures) == [1]
     backend = Watched.latest
@@ -848,7 +848,7 @@ def test_a_client_that_raises_is_named_with_its_error(where, message, monkeypatc
     monkeypatch.setattr(Failing, "where", where)
     monkeypatch.setattr(Failing, "step", 1)
     with pytest.raises(
-        StepError, match=message + r"(?s:.*)client 2: test_strategy.py:.* in fail: OSError: disk on fire"
+        StepError, match=message + r"(?s:.*)client 2 \(node 4\): test_strategy.py:.* in fail: OSError: disk on fire"
     ) as caught:
         run(client_class=Failing, data_fn=load_partition_with_test, faults=STRICT)
     assert list(caught.value.failures) == [2]
@@ -872,7 +872,7 @@ def test_a_bad_reply_in_evaluation_is_named(fault):
     strategy, _ = make(faults=STRICT)
     app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition_with_test)
     grid = TamperingGrid(app, K, EVALUATE, 0, 0, change)
-    with pytest.raises(StepError, match=f"round 1, evaluation: (?s:.*)client 0: .*{difference}") as caught:
+    with pytest.raises(StepError, match=f"round 1, evaluation: (?s:.*)client 0 \\(node 2\\): .*{difference}") as caught:
         strategy.start(grid, ArrayRecord(tiny_resnet().state_dict()), num_rounds=1, timeout=0.3)
     assert list(caught.value.failures) == [0]
 
@@ -910,7 +910,8 @@ def test_diverging_training_names_the_step():
 def test_another_cut_on_the_client_is_refused():
     app = split_client_app(tiny_resnet, cut="layer1", data_fn=load_partition)
     strategy, _ = make()
-    with pytest.raises(MembershipError, match="the server cuts at 'layer2', client 1 at 'layer1': give both the same"):
+    message = r"client 0 \(node 2\) and 2 others likewise: the server cuts at 'layer2', client 0 at 'layer1': give both"
+    with pytest.raises(MembershipError, match=message):
         strategy.start(InProcessGrid(app, K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=1)
 
 

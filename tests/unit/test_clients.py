@@ -113,7 +113,7 @@ def test_without_ids_clients_are_numbered_by_node_and_a_warning_says_so_once(cap
         ({5: failed(5, "no reply within 5 s")}, "node 5: no reply within 5 s"),
         ({5: Reply([Part((5,))])}, "node 5: not a description"),
         ({5: described(-1)}, "node 5: partition-id must not be negative, got -1"),
-        ({5: described(0, -3)}, "node 5: num_examples must be from 0 to 1000000000, got -3"),
+        ({5: described(0, -3)}, r"client 0 \(node 5\): num_examples must be from 0 to 1000000000, got -3"),
         ({5: described(0, 3, -1)}, "num_test_examples must be from 0 to 1000000000, got -1"),
         ({5: described(0, MAX_EXAMPLES + 1)}, "num_examples must be from 0 to 1000000000, got 1000000001"),
     ],

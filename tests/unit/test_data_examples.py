@@ -1,7 +1,7 @@
 """Rows as people have them, read as batches: the right inputs and target from each, or one clear sentence."""
 
 import random
-from collections import UserDict
+from collections import Counter, UserDict
 
 import datasets
 import numpy as np
@@ -376,6 +376,53 @@ def test_a_batched_fetch_that_fails_for_one_row():
     with pytest.raises(BadRowsError) as caught:
         Examples(Fetches()).batch(ROWS)
     assert list(caught.value.rows) == [22]
+
+
+class Flaky:
+    """Rows with noise, of which some fail the first times that they are read."""
+
+    def __init__(self, **fails):
+        self.fails, self.reads = {int(i[1:]): n for i, n in fails.items()}, Counter()
+
+    def __call__(self, i):
+        noise = torch.rand(6) + random.random()
+        self.reads[i] += 1
+        if self.reads[i] <= self.fails.get(i, 0):
+            raise OSError(f"img_{i}.png: input/output error")
+        return X[i] + noise, Y[i]
+
+
+def test_a_read_that_fails_once_changes_nothing():
+    with seeded(5, CPU):
+        expected = Examples(Rows(Flaky())).batch(ROWS)
+        after = random.random(), torch.rand(1)
+    flaky = Flaky(_3=1, _22=1)
+    with seeded(5, CPU):
+        batch = Examples(Rows(flaky)).batch(ROWS)
+        assert (random.random(), torch.rand(1)) == after
+    assert torch.equal(batch.inputs, expected.inputs)  # with the same random numbers
+    assert max(flaky.reads.values()) <= 4
+
+
+def test_a_row_that_fails_twice_is_bad():
+    flaky = Flaky(_3=1, _7=2, _22=2)
+    with pytest.raises(BadRowsError) as caught:
+        Examples(Subset(Rows(flaky), range(2, 23))).batch([1, 5, 20])
+    assert sorted(caught.value.rows) == [5, 20]  # in the subset
+    assert "img_7.png" in caught.value.rows[5]
+
+
+def test_a_batched_fetch_that_fails_once():
+    class Fetches(GetItems):
+        failed = False
+
+        def __getitems__(self, indices):
+            if not self.failed:
+                self.failed = True
+                raise OSError("connection reset")
+            return super().__getitems__(indices)
+
+    assert Examples(Fetches()).batch(ROWS).size == len(ROWS)
 
 
 def test_what_fails_for_all_rows_is_a_mistake_of_the_dataset():

@@ -1,5 +1,8 @@
 """Whether a client half treats examples one by one is told by what it does."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,8 +183,53 @@ def test_a_single_example_shows_its_shape_only():
 def test_what_a_batch_cannot_tell():
     with pytest.raises(CannotTellError, match="alike"):
         run(plain, x=torch.zeros(4, 1, 5, 5))
-    with pytest.raises(CannotTellError, match="random numbers"):
-        run(lambda half, x: plain(half, x) + torch.rand_like(x[:, 0, 0, :1]))
+    with pytest.raises(CannotTellError, match="random numbers are drawn, and the batch is too small"):
+        run(noisy, rows=3)
+
+
+def noisy(half, x):
+    h = plain(half, x)
+    return h + h.abs() * torch.rand_like(h) + random.random() + torch.from_numpy(np.random.rand(6)).to(h)  # noqa: NPY002
+
+
+def mixup(half, x):
+    h = plain(half, x)
+    other = h[torch.randperm(len(h))]
+    return h + float(np.random.beta(0.2, 0.2)) * (other - h)  # noqa: NPY002
+
+
+def sometimes(half, x):
+    return mixup(half, x) if half.training and random.random() < 0.5 else F.dropout(plain(half, x), 0.5)
+
+
+def scaled_noise(half, x):
+    h = plain(half, x)
+    return h + torch.randn_like(h) * h.std(0)
+
+
+def test_random_numbers_are_no_mixing():
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert run(noisy) is None
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+
+
+class Mixer(nn.Module):
+    def forward(self, x):
+        return 0.7 * x + 0.3 * x[torch.randperm(len(x))] if self.training else x
+
+
+@pytest.mark.parametrize("go", [mixup, sometimes, scaled_noise])
+def test_mixing_by_chance(go):
+    for rows in (2, 6, 40):
+        found = run(go, rows=rows)
+        assert "depends on the others in its batch; what mixes examples at random (mixup, CutMix)" in found
+
+
+def test_mixing_by_chance_in_a_submodule():
+    half = Half(lambda half, x: half.norm(half.layer(half.conv(x).flatten(1))), Mixer()).train()
+    found = find_mixing(half, torch.randn(6, 1, 5, 5), module=half, who="the tail")
+    assert found.startswith("the tail must treat examples one by one")
+    assert "mixup" in found
 
 
 def test_stochastic_depth_is_switched_off():
@@ -190,8 +238,7 @@ def test_stochastic_depth_is_switched_off():
     x = torch.randn(6, 1, 5, 5)
     assert find_mixing(half, x, module=half) is None
     assert depth.training
-    with pytest.raises(CannotTellError, match="random numbers"):
-        find_mixing(half, x)
+    assert find_mixing(half, x) is None
     half.go = lambda half, x: centred(half, x)[1]
     assert "output 0" in find_mixing(half, x, module=half)
 

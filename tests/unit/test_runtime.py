@@ -254,7 +254,7 @@ def test_a_batch_that_is_another_when_it_is_drawn_again_is_refused():
     request = backward_request(sent[0], part.outputs["activations"].value)
     (failure,) = wire.ask(request).failures.values()
     assert failure.kind is Kind.RAISED
-    assert "client 0, step 0 twice gave different data" in failure.detail
+    assert "drawing the same examples of the training data twice gave different data" in failure.detail
 
 
 def test_a_batch_that_is_the_same_when_it_is_drawn_again_passes(wire, forwards):

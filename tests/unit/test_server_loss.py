@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from psl_flower.errors import ConfigError, LabelError
-from psl_flower.server import weighted
+from psl_flower.server import Reduction, weighted
 
 CLASSES = 4
 WEIGHT = torch.tensor([0.5, 1.0, 3.0, 0.25], dtype=torch.float64)
@@ -58,6 +58,10 @@ def selected(outputs, labels):
     return -F.log_softmax(outputs, 1).gather(1, labels.clamp(min=0)[:, None])[:, 0][labels != -100].mean()
 
 
+def counted_in_python(outputs, labels):
+    return F.cross_entropy(outputs, labels, reduction="sum") / max(1, (labels != -100).sum().item())
+
+
 CASES = {
     "plain": (F.cross_entropy, (), None),
     "module": (nn.CrossEntropyLoss(), (), "some"),
@@ -70,6 +74,7 @@ CASES = {
     "nll module": (lambda o, y: nn.NLLLoss()(o.log_softmax(1), y), (), "some"),
     "tokens": (flattened, (5,), "some"),
     "tokens by hand": (by_hand, (5,), "some"),
+    "counted in Python": (lambda o, y: 3 * counted_in_python(o, y), (5,), "some"),
     "selected": (selected, (5,), "some"),
     "both by hand": (lambda o, y: 2 * by_hand(o, y) + by_hand(-o, y) / 4, (5,), "some"),
     "an auxiliary head": (lambda o, y: F.cross_entropy(o, y) + 0.3 * F.cross_entropy(-o, y), (), "some"),
@@ -85,7 +90,7 @@ def test_parts_add_up_to_the_pooled_loss(case):
     if ignored:
         assert weights[1] == 0
         means = [loss(o, y).item() for o, y in zip(outputs.split(SIZES), labels.split(SIZES), strict=True)]
-        assert math.isnan(means[1])  # the mean of means is none
+        assert math.isnan(means[1]) or not means[1]  # the mean of means is none, or another
 
 
 def test_another_ignore_index_and_probabilities():
@@ -242,3 +247,58 @@ def test_outputs_and_labels_that_torch_spreads_over_each_other_are_told(loss):
     assert weighted(loss, outputs, labels[:, None], 5).broadcast is None
     assert weighted(lambda o, y: loss(o[:, 0], y), outputs, labels, 5).broadcast is None
     assert weighted(loss, outputs[:1], labels[:1], 1).broadcast is None
+
+
+# --- sums ------------------------------------------------------------------------------------------------------------
+SUMS = {
+    "cross-entropy": lambda o, y: F.cross_entropy(o, y, reduction="sum"),
+    "module": nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1),
+    "by hand": lambda o, y: F.cross_entropy(o, y, reduction="none").sum(),
+    "scaled": lambda o, y: F.cross_entropy(o, y, reduction="sum") / 1000,
+    "regression": lambda o, y: F.mse_loss(o[:, 0], y.to(o), reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("case", SUMS)
+def test_sums_are_told_from_means(case):
+    loss, outputs, labels, reduction = SUMS[case], rows_of(CLASSES), classes(), Reduction()
+    parts = list(zip(outputs.split(SIZES), labels.split(SIZES), strict=True))
+    found = [weighted(loss, o, y, len(y), reduction=reduction) for o, y in parts]
+    assert all(each.summed for each in found)
+    assert sum(each.sum for each in found) == pytest.approx(loss(outputs, labels).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        lambda o, y: (o[:, 0] - y).square().mean(),
+        lambda o, y: (o[:, 0] - y).abs().sum() / len(y),
+        lambda o, y: -torch.log_softmax(o @ o.T, 1).diagonal().mean(),  # contrastive: it is of the batch
+        lambda o, y: F.cross_entropy(o, y, reduction="sum") + 1.0,
+    ],
+)
+def test_means_are_no_sums(loss):
+    assert not weighted(loss, rows_of(CLASSES), classes(), sum(SIZES), reduction=Reduction()).summed
+
+
+def test_what_a_loss_does_is_asked_once():
+    sizes, reduction = [], Reduction()
+
+    def loss(outputs, labels):
+        sizes.append(len(outputs))
+        return (outputs[:, 0] - labels).square().sum()
+
+    zero = torch.zeros(2, CLASSES)
+    assert not weighted(loss, zero, zero[:, 0], 2, reduction=reduction).summed  # 0 tells nothing
+    for _ in range(2):
+        assert weighted(loss, zero + 1, zero[:, 0], 2, reduction=reduction).summed
+    assert sizes == [2, 2, 4, 6, 2]
+
+
+def test_a_loss_that_takes_no_other_batch_is_a_mean():
+    def loss(outputs, labels):
+        assert len(outputs) == 5
+        return (outputs[:, 0] - labels).square().sum()
+
+    assert not weighted(loss, torch.ones(5, 2), torch.zeros(5), 5, reduction=Reduction()).summed
