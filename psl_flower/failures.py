@@ -25,6 +25,7 @@ class Kind(Enum):
     DTYPE = "dtype"
     NAMES = "tensors missing or unknown"
     MALFORMED = "malformed"
+    OUTLIER = "far out of bounds"
     LEFT_OUT = "left out for the round"
 
     @property
@@ -35,7 +36,7 @@ class Kind(Enum):
     @property
     def is_mistake(self) -> bool:
         """Whether code raised, or a reply was refused."""
-        return self not in (Kind.TIMEOUT, Kind.UNREACHABLE, Kind.UNREADABLE, Kind.LEFT_OUT)
+        return self not in (Kind.TIMEOUT, Kind.UNREACHABLE, Kind.UNREADABLE, Kind.OUTLIER, Kind.LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ class Failure:
         Of `Kind.UNREADABLE`: indices in the client's training data, and what is wrong with each.
     labels : dict of int to int
         The classes of these rows, where the client knows them.
+    joint : bool
+        Whether it is about what several clients sent as one: asked one by one, most may turn out to be innocent.
     """
 
     kind: Kind
     detail: str
     rows: Mapping[int, str] = field(default_factory=dict)
     labels: Mapping[int, int] = field(default_factory=dict)
+    joint: bool = False
 
     def __str__(self) -> str:
         return self.detail

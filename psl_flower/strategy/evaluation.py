@@ -21,6 +21,9 @@ from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
 
+# What a client may claim to test on: some times the training examples of all, where that is more than a million.
+_MOST_TEST_SHARE, _MOST_TEST_EXAMPLES = 10, 10**6
+
 
 class Evaluator:
     """Evaluates the model on the test data of all clients, without the data leaving them.
@@ -64,6 +67,7 @@ class Evaluator:
         self._method, self._backend, self._clients = method, backend, clients
         self._batch_size, self._summary, self._tolerate = batch_size, summary, tolerate
         self._metrics, self._mistakes = metrics, mistakes
+        self._told: set[int] = set()  # clients whose claims are not believed, as far as it was said
         self._left_out: dict[int, tuple[int, ...]] = {}  # test examples that a client cannot read
         self._asking = Asking(
             exchange=lambda request: clients.exchange(request, timeout),
@@ -89,6 +93,7 @@ class Evaluator:
         members = self._clients.members.items()
         left = {c: m.description.num_test_examples - len(self._left_out.get(c, ())) for c, m in members}
         left = {client: n for client, n in left.items() if n > 0 and client not in self._clients.excluded}
+        left = self._plausible(left)
         if not left:
             return None
         done = dict.fromkeys(left, 0)
@@ -123,6 +128,20 @@ class Evaluator:
         result = scores.result()
         metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
         return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
+
+    def _plausible(self, claimed: Mapping[int, int]) -> dict[int, int]:
+        """Return the test examples of those clients that do not claim so many that evaluation would never end."""
+        held = sum(m.description.num_examples for m in self._clients.members.values())
+        most = max(_MOST_TEST_SHARE * held, _MOST_TEST_EXAMPLES)
+        for client, n in claimed.items():
+            if n > most and client not in self._told:
+                self._told.add(client)
+                log.warning(
+                    "evaluation goes on without %s: it claims %d test examples, the most is %d (%d times the training "
+                    "examples of all clients)",
+                    *(self._clients.name(client), n, most, _MOST_TEST_SHARE),
+                )
+        return {client: n for client, n in claimed.items() if n <= most}
 
     def _unreadable(self, failures: Mapping[int, Failure]) -> dict[int, int]:
         """Leave test examples out that clients cannot read; return how many more, by client."""

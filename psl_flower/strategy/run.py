@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 
+_MOST_OUTLIERS = 3  # replies far out of bounds, after which a client is left out for the run
+
 
 @dataclass
 class Run:
@@ -56,6 +59,7 @@ class Run:
         self.given_up: set[int] = set()  # clients that owed examples at the end of the last epoch they were in
         self.missing: set[int] = set()  # those of them that gave nothing at all
         self.out: set[int] = set()  # of the round: clients that have lost what they keep for it
+        self.outliers: Counter[int] = Counter()  # times that a client sent what is far out of bounds
         self.committed = False  # a step, in this process
         self.answered = False  # some client, of a step that nothing came of: so not all have the same bug
         self._pooled: tuple[Population, IntArray] | None = None
@@ -115,6 +119,7 @@ class Run:
         nothing = attempt.record is None and not attempt.skipped
         self._leave_out_rows(ledger, attempt, nothing=nothing)
         self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
+        self._exclude_outliers({client: f for client, f in attempt.lost.items() if f.kind is Kind.OUTLIER})
         self.backoff.failed(c for c, f in attempt.lost.items() if f.kind is not Kind.UNREADABLE)
         self.backoff.succeeded(attempt.clients)
         self.given_up.difference_update(attempt.clients)
@@ -159,15 +164,28 @@ class Run:
         StepError
             If nobody is left.
         """
-        if self.policy.mistakes != "exclude" or not mistakes:
-            return
-        self.clients.excluded |= mistakes.keys()
-        self.summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
-        for client, failure in mistakes.items():
-            log.warning("%s is left out for the rest of the run, for a mistake: %s", self.clients.name(client), failure)
+        if self.policy.mistakes == "exclude" and mistakes:
+            self._leave_out(mistakes, "for a mistake")
+
+    def _exclude_outliers(self, failures: Mapping[int, Failure]) -> None:
+        """Leave clients out that sent what is far out of bounds, again and again."""
+        self.outliers.update(failures.keys())
+        if known := {client: why for client, why in failures.items() if self.outliers[client] >= _MOST_OUTLIERS}:
+            self._leave_out(known, f"far out of bounds {_MOST_OUTLIERS} times")
+
+    def _leave_out(self, failures: Mapping[int, Failure], reason: str) -> None:
+        self.clients.excluded |= failures.keys()
+        self.summary.excluded.update({client: str(failure) for client, failure in failures.items()})
+        for client, failure in failures.items():
+            log.warning("%s is left out for the rest of the run, %s: %s", self.clients.name(client), reason, failure)
         members = self.clients.members.items()
         if self.clients.excluded.issuperset(client for client, m in members if m.description.num_examples):
-            raise StepError("every client made a mistake, nobody is left to train with", mistakes)
+            far = all(failure.kind is Kind.OUTLIER for failure in failures.values())
+            raise StepError(
+                "every client was left out for the run, nobody is left to train with"
+                + (": if training diverges, lower the learning rate; else FaultPolicy(outlier_bound=None)" * far),
+                failures,
+            )
 
     def give_up(self, attempt: Attempt, ledger: EpochLedger, retries: Retries, *, committed: bool) -> bool:
         """Return whether to give up the rest of an epoch after an attempt that nothing came of; else wait a little.

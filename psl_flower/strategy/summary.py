@@ -38,7 +38,7 @@ class RunSummary:
     examples_unseen : dict of int to int
         By client: examples that an epoch went without, over all epochs.
     excluded : dict of int to str
-        Clients that the run goes without because of a mistake, and which.
+        Clients that the run goes without because of a mistake or of replies far out of bounds, and which.
     failures : dict of int to int
         By client: requests it did not answer as asked.
     refused : dict of str to int
@@ -149,7 +149,7 @@ class RunSummary:
         if self.steps_skipped:
             log.warning("%d steps of %d examples were not finite", self.steps_skipped, self.examples_skipped)
         if self.excluded:
-            log.warning("The run went without clients that made a mistake: %s", _listed(self.excluded))
+            log.warning("The run went without clients for what they sent: %s", _listed(self.excluded))
         if self.examples_unseen:
             log.warning("Examples not seen, by client: %s", _shown(self.examples_unseen))
 
