@@ -180,12 +180,13 @@ class Run:
             log.warning("%s is left out for the rest of the run, %s: %s", self.clients.name(client), reason, failure)
         members = self.clients.members.items()
         if self.clients.excluded.issuperset(client for client, m in members if m.description.num_examples):
-            far = all(failure.kind is Kind.OUTLIER for failure in failures.values())
-            raise StepError(
-                "every client was left out for the run, nobody is left to train with"
-                + (": if training diverges, lower the learning rate; else FaultPolicy(outlier_bound=None)" * far),
-                failures,
-            )
+            if all(failure.kind is Kind.OUTLIER for failure in failures.values()):
+                raise StepError(
+                    "every client was left out, nobody is left to train with: if training diverges, lower the learning "
+                    "rate, else give FaultPolicy(outlier_bound=None)",
+                    failures,
+                )
+            raise StepError("every client made a mistake, nobody is left to train with", failures)
 
     def give_up(self, attempt: Attempt, ledger: EpochLedger, retries: Retries, *, committed: bool) -> bool:
         """Return whether to give up the rest of an epoch after an attempt that nothing came of; else wait a little.

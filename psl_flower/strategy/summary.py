@@ -149,7 +149,7 @@ class RunSummary:
         if self.steps_skipped:
             log.warning("%d steps of %d examples were not finite", self.steps_skipped, self.examples_skipped)
         if self.excluded:
-            log.warning("The run went without clients for what they sent: %s", _listed(self.excluded))
+            log.warning("The run went without clients that made a mistake: %s", _listed(self.excluded))
         if self.examples_unseen:
             log.warning("Examples not seen, by client: %s", _shown(self.examples_unseen))
 
