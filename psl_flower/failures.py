@@ -29,6 +29,7 @@ class Kind(Enum):
     DTYPE = "dtype"
     NAMES = "tensors missing or unknown"
     MALFORMED = "malformed"
+    OUTLIER = "far out of bounds"
     LEFT_OUT = "left out for the round"
 
     @property
@@ -39,7 +40,7 @@ class Kind(Enum):
     @property
     def is_mistake(self) -> bool:
         """Whether code raised, or a reply was refused."""
-        return self not in (Kind.TIMEOUT, Kind.UNREACHABLE, Kind.UNREADABLE, Kind.LEFT_OUT)
+        return self not in (Kind.TIMEOUT, Kind.UNREACHABLE, Kind.UNREADABLE, Kind.OUTLIER, Kind.LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Failure:
         The classes of these rows, where the client knows them.
     partition_id : int, optional
         The client's, of one that could not be built, and so has not described itself.
+    joint : bool
+        Whether it is about what several clients sent as one: asked one by one, most may turn out to be innocent.
     """
 
     kind: Kind
@@ -64,6 +67,7 @@ class Failure:
     rows: Mapping[int, str] = field(default_factory=dict)
     labels: Mapping[int, int] = field(default_factory=dict)
     partition_id: int | None = None
+    joint: bool = False
 
     def __str__(self) -> str:
         return self.detail

@@ -45,6 +45,11 @@ class FaultPolicy:
     max_gradient_norm : float, optional
         A client's parameter gradient (its mean over the client's examples) is scaled down to this L2 norm.
 
+    outlier_bound : float, optional
+        What a client sends in training is refused if its norm, an example, is far above those of all clients: its
+        logarithm this many robust standard deviations above the median. Its step is drawn again later; after the third
+        time it is left out for the run. None: any finite value is used. See docs/security.md for false alarms.
+
     Raises
     ------
     ConfigError
@@ -59,6 +64,7 @@ class FaultPolicy:
     join: str = "epoch"
     non_finite_loss: str = "stop"
     max_gradient_norm: float | None = None
+    outlier_bound: float | None = 10.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.tolerate, bool):
@@ -75,3 +81,5 @@ class FaultPolicy:
         check_choice(self.non_finite_loss, "non_finite_loss", NON_FINITE_LOSS)
         if self.max_gradient_norm is not None:
             check_float(self.max_gradient_norm, "max_gradient_norm", above=0)
+        if self.outlier_bound is not None:
+            check_float(self.outlier_bound, "outlier_bound", above=0)

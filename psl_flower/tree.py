@@ -117,6 +117,11 @@ def paths(tree: Tree, name: str) -> list[str]:
     return [path for key, part in parts for path in paths(part, f"{name}[{key!r}]")]
 
 
+def named_leaves(tree: Tree, name: str) -> list[tuple[str, Tensor]]:
+    """Return the tensors of a tree with their paths."""
+    return list(zip(paths(tree, name), leaves(tree), strict=True))
+
+
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """Return a tree of what `function` makes of the leaves at each place of trees of one structure."""
     if isinstance(tree, tuple):

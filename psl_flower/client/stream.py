@@ -214,6 +214,8 @@ class StreamClient:
             answer.set_exception(error)
 
     def _adopt(self, header: Any) -> None:
+        if not self._resident:
+            raise ProtocolError("clients are taken over in Flower's simulation only, this process serves its own node")
         clients, first = header.get("clients"), self._first
         if not isinstance(clients, list) or not all(map(_is_client, clients)):
             raise ProtocolError("to adopt clients takes the node id and the node configuration of each")

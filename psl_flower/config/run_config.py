@@ -158,6 +158,9 @@ class RunConfig:
     max_gradient_norm: float = key(
         0.0, "Largest norm of a client's mean gradient, others are scaled down to it; 0: no limit", ge=0
     )
+    outlier_bound: float = key(
+        10.0, "Robust deviations above the median that norms of what clients send may lie, in logarithms; 0: any", ge=0
+    )
 
     checkpoint_every: int = key(
         0, "Time between two checkpoints within a round; 0: only at its end", section="Checkpoints", unit="steps", ge=0
@@ -220,6 +223,7 @@ class RunConfig:
                 join=self.join,
                 non_finite_loss=self.non_finite_loss,
                 max_gradient_norm=None if self.max_gradient_norm == 0 else self.max_gradient_norm,
+                outlier_bound=None if self.outlier_bound == 0 else self.outlier_bound,
             )
         except ConfigError as exc:
             raise ConfigError(dashed(str(exc))) from exc

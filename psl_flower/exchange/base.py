@@ -52,6 +52,9 @@ class Carrier(ABC):
             After `stop`.
         """
 
+    def refuse(self, node: int, reason: str) -> None:  # noqa: B027 - a carrier may have no way to say so
+        """Tell a node, where that is possible, that it is not let in."""
+
     def stop(self) -> None:
         """Have the exchange under way, and every later one, raise StoppedError; for other threads to call."""
         self._stopped = True

@@ -82,6 +82,7 @@ class Clients:
         self._looks = 0
         # nodes that did not describe themselves since the last refresh: how often, and the look to ask them again at
         self._turned_away: dict[int, tuple[int, int]] = {}
+        self._told: dict[int, str] = {}  # why nodes were refused, as far as it was said
 
     @property
     def members(self) -> Mapping[int, Member]:
@@ -119,6 +120,7 @@ class Clients:
         for line in lines:
             log.warning("going on without it: %s", line)
         known = self._without_ghosts({node: self._descriptions[node] for node in nodes})
+        known = self._without_impostors(known, min_nodes)
         before, here = self._members, {m.client: m for m in _members(known)}
         left = {client: member for client, member in before.items() if client not in here}
         if self._tolerate:
@@ -225,6 +227,34 @@ class Clients:
             for node, d in described.items()
             if d.partition_id is None or node not in self._silent or best[d.partition_id] == node
         }
+
+    def _without_impostors(self, described: Mapping[int, Description], min_nodes: int) -> dict[int, Description]:
+        """Return the nodes without those whose partition-id another has; whoever had it first keeps it."""
+        if not self._tolerate:
+            return dict(described)
+        homes = {m.client: m.node for m in self._members.values()}
+        reporting = any(d.partition_id is not None for d in described.values()) and bool(homes)
+        kept: dict[int, int] = {}
+        refused: dict[int, str] = {}
+        for node in sorted(described, key=lambda node: (node not in homes.values(), node)):
+            client = described[node].partition_id
+            if client is None:
+                if reporting and node not in homes.values():
+                    refused[node] = "it reports no partition-id, the others do"
+            elif kept.setdefault(client, node) != node:
+                refused[node] = f"partition-id must be unique, {client} is that of node {kept[client]}"
+        for node, reason in refused.items():
+            if self._told.get(node) != reason:
+                log.warning("node %d is refused: %s: give each node a partition of its own", node, reason)
+            self._told[node] = reason
+            self._carrier.refuse(node, reason)
+        left = {node: each for node, each in described.items() if node not in refused}
+        if len(left) < min_nodes <= len(described):
+            raise MembershipError(
+                f"min_available_nodes is {min_nodes}, {len(left)} are left: "
+                + "; ".join(f"node {node}: {reason}" for node, reason in refused.items())
+            )
+        return left
 
     def _wait_for_nodes(self, min_nodes: int, timeout: float) -> list[int]:
         begin, told, wait = time.monotonic(), -np.inf, 0.001

@@ -31,7 +31,6 @@ from psl_flower.protocol import (
     Request,
     Weights,
 )
-from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 
 REQUEST = "request"
@@ -117,13 +116,12 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
         part: _decode_weights(part, each, unpacker, store)
         for part, each in _limited(_get(header, "weights", dict), _MAX_PARTS).items()
     }
-    counts = [0] * len(nodes) if orders is None else orders.counts.tolist()
     request = Request(
         stage=_get(header, "stage", str),
         nodes=nodes,
         orders=orders,
         weights=weights,
-        inputs=_decode_leaves(_get(header, "inputs", dict), counts, unpacker),
+        inputs=_decode_leaves(_get(header, "inputs", dict), len(nodes), unpacker),
         delays=delays,
         separate=_get(header, "separate", bool),
         label_counts=_get(header, "label-counts", bool),
@@ -131,6 +129,7 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
         evaluate_config=_decode_config(header, "evaluate-config"),
     )
     unpacker.finish()
+    _check_rows(request.inputs, 0 if orders is None else orders.num_rows)
     return _get(header, "number", int), _get(header, "wire", str), request
 
 
@@ -208,7 +207,7 @@ def _encode_leaves(leaves: Mapping[str, Leaf], packer: Packer) -> dict[str, Any]
     }
 
 
-def _decode_leaves(header: Mapping[str, Any], counts: list[int], unpacker: Unpacker) -> dict[str, Leaf]:
+def _decode_leaves(header: Mapping[str, Any], num_clients: int, unpacker: Unpacker) -> dict[str, Leaf]:
     leaves = {}
     for name, spec in _limited(header, _MAX_PARTS).items():
         if not isinstance(spec, dict):
@@ -219,25 +218,19 @@ def _decode_leaves(header: Mapping[str, Any], counts: list[int], unpacker: Unpac
             raise ProtocolError(f"{name!r:.80} is of no known kind: {spec.get('kind')!r:.80}") from exc
         value = unpacker.unpack(spec.get("tree"))
         if kind is Kind.EACH:
-            if not isinstance(value, tuple) or len(value) != len(counts):
-                raise ProtocolError(f"{name}: expected one entry for each of {len(counts)} clients")
+            if not isinstance(value, tuple) or len(value) != num_clients:
+                raise ProtocolError(f"{name}: expected one entry for each of {num_clients} clients")
             value = list(value)
-        if kind is Kind.ROWS:
-            check_rows(value, sum(counts), name)
         leaves[name] = Leaf(kind, value)
     return leaves
 
 
-def check_rows(value: Tree, rows: int, name: str) -> None:
-    """Raise ProtocolError unless every tensor of a tree has so many rows."""
-    for path, leaf in leaves_of(value, name):
-        if leaf.ndim == 0 or len(leaf) != rows:
-            raise ProtocolError(f"{path}: expected {rows} rows, got shape: {tuple(leaf.shape)}", FailureKind.SHAPE)
-
-
-def leaves_of(value: Tree, name: str) -> list[tuple[str, torch.Tensor]]:
-    """Return the tensors of a tree with their paths."""
-    return list(zip(tree.paths(value, name), tree.leaves(value), strict=True))
+def _check_rows(leaves: Mapping[str, Leaf], rows: int) -> None:
+    for name, leaf in leaves.items():
+        for path, tensor in tree.named_leaves(leaf.value, name) if leaf.kind is Kind.ROWS else ():
+            if tensor.ndim == 0 or len(tensor) != rows:
+                got = f"got shape: {tuple(tensor.shape)}"
+                raise ProtocolError(f"{path}: expected {rows} rows, {got}", FailureKind.SHAPE)
 
 
 # --- replies ---------------------------------------------------------------------------------------------------------
@@ -276,6 +269,7 @@ def decode_reply(frame: Frame, request: Request) -> Reply:
     asked = dict(zip(request.nodes, request.counts(), strict=True))
     parts: list[Part] = []
     seen: set[int] = set()
+    refused: dict[int, Failure] = {}
     for spec in _limited(_get(header, "parts", list), len(asked)):
         if not isinstance(spec, dict):
             raise ProtocolError(f"expected the description of a part, got {spec!r:.80}")
@@ -283,7 +277,12 @@ def decode_reply(frame: Frame, request: Request) -> Reply:
         if not asked.keys() >= set(nodes) or seen & set(nodes):
             raise ProtocolError(f"a reply must name nodes that were asked, each once, got {nodes!r:.80}")
         seen |= set(nodes)
-        parts.append(_decode_part(spec, nodes, [asked[node] for node in nodes], unpacker))
+        part = _decode_part(spec, nodes, unpacker)
+        try:
+            _check_rows(part.outputs, sum(asked[node] for node in nodes))
+            parts.append(part)
+        except ProtocolError as error:  # the frame can be read, so the other parts can
+            refused |= dict.fromkeys(nodes, Failure(error.kind, f"bad reply: {error}", joint=len(nodes) > 1))
     seconds = unpacker.column(header.get("seconds"), torch.float64, (len(asked),))
     if not ((seconds >= 0) & (seconds < 2**53)).all():
         raise ProtocolError("expected seconds, finite and not negative")
@@ -297,7 +296,7 @@ def decode_reply(frame: Frame, request: Request) -> Reply:
     failures |= dict.fromkeys(missing, Failure(FailureKind.MALFORMED, "its process sent no reply for it"))
     return Reply(
         parts,
-        {node: why for node, why in failures.items() if node in asked and node not in seen},
+        refused | {node: why for node, why in failures.items() if node in asked and node not in seen},
         {node: each for node, each in descriptions.items() if node in asked and node not in failures},
         dict(zip(request.nodes, seconds.tolist(), strict=True)),
         bytes_received=unpacker.num_bytes,
@@ -313,8 +312,8 @@ def _encode_part(part: Part, packer: Packer) -> dict[str, Any]:
     }
 
 
-def _decode_part(spec: Mapping[str, Any], nodes: tuple[int, ...], counts: list[int], unpacker: Unpacker) -> Part:
-    outputs = _decode_leaves(_get(spec, "outputs", dict), counts, unpacker)
+def _decode_part(spec: Mapping[str, Any], nodes: tuple[int, ...], unpacker: Unpacker) -> Part:
+    outputs = _decode_leaves(_get(spec, "outputs", dict), len(nodes), unpacker)
     step = None if spec.get("step") is None else _get(spec, "step", int)
     checksums = None
     if spec.get("checksums") is not None:

@@ -45,8 +45,9 @@ def open_carrier(grid: Grid, transport: str = "auto", options: StreamOptions | N
 class AutoCarrier(Carrier):
     """Streams; messages from the moment a client cannot open its stream.
 
-    The whole run changes over: a step takes as long as its slowest client, so one that needs messages makes all wait
-    for Flower's messages anyway. A client whose stream breaks later is another matter, and the stream carrier's.
+    The whole run changes over if one of the clients that are there first cannot: a step takes as long as its slowest
+    client, so one that needs messages makes all wait for Flower's messages anyway. Clients that come later and cannot
+    are not let in, the others keep their streams. One whose stream breaks is another matter, and the stream carrier's.
 
     Parameters
     ----------
@@ -59,6 +60,7 @@ class AutoCarrier(Carrier):
         self._options = options or StreamOptions()
         self._streams: StreamCarrier | None = None
         self._carrier: Carrier
+        self._streaming = False  # whether the clients that were there first have opened theirs
         try:
             self._carrier = self._streams = StreamCarrier(grid, self._options)
         except ConfigError as error:
@@ -71,13 +73,18 @@ class AutoCarrier(Carrier):
     def exchange(self, request: Request, timeout: float) -> Reply:
         """Ask all nodes of a request and wait until all have answered or `timeout` is over."""
         self._check_stopped()
-        if self._streams is not None:
+        if self._streams is not None and not self._streaming and request.nodes:
             failures = self._streams.attach_new(request.nodes, timeout)
+            self._streaming = not failures
             if failures:
                 node, reason = next(iter(failures.items()))
                 more = f" ({len(failures)} of {len(request.nodes)} clients failed so)" if len(failures) > 1 else ""
                 self._fall_back(f"node {node}: {reason}{more}")
         return self._carrier.exchange(request, timeout)
+
+    def refuse(self, node: int, reason: str) -> None:
+        """Tell a node, where that is possible, that it is not let in."""
+        self._carrier.refuse(node, reason)
 
     def stop(self) -> None:
         """Have the exchange under way, and every later one, raise StoppedError; for other threads to call."""

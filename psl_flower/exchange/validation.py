@@ -5,19 +5,21 @@ from __future__ import annotations
 import cmath
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from psl_flower.errors import ProtocolError
-from psl_flower.exchange.codec import leaves_of
+from psl_flower.exchange.outliers import SPREAD_OF_GRADIENTS, SPREAD_OF_ROWS, NormBounds, row_norms, sum_norm
 from psl_flower.failures import Failure
 from psl_flower.failures import Kind as FailureKind
 from psl_flower.methods.base import Stage
 from psl_flower.protocol import Kind, Leaf, Part, Reply, Request
-from psl_flower.tree import map_leaves
+from psl_flower.tree import map_leaves, named_leaves
+from psl_flower.typing import FloatArray
 
 # What the leaves of a reply look like: dtype and shape without the batch, by path.
 Spec = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
@@ -37,9 +39,16 @@ class Validator:
     The server cannot know the shape of the rows beforehand: it is what most clients have sent. Every client has one
     vote a stage, what it sent last; a draw changes nothing, at first the lowest id decides it. So a bad reply to the
     very first request, which may be the only one, shuts nobody out for longer than a step.
+
+    Parameters
+    ----------
+    outlier_bound : float, optional
+        Of norms in training, see `NormBounds`; None: any finite value passes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outlier_bound: float | None = None) -> None:
+        self._bounds = None if outlier_bound is None else NormBounds(outlier_bound)
+        self._everyone: set[int] = set()  # who has ever been asked: one alone has nobody to be compared with
         self._specs: dict[str, Spec] = {}
         self._votes: dict[str, dict[int, Spec]] = {}
 
@@ -67,7 +76,7 @@ class Validator:
                 specs[id(part)] = _spec(part, expected)
                 passed.append(part)
             except ProtocolError as error:
-                failures |= dict.fromkeys(part.nodes, error.failure())
+                failures |= _of_all(part, error.failure())
         sent: dict[int, Spec] = {}
         for part in passed:
             sent.update(dict.fromkeys(part.nodes, specs[id(part)]))
@@ -75,12 +84,16 @@ class Validator:
         parts = []
         for part in passed:
             wrong = None if spec is None else _difference(specs[id(part)], spec)
-            guilty = self._values(part, counts, expected) if wrong is None else dict.fromkeys(part.nodes, wrong)
+            guilty = self._values(part, counts, expected) if wrong is None else _of_all(part, wrong)
+            guilty = guilty or _other_classes(part, stage, request)
             failures |= guilty
-            if not guilty:
-                parts.append(part)
-            elif rest := [i for i, node in enumerate(part.nodes) if node not in guilty]:
-                parts.append(_without(part, rest, counts))
+            parts += _innocent(part, guilty, counts, failures)
+        self._everyone.update(request.nodes)
+        training = request.orders is not None and not request.orders.test
+        if self._bounds is not None and training and len(self._everyone) > 1:
+            guilty = self._outliers(self._bounds, stage, parts, counts)
+            failures |= guilty
+            parts = [each for part in parts for each in _innocent(part, guilty, counts, failures)] if guilty else parts
         if parts:
             if spec is not None:
                 self._specs[stage.name] = spec
@@ -106,6 +119,39 @@ class Validator:
             return now
         return next((spec for spec, count in votes.items() if count == best), None)
 
+    def _outliers(
+        self, bounds: NormBounds, stage: Stage, parts: list[Part], counts: Mapping[int, int]
+    ) -> dict[int, Failure]:
+        """Return the clients that sent what is far larger than what all have sent."""
+        failures: dict[int, Failure] = {}
+        nodes = [node for part in parts for node in part.nodes]
+        clients = np.repeat(nodes, [counts[node] for node in nodes])
+        total = len(clients)
+        for name, kind in stage.outputs.items():
+            if name in stage.exact or kind not in (Kind.ROWS, Kind.SUM):
+                continue
+            # what comes first is what the model makes of the data, what follows on it are gradients
+            spread = SPREAD_OF_ROWS if kind is Kind.ROWS and stage.after is None else SPREAD_OF_GRADIENTS
+            norms: dict[str, list[FloatArray]] = {}
+            for part in parts:
+                found = [(path, t) for path, t in named_leaves(part.outputs[name].value, name) if t.is_floating_point()]
+                if kind is Kind.ROWS:
+                    for path, tensor in found:
+                        norms.setdefault(path, []).append(row_norms(tensor))
+                else:
+                    # of the mean over the batch: a part's own mean is that times the batch over its share
+                    share = sum(counts[node] for node in part.nodes) / total
+                    norms.setdefault(name, []).append(sum_norm(tensor for _, tensor in found) / share)
+            for path, each in norms.items():
+                whose = clients if kind is Kind.ROWS else [part.nodes[0] for part in parts]
+                far = bounds.outliers(path, np.concatenate(each), np.array(whose, dtype=np.int64), spread)
+                for part in parts if far and kind is Kind.SUM else ():
+                    if why := far.get(part.nodes[0]):
+                        failures |= _of_all(part, Failure(FailureKind.OUTLIER, why))
+                if kind is Kind.ROWS:
+                    failures |= {node: Failure(FailureKind.OUTLIER, why) for node, why in far.items()}
+        return failures
+
     def _values(
         self, part: Part, counts: Mapping[int, int], expected: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[int, Failure]:
@@ -116,18 +162,18 @@ class Validator:
                 try:
                     _check_sum(name, leaf.value, expected[name])
                 except ProtocolError as error:
-                    failures |= dict.fromkeys(part.nodes, error.failure())
+                    failures |= _of_all(part, error.failure())
                 continue
             if leaf.kind is Kind.EACH:
                 for node, value in zip(part.nodes, leaf.value, strict=True):
-                    wrong = [(path, t) for path, t in leaves_of(value, name) if not is_finite(t)]
+                    wrong = [(path, t) for path, t in named_leaves(value, name) if not is_finite(t)]
                     failures |= {node: _not_finite(*wrong[0])} if wrong else {}
                 continue
-            for path, tensor in leaves_of(leaf.value, name):
+            for path, tensor in named_leaves(leaf.value, name):
                 if is_finite(tensor):
                     continue
                 if leaf.kind is not Kind.ROWS:
-                    failures |= dict.fromkeys(part.nodes, _not_finite(path, tensor))
+                    failures |= _of_all(part, _not_finite(path, tensor))
                     continue
                 pieces = torch.split(tensor, [counts[node] for node in part.nodes])
                 failures |= {
@@ -136,6 +182,52 @@ class Validator:
                     if not is_finite(rows)
                 }
         return failures
+
+
+def _of_all(part: Part, failure: Failure) -> dict[int, Failure]:
+    """Return it as that of each client of a part, any of whom may be at fault."""
+    return dict.fromkeys(part.nodes, replace(failure, joint=len(part.nodes) > 1))
+
+
+def _innocent(
+    part: Part, guilty: Mapping[int, Failure], counts: Mapping[int, int], failures: dict[int, Failure]
+) -> list[Part]:
+    """Return what is left of a part without some of its nodes; adds those to `failures` that fall with them."""
+    wrong = [node for node in part.nodes if node in guilty]
+    if not wrong:
+        return [part]
+    if any(leaf.kind is Kind.SUM for leaf in part.outputs.values()):  # theirs cannot be taken out of it
+        failures |= {node: replace(guilty[wrong[0]], joint=True) for node in part.nodes if node not in guilty}
+        return []
+    rest = [i for i, node in enumerate(part.nodes) if node not in guilty]
+    return [_without(part, rest, counts)] if rest else []
+
+
+def _other_classes(part: Part, stage: Stage, request: Request) -> dict[int, Failure]:
+    """Return the clients whose labels are not of the classes that were asked for."""
+    orders, sent = request.orders, part.outputs.get("labels")
+    if orders is None or orders.class_counts is None or sent is None or "labels" not in stage.exact:
+        return {}
+    labels = sent.value
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        return {}
+    at = {node: i for i, node in enumerate(request.nodes)}
+    positions = np.array([at[node] for node in part.nodes])
+    asked, counts = orders.class_counts[positions], orders.counts[positions]
+    num_clients, num_classes = asked.shape
+    sent_classes = labels.numpy().clip(-1, num_classes) + 1  # all that is out of range on either side
+    cells = np.repeat(np.arange(num_clients), counts) * (num_classes + 2) + sent_classes
+    found = np.bincount(cells, minlength=num_clients * (num_classes + 2)).reshape(num_clients, -1)
+    wrong = np.pad(asked, ((0, 0), (1, 1))) != found
+    failures = {}
+    for i in np.flatnonzero(wrong.any(axis=1)):
+        which = int(np.flatnonzero(wrong[i, 1:-1])[0])  # one too many elsewhere is one too few here
+        failures[part.nodes[i]] = Failure(
+            FailureKind.LABELS,
+            f"labels: asked for {asked[i, which]} examples of class {which}, as it described its data, got "
+            f"{found[i, which + 1]}: SplitClient.labels and the targets of the batches must agree",
+        )
+    return failures
 
 
 def _check_form(part: Part, stage: Stage, step: int | None) -> None:
@@ -154,7 +246,7 @@ def _spec(part: Part, expected: Mapping[str, Any]) -> Spec:
             continue
         values = leaf.value if leaf.kind is Kind.EACH else [leaf.value]
         each = {
-            tuple((path, t.dtype, tuple(t.shape[leaf.kind is Kind.ROWS :])) for path, t in leaves_of(value, name))
+            tuple((path, t.dtype, tuple(t.shape[leaf.kind is Kind.ROWS :])) for path, t in named_leaves(value, name))
             for value in values
         }
         if len(each) > 1:
@@ -222,7 +314,7 @@ def _not_finite(name: str, tensor: Tensor) -> Failure:
 
 
 def _without(part: Part, kept: list[int], counts: Mapping[int, int]) -> Part:
-    """Return the part with some of its nodes only, by position; sums cannot be divided and are never guilty in part."""
+    """Return the part, which holds no sums, with some of its nodes only, by position."""
     sizes = [counts[node] for node in part.nodes]
 
     def rows(tensor: Tensor) -> Tensor:
@@ -232,7 +324,7 @@ def _without(part: Part, kept: list[int], counts: Mapping[int, int]) -> Part:
     def some(leaf: Leaf) -> Leaf:
         if leaf.kind is Kind.ROWS:
             return Leaf(leaf.kind, map_leaves(rows, leaf.value), leaf.exact)
-        return Leaf(leaf.kind, [leaf.value[i] for i in kept]) if leaf.kind is Kind.EACH else leaf
+        return Leaf(leaf.kind, [leaf.value[i] for i in kept])
 
     return Part(
         tuple(part.nodes[i] for i in kept),

@@ -198,7 +198,7 @@ class CallContext:
         at = {client: i for i, client in enumerate(request.nodes)}
         parts: list[Part] = []
         left: dict[int, Failure] = {}
-        for some in _apart(failures, self._asking.separate):
+        for some in _apart(failures):
             more, still = self._ask(stage, request.take([at[client] for client in some]))
             parts += more
             left |= still
@@ -261,7 +261,7 @@ class StepContext(CallContext):
             request = self._request(stage, self.orders, inputs)
             parts, failures = self._ask(stage, request)
             if failures:
-                self._asking.refuse(failures, len(request.nodes), stage.name)
+                self._asking.refuse(_own(failures) if self._begun else failures, len(request.nodes), stage.name)
                 more, failures = self._once_more(stage, request, failures) if self._begun else ([], failures)
                 parts += more
             if failures and self._begun:
@@ -353,7 +353,7 @@ class RoundContext(CallContext):
         stage: Stage = function.stage
         request = self._request(stage, self.orders, inputs)
         parts, failures = self._ask(stage, request) if len(self.orders) else ([], {})
-        self._asking.refuse(failures, len(request.nodes), stage.name)
+        self._asking.refuse(_own(failures), len(request.nodes), stage.name)
         again = {client: why for client, why in failures.items() if why.kind is not Kind.LEFT_OUT}
         if again:
             more, still = self._once_more(stage, request, again)
@@ -411,14 +411,15 @@ def gather(stage: Stage, parts: list[Part], orders: Orders, asked: Orders, clip:
     return SimpleNamespace(**found)
 
 
-def _apart(failures: Mapping[int, Failure], separate: bool) -> list[list[int]]:
-    """Return the clients that failed, in groups to ask again.
+def _apart(failures: Mapping[int, Failure]) -> list[list[int]]:
+    """Return the clients that failed, in groups to ask again: each by itself where several sent one sum."""
+    others = [client for client, failure in failures.items() if not failure.joint]
+    return ([others] if others else []) + [[client] for client, failure in failures.items() if failure.joint]
 
-    Where several sent one sum that was refused, each is asked by itself: only one of them may be at fault.
-    """
-    refused = [] if separate else [c for c, f in failures.items() if f.kind.is_mistake and f.kind is not Kind.RAISED]
-    others = [client for client in failures if client not in refused]
-    return ([others] if others else []) + [[client] for client in refused]
+
+def _own(failures: Mapping[int, Failure]) -> dict[int, Failure]:
+    """Return those that are known to be their client's own."""
+    return {client: failure for client, failure in failures.items() if not failure.joint}
 
 
 def by_client(error: LabelError, orders: Orders) -> dict[int, Failure]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ from psl_flower.strategy.unreadable import UnreadableRows
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
+
+MOST_OUTLIERS = 3  # replies far out of bounds, after which a client is left out for the run
+# What a client may claim to test on: some times the training examples of all, where that is more than a million.
+_MOST_TEST_SHARE, _MOST_TEST_EXAMPLES = 10, 10**6
 
 
 class Membership:
@@ -51,6 +56,8 @@ class Membership:
         self._backoff = Backoff()
         self._given_up: set[int] = set()
         self._gone: set[int] = set()  # those of them that gave nothing at all
+        self._outliers: Counter[int] = Counter()  # times that a client sent what is far out of bounds
+        self._unbelieved: set[int] = set()  # whose claims of test examples were told of
 
     # --- who is there ------------------------------------------------------------------------------------------------
     def refresh(self, min_nodes: int, timeout: float) -> None:
@@ -108,10 +115,21 @@ class Membership:
         return Population(ids, sizes, counts)
 
     def test_sizes(self) -> dict[int, int]:
-        """Return how many test examples there are to evaluate on, by client; not those of clients with none."""
-        members = ((c, m) for c, m in self.clients.members.items() if c not in self._excluded)
-        sizes = {c: m.description.num_test_examples - self.unreadable_tests.count(c) for c, m in members}
-        return {client: n for client, n in sizes.items() if n > 0}
+        """Return how many test examples there are to evaluate on, by client; not those of clients with none.
+
+        Nor those of clients that claim so many that evaluation would never end.
+        """
+        members = {c: m.description for c, m in self.clients.members.items() if c not in self._excluded}
+        sizes = {c: m.num_test_examples - self.unreadable_tests.count(c) for c, m in members.items()}
+        most = max(_MOST_TEST_SHARE * sum(m.num_examples for m in members.values()), _MOST_TEST_EXAMPLES)
+        for client in {client for client, n in sizes.items() if n > most} - self._unbelieved:
+            self._unbelieved.add(client)
+            log.warning(
+                "evaluation goes on without %s: it claims %d test examples, the most is %d (%d times the training "
+                "examples of all clients)",
+                *(self.name(client), sizes[client], most, _MOST_TEST_SHARE),
+            )
+        return {client: n for client, n in sizes.items() if 0 < n <= most}
 
     # --- who takes part ----------------------------------------------------------------------------------------------
     def taking_part(self, clients: IntArray) -> IntArray:
@@ -159,11 +177,16 @@ class Membership:
         for line in told(lost, self.name):
             log.warning("out of the round: %s", line)
 
-    def exclude(self, mistakes: Mapping[int, Failure]) -> None:
+    def repeated(self, outliers: Mapping[int, Failure]) -> dict[int, Failure]:
+        """Take note of replies far out of bounds; return those of clients that have sent too many."""
+        self._outliers.update(outliers.keys())
+        return {client: why for client, why in outliers.items() if self._outliers[client] >= MOST_OUTLIERS}
+
+    def exclude(self, failures: Mapping[int, Failure], reason: str = "for a mistake") -> None:
         """Leave clients out for the rest of the run."""
-        self._excluded |= mistakes.keys()
-        for line in told(mistakes, self.name):
-            log.warning("left out for the rest of the run, for a mistake: %s", line)
+        self._excluded |= failures.keys()
+        for line in told(failures, self.name):
+            log.warning("left out for the rest of the run, %s: %s", reason, line)
 
     def leave_out_rows(self, client: int, failure: Failure, *, test: bool = False) -> list[int]:
         """Leave examples out for good that a client cannot read; return those that were not left out yet."""
@@ -190,6 +213,7 @@ class Membership:
             "given_up": sorted(self._given_up),
             "gone": sorted(self._gone),
             "backoff": self._backoff.state_dict(),
+            "outliers": dict(self._outliers),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -199,3 +223,4 @@ class Membership:
         self._excluded, self._out_of_round = set(state["excluded"]), set(state["out_of_round"])
         self._given_up, self._gone = set(state["given_up"]), set(state["gone"])
         self._backoff.load_state_dict(state["backoff"])
+        self._outliers = Counter(state["outliers"])

@@ -22,7 +22,7 @@ from psl_flower.strategy.context import Attempt, RoundContext
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.ledger import EpochLedger
-from psl_flower.strategy.membership import Membership
+from psl_flower.strategy.membership import MOST_OUTLIERS, Membership
 from psl_flower.strategy.progress import Progress
 from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.step import StepRunner
@@ -96,6 +96,7 @@ class Run:
         nothing = attempt.record is None and not attempt.skipped
         self._leave_out_rows(ledger, attempt, nothing=nothing)
         self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
+        self._exclude_outliers({client: f for client, f in attempt.lost.items() if f.kind is Kind.OUTLIER})
         self.membership.attempted(attempt.lost, attempt.clients)
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
@@ -135,12 +136,26 @@ class Run:
         StepError
             If nobody is left.
         """
-        if self.policy.mistakes != "exclude" or not mistakes:
+        if self.policy.mistakes == "exclude" and mistakes:
+            self._leave_out(mistakes, "for a mistake")
+
+    def _exclude_outliers(self, failures: Mapping[int, Failure]) -> None:
+        """Leave clients out that sent what is far out of bounds, again and again."""
+        if repeated := self.membership.repeated(failures):
+            self._leave_out(repeated, f"far out of bounds {MOST_OUTLIERS} times")
+
+    def _leave_out(self, failures: Mapping[int, Failure], reason: str) -> None:
+        self.membership.exclude(failures, reason)
+        self.summary.excluded.update({client: str(failure) for client, failure in failures.items()})
+        if not self.membership.nobody_left():
             return
-        self.membership.exclude(mistakes)
-        self.summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
-        if self.membership.nobody_left():
-            raise StepError("every client made a mistake, nobody is left to train with", mistakes)
+        if all(failure.kind is Kind.OUTLIER for failure in failures.values()):
+            raise StepError(
+                "every client was left out, nobody is left to train with: if training diverges, lower the learning "
+                "rate, else give FaultPolicy(outlier_bound=None)",
+                failures,
+            )
+        raise StepError("every client made a mistake, nobody is left to train with", failures)
 
     def give_up(self, attempt: Attempt, ledger: EpochLedger, retries: Retries, *, committed: bool) -> bool:
         """Return whether to give up the rest of an epoch after an attempt that nothing came of; else wait a little.

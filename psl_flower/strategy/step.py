@@ -69,7 +69,7 @@ class StepRunner:
         self._attempt: Attempt | None = None
         self._asking = Asking(
             exchange=self._exchange,
-            validator=Validator(),
+            validator=Validator(policy.outlier_bound),
             separate=separate or policy.max_gradient_norm is not None,
             config=config,
             refuse=self._refuse,

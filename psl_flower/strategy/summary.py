@@ -38,7 +38,7 @@ class RunSummary:
     examples_unseen : dict of int to int
         By client: examples that an epoch went without, over all epochs.
     excluded : dict of int to str
-        Clients that the run goes without because of a mistake, and which.
+        Clients that the run goes without because of a mistake or of replies far out of bounds, and which.
     failures : dict of int to int
         By client: requests it did not answer as asked.
     refused : dict of str to int

@@ -328,3 +328,41 @@ def test_where_no_more_nodes_can_come_too_few_are_too_few_soon(clock):
     with pytest.raises(MembershipError, match="min_available_nodes is 2, there are 1 nodes, and no more can come"):
         members.refresh(2, 3600.0)
     assert clock.now < 5
+
+
+# --- nodes that take what is another's -------------------------------------------------------------------------------
+class Refusing(FakeCarrier):
+    refused = ()
+
+    def refuse(self, node, reason):
+        self.refused = (*self.refused, (node, reason))
+
+
+def test_where_faults_are_tolerated_the_first_of_two_nodes_with_one_id_is_kept(caplog):
+    carrier = Refusing({4: described(0), 7: described(1, size=5), 9: described(1, size=99)})
+    members = Clients(carrier, label_counts=False, tolerate=True)
+    members.refresh(2, 5.0)
+    assert {client: member.node for client, member in members.members.items()} == {0: 4, 1: 7}
+    assert carrier.refused == ((9, "partition-id must be unique, 1 is that of node 7"),)
+    assert "node 9 is refused: partition-id must be unique, 1 is that of node 7" in caplog.text
+
+
+def test_a_newcomer_does_not_take_a_members_place_in_a_later_round(caplog):
+    carrier = Refusing({4: described(0), 7: described(1, size=5)})
+    members = Clients(carrier, label_counts=False, tolerate=True)
+    members.refresh(2, 5.0)
+    carrier.nodes = {2: described(1, size=99), 3: described(None), **carrier.nodes}
+    for _ in range(2):
+        members.refresh(2, 5.0)
+        assert {client: member.node for client, member in members.members.items()} == {0: 4, 1: 7}
+    assert caplog.text.count("node 2 is refused") == 1
+    assert caplog.text.count("node 3 is refused: it reports no partition-id, the others do") == 1
+    assert dict(carrier.refused).keys() == {2, 3}
+
+
+def test_too_few_are_left_where_all_have_one_id():
+    members = Clients(Refusing({4: described(0), 7: described(0)}), label_counts=False, tolerate=True)
+    with pytest.raises(
+        MembershipError, match="min_available_nodes is 2, 1 are left: node 7: partition-id must be unique"
+    ):
+        members.refresh(2, 5.0)

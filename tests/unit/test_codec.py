@@ -408,9 +408,6 @@ def of(nodes, value, kind=Kind.ROWS):
         ([of((BIG, BIG), X)], FailureKind.MALFORMED, "each once"),
         ([of((5,), X)], FailureKind.MALFORMED, "nodes that were asked"),
         ([of((), X)], FailureKind.MALFORMED, "expected nodes"),
-        ([of((BIG, 7), X)], FailureKind.SHAPE, r"x: expected 3 rows, got shape: \(2, 3\)"),
-        ([of((BIG,), (X, torch.zeros(3)))], FailureKind.SHAPE, r"x\[1\]: expected 2 rows, got shape: \(3,\)"),
-        ([of((BIG,), {"a": torch.tensor(1.0)})], FailureKind.SHAPE, r"x\['a'\]: expected 2 rows, got shape: \(\)"),
         ([of((BIG,), [X, X], Kind.EACH)], FailureKind.MALFORMED, "one entry for each of 1 clients"),
         ([of((n,), None) for n in (BIG, 7, 4, 4)], FailureKind.MALFORMED, "at most 3 entries, got 4"),
         ([Part((7,), {}, 5, np.zeros(2, int))], FailureKind.MALFORMED, r"expected a column torch.int64 \(1,\)"),
@@ -420,6 +417,24 @@ def test_replies_that_do_not_fit_the_question(parts, kind, message):
     with pytest.raises(ProtocolError, match=message) as caught:
         answered("forward", Reply(parts))
     assert caught.value.kind is kind
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (of((BIG, 7), X), "x: expected 3 rows, got shape: (2, 3)"),
+        (of((BIG,), (X, torch.zeros(3))), "x[1]: expected 2 rows, got shape: (3,)"),
+        (of((BIG,), {"a": torch.tensor(1.0)}), "x['a']: expected 2 rows, got shape: ()"),
+    ],
+)
+def test_rows_that_do_not_add_up_cost_that_part_only(part, message):
+    other = of((4,), torch.zeros(3, 3))
+    reply = answered("forward", Reply([part, other]))
+    assert [each.nodes for each in reply.parts] == [(4,)]
+    for node in part.nodes:
+        assert reply.failures[node].kind is FailureKind.SHAPE
+        assert reply.failures[node].detail == f"bad reply: {message}"
+        assert reply.failures[node].joint == (len(part.nodes) > 1)
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])

@@ -78,7 +78,7 @@ def test_those_that_join_are_added_with_their_classes():
 def test_who_made_a_mistake_is_excluded_for_good(caplog):
     membership = four()
     membership.exclude({1: RAISED})
-    assert "client 1 is left out for the rest of the run, for a mistake: x" in caplog.text
+    assert "left out for the rest of the run, for a mistake: client 1: x" in caplog.text
     membership.begin_round()
     assert membership.taking_part(IDS).tolist() == [0, 2, 3]
     assert membership.population().client_ids.tolist() == [0, 2, 3]
@@ -170,7 +170,7 @@ def test_a_membership_goes_on_where_it_was():
     for _ in range(2):
         before.next_attempt()
         before.attempted({2: TIMEOUT}, done=[3])
-    before.leave_out_of_round(3, LOST)
+    before.leave_out_of_round({3: LOST})
     after = four()
     after.load_state_dict(before.state_dict())
     assert after.state_dict() == before.state_dict()

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import socket
 import threading
 import time
 
@@ -21,6 +22,7 @@ from psl_flower.exchange.streams import StreamCarrier, StreamOptions
 from psl_flower.exchange.streams.endpoint import METHOD
 from psl_flower.exchange.streams.security import Ticket, Tokens, make_identity
 from psl_flower.exchange.transport import AutoCarrier, open_carrier
+from psl_flower.failures import Kind
 from psl_flower.protocol import DESCRIBE, Request
 
 NODES = (2, 3)
@@ -226,6 +228,36 @@ def test_tickets_travel_in_records_and_do_not_show_their_token():
             Ticket.decode(broken)
 
 
+# --- what members may not do -----------------------------------------------------------------------------------------
+def test_replies_that_nobody_asked_for_close_the_stream(carrier):
+    reply = Frame({"kind": "reply", "number": 10**9, "parts": [], "failures": {}, "descriptions": {}, "seconds": None})
+    chunks = (next(encode(reply, number)) for number in range(1000))
+    code, details, _ = open_stream(carrier, good_metadata(carrier), chunks)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "replies that nobody asked for" in details
+
+
+def test_a_deployments_client_does_not_answer_for_others():
+    """Only processes of the simulation take clients over, all of them of one user."""
+    client = object.__new__(stream.StreamClient)
+    client._resident = False
+    with pytest.raises(ProtocolError, match="clients are taken over in Flower's simulation only"):
+        client._handle(Frame({"kind": "adopt", "clients": [[5, {"partition-id": 0}]]}))
+
+
+def test_connections_without_a_stream_neither_use_up_the_files_nor_stay(carrier):
+    host, port = carrier.address.rsplit(":", 1)
+    knocking = [socket.create_connection((host, int(port))) for _ in range(300)]
+    try:
+        works(carrier)
+        for each in knocking:  # closed by the server, after the time for a handshake
+            each.settimeout(60)
+            assert each.recv(1) == b""
+    finally:
+        for each in knocking:
+            each.close()
+
+
 # --- choosing a carrier ----------------------------------------------------------------------------------------------
 def test_a_port_in_use_is_a_configuration_error(carrier, app):
     with pytest.raises(ConfigError, match="streams cannot listen on"):
@@ -251,6 +283,24 @@ def test_auto_falls_back_to_messages_and_says_why_where_clients_cannot_attach(ap
     assert caplog.text.count("messages instead of streams") == 1
     assert "2 of 2 clients failed so" in caplog.text
     assert "train.attach" in caplog.text or "attach" in caplog.text
+
+
+def test_auto_keeps_the_streams_of_the_others_where_one_comes_later_and_cannot_attach(app, caplog):
+    class Late(InProcessGrid):
+        def push_messages(self, messages):
+            return super().push_messages(
+                [m for m in messages if (m.metadata.message_type, m.metadata.dst_node_id) != LATE]
+            )
+
+    grid = Late(app, num_nodes=3)
+    LATE = ("train.attach", 4)
+    with AutoCarrier(grid) as carrier:
+        works(carrier)
+        reply = carrier.exchange(Request(stage=DESCRIBE, nodes=(*NODES, 4)), 20)
+        assert reply.descriptions.keys() == set(NODES)
+        assert reply.failures[4].kind is Kind.UNREACHABLE
+        assert isinstance(carrier._carrier, StreamCarrier)
+    assert "messages instead of streams" not in caplog.text
 
 
 def test_auto_falls_back_where_the_address_leads_nowhere(app, caplog, monkeypatch):

@@ -316,7 +316,7 @@ def test_good_sums_pass():
 def test_what_differs_in_a_sum_is_named_for_all_it_is_of(value, kind, message):
     passed, failures = enter_sums(gradients(0, value=GOOD), gradients(5, 6, value=value))
     assert passed == [(0,)]
-    assert failures == dict.fromkeys((5, 6), Failure(kind, message))
+    assert failures == dict.fromkeys((5, 6), Failure(kind, message, joint=True))
 
 
 @pytest.mark.parametrize("step", [8, None])

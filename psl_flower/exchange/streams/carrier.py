@@ -86,6 +86,14 @@ class StreamCarrier(Carrier):
         self._check_stopped()
         return self._grid.get_node_ids()
 
+    def refuse(self, node: int, reason: str) -> None:
+        """Tell a node that it is not let in; its stream ends, if it is its own."""
+        if node in self._homes:
+            home = self._homes[node]
+            home.connection.send(partial(_same, Frame({"kind": "refused", "node": node, "reason": reason})))
+            if not home.resident:
+                home.connection.close(reason)
+
     def stop(self) -> None:
         """Have the exchange under way, and every later one, raise StoppedError; for other threads to call."""
         super().stop()

@@ -20,6 +20,11 @@ from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
 
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
+
 log = logging.getLogger("flwr.psl_flower")
 
 SERVICE = "psl_flower.Streams"
@@ -40,11 +45,14 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 _SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # a port in use is an error, not shared
-    ("grpc.server_handshake_timeout_ms", 20_000),
+    # whoever knocks without coming in is sent away soon, and cannot take all the files that the process may open
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10_000),  # without a stream
     ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
 ]
 _MAX_STREAMS = 1024  # client processes at once; each has two threads
 _MAX_WAITING = 16  # frames on their way to one process
+_MAX_UNASKED = 16  # replies of one process that nobody asked for
 _CLOSE_SECONDS = 2.0
 _LOGGED_REFUSALS = 20  # then only every thousandth: who keeps knocking shall not fill the disk
 
@@ -113,12 +121,27 @@ class Connection:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing: str | None = None
+        self._unanswered = 0  # requests sent less replies received; below zero, replies that nobody asked for
+
+    def replied(self) -> None:
+        """Take note of a reply.
+
+        Raises
+        ------
+        ProtocolError
+            If far more came than were asked for: they would fill the memory.
+        """
+        with self._changed:
+            self._unanswered -= 1
+            if self._unanswered < -_MAX_UNASKED:
+                raise ProtocolError(f"it sent {_MAX_UNASKED} replies that nobody asked for")
 
     def send(self, job: Job) -> bool:
         """Have a frame sent after those before; False if the stream is closing, or the process does not read."""
         with self._changed:
             if self._closing is not None or len(self._jobs) >= _MAX_WAITING:
                 return False
+            self._unanswered += 1
             self._jobs.append(job)
             self._changed.notify()
             return True
@@ -194,7 +217,7 @@ class Endpoint:
                     SERVICE, {METHOD.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(self._serve)}
                 )
             ],
-            options=_SERVER_OPTIONS,
+            options=[*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", _most_connections())],
             maximum_concurrent_rpcs=_MAX_STREAMS,
         )
         credentials = grpc.ssl_server_credentials([(identity.key, identity.certificate)])
@@ -260,6 +283,7 @@ class Endpoint:
                 if kind == "join":
                     self._join(connection, frame.header)
                 elif kind == REPLY:
+                    connection.replied()
                     self.events.put(Received(connection, frame))
                 else:
                     raise ProtocolError(f"a client sends joins and replies, got a frame of kind {kind!r:.80}")
@@ -290,6 +314,11 @@ class Endpoint:
                 return
             self._connections.remove(connection)
         self.events.put(Closed(connection, connection.closing or reason))
+
+
+def _most_connections() -> int:
+    """Return how many connections may be open at once: half of the files that this process may open."""
+    return _MAX_STREAMS + 64 if resource is None else max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 _REFUSED = "refused: "
