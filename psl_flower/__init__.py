@@ -10,8 +10,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from psl_flower.callbacks import BestModel, Callback, EarlyStopping
     from psl_flower.client import SplitClient, split_client_app
-    from psl_flower.errors import ConfigError, CutError, MembershipError, ProtocolError, PSLError, StepError
+    from psl_flower.errors import (
+        BadRowsError,
+        ConfigError,
+        CutError,
+        DivergenceError,
+        LabelError,
+        MembershipError,
+        ProtocolError,
+        PSLError,
+        StepError,
+        StopTraining,
+    )
     from psl_flower.exchange.streams import StreamOptions
     from psl_flower.faults import FaultPolicy
     from psl_flower.grid import InProcessGrid
@@ -35,8 +47,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "callbacks": ["BestModel", "Callback", "EarlyStopping"],
     "client": ["SplitClient", "split_client_app"],
-    "errors": ["ConfigError", "CutError", "MembershipError", "PSLError", "ProtocolError", "StepError"],
+    "errors": [
+        "BadRowsError",
+        "ConfigError",
+        "CutError",
+        "DivergenceError",
+        "LabelError",
+        "MembershipError",
+        "PSLError",
+        "ProtocolError",
+        "StepError",
+        "StopTraining",
+    ],
     "faults": ["FaultPolicy"],
     "grid": ["InProcessGrid"],
     "partition": ["ExtendedDirichletPartitioner"],
@@ -61,15 +85,21 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AlignedSampler",
+    "BadRowsError",
     "BatchPlan",
+    "BestModel",
+    "Callback",
     "ConfigError",
     "CutError",
     "Delays",
+    "DivergenceError",
+    "EarlyStopping",
     "ExtendedDirichletPartitioner",
     "FaultPolicy",
     "FixedLocalSampler",
     "FixedProportionalSampler",
     "InProcessGrid",
+    "LabelError",
     "LatencyBudgetedSampler",
     "LatentDirichletSampler",
     "MembershipError",
@@ -82,6 +112,7 @@ __all__ = [
     "SplitClient",
     "SplitModel",
     "StepError",
+    "StopTraining",
     "StreamOptions",
     "UniformGlobalSampler",
     "replace_batch_norm",

@@ -50,6 +50,11 @@ def is_deployment(grid: Any) -> bool:
     return names.isdisjoint(("InMemoryGrid", "InProcessGrid")) and not getattr(grid, "own_nodes", False)
 
 
+def is_simulation(grid: Any) -> bool:
+    """Return whether a grid's nodes are those of Flower's simulation, on Ray."""
+    return any(kind.__name__ == "InMemoryGrid" for kind in type(grid).__mro__)
+
+
 def make_run(run_id: int) -> Run:
     """Return a run of which only the id is known."""
     return Run.create_empty(run_id)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +10,10 @@ from typing import Any
 
 from psl_flower.checks import check_choice, check_int
 from psl_flower.errors import ConfigError
+from psl_flower.temporary_folder import check_temporary_folder
 
 _SERVER_APP = "psl_flower.app.server_app:app"
 _ASSIGNMENT = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # as Flower's parse_config_args takes apart what -c says
-
-# Ray's sockets have paths below its temporary folder; the system limits those of sockets, here without the final zero.
-_SOCKET = f"/ray/session_2026-12-31_23-59-59_999999_{os.getpid()}/sockets/plasma_store"
-_SOCKET_PATH_LIMIT = 103 if sys.platform == "darwin" else 107
 
 
 def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *, simulation: bool) -> None:
@@ -80,19 +75,6 @@ def read_overrides(run_config: Sequence[str]) -> dict[str, Any]:
                     f"-c takes numbers, true, false and strings in quotes, got {name}={value}: write {name}='{value}'"
                 ) from None
     return values
-
-
-def check_temporary_folder() -> None:
-    """Refuse a temporary folder in which Ray's sockets would have longer paths than the system allows."""
-    names = ["RAY_TMPDIR", "TMPDIR"] if sys.platform.startswith("linux") else ["RAY_TMPDIR"]  # as Ray has it
-    name = next((name for name in names if name in os.environ), "")
-    folder = os.environ.get(name, "")
-    length, most = len(os.fsencode(folder)), _SOCKET_PATH_LIMIT - len(_SOCKET)
-    if length > most:
-        raise ConfigError(
-            f"{name} must have at most {most} bytes, or the paths of Ray's sockets are longer than the system allows, "
-            f"got {length} in {folder!r}: set {name}=/tmp before the SuperLink starts"
-        )
 
 
 def _flower_table(app: Path) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from psl_flower.app.last_word import last_word
-from psl_flower.app.preflight import check_temporary_folder
 from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer, method_of
 from psl_flower.callbacks import make_loggers
 from psl_flower.config import RunConfig
+from psl_flower.last_word import last_word
 from psl_flower.strategy import ParallelSplitLearning
+from psl_flower.temporary_folder import check_temporary_folder
 from psl_flower.threads import set_threads
 
 log = logging.getLogger("flwr.psl_flower")

@@ -12,8 +12,10 @@ from psl_flower.errors import ConfigError
 from psl_flower.exchange.base import Carrier
 from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.exchange.streams import StreamCarrier, StreamOptions
+from psl_flower.flower import is_simulation
 from psl_flower.grid import InProcessGrid
 from psl_flower.protocol import Reply, Request
+from psl_flower.temporary_folder import check_temporary_folder
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -34,6 +36,8 @@ def open_carrier(grid: Grid, transport: str = "auto", options: StreamOptions | N
         Of streams.
     """
     check_choice(transport, "transport", TRANSPORTS)
+    if is_simulation(grid):
+        check_temporary_folder()  # else Ray fails in it, in two hundred lines
     if transport == "auto" and isinstance(grid, InProcessGrid):
         log.info("Transport: messages, which cost nothing within one process.")
         transport = "messages"

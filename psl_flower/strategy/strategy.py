@@ -27,6 +27,7 @@ from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
 from psl_flower.faults import FaultPolicy
 from psl_flower.flower import is_deployment, stopped_by_flower
+from psl_flower.last_word import last_word
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.monitor import round_values
 from psl_flower.samplers.base import Sampler
@@ -249,10 +250,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         """
         num_rounds = check_int(num_rounds, "num_rounds", least=1)
         timeout = check_float(timeout, "timeout", above=0)
-        with FolderLock(self._output_dir):
-            return self._run(
-                grid, initial_arrays, num_rounds, timeout, train_config or {}, evaluate_config or {}, evaluate_fn
-            )
+        with last_word(), FolderLock(self._output_dir):
+            return self._run(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
     def _run(
         self,
@@ -260,8 +259,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         initial_arrays: ArrayRecord,
         num_rounds: int,
         timeout: float,
-        train_config: Mapping[str, Any],
-        evaluate_config: Mapping[str, Any],
+        train_config: Mapping[str, Any] | None,
+        evaluate_config: Mapping[str, Any] | None,
         evaluate_fn: EvaluateFn | None,
     ) -> Result:
         state = arrays_to_state(initial_arrays, self._template)

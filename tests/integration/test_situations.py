@@ -24,6 +24,10 @@ from psl_flower.callbacks import BestModel, EarlyStopping
 from psl_flower.errors import ConfigError, CutError, DivergenceError, MembershipError, StepError
 from psl_flower.samplers import AlignedSampler, Population
 from psl_flower.stragglers import SlowFractionDelays
+from psl_flower.torchvision_compat import import_torchvision
+
+import_torchvision()  # torchmetrics imports it where it is installed
+from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score  # noqa: E402
 
 SIZES = (20, 30, 40)
 TOTAL = sum(SIZES)
@@ -376,6 +380,16 @@ def test_accuracy_is_told_of_classes_only(tensors, model_fn, loss, accuracy):
     assert told["loss"] == pytest.approx(loss(model(inputs), labels).item())
     if accuracy:
         assert told["accuracy"] == pytest.approx((model(inputs).argmax(1) == labels).double().mean().item())
+
+
+@pytest.mark.parametrize("metric", [MulticlassF1Score(3, average="macro"), MulticlassAUROC(3)], ids=["F1", "AUROC"])
+def test_torchmetrics_are_told_of_all_examples(metric):
+    result = train(parts(X, Y), tests=parts(X, Y), metrics={"mine": metric}, evaluate_batch_size=30)
+    model = fresh(Net)
+    model.load_state_dict(result.arrays.to_torch_state_dict())
+    told = result.evaluate_metrics_clientapp[1]["mine"]
+    assert told == pytest.approx(metric(model(X), Y).item())
+    assert 0 < result.train_metrics_clientapp[1]["mine"] < 1
 
 
 # --- E: rows that cannot be used -------------------------------------------------------------------------------------

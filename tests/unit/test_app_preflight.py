@@ -7,10 +7,11 @@ import pytest
 from flwr.common.config import parse_config_args
 from ray._private.utils import validate_socket_filepath
 
-from psl_flower import cli
-from psl_flower.app import deployment, local, preflight
-from psl_flower.app.preflight import check_run, check_temporary_folder, read_overrides
+from psl_flower import cli, temporary_folder
+from psl_flower.app import deployment, local
+from psl_flower.app.preflight import check_run, read_overrides
 from psl_flower.errors import ConfigError
+from psl_flower.temporary_folder import check_temporary_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,10 +86,10 @@ def test_what_flower_would_pass_over_in_silence_is_refused(text):
 def longest(monkeypatch):
     """The longest folder that Ray takes."""
     monkeypatch.delenv("TMPDIR", raising=False)
-    folder = "/" + "t" * (preflight._SOCKET_PATH_LIMIT - len(preflight._SOCKET) - 1)
-    validate_socket_filepath(folder + preflight._SOCKET)
+    folder = "/" + "t" * (temporary_folder._SOCKET_PATH_LIMIT - len(temporary_folder._SOCKET) - 1)
+    validate_socket_filepath(folder + temporary_folder._SOCKET)
     with pytest.raises(OSError, match="AF_UNIX"):
-        validate_socket_filepath(f"{folder}t{preflight._SOCKET}")
+        validate_socket_filepath(f"{folder}t{temporary_folder._SOCKET}")
     return folder
 
 

@@ -3,9 +3,11 @@
 import logging
 
 import pytest
+from torch import nn
 
-from psl_flower.app.last_word import last_word
+from psl_flower import ParallelSplitLearning
 from psl_flower.errors import ConfigError, StepError
+from psl_flower.last_word import last_word
 
 
 @pytest.fixture
@@ -35,6 +37,29 @@ def test_refused_settings_are_told_in_a_line_and_once_more_at_the_end(log):
     end_of_a_process(logger, ConfigError("batch-size must be 100% right"))
     assert lines[0] == "batch-size must be 100% right"
     assert lines[1:] == ["Exit Code: 700\nAn unhandled exception occurred.\n\nbatch-size must be 100% right"]
+
+
+def test_an_app_need_do_nothing_for_it(log):
+    logger, lines = log
+    try:
+        ParallelSplitLearning(nn.Linear(2, 2), cut="layer9")
+    except Exception as raised:
+        logger.error("%s raised an exception", "Simulation", exc_info=raised)
+    logger.error("Exit Code: 700\nAn unhandled exception occurred.")
+    assert "Traceback" not in "".join(lines)
+    assert "layer9" in lines[-1].split("\n\n")[-1]
+
+
+def test_what_flower_raises_in_place_of_it(log):
+    logger, lines = log
+    try:
+        with last_word():
+            raise ConfigError("the reason")
+    except ConfigError:
+        pass
+    logger.error("Simulation raised an exception", exc_info=RuntimeError("An error was encountered."))
+    logger.error("Exit Code: 700\nAn unhandled exception occurred.")
+    assert lines[-1].endswith("\n\nthe reason")
 
 
 def test_of_other_errors_the_traceback_stays(log):
