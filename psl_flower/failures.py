@@ -26,6 +26,8 @@ class Kind(Enum):
     NAMES = "tensors missing or unknown"
     MALFORMED = "malformed"
     LEFT_OUT = "left out for the round"
+    KEY = "another key"
+    RANGE = "beyond fixed point"
 
     @property
     def is_outage(self) -> bool:
@@ -35,7 +37,7 @@ class Kind(Enum):
     @property
     def is_mistake(self) -> bool:
         """Whether code raised, or a reply was refused."""
-        return self not in (Kind.TIMEOUT, Kind.UNREACHABLE, Kind.UNREADABLE, Kind.LEFT_OUT)
+        return not self.is_outage and self not in (Kind.UNREADABLE, Kind.LEFT_OUT, Kind.KEY, Kind.RANGE)
 
 
 @dataclass(frozen=True)

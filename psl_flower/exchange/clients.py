@@ -15,6 +15,7 @@ from psl_flower.errors import MembershipError, ProtocolError
 from psl_flower.exchange.base import Carrier
 from psl_flower.failures import Failure, Kind
 from psl_flower.population import Population
+from psl_flower.privacy import fingerprint
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.split import difference
@@ -56,6 +57,8 @@ class Clients:
         The way of splitting, which must be the clients' too.
     model : dict, optional
         The server's `signature` of the cut model, of which the clients' must not differ.
+    session : str
+        Names the run that clients make keys for; empty without secure aggregation.
     """
 
     def __init__(
@@ -68,13 +71,15 @@ class Clients:
         may_grow: bool = True,
         method: str = "",
         model: Mapping[str, Any] | None = None,
+        session: str = "",
     ) -> None:
-        self._carrier = carrier
+        self._carrier, self._session = carrier, session
         self._label_counts, self._config = label_counts, dict(config or {})
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate, self._may_grow = tolerate, may_grow
         self._method, self._model = method, model
+        self._keys_told: dict[int, bytes] = {}
         self._silent: set[int] = set()  # nodes whose last answer was a failure
         self._looks = 0
         # by client id: indices of examples that it cannot read, and its classes of these where they are known
@@ -171,7 +176,13 @@ class Clients:
 
     def _describe(self, nodes: Iterable[int], timeout: float) -> list[str]:
         """Ask nodes who they are; return what is wrong with those that do not say."""
-        request = Request(stage=DESCRIBE, nodes=tuple(nodes), label_counts=self._label_counts, config=self._config)
+        request = Request(
+            stage=DESCRIBE,
+            nodes=tuple(nodes),
+            label_counts=self._label_counts,
+            session=self._session,
+            config=self._config,
+        )
         reply, failures = self._carrier.exchange(request, timeout), []
         for node in request.nodes:
             try:
@@ -184,12 +195,38 @@ class Clients:
                 self._turned_away[node] = (times, self._looks + 2 ** min(times, _LONGEST_REST))
         return failures
 
+    def describe_again(self, clients: Iterable[int], timeout: float) -> None:
+        """Ask clients anew who they are: their processes, and with them their keys, are others than they were."""
+        members = {c: self._members[c] for c in clients if c in self._members}
+        before = {member.node: self._descriptions.pop(member.node, member.description) for member in members.values()}
+        for failure in self._describe(before, timeout):
+            log.warning("it is asked again later: %s", failure)
+        for client, member in members.items():
+            described = self._descriptions.setdefault(member.node, before[member.node])
+            if described.same_data(member.description):
+                self._members[client] = replace(member, description=described)
+
+    def keys(self) -> dict[int, bytes]:
+        """Return the clients' public keys; new ones are logged by their fingerprints, for people to compare."""
+        keys = {client: member.description.key for client, member in self._members.items()}
+        new = {client: key for client, key in keys.items() if key and self._keys_told.get(client) != key}
+        if new:
+            self._keys_told |= new
+            shown = ", ".join(f"{client} {fingerprint(key)}" for client, key in new.items())
+            log.info("Secure aggregation: keys, by client: %s", shown)
+        return keys
+
     def _check_same(self, node: int, described: Description) -> None:
         """Raise ProtocolError unless a client splits the same model in the same way."""
         who = f"node {node}" if described.partition_id is None else f"client {described.partition_id}"
         if self._method and described.method and described.method != self._method:
             raise ProtocolError(
                 f"the server's method is {self._method!r}, that of {who} is {described.method!r}: give both the same"
+            )
+        if self._session and not described.key:
+            raise ProtocolError(
+                f"the server wants sums of clients only, {who} gives its own: split_client_app(..., "
+                "secure_aggregation=True), or leave it out on the server, too"
             )
         if self._model is None or not described.model:
             return

@@ -64,6 +64,8 @@ class Validator:
         for part in reply.parts:
             try:
                 _check_form(part, stage, step)
+                if request.company is not None:
+                    _check_masked(part, expected)
                 specs[id(part)] = _spec(part, expected)
                 passed.append(part)
             except ProtocolError as error:
@@ -75,7 +77,8 @@ class Validator:
         parts = []
         for part in passed:
             wrong = None if spec is None else _difference(specs[id(part)], spec)
-            guilty = self._values(part, counts, expected) if wrong is None else dict.fromkeys(part.nodes, wrong)
+            sums = {} if request.company is not None else expected
+            guilty = self._values(part, counts, sums) if wrong is None else dict.fromkeys(part.nodes, wrong)
             failures |= guilty
             if not guilty:
                 parts.append(part)
@@ -178,6 +181,26 @@ def _difference(spec: Spec, expected: Spec) -> Failure | None:
         if theirs[path][0] != dtype:
             return Failure(FailureKind.DTYPE, f"{path}: dtype: expected {dtype}, got {theirs[path][0]}")
     return Failure(FailureKind.NAMES, f"expected {len(expected)} tensors as of the others, got {len(spec)}")
+
+
+def _check_masked(part: Part, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise ProtocolError unless sums are masked; of their values nothing can be told.
+
+    See `psl_flower.client.masking` for their form.
+    """
+    for name, leaf in part.outputs.items():
+        if leaf.kind is not Kind.SUM or not leaves_of(leaf.value, name):
+            continue
+        if not isinstance(leaf.value, Mapping) or set(leaf.value) != {"like", "present", "values"}:
+            raise ProtocolError(f"{name}: expected a masked sum")
+        if name in expected:
+            whole = {n: torch.empty_like(t, dtype=torch.int64, device="meta") for n, t in expected[name].items()}
+            _check_sum(name, leaf.value["values"], whole)
+            _check_sum(
+                name, {"present": leaf.value["present"]}, {"present": torch.empty(len(whole), dtype=torch.int64)}
+            )
+            if None in leaf.value["values"].values():
+                raise ProtocolError(f"{name}: a masked sum must be whole", FailureKind.NAMES)
 
 
 def _check_sum(output: str, tensors: Any, expected: Mapping[str, Tensor]) -> None:

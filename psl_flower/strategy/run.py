@@ -121,6 +121,8 @@ class Run:
         for client, why in attempt.lost.items():
             if why.kind is Kind.LEFT_OUT:
                 self._leave_out_of_round(client, why)
+        if others := [client for client, why in attempt.lost.items() if why.kind is Kind.KEY]:
+            self.clients.describe_again(others, self.policy.step_timeout or self.timeout)
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
         what = "is redone, for want of" if nothing else "goes on without"

@@ -133,6 +133,7 @@ class Saver:
             "epoch": epoch.state_dict(),
             "pooled": run.saved_pooled(),
             "backoff": run.backoff.state_dict(),
+            "secure": None if run.runner.secure is None else run.runner.secure.state_dict(),
             "delays": delays.state_dict() if isinstance(delays, DelayEstimator) else None,
             "metrics_position": run.recorder.position(),
             "summary": run.summary.state_dict(),
@@ -149,6 +150,8 @@ class Saver:
         settings.apply(run.backend.optimizer, self._scheduler.wrapped, saved["settings"], self._settings)
         run.restore_pooled(saved["pooled"])
         run.backoff.load_state_dict(saved["backoff"])
+        if run.runner.secure is not None and saved.get("secure") is not None:
+            run.runner.secure.load_state_dict(saved["secure"])
         run.summary.resumed += 1
         log.info("Resumed in round %d, after step %d.", saved["round"], _steps(saved))
         if self._changes:
@@ -160,6 +163,11 @@ class Saver:
                 "the checkpoint's model",
                 *(self._settings["num_rounds"], saved["round"], _steps(saved)),
             )
+
+
+def checkpoints_in(output_dir: str | Path | None, keep: int) -> Checkpoints | None:
+    """Return where checkpoints are kept, if any are."""
+    return Checkpoints(Path(output_dir) / checkpoint.FOLDER, keep) if output_dir is not None and keep else None
 
 
 def saved_result(saved: Mapping[str, Any]) -> Result:
