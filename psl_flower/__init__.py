@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from psl_flower.faults import FaultPolicy
     from psl_flower.grid import InProcessGrid
     from psl_flower.partition import ExtendedDirichletPartitioner
+    from psl_flower.privacy import SecureAggregation
     from psl_flower.samplers import (
         AlignedSampler,
         BatchPlan,
@@ -65,6 +66,7 @@ _HOME = {
     "grid": ["InProcessGrid"],
     "partition": ["ExtendedDirichletPartitioner"],
     "exchange.streams": ["StreamOptions"],
+    "privacy": ["SecureAggregation"],
     "samplers": [
         "AlignedSampler",
         "BatchPlan",
@@ -109,6 +111,7 @@ __all__ = [
     "Population",
     "ProtocolError",
     "Sampler",
+    "SecureAggregation",
     "SplitClient",
     "SplitModel",
     "StepError",

@@ -31,6 +31,8 @@ class Kind(Enum):
     MALFORMED = "malformed"
     OUTLIER = "far out of bounds"
     LEFT_OUT = "left out for the round"
+    KEY = "another key"
+    RANGE = "beyond fixed point"
 
     @property
     def is_outage(self) -> bool:
@@ -40,7 +42,8 @@ class Kind(Enum):
     @property
     def is_mistake(self) -> bool:
         """Whether code raised, or a reply was refused."""
-        return self not in (Kind.TIMEOUT, Kind.UNREACHABLE, Kind.UNREADABLE, Kind.OUTLIER, Kind.LEFT_OUT)
+        others = (Kind.UNREADABLE, Kind.OUTLIER, Kind.LEFT_OUT, Kind.KEY, Kind.RANGE)
+        return not self.is_outage and self not in others
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from psl_flower import tree
 from psl_flower.errors import ProtocolError
 from psl_flower.failures import Failure
+from psl_flower.privacy import Company
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 
@@ -31,6 +32,10 @@ Config = Mapping[str, Any]
 # What clients report decides how much memory a plan and a (clients, classes) table take: bound it.
 MAX_EXAMPLES = 10**9
 MAX_CLASSES = 100_000
+
+
+# Blocks of a client's order of examples that were moved to its end, one after the other: (class or -1, start, count).
+PutOff = tuple[tuple[int, int, int], ...]
 
 
 class Kind(Enum):
@@ -74,6 +79,7 @@ class WorkOrder:
     class_starts: IntArray | None = None
     class_counts: IntArray | None = None
     left_out: tuple[int, ...] = ()
+    put_off: PutOff = ()
     test: bool = False
 
     def epoch_rng(self) -> np.random.Generator:
@@ -106,6 +112,8 @@ class Orders:
         The same for each class; both or neither.
     left_out : dict of int to tuple of int
         By client: indices in its training data that it cannot read.
+    put_off : dict of int to PutOff
+        By client: what of its order comes last instead, since a step with it was given up.
     checksums : (A,) int64, optional
         Of the batches as they were first drawn: one that is drawn again must be the same.
     test : bool
@@ -121,6 +129,7 @@ class Orders:
     class_starts: IntArray | None = None
     class_counts: IntArray | None = None
     left_out: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    put_off: Mapping[int, PutOff] = field(default_factory=dict)
     checksums: IntArray | None = None
     test: bool = False
 
@@ -143,6 +152,7 @@ class Orders:
             class_starts=None if self.class_starts is None else self.class_starts[positions],
             class_counts=None if self.class_counts is None else self.class_counts[positions],
             left_out={client: rows for client, rows in self.left_out.items() if client in ids},
+            put_off={client: moved for client, moved in self.put_off.items() if client in ids},
             checksums=None if self.checksums is None else self.checksums[positions],
         )
 
@@ -160,6 +170,7 @@ class Orders:
                 class_starts=None if self.class_starts is None else self.class_starts[i],
                 class_counts=None if self.class_counts is None else self.class_counts[i],
                 left_out=self.left_out.get(client, ()),
+                put_off=self.put_off.get(client, ()),
                 test=self.test,
             )
 
@@ -182,10 +193,9 @@ def client_epoch_rng(seed: int, epoch: int, client: int) -> np.random.Generator:
 
 def step_seed(seed: int, epoch: int, step: int, client: int | None = None) -> int:
     """Return a 63-bit seed for one party's randomness in one step; `client` None means the server half."""
-    party = 0 if client is None else client + 1
     # the spawn key keeps this apart from the orders of examples, see Note [Sampler streams] in samplers/base.py
-    state = np.random.SeedSequence([seed, epoch, step, party], spawn_key=(2,)).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
+    entropy = [seed, epoch, step, 0 if client is None else client + 1]
+    return int(np.random.SeedSequence(entropy, spawn_key=(2,)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -231,6 +241,10 @@ class Request:
         Whether sums are wanted client by client.
     label_counts : bool
         To describe: whether to count the examples of each class.
+    session : str
+        To describe: names the run that a key is made for; empty without secure aggregation.
+    company : Company, optional
+        Who gives the sums together, where they are masked.
     config, evaluate_config : dict
         The strategy's `train_config`, and what comes on top in evaluation.
     """
@@ -243,6 +257,8 @@ class Request:
     delays: tuple[float, ...] = ()
     separate: bool = False
     label_counts: bool = False
+    session: str = ""
+    company: Company | None = None
     config: Config = field(default_factory=dict)
     evaluate_config: Config = field(default_factory=dict)
 
@@ -265,9 +281,9 @@ class Request:
         rows = None if orders is None else torch.from_numpy(orders.rows(chosen))
 
         def part(leaf: Leaf) -> Leaf:
-            if leaf.kind is Kind.ROWS and rows is not None:
-                return Leaf(Kind.ROWS, tree.take(leaf.value, rows))
-            return Leaf(Kind.EACH, [leaf.value[i] for i in positions]) if leaf.kind is Kind.EACH else leaf
+            if leaf.kind is Kind.EACH:
+                return Leaf(Kind.EACH, [leaf.value[i] for i in positions])
+            return leaf if leaf.kind is not Kind.ROWS or rows is None else Leaf(Kind.ROWS, tree.take(leaf.value, rows))
 
         return replace(
             self,
@@ -297,6 +313,8 @@ class Description:
         The way of splitting it was built for.
     model : str
         The parts of its model, as `psl_flower.split` describes them.
+    key : bytes
+        Its public key; empty without secure aggregation.
     """
 
     partition_id: int | None
@@ -307,6 +325,7 @@ class Description:
     left_out: Mapping[int, str] = field(default_factory=dict)
     method: str = ""
     model: str = ""
+    key: bytes = b""
 
     def same_data(self, other: Description) -> bool:
         """Return whether `other` speaks of as many training examples, of the same classes."""
@@ -322,23 +341,19 @@ class Description:
             raise ProtocolError(f"partition-id must not be negative, got {self.partition_id}")
         if not label_counts:
             return
-        if (
-            self.labels is None
-            or self.counts is None
-            or self.labels.shape != self.counts.shape
-            or self.labels.ndim != 1
-        ):
+        labels, counts = self.labels, self.counts
+        if labels is None or counts is None or labels.shape != counts.shape or labels.ndim != 1:
             raise ProtocolError("label counts were asked for: expected one count for each label")
-        if self.labels.size and (self.labels.min() < 0 or self.counts.min() < 0):
+        if labels.size and (labels.min() < 0 or counts.min() < 0):
             raise ProtocolError("labels and their counts must not be negative")
-        if self.labels.size and self.labels.max() >= MAX_CLASSES:
-            raise ProtocolError(f"labels must be below {MAX_CLASSES}, got {self.labels.max()}")
-        if len(np.unique(self.labels)) != len(self.labels):
+        if labels.size and labels.max() >= MAX_CLASSES:
+            raise ProtocolError(f"labels must be below {MAX_CLASSES}, got {labels.max()}")
+        if len(np.unique(labels)) != len(labels):
             raise ProtocolError("labels must be unique")
         # each count on its own first: the sum of huge ones wraps around
         readable = self.num_examples - len(self.left_out)
-        if (self.counts > readable).any() or self.counts.sum() != readable:
-            raise ProtocolError(f"label counts add up to {self.counts.sum()}, {readable} examples can be read")
+        if (counts > readable).any() or counts.sum() != readable:
+            raise ProtocolError(f"label counts add up to {counts.sum()}, {readable} examples can be read")
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ class StepRecord:
     Parameters
     ----------
     loss, accuracy : float
-        Over the global batch, before the update; accuracy is None unless it is classification.
+        Over the global batch, before the update; accuracy is None unless it is classification. NaN and None where the
+        clients withhold them, see `psl_flower.methods.u_shaped`.
     deviation : float or None
         L1 distance of the batch's class distribution to that of all data. None until that is known: it takes the
         first epoch where clients are not asked for their class counts.

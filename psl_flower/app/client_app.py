@@ -38,6 +38,17 @@ def optimizer_fn(parameters: Any, context: Context) -> torch.optim.Optimizer:
     return make_optimizer(RunConfig.read(context.run_config), parameters)
 
 
+def secure_fn(context: Context) -> bool:
+    """Return whether the server aggregates securely."""
+    return RunConfig.read(context.run_config).secure_aggregation
+
+
 app = split_client_app(
-    model_fn, cut=cut_fn, tail=tail_fn, data_fn=load_partition, method=method_fn, optimizer=optimizer_fn
+    model_fn,
+    cut=cut_fn,
+    tail=tail_fn,
+    data_fn=load_partition,
+    method=method_fn,
+    optimizer=optimizer_fn,
+    secure_aggregation=secure_fn,
 )

@@ -31,6 +31,7 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         cut=cut_of(config),
         tail=config.tail or None,
         method=method_of(config),
+        secure_aggregation=config.secure_aggregation,
         sampler=config.make_sampler(),
         optimizer=partial(make_optimizer, config),
         delays=delays,

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from psl_flower.client.client import SplitClient
 from psl_flower.client.keeping import keep_own, take_own
+from psl_flower.client.masking import keep, restore
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client, method_of
@@ -23,6 +24,7 @@ from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_request, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.methods import METHODS, SplitMethod, make_method
+from psl_flower.privacy import SecureAggregation, secure_options
 from psl_flower.protocol import ATTACH, DESCRIBE, Config
 from psl_flower.server import Loss
 
@@ -41,6 +43,7 @@ def split_client_app(
     loss: Loss = cross_entropy,
     classification: bool = True,
     optimizer: Callable[..., Any] | None = None,
+    secure_aggregation: SecureAggregation | bool | Callable[..., SecureAggregation | bool] = False,
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -77,6 +80,10 @@ def split_client_app(
         ``optimizer(parameters)`` or ``optimizer(parameters, context)`` returns a torch optimizer: for methods whose
         clients train parts of their own (SplitFed), which begin each round with a new one. Its learning rate follows
         the schedule of the strategy's. Usually the same function as the strategy's `optimizer`.
+    secure_aggregation : bool, SecureAggregation or callable
+        Whether the client's sums (parameter gradients, and in a U shape loss and score) leave it masked only, so that
+        the server sees those of all clients together; ``secure_aggregation(context)``, if it is callable. The strategy
+        needs the same.
     mods : list, optional
         Flower mods around every handler.
 
@@ -110,6 +117,7 @@ def split_client_app(
         collate_fn,
         LossFn(loss, classification),
         optimizer,
+        secure_aggregation if callable(secure_aggregation) else secure_options(secure_aggregation),
     )
     app = ClientApp()
 
@@ -137,7 +145,9 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
             take_own(state, context)
         return made
 
+    restore(state, context)
     reply = answer(method, state, client, replace(request, nodes=(context.node_id,)))
+    keep(state, context)
     stage = method.stages().get(request.stage)
     if stage is not None and (stage.own or not stage.batch):
         keep_own(state, context)

@@ -11,13 +11,13 @@ from torch import nn
 from psl_flower.data import Batch, Examples, bind_inputs, forward_signature
 from psl_flower.errors import BadRowsError, ConfigError
 from psl_flower.failures import Failure, Kind
-from psl_flower.protocol import Config, Description, WorkOrder
+from psl_flower.protocol import Config, Description, PutOff, WorkOrder
 from psl_flower.split.half import Part as ModelPart
 from psl_flower.tree import Tree, as_tree, rows
 from psl_flower.typing import IntArray
 
 # What an order of examples depends on.
-_OrderKey = tuple[int, int, int, tuple[int, ...]]
+_OrderKey = tuple[int, int, int, tuple[int, ...], PutOff]
 
 
 class SplitClient:
@@ -97,15 +97,8 @@ class SplitClient:
 
     def draw_batch(self, order: WorkOrder) -> Batch:
         """Return the examples of a work order."""
-        if order.test:
-            held = 0 if self.test is None else len(self.test)
-            if order.count > held - len(order.left_out) - order.start:
-                raise ConfigError(f"asked for {order.count} test examples from {order.start} on, of {held}")
-            readable = np.setdiff1d(np.arange(held), order.left_out) if order.left_out else np.arange(held)
-            dataset, indices = self.test, readable[order.start : order.start + order.count]
-        else:
-            dataset, indices = self.train, self.draw(order)
-        found = self.batch(dataset, indices)
+        indices = self.draw(order)
+        found = self.batch(self.test if order.test else self.train, indices)
         if isinstance(found, Batch):
             return found
         inputs, target = found
@@ -130,6 +123,12 @@ class SplitClient:
         ConfigError
             If the order asks for more than there is.
         """
+        if order.test:
+            held = 0 if self.test is None else len(self.test)
+            if order.count > held - len(order.left_out) - order.start:
+                raise ConfigError(f"asked for {order.count} test examples from {order.start} on, of {held}")
+            readable: IntArray = np.setdiff1d(np.arange(held), order.left_out)
+            return readable[order.start : order.start + order.count]
         if order.class_starts is None or order.class_counts is None:
             permutation = self._epoch_permutation(order)
             if order.start < 0 or not 0 < order.count <= len(permutation) - order.start:
@@ -137,38 +136,46 @@ class SplitClient:
             return permutation[order.start : order.start + order.count]
         indices, bounds = self._epoch_classes(order)
         # classes beyond those this client holds have no examples
-        held = np.zeros(len(order.class_counts), dtype=np.int64)
-        sizes = np.diff(bounds)[: len(held)]
-        held[: len(sizes)] = sizes
+        there = np.zeros(len(order.class_counts), dtype=np.int64)
+        sizes = np.diff(bounds)[: len(there)]
+        there[: len(sizes)] = sizes
         starts, counts = order.class_starts, order.class_counts
-        wrong = np.flatnonzero((starts < 0) | (counts < 0) | (starts + counts > held))
+        wrong = np.flatnonzero((starts < 0) | (counts < 0) | (starts + counts > there))
         if wrong.size or counts.sum() != order.count:
             c = wrong[0] if wrong.size else 0
             raise ConfigError(
-                f"asked for {counts[c]} examples of class {c} from {starts[c]} on, of {held[c]} "
+                f"asked for {counts[c]} examples of class {c} from {starts[c]} on, of {there[c]} "
                 f"({counts.sum()} in all classes, {order.count} in the order)"
             )
         taken = np.flatnonzero(counts)
         return np.concatenate([indices[bounds[c] + starts[c] : bounds[c] + starts[c] + counts[c]] for c in taken])
 
     def _epoch_permutation(self, order: WorkOrder) -> IntArray:
-        key = (order.seed, order.epoch, order.client, order.left_out)
+        key = (order.seed, order.epoch, order.client, order.left_out, order.put_off)
         if self._permutation is None or self._permutation[0] != key:
             permutation = order.epoch_rng().permutation(len(self.train))
             if order.left_out:
                 permutation = permutation[~np.isin(permutation, order.left_out)]
+            for of_class, start, count in order.put_off:
+                if of_class < 0:
+                    permutation = _to_end(permutation, start, count)
             self._permutation = (key, permutation)
         return self._permutation[1]
 
     def _epoch_classes(self, order: WorkOrder) -> tuple[IntArray, IntArray]:
         """Return the epoch's order of examples with class c's at ``bounds[c]:bounds[c + 1]``."""
-        key = (order.seed, order.epoch, order.client, order.left_out)
+        key = (order.seed, order.epoch, order.client, order.left_out, order.put_off)
         if self._by_class is None or self._by_class[0] != key:
             permutation = self._epoch_permutation(order)
             labels = self._train_labels()[permutation]
             permutation, labels = permutation[labels >= 0], labels[labels >= 0]
             indices = permutation[np.argsort(labels, kind="stable")]
-            self._by_class = (key, indices, np.concatenate(([0], np.cumsum(np.bincount(labels)))))
+            bounds = np.concatenate(([0], np.cumsum(np.bincount(labels))))
+            for of_class, start, count in order.put_off:
+                if 0 <= of_class < len(bounds) - 1:
+                    part = slice(bounds[of_class], bounds[of_class + 1])
+                    indices[part] = _to_end(indices[part], start, count)
+            self._by_class = (key, indices, bounds)
         return self._by_class[1], self._by_class[2]
 
     def _train_labels(self) -> IntArray:
@@ -185,3 +192,8 @@ class SplitClient:
             if examples.dataset is dataset:
                 return examples
         return Examples(dataset)
+
+
+def _to_end(order: IntArray, start: int, count: int) -> IntArray:
+    """Return an order of examples with a block of it moved to the end."""
+    return np.concatenate((order[:start], order[start + count :], order[start : start + count]))

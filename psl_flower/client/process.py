@@ -19,6 +19,7 @@ from psl_flower.client.own import OwnParts
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.exchange.codec import WeightStore
 from psl_flower.methods import SplitMethod
+from psl_flower.privacy import Party, SecureAggregation
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
 MAX_GRAPH_BYTES = 512 * 2**20
@@ -76,6 +77,9 @@ class RunState:
         self.weights = WeightStore()
         self.own = OwnParts()
         self.own_versions: dict[int, str] = {}  # by node, of what its Flower state holds, see keeping.py
+        self.secure: SecureAggregation | None = None
+        self.parties: dict[int, Party] = {}  # by node
+        self.keys_told: set[bytes] = set()
         self.one_at_a_time = False
 
 

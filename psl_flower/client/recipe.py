@@ -18,6 +18,7 @@ from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, PSLError
 from psl_flower.methods import SplitMethod, make_method
+from psl_flower.privacy import SecureAggregation, secure_options
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
 
@@ -37,6 +38,7 @@ class ClientRecipe:
     collate_fn: Callable[[list[Any]], Any] | None
     loss: LossFn
     optimizer: Callable[..., Any] | None = None
+    secure: SecureAggregation | Callable[..., SecureAggregation | bool] | None = None
 
 
 def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitMethod:
@@ -84,6 +86,8 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
         for part in mine.values():
             check_client_half(part)
         device = pick_device(recipe.device)
+        secure = _call(recipe.secure, context=context) if callable(recipe.secure) else recipe.secure
+        state.secure = secure_options(secure)
         state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
         state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
     if recipe.optimizer is not None:

@@ -22,6 +22,7 @@ import torch
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext, random_state
+from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.client.recipe import NotBuiltError
@@ -86,9 +87,11 @@ def _answer(
         for node, client in zip(request.nodes, clients, strict=True):
             try:
                 _check_classes(method, by_class=request.label_counts)
-                reply.descriptions[node] = client.describe(
+                key = describe_key(state, node, request.session)
+                described = client.describe(
                     label_counts=request.label_counts, method=method.name, model=state.signature
                 )
+                reply.descriptions[node] = replace(described, key=key)
             except Exception as exc:
                 reply.failures[node] = replace(_failure(exc, node), partition_id=client.partition_id)
         return
@@ -97,7 +100,12 @@ def _answer(
     except ProtocolError as error:
         reply.failures |= dict.fromkeys(request.nodes, error.failure())
         return
-    work = _Work(method, stage, state)
+    masking, refused = agree(state, stage, request, clients)
+    reply.failures |= refused
+    if refused:
+        clients = [client for node, client in zip(request.nodes, clients, strict=True) if node not in refused]
+        request = request.take([i for i, node in enumerate(request.nodes) if node not in refused])
+    work = _Work(method, stage, state, masking)
     part = _together(work, request, clients)
     if part is not None:
         reply.parts.append(part)
@@ -156,8 +164,8 @@ def _together(work: _Work, request: Request, clients: Sequence[SplitClient]) -> 
 class _Work:
     """A stage, done for one client or for several as one."""
 
-    def __init__(self, method: SplitMethod, stage: Stage, state: RunState) -> None:
-        self.method, self.stage, self.state = method, stage, state
+    def __init__(self, method: SplitMethod, stage: Stage, state: RunState, masking: Masking | None = None) -> None:
+        self.method, self.stage, self.state, self.masking = method, stage, state, masking
 
     def do(self, request: Request, clients: Sequence[SplitClient]) -> Part:
         """Return what the stage gives for these clients."""
@@ -187,6 +195,8 @@ class _Work:
             and not all(_finite(leaf) for leaf in leaves.values() if leaf.kind is LeafKind.SUM)
         ):
             raise CannotJoinError("the sum is not finite: the server shall see whose it is", lasting=False)
+        if self.masking is not None:
+            leaves = self.masking.mask(leaves, orders.clients)
         return Part(request.nodes, leaves, orders.step, context.checksums if self.stage.after is None else None)
 
     def _parts(self) -> Mapping[str, ClientPart]:

@@ -89,6 +89,9 @@ class RunConfig:
     method: Annotated[str, OneOf(METHODS)] = key(
         "parallel", "The way of splitting; all but parallel go with sampler ugs, batch-size is that of a client's batch"
     )
+    secure_aggregation: bool = key(
+        False, "Whether clients mask their parameter gradients, so that the server sees sums over all of a step only"
+    )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = key("sgd", "The optimizer over both halves")
     learning_rate: float = key(0.02, "Step size of the optimizer", gt=0)
     momentum: float = key(0.9, "Momentum of sgd; adam has its own", ge=0, lt=1)

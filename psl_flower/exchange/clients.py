@@ -15,6 +15,7 @@ import numpy as np
 from psl_flower.errors import MembershipError, ProtocolError
 from psl_flower.exchange.base import Carrier
 from psl_flower.failures import Failure, Kind, told
+from psl_flower.privacy import fingerprint
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
 from psl_flower.split import difference
 
@@ -57,6 +58,8 @@ class Clients:
         The way of splitting, which must be the clients' too.
     model : dict, optional
         The server's `signature` of the cut model, of which the clients' must not differ.
+    session : str
+        Names the run that clients make keys for; empty without secure aggregation.
     """
 
     def __init__(
@@ -70,14 +73,16 @@ class Clients:
         may_grow: bool = True,
         method: str = "",
         model: Mapping[str, Any] | None = None,
+        session: str = "",
     ) -> None:
-        self._carrier = carrier
+        self._carrier, self._session = carrier, session
         self.label_counts, self._config = label_counts, dict(config or {})
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate, self._may_grow = tolerate, may_grow
         self._tolerate_mistakes = tolerate_mistakes
         self._method, self._model = method, model
+        self._keys_told: dict[int, bytes] = {}
         self._silent: set[int] = set()  # nodes whose last answer was a failure
         self._looks = 0
         # nodes that did not describe themselves since the last refresh: how often, and the look to ask them again at
@@ -173,7 +178,13 @@ class Clients:
 
     def _describe(self, nodes: Iterable[int], timeout: float) -> dict[int, Failure]:
         """Ask nodes who they are; return what is wrong with those that do not say, by node."""
-        request = Request(stage=DESCRIBE, nodes=tuple(nodes), label_counts=self.label_counts, config=self._config)
+        request = Request(
+            stage=DESCRIBE,
+            nodes=tuple(nodes),
+            label_counts=self.label_counts,
+            session=self._session,
+            config=self._config,
+        )
         reply, failures = self._carrier.exchange(request, timeout), dict[int, Failure]()
         for node in request.nodes:
             described = reply.descriptions.get(node)
@@ -193,12 +204,38 @@ class Clients:
                 self._turned_away[node] = (times, self._looks + 2 ** min(times, _LONGEST_REST))
         return failures
 
+    def describe_again(self, clients: Iterable[int], timeout: float) -> None:
+        """Ask clients anew who they are: their processes, and with them their keys, are others than they were."""
+        members = {c: self._members[c] for c in clients if c in self._members}
+        before = {member.node: self._descriptions.pop(member.node, member.description) for member in members.values()}
+        for failure in self._describe(before, timeout):
+            log.warning("it is asked again later: %s", failure)
+        for client, member in members.items():
+            described = self._descriptions.setdefault(member.node, before[member.node])
+            if described.same_data(member.description):
+                self._members[client] = replace(member, description=described)
+
+    def keys(self) -> dict[int, bytes]:
+        """Return the clients' public keys; new ones are logged by their fingerprints, for people to compare."""
+        keys = {client: member.description.key for client, member in self._members.items()}
+        new = {client: key for client, key in keys.items() if key and self._keys_told.get(client) != key}
+        if new:
+            self._keys_told |= new
+            shown = ", ".join(f"{client} {fingerprint(key)}" for client, key in new.items())
+            log.info("Secure aggregation: keys, by client: %s", shown)
+        return keys
+
     def _check_same(self, node: int, described: Description) -> None:
         """Raise ProtocolError unless a client splits the same model in the same way."""
         who = f"node {node}" if described.partition_id is None else f"client {described.partition_id}"
         if self._method and described.method and described.method != self._method:
             raise ProtocolError(
                 f"the server's method is {self._method!r}, that of {who} is {described.method!r}: give both the same"
+            )
+        if self._session and not described.key:
+            raise ProtocolError(
+                f"the server wants sums of clients only, {who} gives its own: split_client_app(..., "
+                "secure_aggregation=True), or leave it out on the server, too"
             )
         if self._model is None or not described.model:
             return

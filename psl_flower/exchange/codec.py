@@ -5,9 +5,7 @@ Both carriers use it: what differs between them is only how the frames travel.
 
 from __future__ import annotations
 
-import base64
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,27 @@ import torch
 
 from psl_flower import tree
 from psl_flower.errors import ProtocolError
+from psl_flower.exchange.fields import (
+    decode_config,
+    encode_config,
+    field,
+    integers,
+    limited,
+    node_of,
+    nodes_of,
+    seconds_of,
+)
 from psl_flower.exchange.frames import Frame
+from psl_flower.exchange.orders import decode_company, decode_orders, encode_company, encode_orders
 from psl_flower.exchange.tensors import Packer, Unpacker
 from psl_flower.failures import Failure
 from psl_flower.failures import Kind as FailureKind
+from psl_flower.privacy.company import KEY_BYTES
 from psl_flower.protocol import (
     DESCRIBE,
-    Config,
     Description,
     Kind,
     Leaf,
-    Orders,
     Part,
     Reply,
     Request,
@@ -81,13 +89,15 @@ def encode_request(request: Request, number: int, *, sent: Sent, wire_dtype: str
         "number": number,
         "stage": request.stage,
         "nodes": request.nodes,
-        "config": _encode_config(request.config),
-        "evaluate-config": _encode_config(request.evaluate_config),
+        "config": encode_config(request.config),
+        "evaluate-config": encode_config(request.evaluate_config),
         "wire": wire_dtype,
         "separate": request.separate,
         "label-counts": request.label_counts,
         "delays": request.delays,
-        "orders": None if request.orders is None else _encode_orders(request.orders, packer),
+        "session": request.session,
+        "company": None if request.company is None else encode_company(request.company, packer),
+        "orders": None if request.orders is None else encode_orders(request.orders, packer),
         "weights": {part: _encode_weights(part, each, packer, sent) for part, each in request.weights.items()},
         "inputs": _encode_leaves(request.inputs, packer),
     }
@@ -103,34 +113,39 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
         If the frame is not a request.
     """
     header, unpacker = frame.header, Unpacker(frame.buffers)
-    nodes = _nodes(header)
+    nodes = nodes_of(header)
+    company = None
+    if header.get("company") is not None:
+        company = decode_company(field(header, "company", dict), unpacker)
     orders = None
     if header.get("orders") is not None:
-        orders = _decode_orders(_get(header, "orders", dict), len(nodes), unpacker)
-    elif _get(header, "stage", str) != DESCRIBE:
+        orders = decode_orders(field(header, "orders", dict), len(nodes), unpacker)
+    elif field(header, "stage", str) != DESCRIBE:
         raise ProtocolError(f"stage {header['stage']!r:.80} needs orders")
-    delays = tuple(_seconds(delay) for delay in _get(header, "delays", list))
+    delays = tuple(seconds_of(delay) for delay in field(header, "delays", list))
     if delays and len(delays) != len(nodes):
         raise ProtocolError(f"expected {len(nodes)} delays, got {len(delays)}")
     weights = {
         part: _decode_weights(part, each, unpacker, store)
-        for part, each in _limited(_get(header, "weights", dict), _MAX_PARTS).items()
+        for part, each in limited(field(header, "weights", dict), _MAX_PARTS).items()
     }
     request = Request(
-        stage=_get(header, "stage", str),
+        stage=field(header, "stage", str),
         nodes=nodes,
         orders=orders,
         weights=weights,
-        inputs=_decode_leaves(_get(header, "inputs", dict), len(nodes), unpacker),
+        inputs=_decode_leaves(field(header, "inputs", dict), len(nodes), unpacker),
         delays=delays,
-        separate=_get(header, "separate", bool),
-        label_counts=_get(header, "label-counts", bool),
-        config=_decode_config(header, "config"),
-        evaluate_config=_decode_config(header, "evaluate-config"),
+        separate=field(header, "separate", bool),
+        label_counts=field(header, "label-counts", bool),
+        session=field(header, "session", str),
+        company=company,
+        config=decode_config(header, "config"),
+        evaluate_config=decode_config(header, "evaluate-config"),
     )
     unpacker.finish()
     _check_rows(request.inputs, 0 if orders is None else orders.num_rows)
-    return _get(header, "number", int), _get(header, "wire", str), request
+    return field(header, "number", int), field(header, "wire", str), request
 
 
 def _encode_weights(part: str, weights: Weights, packer: Packer, sent: Sent) -> dict[str, Any]:
@@ -148,7 +163,7 @@ def _encode_weights(part: str, weights: Weights, packer: Packer, sent: Sent) -> 
 def _decode_weights(part: str, header: Any, unpacker: Unpacker, store: WeightStore) -> Weights:
     if not isinstance(header, dict):
         raise ProtocolError(f"expected the weights of {part!r:.80}, got {header!r:.80}")
-    versions = {"parameters": _get(header, "version", str), "constants": _get(header, "constants-version", str)}
+    versions = {"parameters": field(header, "version", str), "constants": field(header, "constants-version", str)}
     found = {}
     for kind, version in versions.items():
         if kind in header:
@@ -158,43 +173,6 @@ def _decode_weights(part: str, header: Any, unpacker: Unpacker, store: WeightSto
             store.put(part, kind, version, tensors)
         found[kind] = store.get(part, kind, version)
     return Weights(found["parameters"], found["constants"], versions["parameters"], versions["constants"])
-
-
-_SCALARS = ("seed", "epoch", "step")
-_COLUMNS = ("clients", "starts", "counts")
-_TABLES = ("class_starts", "class_counts")
-
-
-def _encode_orders(orders: Orders, packer: Packer) -> dict[str, Any]:
-    header: dict[str, Any] = {name: getattr(orders, name) for name in _SCALARS}
-    header |= {name: packer.column(getattr(orders, name)) for name in _COLUMNS}
-    header |= {name: packer.column(table) for name in _TABLES if (table := getattr(orders, name)) is not None}
-    if orders.checksums is not None:
-        header["checksums"] = packer.column(orders.checksums)
-    header["left-out"] = {str(client): list(rows) for client, rows in orders.left_out.items()}
-    header["test"] = orders.test
-    return header
-
-
-def _decode_orders(header: Mapping[str, Any], length: int, unpacker: Unpacker) -> Orders:
-    scalars: dict[str, Any] = {name: _get(header, name, int) for name in _SCALARS}
-    columns: dict[str, Any] = {name: unpacker.column(header.get(name), torch.int64, (length,)) for name in _COLUMNS}
-    negative = [name for name, values in {**scalars, **columns}.items() if np.min(values) < 0]
-    if negative or (length and columns["counts"].min() < 1):
-        raise ProtocolError("orders must not hold negative numbers, and count at least one example a client")
-    tables: dict[str, Any] = {
-        name: unpacker.column(header[name], torch.int64, (length, None)) for name in _TABLES if name in header
-    }
-    if len({table.shape for table in tables.values()}) > 1 or len(tables) == 1:
-        raise ProtocolError("class_starts and class_counts must name the same classes")
-    checksums = unpacker.column(header["checksums"], torch.int64, (length,)) if "checksums" in header else None
-    left_out = {
-        _node(client): tuple(_integers({"rows": rows}, "rows"))
-        for client, rows in _get(header, "left-out", dict).items()
-    }
-    return Orders(
-        **scalars, **columns, **tables, left_out=left_out, checksums=checksums, test=_get(header, "test", bool)
-    )
 
 
 def _encode_leaves(leaves: Mapping[str, Leaf], packer: Packer) -> dict[str, Any]:
@@ -209,7 +187,7 @@ def _encode_leaves(leaves: Mapping[str, Leaf], packer: Packer) -> dict[str, Any]
 
 def _decode_leaves(header: Mapping[str, Any], num_clients: int, unpacker: Unpacker) -> dict[str, Leaf]:
     leaves = {}
-    for name, spec in _limited(header, _MAX_PARTS).items():
+    for name, spec in limited(header, _MAX_PARTS).items():
         if not isinstance(spec, dict):
             raise ProtocolError(f"expected the description of {name!r:.80}, got {spec!r:.80}")
         try:
@@ -270,10 +248,10 @@ def decode_reply(frame: Frame, request: Request) -> Reply:
     parts: list[Part] = []
     seen: set[int] = set()
     refused: dict[int, Failure] = {}
-    for spec in _limited(_get(header, "parts", list), len(asked)):
+    for spec in limited(field(header, "parts", list), len(asked)):
         if not isinstance(spec, dict):
             raise ProtocolError(f"expected the description of a part, got {spec!r:.80}")
-        nodes = _nodes(spec)
+        nodes = nodes_of(spec)
         if not asked.keys() >= set(nodes) or seen & set(nodes):
             raise ProtocolError(f"a reply must name nodes that were asked, each once, got {nodes!r:.80}")
         seen |= set(nodes)
@@ -287,11 +265,11 @@ def decode_reply(frame: Frame, request: Request) -> Reply:
     if not ((seconds >= 0) & (seconds < 2**53)).all():
         raise ProtocolError("expected seconds, finite and not negative")
     unpacker.finish()
-    failures = {_node(node): _decode_failure(each) for node, each in _get(header, "failures", dict).items()}
+    failures = {node_of(node): _decode_failure(each) for node, each in field(header, "failures", dict).items()}
     descriptions = {}
     if request.stage == DESCRIBE:
-        described = _limited(_get(header, "descriptions", dict), len(asked))
-        descriptions = {_node(node): _decode_description(each) for node, each in described.items()}
+        described = limited(field(header, "descriptions", dict), len(asked))
+        descriptions = {node_of(node): _decode_description(each) for node, each in described.items()}
     missing = asked.keys() - seen - failures.keys() - descriptions.keys()
     failures |= dict.fromkeys(missing, Failure(FailureKind.MALFORMED, "its process sent no reply for it"))
     return Reply(
@@ -313,8 +291,8 @@ def _encode_part(part: Part, packer: Packer) -> dict[str, Any]:
 
 
 def _decode_part(spec: Mapping[str, Any], nodes: tuple[int, ...], unpacker: Unpacker) -> Part:
-    outputs = _decode_leaves(_get(spec, "outputs", dict), len(nodes), unpacker)
-    step = None if spec.get("step") is None else _get(spec, "step", int)
+    outputs = _decode_leaves(field(spec, "outputs", dict), len(nodes), unpacker)
+    step = None if spec.get("step") is None else field(spec, "step", int)
     checksums = None
     if spec.get("checksums") is not None:
         checksums = unpacker.column(spec["checksums"], torch.int64, (len(nodes),))
@@ -328,11 +306,13 @@ def _decode_failure(value: Any) -> Failure:
         kind = FailureKind(value.get("kind"))
     except ValueError as exc:
         raise ProtocolError(f"expected a failure of a known kind, got {value.get('kind')!r:.80}") from exc
-    rows = {_node(row): f"{why!s:.{_MAX_TEXT}}" for row, why in _limited(_get(value, "rows", dict), _MAX_ROWS).items()}
-    held = _limited(_get(value, "labels", dict), _MAX_ROWS)
-    labels = dict(zip(map(_node, held), _integers({"labels": list(held.values())}, "labels"), strict=True))
-    partition = None if value.get("partition-id") is None else _get(value, "partition-id", int)
-    return Failure(kind, _get(value, "detail", str)[:_MAX_TEXT], rows, labels, partition)
+    rows = {
+        node_of(row): f"{why!s:.{_MAX_TEXT}}" for row, why in limited(field(value, "rows", dict), _MAX_ROWS).items()
+    }
+    held = limited(field(value, "labels", dict), _MAX_ROWS)
+    labels = dict(zip(map(node_of, held), integers({"labels": list(held.values())}, "labels"), strict=True))
+    partition = None if value.get("partition-id") is None else field(value, "partition-id", int)
+    return Failure(kind, field(value, "detail", str)[:_MAX_TEXT], rows, labels, partition)
 
 
 def _encode_description(each: Description) -> dict[str, Any]:
@@ -343,6 +323,7 @@ def _encode_description(each: Description) -> dict[str, Any]:
         "left-out": {str(row): why[:_MAX_TEXT] for row, why in list(each.left_out.items())[:_MAX_ROWS]},
         "method": each.method,
         "model": each.model,
+        "key": each.key.hex(),
     }
     if each.labels is not None and each.counts is not None:
         header |= {"labels": each.labels.tolist(), "counts": each.counts.tolist()}
@@ -354,94 +335,29 @@ def _decode_description(header: Any) -> Description:
         raise ProtocolError(f"expected a description, got {header!r:.80}")
 
     def column(name: str) -> IntArray | None:
-        return np.array(_integers(header, name), dtype=np.int64) if name in header else None
+        return np.array(integers(header, name), dtype=np.int64) if name in header else None
 
     return Description(
-        partition_id=None if header.get("partition-id") is None else _get(header, "partition-id", int),
-        num_examples=_get(header, "num-examples", int),
-        num_test_examples=_get(header, "num-test-examples", int),
+        partition_id=None if header.get("partition-id") is None else field(header, "partition-id", int),
+        num_examples=field(header, "num-examples", int),
+        num_test_examples=field(header, "num-test-examples", int),
         labels=column("labels"),
         counts=column("counts"),
         left_out={
-            _node(row): f"{why!s:.{_MAX_TEXT}}"
-            for row, why in _limited(_get(header, "left-out", dict), _MAX_ROWS).items()
+            node_of(row): f"{why!s:.{_MAX_TEXT}}"
+            for row, why in limited(field(header, "left-out", dict), _MAX_ROWS).items()
         },
-        method=_get(header, "method", str)[:_MAX_TEXT],
-        model=_get(header, "model", str)[: 2**20],
+        method=field(header, "method", str)[:_MAX_TEXT],
+        model=field(header, "model", str)[: 2**20],
+        key=_key(field(header, "key", str)),
     )
 
 
-# --- fields ----------------------------------------------------------------------------------------------------------
-def _get(header: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = header.get(name)
-    if type(value) is not kind or (type(value) is int and value.bit_length() > 63):
-        raise ProtocolError(f"expected {name!r} to be of type {kind.__name__}, got {value!r:.80}")
-    return value
-
-
-def _integers(header: Mapping[str, Any], name: str, bits: int = 63) -> list[int]:
-    values: list[int] = _get(header, name, list)
-    if not all(type(value) is int and value.bit_length() <= bits for value in values):
-        raise ProtocolError(f"expected {name!r} to be a list of integers, got {values!r:.80}")
-    return values
-
-
-def _nodes(header: Mapping[str, Any]) -> tuple[int, ...]:
-    nodes = tuple(_integers(header, "nodes", bits=64))  # Flower's node ids have no sign
-    if not nodes or len(set(nodes)) != len(nodes):
-        raise ProtocolError(f"expected nodes, each once, got {nodes!r:.80}")
-    return nodes
-
-
-def _limited(values: Any, most: int) -> Any:
-    if len(values) > most:
-        raise ProtocolError(f"expected at most {most} entries, got {len(values)}")
-    return values
-
-
-def _seconds(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise ProtocolError(f"expected seconds, finite and not negative, got {value!r:.80}")
-    return float(value)
-
-
-def _node(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise ProtocolError(f"expected a number, got {text!r:.80}")
-    return int(text)
-
-
-# --- configuration ---------------------------------------------------------------------------------------------------
-def _encode_config(config: Config) -> dict[str, Any]:
-    """Return a ConfigRecord's values as JSON has them: bytes as base64, and floats that are no number by name."""
-    return {name: _each(_encode_value, value) for name, value in config.items()}
-
-
-def _encode_value(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return {"bytes": base64.b64encode(value).decode()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    return value
-
-
-def _decode_config(header: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: _each(_decode_value, value) for key, value in _get(header, name, dict).items()}
-
-
-def _each(function: Callable[[Any], Any], value: Any) -> Any:
-    return [function(v) for v in value] if isinstance(value, list) else function(value)
-
-
-def _decode_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        try:
-            if set(value) == {"bytes"}:
-                return base64.b64decode(value["bytes"], validate=True)
-            if set(value) == {"float"}:
-                return float(value["float"])
-        except (TypeError, ValueError) as exc:
-            raise ProtocolError(f"not a configuration value: {value!r:.80}") from exc
-    if not isinstance(value, bool | int | float | str):
-        raise ProtocolError(f"not a configuration value: {value!r:.80}")
-    return value
+def _key(text: str) -> bytes:
+    try:
+        key = bytes.fromhex(text)
+    except ValueError as exc:
+        raise ProtocolError(f"expected a public key, got {text!r:.80}") from exc
+    if len(key) not in (0, KEY_BYTES):
+        raise ProtocolError(f"expected a public key of {KEY_BYTES} bytes, got {len(key)}")
+    return key

@@ -73,6 +73,8 @@ class Validator:
         for part in reply.parts:
             try:
                 _check_form(part, stage, step)
+                if request.company is not None:
+                    _check_masked(part, expected)
                 specs[id(part)] = _spec(part, expected)
                 passed.append(part)
             except ProtocolError as error:
@@ -84,14 +86,16 @@ class Validator:
         parts = []
         for part in passed:
             wrong = None if spec is None else _difference(specs[id(part)], spec)
-            guilty = self._values(part, counts, expected) if wrong is None else _of_all(part, wrong)
+            sums = {} if request.company is not None else expected
+            guilty = self._values(part, counts, sums) if wrong is None else _of_all(part, wrong)
             guilty = guilty or _other_classes(part, stage, request)
             failures |= guilty
             parts += _innocent(part, guilty, counts, failures)
         self._everyone.update(request.nodes)
         training = request.orders is not None and not request.orders.test
         if self._bounds is not None and training and len(self._everyone) > 1:
-            guilty = self._outliers(self._bounds, stage, parts, counts)
+            readable = (Kind.ROWS,) if request.company is not None else (Kind.ROWS, Kind.SUM)  # not what is masked
+            guilty = self._outliers(self._bounds, stage, parts, counts, readable)
             failures |= guilty
             parts = [each for part in parts for each in _innocent(part, guilty, counts, failures)] if guilty else parts
         if parts:
@@ -120,7 +124,12 @@ class Validator:
         return next((spec for spec, count in votes.items() if count == best), None)
 
     def _outliers(
-        self, bounds: NormBounds, stage: Stage, parts: list[Part], counts: Mapping[int, int]
+        self,
+        bounds: NormBounds,
+        stage: Stage,
+        parts: list[Part],
+        counts: Mapping[int, int],
+        readable: tuple[Kind, ...],
     ) -> dict[int, Failure]:
         """Return the clients that sent what is far larger than what all have sent."""
         failures: dict[int, Failure] = {}
@@ -128,7 +137,7 @@ class Validator:
         clients = np.repeat(nodes, [counts[node] for node in nodes])
         total = len(clients)
         for name, kind in stage.outputs.items():
-            if name in stage.exact or kind not in (Kind.ROWS, Kind.SUM):
+            if name in stage.exact or kind not in readable:
                 continue
             # what comes first is what the model makes of the data, what follows on it are gradients
             spread = SPREAD_OF_ROWS if kind is Kind.ROWS and stage.after is None else SPREAD_OF_GRADIENTS
@@ -270,6 +279,26 @@ def _difference(spec: Spec, expected: Spec) -> Failure | None:
         if theirs[path][0] != dtype:
             return Failure(FailureKind.DTYPE, f"{path}: dtype: expected {dtype}, got {theirs[path][0]}")
     return Failure(FailureKind.NAMES, f"expected {len(expected)} tensors as of the others, got {len(spec)}")
+
+
+def _check_masked(part: Part, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise ProtocolError unless sums are masked; of their values nothing can be told.
+
+    See `psl_flower.client.masking` for their form.
+    """
+    for name, leaf in part.outputs.items():
+        if leaf.kind is not Kind.SUM or not named_leaves(leaf.value, name):
+            continue
+        if not isinstance(leaf.value, Mapping) or set(leaf.value) != {"like", "present", "values"}:
+            raise ProtocolError(f"{name}: expected a masked sum")
+        if name in expected:
+            whole = {n: torch.empty_like(t, dtype=torch.int64, device="meta") for n, t in expected[name].items()}
+            _check_sum(name, leaf.value["values"], whole)
+            _check_sum(
+                name, {"present": leaf.value["present"]}, {"present": torch.empty(len(whole), dtype=torch.int64)}
+            )
+            if None in leaf.value["values"].values():
+                raise ProtocolError(f"{name}: a masked sum must be whole", FailureKind.NAMES)
 
 
 def _check_sum(output: str, tensors: Any, expected: Mapping[str, Tensor]) -> None:

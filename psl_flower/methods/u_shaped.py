@@ -34,32 +34,37 @@ class UShapedSplit(SplitMethod):
 
     @stage(
         inputs={"outputs": ROWS, "rows": SHARED},
-        outputs={"gradient": ROWS, "tail": SUM, "head": SUM, "loss": SUM, "score": SUM},
+        outputs={"gradient": ROWS, "tail": SUM, "past": SUM, "loss": SUM, "score": SUM},
         after="head_forward",
     )
     def tail_loss(self, client: ClientContext, outputs: Any, rows: Any) -> dict[str, Any]:
         """Run the tail, take the loss, and back-propagate to the body's outputs and along what skips the body.
 
-        Gradients are those of the sum of the losses, divided by the examples of the step unless the loss is a sum.
-        Where loss or gradients are not finite, that is told in their stead: whether the run goes on is the server's to
-        decide.
+        Gradients are those of the sum of the losses, divided by the examples of the step unless the loss is a sum;
+        "past" is the head's, of what skips the body. "loss" is the sum over what counts of what is told, that, what
+        counts in all, whether the loss is a sum, and whether it or its gradients are not finite (they are zeros then:
+        whether the run goes on is the server's to decide). A client that is alone in a step tells no loss, for the sum
+        would be its own.
         """
         received, skipped = tree.map_leaves(_leaf, (outputs, client.kept["skipped"]))
         found = client.tail.loss(received + skipped, client.batch.target)
-        score = None if found.predictions is None else torch.tensor(found.predictions.score())
-        gradient, tail, head = None, dict.fromkeys(client.tail.parameters), dict.fromkeys(client.head.parameters)
+        alone = len(client.counts) == 1 and int(client.counts[0]) == rows.item()
+        score = None
+        if found.predictions is not None:
+            score = torch.tensor((0, 0) if alone else found.predictions.score())
+        gradient, tail, past = None, dict.fromkeys(client.tail.parameters), None
         finite = math.isfinite(found.sum)
-        if client.training and finite:
+        if client.training:
             share = 1.0 if found.summed else found.weight / rows.item()
-            (gradient, past), tail = client.tail.backward(found, share, (received, skipped))
-            head = client.head.gradients(client.kept["skipped"], past, again=True)
-            finite = all(bool(torch.isfinite(t).all()) for t in tree.leaves((gradient, tail, head)))
-        if client.training and not finite:
-            gradient = tree.map_leaves(lambda t: torch.zeros_like(t) if t.requires_grad else None, received)
-            tail, head = dict.fromkeys(tail), dict.fromkeys(head)
-        told = [found.sum if finite else 0.0, found.weight, found.summed, not finite]
-        loss = torch.tensor(told, dtype=torch.float64)
-        return {"gradient": gradient, "tail": tail, "head": head, "loss": loss, "score": score}
+            (gradient, skipping), tail = client.tail.backward(found, share, (received, skipped))
+            if tree.leaves(skipped):
+                past = client.head.gradients(client.kept["skipped"], skipping, again=True)
+            finite = finite and all(bool(torch.isfinite(t).all()) for t in tree.leaves((gradient, tail, past)))
+            if not finite:
+                gradient, tail, past = tree.map_leaves(torch.zeros_like, (gradient, tail, past))
+        told = (0.0, 0.0) if alone else (found.sum if finite else 0.0, found.weight)
+        loss = torch.tensor([*told, found.weight, found.summed, not finite], dtype=torch.float64)
+        return {"gradient": gradient, "tail": tail, "past": past, "loss": loss, "score": score}
 
     @stage(inputs={"gradient": ROWS}, outputs={"head": SUM}, after="head_forward")
     def head_backward(self, client: ClientContext, gradient: Any) -> dict[str, Any]:
@@ -74,10 +79,10 @@ class UShapedSplit(SplitMethod):
         found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.orders.num_rows))
         outcome = ctx.outcome(found.loss, found.score)
         # clients know the examples of the step, but not yet how many of its targets count in the loss
-        scaled = partial(_times, 1.0 if outcome.summed else ctx.orders.num_rows / outcome.weight)
+        scaled = partial(_times, 1.0 if outcome.summed else ctx.orders.num_rows / found.loss[2].item())
         inner = body.backward(scaled(found.gradient))
         back = ctx.call(self.head_backward, gradient=inner.gradient)
-        head = tree.add(scaled(found.head), back.head)
+        head = tree.add(scaled(found.past), back.head)
         ctx.commit(head=head, body=inner.parameter_gradients, tail=scaled(found.tail))
         return outcome
 

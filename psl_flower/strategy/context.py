@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from psl_flower import tree
-from psl_flower.errors import ConfigError, DivergenceError, LabelError, PSLError, StepError
+from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights, step_seed
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.server import SUMMED, LocalBackend, NothingCountsError, Outcome, PartCopy, ServerPart
+from psl_flower.strategy.gathering import gather
+from psl_flower.strategy.secure import SecureSums, check_given_alike
 from psl_flower.tree import Tree
 
 Exchange = Callable[[Request], Reply]
@@ -55,6 +55,8 @@ class Attempt:
         Why their examples were not applied after all: "not finite" (the loss or gradients), "nothing counts"; or "".
     lost : dict of int to Failure
         Clients that are not in it, and why.
+    given : bool
+        Whether clients have given masked sums, which they do once: nothing came of it, the examples must rest.
     seconds : dict of int to list of float
         How long each client worked, request by request.
     bytes_sent, bytes_received : int
@@ -67,6 +69,7 @@ class Attempt:
     labels: Tree = None
     skipped: str = ""
     lost: dict[int, Failure] = field(default_factory=dict)
+    given: bool = False
     seconds: dict[int, list[float]] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -92,6 +95,10 @@ class Asking:
         Sent along.
     refuse : callable
         Told of failures, and the name of the stage; raises where they end the run.
+    secure : SecureSums, optional
+        Where clients mask their sums.
+    keys : callable
+        Returns the clients' public keys, by client.
     """
 
     exchange: Exchange
@@ -100,6 +107,8 @@ class Asking:
     config: Config = field(default_factory=dict)
     evaluate_config: Config = field(default_factory=dict)
     refuse: Callable[[Mapping[int, Failure], int, str], None]
+    secure: SecureSums | None = None
+    keys: Callable[[], Mapping[int, bytes]] = dict
 
 
 class CallContext:
@@ -121,7 +130,8 @@ class CallContext:
         self.method, self.backend, self.orders = method, backend, orders
         self._asking, self._seed, self._delays = asking, seed, dict(delays or {})
         self._weights: Mapping[str, Weights] = backend.weights()
-        self._sent: dict[str, Leaf] = {}
+        self._secure_attempt: int | None = None
+        self.given = False  # masked sums, which clients do once
 
     def __getattr__(self, name: str) -> ServerPart:
         method = self.__dict__.get("method")
@@ -140,9 +150,9 @@ class CallContext:
 
         Parameters
         ----------
-        loss : (2,) or (4,) tensor
-            The sum over the batch, and what counts in it; for how many clients the loss is a sum and no mean, and for
-            how many it, or its gradients, are not finite.
+        loss : (2,) or (5,) tensor
+            The sum over what is told of the batch, and what counts in that; what counts in all; for how many clients
+            the loss is a sum and no mean, and for how many it, or its gradients, are not finite.
         score : (2,) tensor or None
             Right predictions, and those that count, where it is classification.
 
@@ -153,7 +163,8 @@ class CallContext:
         DivergenceError
             If it is not finite, in training.
         """
-        total, weight, summed, wrong = (*loss.tolist(), 0.0, 0.0)[:4]
+        total, told, *more = loss.tolist()
+        weight, summed, wrong = more or (told, 0.0, 0.0)
         if not weight and not self.orders.test:
             raise NothingCountsError("no target of the batch counts in the loss")
         if wrong and not self.orders.test:
@@ -163,8 +174,8 @@ class CallContext:
         if summed:
             self.backend.tell_once(SUMMED)
         right = None if score is None else (int(score[0]), int(score[1]))
-        mean = math.nan if wrong or not weight else total if summed else total / weight
-        return Outcome(mean, weight, None, None, self.orders.num_rows, right, None, summed=bool(summed))
+        mean = math.nan if wrong or not told else total if summed else total / told
+        return Outcome(mean, told, None, None, self.orders.num_rows, right, None, summed=bool(summed))
 
     def _request(self, stage: Stage, orders: Orders, inputs: Mapping[str, Tree]) -> Request:
         if set(inputs) != set(stage.inputs):
@@ -172,7 +183,13 @@ class CallContext:
                 f"stage {stage.name!r} takes {', '.join(stage.inputs) or 'nothing'}, got {', '.join(inputs)}"
             )
         clients = tuple(orders.clients.tolist())
-        first = stage.after is None
+        first, secure, company = stage.after is None, self._asking.secure, None
+        if secure is not None and LeafKind.SUM in stage.outputs.values():
+            if len(orders) < secure.options.least:
+                raise TooFewError
+            self._secure_attempt = self._secure_attempt or secure.next_attempt()
+            company = secure.company(stage, orders, self._secure_attempt, self._asking.keys())
+            self.given = True
         return Request(
             stage=stage.name,
             nodes=clients,
@@ -181,6 +198,7 @@ class CallContext:
             inputs={name: Leaf(kind, inputs[name]) for name, kind in stage.inputs.items()},
             delays=tuple(self._delays.get(c, 0.0) for c in clients) if first and self._delays else (),
             separate=self._asking.separate,
+            company=company,
             config=self._asking.config,
             evaluate_config=self._asking.evaluate_config if orders.test else {},
         )
@@ -189,7 +207,20 @@ class CallContext:
         reply = self._asking.exchange(request)
         expected = {name: weights.parameters for name, weights in self._weights.items()}
         checked = self._asking.validator.check(stage, request, reply, expected)
+        if self._asking.secure is not None:
+            self._asking.secure.failed(stage, checked.failures, test=self.orders.test)
         return checked.parts, checked.failures
+
+    def _gather(self, stage: Stage, request: Request | None, parts: list[Part], asked: Orders, clip: Any) -> Any:
+        sent = gather(stage, parts, self.orders, asked, clip)
+        secure, company = self._asking.secure, None if request is None else request.company
+        if secure is not None and company is not None:
+            for name in [name for name, kind in stage.outputs.items() if kind is LeafKind.SUM]:
+                check_given_alike(name, [part.outputs[name].value for part in parts])
+                weights, total = self._weights.get(name), getattr(sent, name)
+                parameters = None if weights is None else weights.parameters
+                setattr(sent, name, secure.total(stage, name, total, company, parameters, test=self.orders.test))
+        return sent
 
     def _once_more(
         self, stage: Stage, request: Request, failures: Mapping[int, Failure]
@@ -226,6 +257,8 @@ class StepContext(CallContext):
 
     def without(self, lost: Iterable[int]) -> StepContext:
         """Go on without some clients, from the beginning; what the others have sent first stays."""
+        if self.given:
+            raise TooFewError  # they would have to give their sums again
         kept = np.flatnonzero(~np.isin(self.orders.clients, list(lost)))
         self._keep(kept)
         self._begun = False
@@ -256,14 +289,18 @@ class StepContext(CallContext):
             If clients fail; not for the method to catch.
         """
         stage: Stage = function.stage
-        parts = self._first_parts(stage) if not self._begun and not inputs else None
+        parts, request = self._first_parts(stage) if not self._begun and not inputs else None, None
         if parts is None:
             request = self._request(stage, self.orders, inputs)
             parts, failures = self._ask(stage, request)
             if failures:
                 self._asking.refuse(_own(failures) if self._begun else failures, len(request.nodes), stage.name)
-                more, failures = self._once_more(stage, request, failures) if self._begun else ([], failures)
+                again = self._begun and request.company is None
+                more, failures = self._once_more(stage, request, failures) if again else ([], failures)
                 parts += more
+            if failures and self.given:
+                self._attempt.lost |= failures
+                raise TooFewError
             if failures and self._begun:
                 raise LostClientsError(failures)
             self._attempt.lost |= failures
@@ -273,7 +310,7 @@ class StepContext(CallContext):
                 self._keep(np.flatnonzero(~np.isin(self.orders.clients, list(failures))))
         self._begun = True
         self._remember_checksums(parts)
-        sent = gather(stage, parts, self.orders, self._attempt.orders, self.clip)
+        sent = self._gather(stage, request, parts, self._attempt.orders, self.clip)
         if "labels" in stage.outputs and not self.orders.test:
             self._attempt.labels = sent.labels
         return sent
@@ -319,12 +356,12 @@ class EvaluationContext(CallContext):
         asked = self.orders
         if failures:
             self.lost |= failures
-            if inputs:
+            if inputs or self.given:
                 raise LostClientsError(failures)
             self.orders = self.orders.take(np.flatnonzero(~np.isin(self.orders.clients, list(failures))))
             if not len(self.orders):
                 raise TooFewError
-        return gather(stage, parts, self.orders, asked, None)
+        return self._gather(stage, request, parts, asked, None)
 
 
 class RoundContext(CallContext):
@@ -364,7 +401,7 @@ class RoundContext(CallContext):
         self.orders = asked.take(np.flatnonzero(~np.isin(asked.clients, list(failures))))
         if not len(self.orders):
             raise StepError(f"no client is left for {stage.name}", self.lost)
-        return gather(stage, parts, self.orders, asked, None)
+        return self._gather(stage, request, parts, asked, None)
 
     def assign(self, **parts: Mapping[str, Tensor]) -> None:
         """Give parts of the master other values, by whole-model name."""
@@ -374,41 +411,6 @@ class RoundContext(CallContext):
         """Return the average of the clients' copies of a part, by examples; the copies are gone then."""
         shares = self.orders.counts / self.orders.num_rows
         return self.backend.average_copies(part, dict(zip(self.clients, shares.tolist(), strict=True)))
-
-
-def gather(stage: Stage, parts: list[Part], orders: Orders, asked: Orders, clip: Any) -> SimpleNamespace:
-    """Return what clients sent as the method sees it, in ascending client id whoever sent it with whom.
-
-    Parameters
-    ----------
-    orders : Orders
-        Of the clients whose rows are wanted.
-    asked : Orders
-        Of all whose rows may be in the parts.
-    """
-    parts = sorted(parts, key=lambda part: min(part.nodes))
-    nodes = [node for part in parts for node in part.nodes]
-    position = {node: i for i, node in enumerate(nodes)}
-    order = np.array([position[client] for client in orders.clients.tolist()], dtype=np.int64)
-    chosen = None
-    if not np.array_equal(order, np.arange(len(nodes))):
-        counts = asked.counts[np.searchsorted(asked.clients, nodes)]
-        starts = np.cumsum(counts) - counts
-        chosen = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in order]))
-    found: dict[str, Any] = {}
-    for name, kind in stage.outputs.items():
-        if kind is LeafKind.ROWS:
-            joined = tree.join([part.outputs[name].value for part in parts], name)
-            found[name] = joined if chosen is None else tree.take(joined, chosen)
-        elif kind is LeafKind.SUM:
-            total: Tree = None
-            for part in clip(parts, name) if clip else parts:
-                total = tree.add(total, part.outputs[name].value)
-            found[name] = total
-        else:
-            values = [value for part in parts for value in part.outputs[name].value]
-            found[name] = [values[i] for i in order]
-    return SimpleNamespace(**found)
 
 
 def _apart(failures: Mapping[int, Failure]) -> list[list[int]]:
@@ -422,16 +424,6 @@ def _own(failures: Mapping[int, Failure]) -> dict[int, Failure]:
     return {client: failure for client, failure in failures.items() if not failure.joint}
 
 
-def by_client(error: LabelError, orders: Orders) -> dict[int, Failure]:
-    """Return the failures of the clients whose rows cannot be used; raise StepError where it cannot be told whose."""
-    if not error.rows:
-        raise StepError(str(error)) from error
-    failures: dict[int, Failure] = {}
-    for row in error.rows:
-        failures.setdefault(orders.client_of(row), Failure(Kind.LABELS, str(error)))
-    return failures
-
-
 __all__ = [
     "Asking",
     "Attempt",
@@ -441,6 +433,4 @@ __all__ = [
     "RoundContext",
     "StepContext",
     "TooFewError",
-    "by_client",
-    "gather",
 ]

@@ -63,5 +63,10 @@ def _noisy(axes: Any, x: np.ndarray, values: Sequence[float | None], label: str)
         return
     window = max(1, len(y) // 25)
     axes.plot(x, y, color="C7", alpha=0.35, lw=0.8)
-    smooth = np.convolve(np.pad(y, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
+    told = ~np.isnan(y)
+    sums, counts = (
+        np.convolve(np.pad(each, (window - 1, 0), mode="edge"), np.ones(window), mode="valid")
+        for each in (np.where(told, y, 0.0), told.astype(float))
+    )
+    smooth = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     axes.plot(x, smooth, color="C7", lw=1.5, label=f"{label} (mean of {window})" if window > 1 else label)

@@ -15,8 +15,10 @@ from psl_flower.failures import Failure, Kind, told
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
 from psl_flower.server import LocalBackend, Outcome, Scores
-from psl_flower.strategy.context import Asking, EvaluationContext, LostClientsError, TooFewError, by_client
+from psl_flower.strategy.context import Asking, EvaluationContext, LostClientsError, TooFewError
+from psl_flower.strategy.gathering import by_client
 from psl_flower.strategy.membership import Membership
+from psl_flower.strategy.secure import SecureSums
 from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
@@ -44,6 +46,8 @@ class Evaluator:
         What to do about mistakes, see `FaultPolicy`.
     metrics : dict, optional
         The user's own, see `psl_flower.server.Scores`.
+    secure : SecureSums, optional
+        Where clients mask their sums. A batch that loses a client is not evaluated then.
     """
 
     def __init__(
@@ -60,8 +64,9 @@ class Evaluator:
         tolerate: bool = False,
         mistakes: str = "retry",
         metrics: Mapping[str, Any] | None = None,
+        secure: SecureSums | None = None,
     ) -> None:
-        self._method, self._backend, self._membership = method, backend, membership
+        self._method, self._backend, self._membership, self._secure = method, backend, membership, secure
         self._batch_size, self._summary, self._tolerate = batch_size, summary, tolerate
         self._metrics, self._mistakes = metrics, mistakes
         self._asking = Asking(
@@ -70,6 +75,8 @@ class Evaluator:
             config=config,
             evaluate_config=evaluate_config,
             refuse=lambda failures, of, stage: None,
+            secure=secure,
+            keys=membership.clients.keys,
         )
 
     def evaluate(self) -> MetricRecord | None:
@@ -89,10 +96,9 @@ class Evaluator:
         if not left:
             return None
         done = dict.fromkeys(left, 0)
-        scores, examples = Scores(self._metrics), 0
+        scores, examples, withheld = Scores(self._metrics), 0, 0
         while left:
-            share = max(1, self._batch_size // len(left))
-            counts = {client: min(share, n) for client, n in left.items()}
+            counts = self._shares(left)
             outcome, failures = self._batch(done, counts)
             for client in [client for client, failure in failures.items() if failure.kind is Kind.UNREADABLE]:
                 if new := self._membership.leave_out_rows(client, failures[client], test=True):
@@ -115,14 +121,29 @@ class Evaluator:
                 del left[client], counts[client]
             if outcome is not None:
                 outcome.add_to(scores)
+                examples += sum(counts.values())
+            else:
+                withheld += sum(counts.values())
             for client, n in counts.items():
                 done[client] += n
-            examples += sum(counts.values())
             # whoever has just found rows that cannot be read is asked for the others next
             left = {client: n - counts.get(client, 0) for client, n in left.items() if n > counts.get(client, 0)}
+        if withheld:
+            log.warning("evaluation went without %d examples, of batches that no sum may be told of", withheld)
+        if not examples:
+            return None
         result = scores.result()
         metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
         return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
+
+    def _shares(self, left: Mapping[int, int]) -> dict[int, int]:
+        """Return how many examples of each client come next."""
+        if self._secure is None:
+            share = max(1, self._batch_size // len(left))
+            return {client: min(share, n) for client, n in left.items()}
+        # all come to their end together: the last batches are of many clients, too
+        batches = -(-sum(left.values()) // self._batch_size)
+        return {client: -(-n // batches) for client, n in left.items()}
 
     def _batch(self, done: Mapping[int, int], counts: Mapping[int, int]) -> tuple[Outcome | None, dict[int, Failure]]:
         """Evaluate some examples of each client; return what is wrong with those that failed."""
@@ -135,7 +156,7 @@ class Evaluator:
             test=True,
         )
         failures: dict[int, Failure] = {}
-        while len(orders):
+        while len(orders) >= (1 if self._secure is None else self._secure.options.least):
             ctx = EvaluationContext(self._method, self._backend, self._asking, orders, seed=0)
             try:
                 outcome: Outcome = self._method.evaluate(ctx)
@@ -144,5 +165,7 @@ class Evaluator:
                 failures |= ctx.lost
             except LabelError as error:
                 failures |= ctx.lost | by_client(error, ctx.orders)
+            if ctx.given:
+                break  # the others have given their sums, and do so once
             orders = orders.take(np.flatnonzero(~np.isin(orders.clients, list(failures))))
         return None, failures

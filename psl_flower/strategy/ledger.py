@@ -66,6 +66,7 @@ class EpochLedger:
             return
         self.replans = 0
         self._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
+        self._resting = np.zeros(len(population), dtype=np.int64)  # owed, but not at the present weights, (K,)
         counts = population.label_counts
         self._seen: IntArray | None = None if counts is None else np.zeros_like(counts)
         self._plan = sampler.plan(population, epoch)
@@ -81,8 +82,12 @@ class EpochLedger:
         return np.asarray(self.population.sizes - self._cursors.used)
 
     def unfinished(self) -> IntArray:
-        """Return the ids of the clients with examples remaining, ascending."""
-        return np.asarray(self.population.client_ids[self.remaining > 0])
+        """Return the ids of the clients with examples remaining that can be drawn now, ascending."""
+        return np.asarray(self.population.client_ids[self._at_hand > 0])
+
+    @property
+    def _at_hand(self) -> IntArray:
+        return np.asarray(self.remaining - self._resting)
 
     def contributors(self) -> IntArray:
         """Return the ids of the clients with examples used, ascending."""
@@ -99,7 +104,7 @@ class EpochLedger:
 
         Some of the clients must have examples remaining.
         """
-        available = np.isin(self.population.client_ids, clients) & (self.remaining > 0)
+        available = np.isin(self.population.client_ids, clients) & (self._at_hand > 0)
         absent = (self._planned > 0) & ~available
         if self._outdated or self._replanning_pays(available) or not self._put_off(absent):
             self._replan(available)
@@ -146,7 +151,13 @@ class EpochLedger:
         self.population = replace(self.population, sizes=sizes, label_counts=counts)
         self._outdated |= not lost
 
-    def done(self, step: PlanStep, labels: Mapping[int, NDArray[Any]]) -> None:
+    def put_off(self, step: PlanStep) -> None:
+        """Have the examples of a step that was given up rest until the weights are others; see `Party` for why."""
+        self._cursors.to_end(step)
+        self._resting[np.searchsorted(self.population.client_ids, step.clients)] += step.quotas
+        self._outdated = True
+
+    def done(self, step: PlanStep, labels: Mapping[int, NDArray[Any]], *, committed: bool = True) -> None:
         """Count as used what came of the next step.
 
         Parameters
@@ -155,8 +166,12 @@ class EpochLedger:
             Its clients that arrived, see `part`.
         labels : dict of int to (n,) array
             Those of their examples; read only where label counts are known and the step has no class quotas.
+        committed : bool
+            Whether it has changed the weights.
         """
         whole = self._plan[self._next]
+        if committed:
+            self._resting[:] = 0
         self._cursors.advance(step)
         self._next += 1
         self._taken += 1
@@ -174,7 +189,7 @@ class EpochLedger:
     # --- planning anew -----------------------------------------------------------------------------------------------
     def _replanning_pays(self, available: BoolArray) -> bool:
         """Return whether enough remains of the `available` clients, (K,), beyond the plan; Note [When to plan anew]."""
-        remaining = self.remaining[available]
+        remaining = self._at_hand[available]
         left, beyond = len(self._plan) - self._next, int((remaining - self._planned[available]).sum())
         return beyond > 0 and (left <= _LAST_STEPS or beyond * self._taken >= _WORTH * left * int(remaining.sum()))
 
@@ -195,18 +210,18 @@ class EpochLedger:
         population, rows = self.population, np.flatnonzero(available)
         rest = Population(
             population.client_ids[rows],
-            self.remaining[rows],
+            self._at_hand[rows],
             self._remaining_by_class(rows),
             None if population.delays is None else population.delays.take(rows),
         )
         self._plan = self._sampler.plan(rest, self._epoch, replan=self.replans)
-        self._next, self._taken, self._planned = 0, 0, np.where(available, self.remaining, 0)
+        self._next, self._taken, self._planned = 0, 0, np.where(available, self._at_hand, 0)
 
     def _remaining_by_class(self, rows: IndexArray) -> IntArray | None:
         counts = self.population.label_counts
         if counts is None or self._seen is None:
             return None
-        remaining, left = self.remaining[rows], (counts - self._seen)[rows]
+        remaining, left = self._at_hand[rows], (counts - self._seen)[rows]
         # labels that are not those a client reported (soft ones, say): its classes are spread as they were
         rng = np.random.default_rng([self._sampler.seed, self._epoch, self.replans])
         for i in np.flatnonzero((left < 0).any(axis=1) | (left.sum(axis=1) != remaining)):
@@ -228,9 +243,10 @@ class EpochLedger:
         if population.label_counts is not None and self._seen is not None:
             more = population.label_counts.shape[1] - self._seen.shape[1]
             self._seen = _moved(np.pad(self._seen, ((0, 0), (0, max(0, more)))), rows, len(population))
-        planned = np.zeros(len(population), dtype=np.int64)
-        planned[rows] = self._planned
-        self._cursors, self._planned, self.population = cursors, planned, population
+        cursors.put_off = self._cursors.put_off
+        planned, resting = np.zeros((2, len(population)), dtype=np.int64)
+        planned[rows], resting[rows] = self._planned, self._resting
+        self._cursors, self._planned, self._resting, self.population = cursors, planned, resting, population
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -245,6 +261,8 @@ class EpochLedger:
             "outdated": self._outdated,
             "used": self._cursors.used,
             "used_by_class": self._cursors.used_by_class,
+            "put_off": {client: [list(each) for each in moved] for client, moved in self._cursors.put_off.items()},
+            "resting": self._resting,
             "seen": self._seen,
             "plan": {
                 "offsets": plan.offsets,
@@ -260,6 +278,8 @@ class EpochLedger:
         self.replans, self._taken = state["replans"], state["taken"]
         self._cursors = Cursors(population.client_ids, seed=self._sampler.seed, epoch=self._epoch)
         self._cursors.used, self._cursors.used_by_class = state["used"], state["used_by_class"]
+        self._cursors.put_off = {c: tuple(map(tuple, moved)) for c, moved in state.get("put_off", {}).items()}
+        self._resting = np.array(state.get("resting", np.zeros(len(population))), dtype=np.int64)
         self._seen, self._outdated = state["seen"], state["outdated"]
         plan = self._plan = BatchPlan(Population(population.client_ids, population.sizes), **state["plan"])
         self._next, self._planned = 0, np.zeros(len(population), dtype=np.int64)

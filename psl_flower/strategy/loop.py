@@ -18,6 +18,7 @@ from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.ledger import EpochLedger, part, saved_population
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.saving import Saver
+from psl_flower.strategy.secure import check_all_are_here
 from psl_flower.strategy.stragglers import Stragglers
 from psl_flower.strategy.tolerance import Retries
 
@@ -82,8 +83,10 @@ class EpochLoop:
                         break
                     skips = skips + 1 if attempt.skipped == "not finite" else 0
                     _check_skips(skips)
+                if attempt.given:
+                    ledger.put_off(step)
                 if attempt.skipped:
-                    ledger.done(part(step, attempt.counts()), _labels(attempt))
+                    ledger.done(part(step, attempt.counts()), _labels(attempt), committed=False)
                 elif attempt.record is not None:
                     step = part(step, attempt.counts())
                     ledger.done(step, _labels(attempt))
@@ -111,7 +114,8 @@ class EpochLoop:
     def _open(self, server_round: int) -> tuple[EpochLedger, Epoch, bool]:
         """Return what there is to do in an epoch, its bookkeeping, and whether it is over: new, or to be resumed."""
         run = self._run
-        run.membership.refresh(self._min_nodes, run.timeout)
+        least = 1 if run.runner.secure is None else run.runner.secure.options.least
+        run.membership.refresh(max(self._min_nodes, least), run.timeout)
         population, saved = run.membership.population(), run.take_saved()
         begin = time.monotonic()
         if saved is None:
@@ -119,6 +123,8 @@ class EpochLoop:
         else:
             population = self._stragglers.known_of(saved_population(saved["ledger"], population))
             ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"])
+            if run.runner.secure is not None:
+                check_all_are_here(population, run.membership.clients.members)
         seconds_plan = time.monotonic() - begin
         epoch = Epoch(
             run.recorder,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from psl_flower.batch_plan import PlanStep
-from psl_flower.protocol import Orders
+from psl_flower.protocol import Orders, PutOff
 from psl_flower.typing import IntArray
 
 
@@ -27,6 +27,8 @@ class Cursors:
         Examples each client has used.
     used_by_class : (K, C) int64
         The same for each class, as far as steps had class quotas.
+    put_off : dict of int to PutOff
+        By client: what of its order was moved to the end.
     """
 
     def __init__(self, client_ids: IntArray, *, seed: int, epoch: int) -> None:
@@ -34,6 +36,7 @@ class Cursors:
         self._seed, self._epoch = seed, epoch
         self.used = np.zeros(len(client_ids), dtype=np.int64)
         self.used_by_class = np.zeros((len(client_ids), 0), dtype=np.int64)
+        self.put_off: dict[int, PutOff] = {}
 
     def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]] | None = None) -> Orders:
         """Return the work orders of step `index` of the epoch.
@@ -56,7 +59,20 @@ class Cursors:
             class_starts=None if step.class_quotas is None else self.used_by_class[rows],
             class_counts=step.class_quotas,
             left_out={int(c): left_out[int(c)] for c in step.clients if int(c) in left_out} if left_out else {},
+            put_off={int(c): self.put_off[int(c)] for c in step.clients if int(c) in self.put_off},
         )
+
+    def to_end(self, step: PlanStep) -> None:
+        """Have the examples of a step come last in their clients' orders."""
+        for i, client in enumerate(step.clients.tolist()):
+            row = int(np.searchsorted(self._clients, client))
+            moved: list[tuple[int, int, int]] = [(-1, int(self.used[row]), int(step.quotas[i]))]
+            if step.class_quotas is not None:
+                self._widen(step.class_quotas.shape[1])
+                classes = np.flatnonzero(step.class_quotas[i]).tolist()
+                starts, counts = self.used_by_class[row], step.class_quotas[i]
+                moved = [(c, int(starts[c]), int(counts[c])) for c in classes]
+            self.put_off[client] = (*self.put_off.get(client, ()), *moved)
 
     def advance(self, step: PlanStep) -> None:
         """Count a committed step's examples as used."""

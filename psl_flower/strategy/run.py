@@ -98,6 +98,8 @@ class Run:
         self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
         self._exclude_outliers({client: f for client, f in attempt.lost.items() if f.kind is Kind.OUTLIER})
         self.membership.attempted(attempt.lost, attempt.clients)
+        if others := [client for client, why in attempt.lost.items() if why.kind is Kind.KEY]:
+            self.membership.clients.describe_again(others, self.policy.step_timeout or self.timeout)
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
         what = "is redone, for want of" if nothing else "goes on without"

@@ -132,6 +132,7 @@ class Saver:
             "ledger": ledger.state_dict(),
             "epoch": epoch.state_dict(),
             "pooled": run.saved_pooled(),
+            "secure": None if run.runner.secure is None else run.runner.secure.state_dict(),
             "delays": delays.state_dict() if isinstance(delays, DelayEstimator) else None,
             "metrics_position": run.recorder.position(),
             "summary": run.summary.state_dict(),
@@ -150,6 +151,8 @@ class Saver:
         if saved["delays"] is not None and isinstance(delays, DelayEstimator):
             delays.load_state_dict(saved["delays"])
         run.summary.load_state_dict(saved["summary"])
+        if run.runner.secure is not None and saved.get("secure") is not None:
+            run.runner.secure.load_state_dict(saved["secure"])
         run.summary.resumed += 1
         log.info("Resumed in round %d, after step %d.", saved["round"], _steps(saved))
         if self._changes:
@@ -161,6 +164,11 @@ class Saver:
                 "the checkpoint's model",
                 *(self._settings["num_rounds"], saved["round"], _steps(saved)),
             )
+
+
+def checkpoints_in(output_dir: str | Path | None, keep: int) -> Checkpoints | None:
+    """Return where checkpoints are kept, if any are."""
+    return Checkpoints(Path(output_dir) / checkpoint.FOLDER, keep) if output_dir is not None and keep else None
 
 
 def saved_result(saved: Mapping[str, Any]) -> Result:

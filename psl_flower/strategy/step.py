@@ -26,8 +26,9 @@ from psl_flower.strategy.context import (
     RoundContext,
     StepContext,
     TooFewError,
-    by_client,
 )
+from psl_flower.strategy.gathering import by_client
+from psl_flower.strategy.secure import SecureSums
 from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
@@ -50,6 +51,8 @@ class StepRunner:
         Sent to the clients.
     summary : RunSummary
         Told what went wrong and what took how long.
+    secure : SecureSums, optional
+        Where clients mask their sums.
     """
 
     def __init__(
@@ -63,8 +66,9 @@ class StepRunner:
         separate: bool = False,
         config: Config,
         summary: RunSummary,
+        secure: SecureSums | None = None,
     ) -> None:
-        self.method, self.backend, self.clients = method, backend, clients
+        self.method, self.backend, self.clients, self.secure = method, backend, clients, secure
         self._policy, self._timeout, self._summary = policy, timeout, summary
         self._attempt: Attempt | None = None
         self._asking = Asking(
@@ -73,6 +77,8 @@ class StepRunner:
             separate=separate or policy.max_gradient_norm is not None,
             config=config,
             refuse=self._refuse,
+            secure=secure,
+            keys=clients.keys,
         )
         self._committed = False  # a step, in this process
 
@@ -86,6 +92,13 @@ class StepRunner:
         """
         attempt, summary = Attempt(orders), self._summary
         self._attempt = attempt
+        if self.secure is not None and len(orders) < self.secure.options.least:
+            attempt.clients, attempt.skipped = tuple(orders.clients.tolist()), "too few clients"
+            least = self.secure.options.least
+            log.warning(
+                "step %d is left out: %d clients in it, sums are of %d at least", orders.step, len(orders), least
+            )
+            return attempt
         begin = time.monotonic()
         before = (summary.seconds_compute, summary.seconds_clients, summary.seconds_wire)
         ctx = StepContext(
@@ -105,6 +118,7 @@ class StepRunner:
                 summary.steps_recomputed += 1
         except TooFewError:
             # nothing came of it: all its time was spent waiting
+            attempt.given = ctx.given
             summary.seconds_compute, summary.seconds_clients, summary.seconds_wire = before
             summary.seconds_waiting += time.monotonic() - begin
             return attempt

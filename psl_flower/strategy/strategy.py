@@ -16,9 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import nn
 
-from psl_flower import checkpoint
 from psl_flower.callbacks.base import Callback, CallbackGroup
-from psl_flower.checkpoint import Checkpoints
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, StepError
@@ -30,9 +28,10 @@ from psl_flower.flower import is_deployment, stopped_by_flower
 from psl_flower.last_word import last_word
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.monitor import round_values
+from psl_flower.privacy import SecureAggregation
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
-from psl_flower.server import LocalBackend, Loss, OptimizerFn, Scheduler, check_metrics, make_scheduler
+from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, make_scheduler
 from psl_flower.server.optimizer import sgd
 from psl_flower.split import check_client_half, cut_model, signature
 from psl_flower.stragglers import DelayModel
@@ -47,12 +46,19 @@ from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.run import Run
-from psl_flower.strategy.saving import Saver, saved_result
+from psl_flower.strategy.saving import Saver, checkpoints_in, saved_result
+from psl_flower.strategy.secure import SecureSums, check_secure
 from psl_flower.strategy.step import StepRunner
 from psl_flower.strategy.stragglers import Stragglers
 from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
+
+# Attributes that are settings of a run, as they are called.
+_SETTINGS = (
+    *("cut", "tail", "sampler", "transport", "stream_options", "min_available_nodes", "evaluate_every"),
+    *("evaluate_batch_size", "faults", "checkpoint_every", "keep_checkpoints", "secure_aggregation"),
+)
 
 
 class ParallelSplitLearning(ExchangingStrategy):
@@ -104,6 +110,9 @@ class ParallelSplitLearning(ExchangingStrategy):
         "auto" (the first GPU if there is one) or a torch device, for the server half.
     min_available_nodes : int
         Nodes to wait for at the start of every round.
+    secure_aggregation : bool or SecureAggregation
+        Whether clients mask their sums (parameter gradients, and in a U shape loss and score), so that the server sees
+        them of all clients together only. The clients need the same.
     evaluate_every : int
         Rounds between two split evaluations on the clients' test data; 0 for none.
     evaluate_batch_size : int
@@ -149,6 +158,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         stream_options: StreamOptions | None = None,
         device: str = "auto",
         min_available_nodes: int = 2,
+        secure_aggregation: SecureAggregation | bool = False,
         evaluate_every: int = 1,
         evaluate_batch_size: int = 1024,
         faults: FaultPolicy | None = None,
@@ -176,8 +186,9 @@ class ParallelSplitLearning(ExchangingStrategy):
             )
         self._stragglers = Stragglers(delays, simulated_delays, sleep)
         self.transport = check_choice(transport, "transport", TRANSPORTS)
-        self.stream_options = stream_options or StreamOptions()
+        self.stream_options = streams = stream_options or StreamOptions()
         self.faults = faults or FaultPolicy()
+        self.secure_aggregation = check_secure(secure_aggregation, self.method, self.sampler, self.faults, streams)
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", least=0)
         self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
         self.resume_from = resume_from
@@ -266,7 +277,14 @@ class ParallelSplitLearning(ExchangingStrategy):
         state = arrays_to_state(initial_arrays, self._template)
         backend = self._backend(state)
         scheduler = make_scheduler(self._scheduler, backend.optimizer, evaluate_every=self.evaluate_every)
-        saver = self._saver(backend, scheduler, num_rounds)
+        saver = Saver(
+            checkpoints_in(self._output_dir, self.keep_checkpoints),
+            backend,
+            scheduler,
+            template=self._template,
+            options=self._settings(num_rounds),
+            run_config=self._run_config,
+        )
         deployment = is_deployment(grid)
         policy = replace(self.faults, mistakes=self.faults.mistakes or ("exclude" if deployment else "stop"))
         saved = saver.find(self.resume_from)
@@ -280,6 +298,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         ):
             stops.append(carrier.stop)
             config = dict(train_config or {})
+            secure = None if self.secure_aggregation is None else SecureSums(self.secure_aggregation)
             membership = Membership(
                 Clients(
                     carrier,
@@ -290,6 +309,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     may_grow=deployment,
                     method=self.method.name,
                     model=signature(self._halves),
+                    session="" if secure is None else secure.session,
                 )
             )
             summary = RunSummary()
@@ -305,6 +325,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     separate=not self.stream_options.sum_gradients,
                     config=config,
                     summary=summary,
+                    secure=secure,
                 ),
                 evaluator=Evaluator(
                     self.method,
@@ -318,6 +339,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     tolerate=policy.tolerate,
                     mistakes=policy.mistakes or "stop",
                     metrics=self._metrics,
+                    secure=secure,
                 ),
                 scheduler=scheduler,
                 recorder=recorder,
@@ -400,40 +422,17 @@ class ParallelSplitLearning(ExchangingStrategy):
             order=self._parameter_order,
         )
 
-    def _saver(self, backend: LocalBackend, scheduler: Scheduler, num_rounds: int) -> Saver:
-        checkpoints = None
-        if self._output_dir is not None and self.keep_checkpoints:
-            checkpoints = Checkpoints(Path(self._output_dir) / checkpoint.FOLDER, self.keep_checkpoints)
-        return Saver(
-            checkpoints,
-            backend,
-            scheduler,
-            template=self._template,
-            options=self._settings(num_rounds),
-            run_config=self._run_config,
-        )
-
     def _settings(self, num_rounds: int) -> dict[str, Any]:
         return {
             "num_rounds": num_rounds,
-            "cut": self.cut,
-            "tail": self.tail,
+            **{name: getattr(self, name) for name in _SETTINGS},
             "method": self.method.name,
-            "sampler": self.sampler,
             "loss": self._loss,
             "classification": self._classification,
             "delays": self._stragglers.planned,
             "simulated_delays": self._stragglers.simulated,
             "sleep": self._stragglers.sleep,
-            "transport": self.transport,
-            "stream_options": self.stream_options,
             "device": str(self._device),
-            "min_available_nodes": self.min_available_nodes,
-            "evaluate_every": self.evaluate_every,
-            "evaluate_batch_size": self.evaluate_batch_size,
-            "faults": self.faults,
-            "checkpoint_every": self.checkpoint_every,
-            "keep_checkpoints": self.keep_checkpoints,
             "resume_from": None if self.resume_from is None else str(self.resume_from),
         }
 

@@ -1,5 +1,6 @@
 """The U shape equals centralised training, parameter by parameter, and labels never leave the clients."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -175,12 +176,32 @@ def test_evaluation_on_the_clients():
     assert told["num_examples"] == 30 * K
 
 
+def test_a_client_that_is_alone_in_a_step_tells_neither_loss_nor_score(tmp_path):
+    """Their sum would be its own. What is learned is the same."""
+    grid = ListeningGrid(app(data_fn=with_test_data), num_nodes=1)
+    options = {"sampler": UniformGlobalSampler(40, seed=3), "optimizer": sgd, "output_dir": tmp_path}
+    alone = ParallelSplitLearning(u_net(), cut="body", tail="tail", min_available_nodes=1, **options)
+    result = train(alone, grid)
+    batches = planned_batches(SAMPLER.plan(population(1), 0), 1, seed=3, epoch=0, dtype=torch.float64)
+    reference = train_centralised(u_net(), batches, sgd)
+    assert largest_difference(result.arrays.to_torch_state_dict(), reference) < 1e-9
+    told = [part.outputs for request, reply in grid.heard for part in reply.parts if request.stage == "tail_loss"]
+    assert {tuple(outputs["loss"].value[:2].tolist()) for outputs in told} == {(0.0, 0.0)}
+    assert {tuple(outputs["score"].value.tolist()) for outputs in told} == {(0, 0)}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {(line["loss"], line["accuracy"], line["deviation"]) for line in lines if line["kind"] == "step"} == {
+        (None, None, None)
+    }
+    assert np.isnan(result.evaluate_metrics_clientapp[1]["loss"])
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
 # --- what crosses ----------------------------------------------------------------------------------------------------
 class ListeningGrid(InProcessGrid):
     """Keeps what clients reply, by the type of the message."""
 
-    def __init__(self, client_app):
-        super().__init__(client_app, K)
+    def __init__(self, client_app, num_nodes=K):
+        super().__init__(client_app, num_nodes)
         self.heard = []
 
     def _answer(self, message, context):
@@ -204,7 +225,7 @@ def test_labels_stay():
         ("head_forward", "activations"): "rows",
         ("tail_loss", "gradient"): "rows",
         ("tail_loss", "tail"): "sum",
-        ("tail_loss", "head"): "sum",
+        ("tail_loss", "past"): "sum",
         ("tail_loss", "loss"): "sum",
         ("tail_loss", "score"): "sum",
         ("head_backward", "head"): "sum",

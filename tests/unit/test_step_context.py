@@ -18,9 +18,8 @@ from psl_flower.strategy.context import (
     LostClientsError,
     StepContext,
     TooFewError,
-    by_client,
-    gather,
 )
+from psl_flower.strategy.gathering import by_client, gather
 
 
 class Method(SplitMethod):

@@ -1,0 +1,203 @@
+"""Sums that leave a process masked: the seam between what stages give, and ``psl_flower.privacy``.
+
+A masked sum is a dict of trees. "values" are those of the sum in fixed point, with a zero where a client has None;
+"present" counts, leaf by leaf, for how many it is there; both are masked. "like" has an empty tensor of each leaf's
+dtype. Where a stage gives nothing at all (gradients, in evaluation), there is nothing to mask.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Context
+from torch import Tensor
+
+from psl_flower import tree
+from psl_flower.client.client import SplitClient
+from psl_flower.client.process import RunState
+from psl_flower.errors import ProtocolError, PSLError
+from psl_flower.exchange.validation import is_finite
+from psl_flower.failures import Failure, Kind
+from psl_flower.methods.base import Stage
+from psl_flower.privacy import Company, OutOfRangeError, Party, encode, fingerprint
+from psl_flower.protocol import Kind as LeafKind
+from psl_flower.protocol import Leaf, Request
+from psl_flower.typing import IntArray
+
+log = logging.getLogger("flwr.psl_flower")
+
+_RECORD = "psl_flower.party"  # in a node's state, which stays with the node
+
+
+def describe_key(state: RunState, node: int, session: str) -> bytes:
+    """Return a client's public key in a run, made when it is first asked for; empty without secure aggregation.
+
+    Raises
+    ------
+    ProtocolError
+        If the server does not aggregate securely, and the client does.
+    """
+    if state.secure is None:
+        return b""
+    if not session:
+        raise ProtocolError(
+            "this client gives sums only, masked: give the server the same, ParallelSplitLearning(..., "
+            "secure_aggregation=True), or the client none"
+        )
+    party = state.parties.get(node)
+    if party is None or party.session != session:
+        party = state.parties[node] = Party(session)
+    return party.key
+
+
+def agree(
+    state: RunState, stage: Stage, request: Request, clients: Sequence[SplitClient]
+) -> tuple[Masking | None, dict[int, Failure]]:
+    """Take note of the sums that clients are to give; return what masks them, and why some do not give them."""
+    company, orders = request.company, request.orders
+    if LeafKind.SUM not in stage.outputs.values() or orders is None or (state.secure is None and company is None):
+        return None, {}
+    failures, parties = {}, {}
+    version = " ".join(weights.version for weights in request.weights.values())
+    for node, client, order in zip(request.nodes, clients, orders.each(), strict=True):
+        try:
+            if company is None or state.secure is None:
+                raise ProtocolError(
+                    "this client gives sums masked, the server asks for its own"
+                    if company is None
+                    else "the server asks for masked sums: split_client_app(..., secure_aggregation=True)"
+                )
+            if node not in state.parties:
+                raise ProtocolError("this process has no key of the client: it must describe itself anew", Kind.KEY)
+            data = "test" if order.test else "train"
+            rows = client.draw(order)
+            state.parties[node].agree(company, state.secure, order.client, stage.name, version, rows, data)
+            parties[order.client] = state.parties[node]
+        except ProtocolError as error:
+            failures[node] = error.failure()
+        except PSLError:
+            continue  # it cannot draw its batch: that is told when it is to
+    if company is None:
+        return None, failures
+    _tell_keys(state, company)
+    return Masking(company, request, stage.name, parties), failures
+
+
+def _tell_keys(state: RunState, company: Company) -> None:
+    """Log the fingerprints of keys that this process has not met before, for people to compare."""
+    keys = {int(client): company.key(i) for i, client in enumerate(company.clients)}
+    own = {party.key for party in state.parties.values()}
+    new = {client: key for client, key in keys.items() if key not in state.keys_told}
+    if new:
+        state.keys_told.update(new.values())
+        told = [
+            ", ".join(f"{c} {fingerprint(k)}" for c, k in new.items() if (k in own) is mine) for mine in (True, False)
+        ]
+        log.info("Secure aggregation: own keys, by client: %s; keys that the server names: %s", *told)
+
+
+class Masking:
+    """Masks the sums of a stage.
+
+    Parameters
+    ----------
+    company : Company
+    request : Request
+        Has the parameters that sums of gradients are of.
+    stage : str
+    parties : dict of int to Party
+        Those of this process, by client id.
+    """
+
+    def __init__(self, company: Company, request: Request, stage: str, parties: Mapping[int, Party]) -> None:
+        self._company, self._stage, self._parties = company, stage, parties
+        self._training = request.orders is not None and not request.orders.test
+        self._parameters = {name: weights.parameters for name, weights in request.weights.items()}
+
+    def mask(self, leaves: Mapping[str, Leaf], clients: IntArray) -> dict[str, Leaf]:
+        """Return the leaves of some clients of this process, with their sums masked.
+
+        Raises
+        ------
+        ProtocolError
+            If a value is not finite, or too large.
+        """
+        sums = {name: leaf.value for name, leaf in leaves.items() if self._is_masked(name, leaf)}
+        whole, numbers = {}, []
+        for name, value in sums.items():
+            present, filled = _filled(value, self._parameters.get(name))
+            whole[name] = filled
+            numbers += [present, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
+        if not numbers:
+            return dict(leaves)
+        total = np.concatenate(numbers)
+        self._add_masks(total, clients)
+        pieces = iter(torch.split(torch.from_numpy(total), [len(part) for part in numbers]))
+        masked = dict(leaves)
+        for name, filled in whole.items():
+            masked[name] = Leaf(
+                LeafKind.SUM,
+                {
+                    "like": tree.map_leaves(lambda t: torch.empty(0, dtype=t.dtype), filled),
+                    "present": next(pieces),
+                    "values": tree.map_leaves(lambda t: next(pieces).reshape(t.shape), filled),
+                },
+            )
+        return masked
+
+    def _is_masked(self, name: str, leaf: Leaf) -> bool:
+        if leaf.kind is not LeafKind.SUM:
+            return False
+        return bool(tree.leaves(leaf.value)) or (self._training and name in self._parameters)
+
+    def _encoded(self, name: str, tensor: Tensor) -> IntArray:
+        if tensor.is_complex():
+            raise ProtocolError(f"{name}: sums of complex numbers cannot be masked")
+        if not is_finite(tensor):
+            raise ProtocolError(f"{name}: expected finite values to mask, got NaN or infinite ones", Kind.NOT_FINITE)
+        flat = tensor.detach().cpu().reshape(-1)
+        values = (flat.double() if flat.is_floating_point() else flat).numpy()
+        try:
+            return encode(values, self._company.places.get(name, 0), len(self._company))
+        except OutOfRangeError as error:
+            raise ProtocolError(f"{name}: {error}", Kind.RANGE) from error
+
+    def _add_masks(self, total: IntArray, clients: IntArray) -> None:
+        """Add the masks that these clients share with those elsewhere; those among themselves cancel."""
+        company = self._company
+        neighbours = company.neighbours()
+        mine = np.flatnonzero(np.isin(company.clients, clients))
+        for at in mine.tolist():
+            party = self._parties[int(company.clients[at])]
+            others = neighbours[at][~np.isin(neighbours[at], mine)]
+            party.add_masks(total, company, self._stage, at, others.tolist())
+
+
+def _filled(value: tree.Tree, parameters: Mapping[str, Tensor] | None) -> tuple[IntArray, tree.Tree]:
+    """Return which leaves there are, and the tree with zeros for those that are None."""
+    if parameters is None:
+        return np.ones(len(tree.leaves(value)), dtype=np.int64), value
+    names = sorted(parameters)
+    present = np.array([value[name] is not None for name in names], dtype=np.int64)
+    return present, {n: torch.zeros_like(parameters[n]) if value[n] is None else value[n] for n in names}
+
+
+# --- processes that end with each message ----------------------------------------------------------------------------
+def restore(state: RunState, context: Context) -> None:
+    """Take up a client's key and what it has given from its node's state: another process may have been last."""
+    record, party = context.state.get(_RECORD), state.parties.get(context.node_id)
+    if isinstance(record, ConfigRecord):
+        kept: dict[str, Any] = dict(record)
+        if party is None or party.private != kept["private"]:
+            party = state.parties[context.node_id] = Party(kept["session"], kept["private"])
+        party.load_state_dict(kept)
+
+
+def keep(state: RunState, context: Context) -> None:
+    """Put a client's key, and what it has given, into its node's state: the next process may be another."""
+    if context.node_id in state.parties:
+        context.state[_RECORD] = ConfigRecord(state.parties[context.node_id].state_dict())

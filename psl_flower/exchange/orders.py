@@ -1,0 +1,118 @@
+"""Work orders in frames, and who gives a sum together: columns, an entry a client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from psl_flower.errors import ProtocolError
+from psl_flower.exchange.fields import field, integers, node_of
+from psl_flower.exchange.tensors import Packer, Unpacker
+from psl_flower.privacy import Company
+from psl_flower.privacy.company import KEY_BYTES
+from psl_flower.protocol import Orders
+
+_SCALARS = ("seed", "epoch", "step")
+_COLUMNS = ("clients", "starts", "counts")
+_TABLES = ("class_starts", "class_counts")
+
+
+def encode_orders(orders: Orders, packer: Packer) -> dict[str, Any]:
+    """Return orders as a header, with columns."""
+    header: dict[str, Any] = {name: getattr(orders, name) for name in _SCALARS}
+    header |= {name: packer.column(getattr(orders, name)) for name in _COLUMNS}
+    header |= {name: packer.column(table) for name in _TABLES if (table := getattr(orders, name)) is not None}
+    if orders.checksums is not None:
+        header["checksums"] = packer.column(orders.checksums)
+    header["left-out"] = {str(client): list(rows) for client, rows in orders.left_out.items()}
+    header["put-off"] = {str(client): [list(each) for each in moved] for client, moved in orders.put_off.items()}
+    header["test"] = orders.test
+    return header
+
+
+def decode_orders(header: Mapping[str, Any], length: int, unpacker: Unpacker) -> Orders:
+    """Return the orders of so many clients.
+
+    Raises
+    ------
+    ProtocolError
+        If they are none.
+    """
+    scalars: dict[str, Any] = {name: field(header, name, int) for name in _SCALARS}
+    columns: dict[str, Any] = {name: unpacker.column(header.get(name), torch.int64, (length,)) for name in _COLUMNS}
+    negative = [name for name, values in {**scalars, **columns}.items() if np.min(values) < 0]
+    if negative or (length and columns["counts"].min() < 1):
+        raise ProtocolError("orders must not hold negative numbers, and count at least one example a client")
+    tables: dict[str, Any] = {
+        name: unpacker.column(header[name], torch.int64, (length, None)) for name in _TABLES if name in header
+    }
+    if len({table.shape for table in tables.values()}) > 1 or len(tables) == 1:
+        raise ProtocolError("class_starts and class_counts must name the same classes")
+    checksums = unpacker.column(header["checksums"], torch.int64, (length,)) if "checksums" in header else None
+    left_out = {
+        node_of(client): tuple(integers({"rows": rows}, "rows"))
+        for client, rows in field(header, "left-out", dict).items()
+    }
+    put_off = {node_of(client): _put_off(moved) for client, moved in field(header, "put-off", dict).items()}
+    return Orders(
+        **scalars,
+        **columns,
+        **tables,
+        left_out=left_out,
+        put_off=put_off,
+        checksums=checksums,
+        test=field(header, "test", bool),
+    )
+
+
+def _put_off(moved: Any) -> tuple[tuple[int, int, int], ...]:
+    found = []
+    for each in moved if isinstance(moved, list) else [moved]:
+        if not isinstance(each, list) or len(each) != 3 or not all(type(n) is int and -1 <= n < 2**62 for n in each):
+            raise ProtocolError(f"expected class, start and count of examples that are put off, got {each!r:.80}")
+        found.append((each[0], each[1], each[2]))
+    return tuple(found)
+
+
+def encode_company(company: Company, packer: Packer) -> dict[str, Any]:
+    """Return a company as a header, with columns."""
+    return {
+        "session": company.session,
+        "attempt": company.attempt,
+        "degree": company.degree,
+        "places": dict(company.places),
+        "clients": packer.column(company.clients),
+        "counts": packer.column(company.counts),
+        "keys": packer.column(company.keys),
+    }
+
+
+def decode_company(header: Mapping[str, Any], unpacker: Unpacker) -> Company:
+    """Return a company.
+
+    Raises
+    ------
+    ProtocolError
+        If it is none.
+    """
+    clients = unpacker.column(header.get("clients"), torch.int64, (None,))
+    length = len(clients)
+    company = Company(
+        session=field(header, "session", str),
+        attempt=field(header, "attempt", int),
+        degree=field(header, "degree", int),
+        places={name: field({name: n}, name, int) for name, n in field(header, "places", dict).items()},
+        clients=clients,
+        counts=unpacker.column(header.get("counts"), torch.int64, (length,)),
+        keys=unpacker.column(header.get("keys"), torch.uint8, (length, KEY_BYTES)),
+    )
+    if (
+        company.attempt < 0
+        or not 0 <= company.degree < max(length, 1)
+        or any(abs(n) > 1000 for n in company.places.values())
+    ):
+        raise ProtocolError("attempt, degree and places of a company are out of range")
+    return company
