@@ -138,7 +138,7 @@ class Evaluator:
 
     def _shares(self, left: Mapping[int, int]) -> dict[int, int]:
         """Return how many examples of each client come next."""
-        if self._secure is None:
+        if self._secure is None and self._method.sends_labels():
             share = max(1, self._batch_size // len(left))
             return {client: min(share, n) for client, n in left.items()}
         # all come to their end together: the last batches are of many clients, too
