@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+_NAMES = re.compile(r"(?<!\w)(?:'[^']*'|\"[^\"]*\")")
 _NUMBERS = re.compile(r"0x[0-9a-f]+|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
 _LISTED = re.compile(r"#(?:, (?:#|\.\.\.))+")
 
@@ -77,8 +78,8 @@ class Failure:
 
 
 def likeness(text: str) -> str:
-    """Return a text without its numbers and ids: what two clients say of the same mistake is equal but for these."""
-    return _LISTED.sub("#", _NUMBERS.sub("#", text))
+    """Return a text without its numbers and names: what clients say of the same mistake is equal but for these."""
+    return _LISTED.sub("#", _NUMBERS.sub("#", _NAMES.sub("#", text)))
 
 
 def alike(failures: Iterable[Failure]) -> bool:

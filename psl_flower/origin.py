@@ -18,10 +18,16 @@ def where(error: BaseException, *, text: bool = True) -> str:
     only the kind of exception.
     """
     said = f"{type(error).__name__}: {error}" if text and str(error) else type(error).__name__
+    found = place(error)
+    return said if found is None else f"{found}: {said}"
+
+
+def place(error: BaseException) -> str | None:
+    """Return the place alone; None where no frame is the user's."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if _is_users(frame.filename):
-            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {said}"
-    return said
+            return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+    return None
 
 
 def _is_users(filename: str) -> bool:

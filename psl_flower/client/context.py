@@ -15,6 +15,7 @@ from psl_flower.client.own import BoundOwn, OwnPart
 from psl_flower.client.part import ClientPart, LossFn, parameter_gradients
 from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
+from psl_flower.origin import place, where
 from psl_flower.protocol import Orders
 from psl_flower.server import WeightedLoss
 from psl_flower.tree import Tree
@@ -48,10 +49,17 @@ class BoundPart:
     def _run(self, inputs: Tree) -> Any:
         moved = tree.to_device(inputs, self._part.device)
         with self._part.running(training=self._training) as module:
-            run = _run if self._client is None else self._client.forward
-            if self._training:
-                self._part.check_rows(partial(run, module), moved)
-            return run(module, moved)
+            run = partial(_run if self._client is None else self._client.forward, module)
+            try:
+                outputs = run(moved)
+            except RuntimeError as exc:
+                if place(exc) is not None:  # which says more
+                    raise
+                shown = ", ".join(f"{t.dtype} {tuple(t.shape[1:])}" for t in tree.leaves(moved))
+                raise ConfigError(f"{self._part.called} failed on rows of {shown}: {where(exc)}") from exc
+        if self._training:  # only now: a module that keeps a state was refused for that
+            self._part.check_rows(run, moved)
+        return outputs
 
     def loss(self, inputs: Tree, target: Tree) -> WeightedLoss:
         """Run the model's last part, and return the loss of its outputs: the mean, and what it is the mean over."""

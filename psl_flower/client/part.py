@@ -120,7 +120,7 @@ class ClientPart:
             name = min(changed)
             kind = "buffer" if name in dict(self.module.named_buffers()) else "parameter"
             raise ConfigError(
-                f"{self._called}'s forward pass changes its {kind} {name!r}, but clients keep no state between "
+                f"{self.called}'s forward pass changes its {kind} {name!r}, but clients keep no state between "
                 "steps: replace that layer (see replace_batch_norm), or cut the model before it"
             )
 
@@ -130,7 +130,7 @@ class ClientPart:
         Parameters
         ----------
         run : callable
-            Runs the module, which is in training mode, on `inputs`.
+            Runs the module on `inputs`, with weights that are there.
         inputs : tree
             Rows, on the part's device.
 
@@ -142,7 +142,8 @@ class ClientPart:
         if self._seen_apart or tree.rows(inputs, "inputs") < 2:
             return
         try:
-            mixing = find_mixing(run, inputs, module=self.module, who=self._called)
+            with self.running(training=True):
+                mixing = find_mixing(run, inputs, module=self.module, who=self.called)
         except CannotTellError:
             return  # another batch may tell
         if mixing:
@@ -150,7 +151,8 @@ class ClientPart:
         self._seen_apart.append(True)
 
     @property
-    def _called(self) -> str:
+    def called(self) -> str:
+        """What messages call it."""
         return "the client half" if self.name == "head" else f"the {self.name}"
 
     def _check(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

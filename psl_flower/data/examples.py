@@ -18,7 +18,7 @@ from psl_flower.data.rows import INPUT, divide
 from psl_flower.devices import generators, seeded
 from psl_flower.errors import BadRowsError, ConfigError, PSLError
 from psl_flower.origin import where
-from psl_flower.tree import Tree, as_tree, leaves, paths, rows
+from psl_flower.tree import Tree, as_tree, leaves, map_leaves, paths, rows
 
 _READ_ROWS = 256  # examples read at once where only their labels are wanted
 _PROBED = 16  # examples tried to see whether none can be read
@@ -119,7 +119,7 @@ class Examples:
             found = make(rows_read)
         inputs, target = divide(found, self.target, self.name)
         inputs = as_tree(inputs, "inputs")
-        target = inputs if self.target == INPUT else as_tree(target, "label")
+        target = inputs if self.target == INPUT else map_leaves(_signed, as_tree(target, "label"))
         for tree, name in ((inputs, "inputs"), (target, "label")):
             if (count := rows(tree, name)) != len(indices):
                 raise ConfigError(
@@ -231,6 +231,11 @@ class Examples:
             f"this sampler plans by class: the label of an example must be one whole number, got {found}; "
             "use a sampler that needs no label counts"
         )
+
+
+def _signed(label: torch.Tensor) -> torch.Tensor:
+    """Return a label of numpy's larger unsigned types as int64: torch computes with those hardly at all."""
+    return label.long() if label.dtype in (torch.uint16, torch.uint32, torch.uint64) else label
 
 
 def _said(error: Exception) -> str:

@@ -184,13 +184,27 @@ def copy_model(model: M) -> M:
     Raises
     ------
     ConfigError
-        If it has lazy layers that have seen no data yet.
+        If it has lazy layers that have seen no data yet, or tensors that were computed and cannot be copied.
     """
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
     if lazy is not None:
         raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
-    return copy.deepcopy(model)
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as exc:
+        computed = [
+            f"{name}.{key}".lstrip(".")
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, torch.Tensor) and not value.is_leaf
+        ]
+        if not computed:
+            raise
+        raise ConfigError(
+            f"the model cannot be copied, as {computed[0]!r} was computed of its parameters: compute it in forward, or "
+            "make it a buffer; in place of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm"
+        ) from exc
 
 
 def input_names(half: nn.Module) -> tuple[str, ...]:

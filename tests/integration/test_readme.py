@@ -62,6 +62,15 @@ def test_the_cuts_of_the_docs_are_as_they_say(capsys):
     assert by_hand == "torch.Size([2, 10]) client.0.weight"
 
 
+def test_what_the_docs_bring_trains():
+    result = run_blocks(ROOT / "docs" / "data.md")["result"]
+    told = result.evaluate_metrics_clientapp[4]
+    assert told["num_examples"] == 60
+    assert 0.6 < told["known"] < 0.8
+    assert told["accuracy"] > 0.7
+    assert told["loss"] < result.evaluate_metrics_clientapp[1]["loss"]
+
+
 def test_the_deployment_guide_begins_with_a_training_that_works():
     result = run_blocks(ROOT / "docs" / "deployment.md")["result"]
     assert result.train_metrics_clientapp[1]["num_examples"] == 1437

@@ -23,6 +23,7 @@ from psl_flower import FaultPolicy, InProcessGrid, ParallelSplitLearning, Unifor
 from psl_flower.callbacks import BestModel, EarlyStopping
 from psl_flower.errors import ConfigError, CutError, DivergenceError, MembershipError, StepError
 from psl_flower.samplers import AlignedSampler, Population
+from psl_flower.split import cut_model
 from psl_flower.stragglers import SlowFractionDelays
 from psl_flower.torchvision_compat import import_torchvision
 
@@ -665,6 +666,32 @@ def test_what_does_not_is_trained(layer):
     check_exact(parts(X, Y), lambda: Net(nn.Sequential(nn.Linear(8, 16), layer())))
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_parametrized_layers(norm):
+    check_exact(parts(X, Y), lambda: Net(nn.Sequential(norm(nn.Linear(8, 16)), nn.SiLU())))
+
+
+def test_layers_with_a_state_are_for_the_server():
+    spectral = nn.utils.parametrizations.spectral_norm
+    with pytest.raises(StepError, match=r"the client half's forward pass changes its buffer 'body\.0\..*_u', but"):
+        train(parts(X, Y), lambda: Net(nn.Sequential(spectral(nn.Linear(8, 16)), nn.SiLU())))
+
+    class Server(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = spectral(nn.Linear(16, 3).double())
+
+    check_exact(parts(X, Y), Server)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_model_that_cannot_be_copied():
+    with pytest.raises(
+        ConfigError, match=r"'0\.weight' was computed .*use torch\.nn\.utils\.parametrizations\.weight_"
+    ):
+        cut_model(nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 16)), nn.Linear(16, 3)), "1")
+
+
 def test_noise_is_no_mixing():
     train(parts(X, Y), lambda: Net(Lambda(lambda h: h + torch.randn_like(h))))
 
@@ -678,6 +705,20 @@ class Masked(Net):
 
 def test_arguments_with_defaults():
     check_exact(parts(X, Y), Masked)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint16])
+def test_labels_of_any_integer_type(kind):
+    data = [[(x.numpy(), kind(y)) for x, y in d] for d in parts(X, Y)]
+    weights = train(data, optimizer=sgd).arrays.to_torch_state_dict()
+    assert largest_difference(weights, centralised(parts(X, Y))) < 1e-9
+
+
+def test_inputs_of_another_type_than_the_weights():
+    with pytest.raises(
+        StepError, match=r"the client half failed on rows of torch\.uint8 \(8,\): RuntimeError: .* dtype"
+    ):
+        train(parts(X.to(torch.uint8), Y))
 
 
 def test_rows_that_are_not_what_the_model_takes():
