@@ -10,12 +10,15 @@ from leftovers import pytest_configure  # noqa: F401 (a hook)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-# Files whose tests share a simulation or a deployment: pytest-xdist runs them in one process, all others one by one.
+# Files, and tests of other files, that share what takes long to make: pytest-xdist runs them in one process, all others
+# one by one.
 TOGETHER = {
     "test_chaos_flower.py": "simulation",
     "test_exactness_simulation.py": "simulation",
     "test_shutdown_flower.py": "simulation",
+    "test_flwr_run_trains_on_the_simulation_as_in_one_process": "simulation",
     "test_deployment.py": "deployment",
+    "test_bad_replies.py": "bad replies",
 }
 
 
@@ -34,7 +37,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return TOGETHER.get(nodeid.split("::")[0].split("/")[-1], nodeid)
+            file, *_, test = nodeid.split("::")
+            return TOGETHER.get(file.split("/")[-1]) or TOGETHER.get(test.split("[")[0], nodeid)
 
     return Together(config, log)
 

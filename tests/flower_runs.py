@@ -80,11 +80,11 @@ class FlowerRun:
         found = processes(self._link.home).items()
         return {pid: name for pid, name in found if pid not in self._before and "/flower-super" not in name}
 
-    def wait_for(self, path, seconds=120):
+    def wait_for(self, path, seconds=240):
         """Wait until it has made a file."""
         wait_until(path.exists, seconds, lambda: f"{path.name} by run {self.run_id}:\n{self.output()[-9000:]}")
 
-    def wait_until_gone(self, seconds=60):
+    def wait_until_gone(self, seconds=120):
         """Wait until no process of it is left."""
         wait_until(lambda: not self.processes(), seconds, lambda: f"the end of {self.processes()}")
 

@@ -1,6 +1,5 @@
 """Grids whose clients are real processes, to be killed and stopped: a stand-in for Ray actors, one for SuperNodes."""
 
-import multiprocessing
 import os
 import secrets
 import signal
@@ -10,13 +9,12 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from warm import WARM
 
 from psl_flower.flower import ERROR_CLIENT_APP, become_server, make_run
 
 # what Flower answers with for a process that has died
 ERROR_CRASHED = getattr(ErrorCode, "CLIENT_APP_CRASHED", ErrorCode.UNKNOWN)
-
-SPAWN = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
 
 
 def freeze(pid):
@@ -46,8 +44,8 @@ def _work(pipe, make_app, resident):
 
 class _Process:
     def __init__(self, make_app, resident):
-        self.pipe, theirs = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_work, args=(theirs, make_app, resident), daemon=True)
+        self.pipe, theirs = WARM.Pipe()
+        self.process = WARM.Process(target=_work, args=(theirs, make_app, resident), daemon=True)
         self.process.start()
         theirs.close()
         self.lock = threading.Lock()

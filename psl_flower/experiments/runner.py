@@ -93,11 +93,12 @@ class Runner:
 
     def __init__(self, folder: Path, workers: int, say: Say = say) -> None:
         self._folder, self._num_workers, self._say = folder, workers, say
-        # a process a training, forked from one that has imported torch: it starts at once, and takes no other with it
+        # a process a training, forked from one that has imported all that takes seconds (the last two are imported at
+        # first use, by torch's optimizers and for the digits): it starts at once, and takes no other with it
         forks = "forkserver" in multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
-            self._context.set_forkserver_preload(["psl_flower.experiments.trial"])
+            self._context.set_forkserver_preload(["psl_flower.experiments.trial", "torch._dynamo", "sklearn.datasets"])
         self._workers: list[_Worker] = []
 
     def run(self, experiments: Sequence[Experiment]) -> dict[str, str]:

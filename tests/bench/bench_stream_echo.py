@@ -25,7 +25,8 @@ from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from process_grid import SPAWN, ProcessGrid
+from process_grid import ProcessGrid
+from warm import WARM
 
 from psl_flower import SplitModel, split_client_app
 from psl_flower.exchange.frames import CHUNK_BYTES
@@ -117,7 +118,7 @@ def measure_bare(num_bytes, repeats):
         address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
         server.start()
         arguments = (address, identity.certificate, num_bytes)
-        clients = [SPAWN.Process(target=bare_client, args=arguments, daemon=True) for _ in range(2)]
+        clients = [WARM.Process(target=bare_client, args=arguments, daemon=True) for _ in range(2)]
         for client in clients:
             client.start()
         streams = [outgoing.get() for _ in clients]

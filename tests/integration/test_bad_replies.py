@@ -276,21 +276,28 @@ def test_replies_that_come_twice_over_a_stream_are_ignored_and_counted(tmp_path,
 @pytest.mark.usefixtures("_recording")
 def test_a_reply_over_a_stream_that_comes_too_late_is_ignored_and_counted(tmp_path, monkeypatch):
     given_up, late = threading.Event(), []
-    honest, give_up = stream_module.answer, StreamCarrier._give_up
+    honest, give_up, exchange = stream_module.answer, StreamCarrier._give_up, StreamCarrier.exchange
 
     def answer(method, state, make_client, request):
-        if request.stage == "forward" and request.orders.step == 3 and not late:
+        if is_late(request):
             late.append(request.nodes)
             assert given_up.wait(60)
         return honest(method, state, make_client, request)
+
+    def is_late(request):
+        return request.stage == "forward" and request.orders.step == 3 and not late
 
     def noted(self, current):
         give_up(self, current)
         given_up.set()
 
+    def impatient(self, request, timeout):
+        return exchange(self, request, 1.0 if is_late(request) else timeout)
+
     monkeypatch.setattr(stream_module, "answer", answer)
     monkeypatch.setattr(StreamCarrier, "_give_up", noted)
-    summary = train(tmp_path, "streams", step_timeout=1.0)
+    monkeypatch.setattr(StreamCarrier, "exchange", impatient)
+    summary = train(tmp_path, "streams")
     assert summary["ignored"] == {"late": 1}
     assert set(summary["refused"]) == {"timeout"}
     assert summary["refused"]["timeout"] >= sum(size > 0 for size in client_sizes(K)) - 2

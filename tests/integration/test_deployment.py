@@ -15,17 +15,17 @@ pytestmark = pytest.mark.flower
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Train in one run with each case of one sampler, then with a ClientApp that dies, then with one that freezes.
+    """Train in one run as it comes, then with a ClientApp that dies, then with one that freezes.
 
     Return what the run said, and its folder.
     """
     folder = tmp_path_factory.mktemp("deployment")
-    some = "UniformGlobalSampler"  # with SGD and Adam, in double and in single precision
+    some = "UniformGlobalSampler-adam-64"  # all others are in the simulation, over the same streams
     config = f"results='{folder / 'results'}' trainings='auto/{some}' traps='die freeze'"
     with prepared(LocalDeployment(folder / "home", 2, folder, tls=True)) as deployment:
         output = deployment.run(TESTS / "apps" / "exactness", run_config=[config], quiet=True)
         groups = {each.pid for each in deployment.supernodes}
-    wait_until(lambda: not living(groups), 30, lambda: f"the end of {living(groups)}")
+    wait_until(lambda: not living(groups), 120, lambda: f"the end of {living(groups)}")
     return output, folder / "results"
 
 
@@ -54,7 +54,7 @@ def assert_exact(files):
 def test_equals_centralised_training(trained):
     output, folder = trained
     files = list((folder / "auto").iterdir())
-    assert len(files) == 3
+    assert len(files) == 1
     assert output.count("2 clients are connected by 2 streams") >= len(files)  # found by transport = "auto"
     assert_exact(files)
 

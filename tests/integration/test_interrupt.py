@@ -17,7 +17,7 @@ def test_a_script_that_is_interrupted(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
         assert script.stdout.readline() == "training\n"
         script.send_signal(signal.SIGINT)
-        _, errors = script.communicate(timeout=60)
+        _, errors = script.communicate(timeout=240)
     assert script.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in errors
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["refused"] == {}

@@ -55,5 +55,5 @@ def test_what_a_test_has_started_ends_with_its_session(how, tmp_path):
         session.send_signal(how)
     session.wait()
     wait_until(
-        lambda: not processes(tmp_path / "home") and not folder.exists(), 60, lambda: "the end of what it started"
+        lambda: not processes(tmp_path / "home") and not folder.exists(), 120, lambda: "the end of what it started"
     )

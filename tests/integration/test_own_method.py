@@ -176,7 +176,7 @@ class LosingGrid(InProcessGrid):
 def test_clients_lost_in_the_middle_of_a_step(monkeypatch):
     monkeypatch.setattr(strategy_module, "StepRunner", RecordingRunner)
     grid = LosingGrid()
-    trained = train(grid, transport="messages", faults=FaultPolicy(patience=5))
+    trained = train(grid, transport="messages", faults=FaultPolicy(patience=300))
     assert grid.lost == set(LosingGrid.LATER)
     assert_each_used_once(RecordingRunner.latest, K, 1)
     data = [client_data(k, K, torch.float64).tensors for k in range(K)]

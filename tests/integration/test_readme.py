@@ -1,13 +1,15 @@
 """What README and docs/ show works: Python blocks run, in order, in one namespace a file; links lead somewhere."""
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from psl_flower.config import RunConfig
 from psl_flower.experiments.sweep import read_sweep
-from psl_flower.methods import ParallelSplit
+from psl_flower.methods import METHODS, ParallelSplit
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -32,6 +34,16 @@ def test_python_blocks_run(capsys):
     accuracy, steps = capsys.readouterr().out.splitlines()[:2]
     assert 0.9 < float(accuracy) < 0.99
     assert steps.startswith("16 [125, 125")
+
+
+def test_the_readmes_diff_is_that_of_the_quickstart():
+    (diff,) = blocks(README, "diff")
+    app = ROOT / "examples" / "quickstart"
+    for sign, folder in (("-", app / "fedavg" / "quickstart"), ("+", app / "quickstart")):
+        text = "".join((folder / name).read_text() for name in ("client_app.py", "server_app.py"))
+        lines = [line[1:].removesuffix(" ...") for line in diff.splitlines() if line.startswith(sign)]
+        assert len(lines) >= 5
+        assert [line for line in lines if f"{line}\n" not in text] == []
 
 
 def test_the_sampler_of_the_docs_keeps_every_promise(capsys):
@@ -69,6 +81,17 @@ def test_what_the_docs_bring_trains():
     assert 0.6 < told["known"] < 0.8
     assert told["accuracy"] > 0.7
     assert told["loss"] < result.evaluate_metrics_clientapp[1]["loss"]
+
+
+def test_the_methods_of_the_docs_train_as_called(capsys):
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    run_blocks(ROOT / "docs" / "methods.md")
+    accuracy = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert accuracy.keys() == METHODS.keys() == set(re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE))
+    assert all(float(value) > 0.25 for value in accuracy.values())
+    for words in re.findall(r'^flwr run .* -c "(.*)"$', text, re.MULTILINE):
+        keys = tomllib.loads(words.replace("' ", "'\n"))
+        assert RunConfig.read(keys).method in METHODS
 
 
 def test_the_deployment_guide_begins_with_a_training_that_works():

@@ -82,7 +82,7 @@ def test_in_a_deployment_the_client_is_attached_again(tmp_path):
         train(grid, trap, at=[4], num_clients=3)
         assert len(grid.started) == 3 + 1
         for each in grid.started:  # goodbye ends the others
-            each.process.join(10)
+            each.process.join(120)
         assert not any(each.process.is_alive() for each in grid.started)
 
 
@@ -108,9 +108,9 @@ def test_a_stopped_process_costs_the_others_one_timeout_and_is_taken_over(tmp_pa
         assert sorted(map(len, processes(carrier, ask.nodes))) == [3, 3]  # balanced
         stopped = grid.resident[0].process.pid
         freeze(stopped)
-        reply = carrier.exchange(ask, 3)
+        reply = carrier.exchange(ask, 10)
         assert len(reply.failures) == len(reply.descriptions) == 3
-        assert all("no reply within 3 s" in failure.detail for failure in reply.failures.values())
+        assert all("no reply within 10 s" in failure.detail for failure in reply.failures.values())
         assert {failure.kind for failure in reply.failures.values()} == {Kind.TIMEOUT}
         again = carrier.exchange(ask, 60)
         assert {n: d.partition_id for n, d in again.descriptions.items()} == {n: n - 100 for n in ask.nodes}
@@ -127,8 +127,8 @@ def test_in_a_deployment_a_stopped_process_only_fails_itself(tmp_path):
         assert carrier.exchange(ask, 60).descriptions.keys() == {100, 101}
         stopped = grid.started[0].process.pid
         freeze(stopped)
-        for _ in range(20):  # more than wait in line: what is not read must not pile up
-            reply = carrier.exchange(ask, 0.2)
-            assert (len(reply.failures), len(reply.descriptions)) == (1, 1)
+        # more than wait in line: what is not read must not pile up
+        replies = [carrier.exchange(ask, 0.1) for _ in range(20)]
+        assert set().union(*(reply.descriptions for reply in replies)) == {101}
         os.kill(stopped, signal.SIGCONT)
         assert carrier.exchange(ask, 60).descriptions.keys() == {100, 101}

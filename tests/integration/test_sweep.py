@@ -1,17 +1,24 @@
 """A sweep through each engine, killed in the middle, and finished by the same command."""
 
 import csv
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, RecordDict
 
+from psl_flower.experiments import trial
 from psl_flower.experiments.command import main
+from psl_flower.experiments.results import summarise
+from psl_flower.experiments.sweep import read_sweep
+from psl_flower.grid import InProcessGrid
 
 PATIENCE = 120.0  # seconds until a test is given up
 SWEEP = """
@@ -110,7 +117,46 @@ def test_a_killed_sweep_goes_on_where_it_was_and_both_engines_agree(tmp_path, te
     assert confusion == same
 
 
+class InThisProcess:
+    """Stands in for a SuperLink: runs the app of an experiment on an InProcessGrid."""
+
+    def __init__(self, home):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, app, *, num_supernodes, quiet):
+        described = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+        server, client = (
+            getattr(importlib.import_module(module), name)
+            for module, name in (described["components"][part].split(":") for part in ("serverapp", "clientapp"))
+        )
+        config = described["config"]
+        grid = InProcessGrid(client, num_nodes=num_supernodes, run_config=config)
+        server(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+
+
+def test_the_app_of_an_experiment_on_the_simulation_is_the_experiment(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "LocalSuperLink", InThisProcess)
+    found = {}
+    for engine in ("simulation", "vectorised"):
+        path = tmp_path / f"{engine}.toml"
+        path.write_text(SWEEP.format(engine=engine))
+        experiment = next(e for e in read_sweep(str(path)).experiments() if e.label.startswith("UGS"))
+        (tmp_path / engine).mkdir()
+        trial.run_trial(experiment, tmp_path / engine, lambda done: None)
+        found[engine] = summarise(tmp_path / engine, 0.0)
+    simulated, vectorised = found["simulation"], found["vectorised"]
+    assert simulated["loss_last"] == pytest.approx(vectorised["loss_last"], rel=1e-3)
+    assert simulated["steps"] == vectorised["steps"]
+
+
 @pytest.mark.flower
+@pytest.mark.slow
 def test_a_killed_simulation_leaves_no_process_and_agrees_too(tmp_path, temporary):
     words = [*arguments(tmp_path, "simulation"), "--set", "method=['UGS']"]
     with start(words, temporary) as process:

@@ -172,7 +172,8 @@ def test_fedavg_is_flowers():
     another order is no longer small after two rounds.
     """
     num_clients, batch_size = 3, 32
-    config = RunConfig(num_server_rounds=2, partition="mild", classes_per_client=4, batch_size=64, device="cpu")
+    options = {"model": "tiny-cnn", "partition": "mild", "classes_per_client": 4}
+    config = RunConfig(num_server_rounds=2, batch_size=64, device="cpu", **options)
     setting = Setting(
         config=config,
         num_clients=num_clients,

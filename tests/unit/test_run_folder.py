@@ -3,32 +3,32 @@
 import os
 import re
 import socket
-import subprocess
-import sys
 
 import pytest
+from warm import WARM
 
 from psl_flower.errors import ConfigError
 from psl_flower.strategy import folder as folder_module
 from psl_flower.strategy.folder import FolderLock, run_folder
 
-# locks the folder, says so, and waits for its standard input to end
-HOLDER = """
-import sys
-from psl_flower.strategy.folder import FolderLock
-with FolderLock(sys.argv[1]):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
+
+def hold(folder, pipe):
+    """Lock a folder until there is word to end."""
+    with FolderLock(folder):
+        pipe.send("locked")
+        pipe.recv()
 
 
 @pytest.fixture
 def holder(tmp_path):
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "locked\n"
-        yield process
-        process.kill()
+    pipe, theirs = WARM.Pipe()
+    process = WARM.Process(target=hold, args=(tmp_path, theirs))
+    process.start()
+    assert pipe.recv() == "locked"
+    process.pipe = pipe
+    yield process
+    process.kill()
+    process.join()
 
 
 def test_the_second_of_two_runs_is_refused_and_told_whose_it_is(holder, tmp_path):
@@ -36,7 +36,8 @@ def test_the_second_of_two_runs_is_refused_and_told_whose_it_is(holder, tmp_path
     for _ in range(2):  # being refused takes nothing away from the owner
         with pytest.raises(ConfigError, match=rf"another run writes to .*: {whose}.*: wait for it, end it, or give"):
             FolderLock(tmp_path).__enter__()
-    holder.communicate()
+    holder.pipe.send("end")
+    holder.join()
     with FolderLock(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -44,7 +45,7 @@ def test_the_second_of_two_runs_is_refused_and_told_whose_it_is(holder, tmp_path
 
 def test_a_dead_runs_lock_is_taken_over(holder, tmp_path, caplog):
     holder.kill()
-    holder.wait()
+    holder.join()
     assert [path.name for path in tmp_path.iterdir()] == [folder_module.LOCK_FILE]
     with FolderLock(tmp_path):
         assert f"did not end in order: process {holder.pid} on" in caplog.text

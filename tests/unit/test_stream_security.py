@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -44,7 +45,7 @@ def carrier(app):
 
 
 def works(carrier):
-    reply = carrier.exchange(ASK, 20)
+    reply = carrier.exchange(ASK, 120)
     assert reply.descriptions.keys() == set(NODES), reply.failures
 
 
@@ -58,9 +59,12 @@ def ticket(carrier, **changes):
     return Ticket(**(fields | changes))
 
 
-def open_stream(carrier, metadata, chunks=(), patience=10):
-    """Open a stream, send chunks and keep it open; return how it ended, and the frames that came."""
-    done = threading.Event()
+def open_stream(carrier, metadata, chunks=(), num_frames=None, done=None):
+    """Open a stream and send chunks; return how it ended, and the frames that came.
+
+    It stays open until the server ends it, so many frames have come, or somebody else has it `done`.
+    """
+    done, patience = done or threading.Event(), 120
 
     def requests():
         yield from chunks
@@ -72,11 +76,26 @@ def open_stream(carrier, metadata, chunks=(), patience=10):
         try:
             for chunk in call:
                 frames.append(decoder.feed(chunk))
+                if len(frames) == num_frames:
+                    break
             return grpc.StatusCode.OK, "", frames
         except grpc.RpcError as error:
             return error.code(), error.details(), frames
         finally:
             done.set()
+
+
+@contextmanager
+def opened(carrier, chunks=()):
+    """Keep a stranger's stream open, over which chunks are sent."""
+    done = threading.Event()
+    opener = threading.Thread(target=open_stream, args=(carrier, good_metadata(carrier), chunks, None, done))
+    opener.start()
+    try:
+        yield
+    finally:
+        done.set()
+        opener.join()
 
 
 def metadata(session, node, token):
@@ -178,21 +197,15 @@ def test_a_reply_to_anothers_question_is_not_taken(carrier):
         list(encode(Frame({"kind": "reply", "number": n, "parts": [], "failures": {}, "seconds": {}}), i))
         for i, n in enumerate(range(1, 50))
     ]
-    opener = threading.Thread(
-        target=open_stream, args=(carrier, good_metadata(carrier), itertools.chain.from_iterable(replies), 2)
-    )
-    opener.start()
-    for _ in range(50):
-        works(carrier)
-    opener.join()
+    with opened(carrier, itertools.chain.from_iterable(replies)):
+        for _ in range(50):
+            works(carrier)
 
 
 def test_a_silent_stream_stalls_nothing(carrier):
-    opener = threading.Thread(target=open_stream, args=(carrier, good_metadata(carrier), (), 2))
-    opener.start()
-    for _ in range(20):
-        works(carrier)
-    opener.join()
+    with opened(carrier):
+        for _ in range(20):
+            works(carrier)
 
 
 def test_joining_needs_a_token_of_ones_own_and_only_once(carrier):
@@ -203,7 +216,7 @@ def test_joining_needs_a_token_of_ones_own_and_only_once(carrier):
         next(encode(Frame({"kind": "join", "session": session, "node": n, "token": t, "node-config": {}}), i))
         for i, (n, t) in enumerate(sent)
     ]
-    _, _, frames = open_stream(carrier, metadata(session, STRANGER, mine), chunks, patience=2)
+    _, _, frames = open_stream(carrier, metadata(session, STRANGER, mine), chunks, num_frames=4)
     found = [(frame.header["kind"], frame.header["node"]) for frame in frames]
     assert found == [("refused", STRANGER + 1), ("joined", STRANGER), ("refused", STRANGER), ("joined", STRANGER + 1)]
 
@@ -334,7 +347,7 @@ def test_closing_ends_the_clients_threads(app):
     with StreamCarrier(InProcessGrid(app, num_nodes=2)) as carrier:
         works(carrier)
         assert any(t.name == "psl-resident" for t in residents())
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     while len(residents()) > before and time.monotonic() < end:
         time.sleep(0.01)
     assert len(residents()) <= before

@@ -1,15 +1,16 @@
-"""The model, the data, and how one is tested on the other."""
+"""The model, the data, and how one is trained and tested on the other."""
 
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from flwr_datasets.partitioner import IidPartitioner, PathologicalPartitioner
+from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader
 
 
 class Net(nn.Module):
@@ -32,43 +33,65 @@ class Net(nn.Module):
 
 
 @cache  # once a process
-def load_all():
-    """Return training and test images and labels of all clients together: (images, images, labels, labels)."""
+def digits():
+    """Return all images and their labels, as on the Hugging Face Hub, in two splits: "train" and "test"."""
     images, labels = load_digits(return_X_y=True)  # pixels from 0 to 16
-    images = ((images - 4.9) / 6.0).reshape(-1, 1, 8, 8).astype("float32")
-    return train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    images = [Image.fromarray(image) for image in images.reshape(-1, 8, 8).astype(np.uint8)]
+    data = Dataset.from_dict({"img": images, "label": labels}).class_encode_column("label")
+    return data.train_test_split(test_size=360, stratify_by_column="label", seed=0)
 
 
 @cache
-def partitioned(partition, num_partitions):
+def partitioned(num_partitions, partition):
     """Return the training data of all clients, ready to be asked for one client's."""
-    images, _, labels, _ = load_all()
     if partition == "iid":
         partitioner = IidPartitioner(num_partitions)
     else:
         partitioner = PathologicalPartitioner(num_partitions, "label", 2, class_assignment_mode="first-deterministic")
-    partitioner.dataset = Dataset.from_dict({"image": list(images), "label": labels}).with_format("torch")
+    partitioner.dataset = digits()["train"]  # from the Hub: FederatedDataset(dataset=..., partitioners={"train": ...})
     return partitioner
 
 
-def load_data(context):
-    """Return one client's training data and its test data, a fifth of what it has."""
-    partition_id, num_partitions = context.node_config["partition-id"], context.node_config["num-partitions"]
-    partitioner = partitioned(context.run_config["partition"], num_partitions)
-    parts = partitioner.load_partition(partition_id).train_test_split(test_size=0.2, seed=42)
-    return tuple(TensorDataset(parts[name][:]["image"], parts[name][:]["label"]) for name in ("train", "test"))
+def apply_transforms(batch):
+    """Make tensors of a batch's images."""
+    batch["img"] = [(torch.tensor(np.array(image), dtype=torch.float32)[None] - 4.9) / 6 for image in batch["img"]]
+    return batch
+
+
+def load_data(partition_id, num_partitions, batch_size, partition):
+    """Return loaders of one client's training data, and of its test data: a fifth of what it has."""
+    parts = partitioned(num_partitions, partition).load_partition(partition_id)
+    parts = parts.train_test_split(test_size=0.2, seed=42).with_transform(apply_transforms)
+    return DataLoader(parts["train"], batch_size, shuffle=True), DataLoader(parts["test"], batch_size)
 
 
 def load_server_test_data():
-    """Return the server's own test data."""
-    _, images, _, labels = load_all()
-    return TensorDataset(torch.tensor(images), torch.tensor(labels))
+    """Return a loader of the server's own test data."""
+    return DataLoader(digits()["test"].with_transform(apply_transforms), batch_size=128)
 
 
-def test(model, data):
+def train(model, loader, epochs, lr):
+    """Train a model and return its mean loss."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    model.train()
+    losses = []
+    for _ in range(epochs):
+        for batch in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch["img"]), batch["label"])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+def test(model, loader):
     """Return a model's mean loss and its accuracy."""
-    images, labels = data.tensors
     model.eval()
+    loss, right, number = 0.0, 0, len(loader.dataset)
     with torch.inference_mode():
-        logits = model(images)
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).float().mean().item()
+        for batch in loader:
+            logits, labels = model(batch["img"]), batch["label"]
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            right += (logits.argmax(dim=1) == labels).sum().item()
+    return loss / number, right / number

@@ -10,23 +10,23 @@ from quickstart.task import train as train_fn
 app = ClientApp()
 
 
+def load_partition(context):
+    """Return loaders of this client's training and test data."""
+    node, config = context.node_config, context.run_config
+    return load_data(node["partition-id"], node["num-partitions"], config["batch-size"], config["partition"])
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the server's model for some epochs and return the new weights."""
     model = Net()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    data, _ = load_data(context)
-    loss = train_fn(
-        model,
-        data,
-        epochs=context.run_config["local-epochs"],
-        batch_size=context.run_config["batch-size"],
-        lr=message.content["config"]["lr"],
-    )
+    loader, _ = load_partition(context)
+    loss = train_fn(model, loader, context.run_config["local-epochs"], message.content["config"]["lr"])
     content = RecordDict(
         {
             "arrays": ArrayRecord(model.state_dict()),
-            "metrics": MetricRecord({"loss": loss, "num-examples": len(data)}),
+            "metrics": MetricRecord({"loss": loss, "num-examples": len(loader.dataset)}),
         }
     )
     return Message(content, reply_to=message)
@@ -37,7 +37,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Test the server's model on this client's test data."""
     model = Net()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    _, data = load_data(context)
-    loss, accuracy = test_fn(model, data)
-    metrics = MetricRecord({"loss": loss, "accuracy": accuracy, "num-examples": len(data)})
+    _, loader = load_partition(context)
+    loss, accuracy = test_fn(model, loader)
+    metrics = MetricRecord({"loss": loss, "accuracy": accuracy, "num-examples": len(loader.dataset)})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
