@@ -375,6 +375,8 @@ class Reply:
         Only to `DESCRIBE`.
     seconds : dict of int to float
         How long each client worked; of what was done for several at once, its share by examples.
+    busy : float
+        Seconds that the process which took longest was at work, by its own clock.
     bytes_sent, bytes_received : int
         Bytes of tensors.
     """
@@ -383,6 +385,7 @@ class Reply:
     failures: dict[int, Failure] = field(default_factory=dict)
     descriptions: dict[int, Description] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
+    busy: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -392,6 +395,7 @@ class Reply:
         self.failures |= other.failures
         self.descriptions |= other.descriptions
         self.seconds |= other.seconds
+        self.busy = max(self.busy, other.busy)
         self.bytes_sent += other.bytes_sent
         self.bytes_received += other.bytes_received
 

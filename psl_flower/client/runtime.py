@@ -337,6 +337,7 @@ def _share(reply: Reply, request: Request, seconds: float) -> None:
     total = sum(counts)
     for node, count, delay in zip(request.nodes, counts, delays, strict=True):
         reply.seconds[node] = delay + seconds * count / total
+    reply.busy = seconds + max(delays, default=0.0)
 
 
 def _failure(exc: Exception, node: int, client: SplitClient | None = None) -> Failure:

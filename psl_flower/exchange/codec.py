@@ -259,6 +259,7 @@ def encode_reply(number: int, reply: Reply, request: Request, wire_dtype: str = 
         },
         "descriptions": {str(node): _encode_description(each) for node, each in reply.descriptions.items()},
         "seconds": packer.column(np.array([reply.seconds.get(node, 0.0) for node in request.nodes])),
+        "busy": reply.busy,
     }
     return Frame(header, packer.buffers)
 
@@ -299,6 +300,7 @@ def decode_reply(frame: Frame, request: Request) -> Reply:
         {node: why for node, why in failures.items() if node in asked and node not in seen},
         {node: each for node, each in descriptions.items() if node in asked and node not in failures},
         dict(zip(request.nodes, seconds.tolist(), strict=True)),
+        busy=_seconds(header.get("busy", 0.0)),
         bytes_received=unpacker.num_bytes,
     )
 

@@ -86,6 +86,10 @@ class Evaluator:
         StepError
             If a client fails and that is not tolerated, or all fail.
         """
+        with self._summary.spending("evaluation"):
+            return self._evaluate()
+
+    def _evaluate(self) -> MetricRecord | None:
         members = self._clients.members.items()
         left = {c: m.description.num_test_examples - len(self._left_out.get(c, ())) for c, m in members}
         left = {client: n for client, n in left.items() if n > 0 and client not in self._clients.excluded}

@@ -71,7 +71,8 @@ class EpochLoop:
             while not over and len(run.unfinished(ledger)):
                 self._look_for_clients(ledger, epoch, clock)
                 begin = time.monotonic()
-                step = ledger.step(run.available(run.unfinished(ledger)))
+                with run.summary.spending("planning"):
+                    step = ledger.step(run.available(run.unfinished(ledger)))
                 epoch.seconds_plan += time.monotonic() - begin
                 orders = ledger.orders(len(epoch), step, run.clients.left_out)
                 waits = self._stragglers.waits(clock, step)
@@ -91,7 +92,8 @@ class EpochLoop:
                     self._stragglers.measure(attempt)
                     simulated = clock.advance(step.clients, step.quotas) if clock else None
                     record = _step_record(server_round, len(epoch), attempt, time.monotonic() - begin, simulated)
-                    epoch.add(record, step, attempt.record.class_counts, attempt.record)
+                    with run.summary.spending("records"):
+                        epoch.add(record, step, attempt.record.class_counts, attempt.record)
                     run.scheduler.on_step()
                     done, of = len(epoch), len(epoch) + ledger.steps_left()
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
@@ -111,14 +113,16 @@ class EpochLoop:
     def _open(self, server_round: int) -> tuple[EpochLedger, Epoch, bool]:
         """Return what there is to do in an epoch, its bookkeeping, and whether it is over: new, or to be resumed."""
         run = self._run
-        run.clients.refresh(self._min_nodes, run.timeout, run.missing)
+        with run.summary.spending("start"):
+            run.clients.refresh(self._min_nodes, run.timeout, run.missing)
         population, saved = run.clients.population(), run.take_saved()
         begin = time.monotonic()
-        if saved is None:
-            ledger = EpochLedger(self._sampler, self._stragglers.known_of(population), server_round - 1)
-        else:
-            population = self._stragglers.known_of(saved_population(saved["ledger"], population))
-            ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"])
+        with run.summary.spending("planning"):
+            if saved is None:
+                ledger = EpochLedger(self._sampler, self._stragglers.known_of(population), server_round - 1)
+            else:
+                population = self._stragglers.known_of(saved_population(saved["ledger"], population))
+                ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"])
         seconds_plan = time.monotonic() - begin
         epoch = Epoch(
             run.recorder,
@@ -139,7 +143,8 @@ class EpochLoop:
         failing = run.backoff.failing() & set(run.available(run.unfinished(ledger)).tolist())
         if not run.policy.tolerate or not (at_once or failing):
             return
-        joined = run.clients.look_again(run.policy.step_timeout or run.timeout)
+        with run.summary.spending("start"):
+            joined = run.clients.look_again(run.policy.step_timeout or run.timeout)
         if not joined:
             return
         log.info("clients that joined%s: %s", "" if at_once else ", from the next round on", sorted(joined))

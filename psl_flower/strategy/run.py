@@ -73,8 +73,7 @@ class Run:
     # --- clients that fail -------------------------------------------------------------------------------------------
     def available(self, unfinished: IntArray) -> IntArray:
         """Return the clients to go on with: those that owe and are not left out; all, if there are none."""
-        absent = self.backoff.left_out()
-        kept = np.array([client for client in unfinished if client not in absent], dtype=np.int64)
+        kept = unfinished[~np.isin(unfinished, list(self.backoff.left_out()))]
         return kept if len(kept) else unfinished
 
     def unfinished(self, ledger: EpochLedger) -> IntArray:
@@ -210,8 +209,8 @@ class Run:
             return True
         if all_failed:
             pause = retries.pause(patience)
-            self.summary.seconds_waiting += pause
-            time.sleep(pause)
+            with self.summary.spending("waiting"):
+                time.sleep(pause)
         return False
 
     def close_epoch(self, server_round: int, ledger: EpochLedger) -> int:

@@ -40,6 +40,7 @@ log = logging.getLogger("flwr.psl_flower")
 _TTL = 30 * 24 * 3600.0
 # The reply of an attach message only matters if it fails: looking for it may not slow down what it waits for.
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5  # seconds
+_TOLD_SECONDS = 5.0  # between two words of how many are connected
 _READ_SECONDS = 5.0  # for replies that have been sent already
 # A request that ended this many processes is not tried on another.
 _MAX_MOVES = 3
@@ -111,9 +112,12 @@ class StreamCarrier(Carrier):
             return {}
         end = time.monotonic() + timeout
         self._invite([node for node in new if node not in self._attaching])
-        look = _FIRST_LOOK
+        look, begin, told = _FIRST_LOOK, time.monotonic(), time.monotonic()
         while waiting := [node for node in new if node not in self._homes and node not in self._refused]:
             left = end - time.monotonic()
+            if time.monotonic() - told >= _TOLD_SECONDS:
+                told = time.monotonic()
+                log.info("%d of %d clients connected, %.0f s", len(new) - len(waiting), len(new), told - begin)
             if left <= 0:
                 reason = f"it opened no stream within {timeout:g} s: see whether its node still runs"
                 self._refused |= dict.fromkeys(waiting, _gone(reason))
@@ -351,7 +355,7 @@ class StreamCarrier(Carrier):
             return
         elapsed = current.elapsed()
         reply.seconds = {node: min(seconds, elapsed) for node, seconds in reply.seconds.items()}
-        reply.bytes_sent = sent.bytes_sent
+        reply.busy, reply.bytes_sent = min(reply.busy, elapsed), sent.bytes_sent
         current.add(reply)
 
     def _lost(self, connection: Connection, reason: str) -> None:
