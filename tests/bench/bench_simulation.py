@@ -5,8 +5,8 @@
 A run of the app ``tests/apps/cost`` through Flower, as a user has it: the default CNN, images of CIFAR-10's size, 128
 examples a step. After each split step the ServerApp takes centralised ones on as many examples of the same data, with
 one thread and with all, so that both see the same machine; medians are compared, and the ratio is to the faster. Then
-what a step's mean is made of: the server's parts of the model; the slowest client process of each exchange, by its own
-clock; what exchanges took beyond that; planning; records; all else. At last, the seconds since ``flwr run``.
+what a step is made of, medians too: the server's parts of the model; the slowest client process of each exchange, by
+its own clock; what exchanges took beyond that; planning; records; all else. At last, the seconds since ``flwr run``.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def measure(link, num_clients, *, num_supernodes=None, transport="streams", shar
         begin = time.time()
         link.run(TESTS / "apps" / "cost", num_supernodes=num_supernodes, run_config=config, quiet=True)
         found = json.loads(out.read_text())
-    one, many = found["central"]["1"], found["central"]["2"]
+    one, many = found["central"]
     carrier = transport + (" and shared memory" if transport == "streams" and shared_memory else "")
     times = [found["split"], one, many]
     ratio = found["split"] / min(one, many)

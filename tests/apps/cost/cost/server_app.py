@@ -17,6 +17,8 @@ from flwr.serverapp import ServerApp
 from cost.task import BATCH, CUT, images, model_fn, num_examples
 from psl_flower import ParallelSplitLearning, UniformGlobalSampler
 from psl_flower.exchange.streams import StreamOptions
+from psl_flower.strategy import strategy as strategy_module
+from psl_flower.strategy.summary import RunSummary
 from psl_flower.threads import set_threads
 
 app = ServerApp()
@@ -44,38 +46,50 @@ class Central:
         return seconds
 
 
+class Watched(RunSummary):
+    """The summary of the run, for `Timed` to look into."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        Watched.last = self
+
+
 class Timed(torch.optim.SGD):
     """After each split step, takes centralised ones with one and with all threads, and keeps the times of all."""
 
     def __init__(self, parameters, central, times):
         super().__init__(parameters, lr=0.01)
         self.central, self.times, self.threads = central, times, torch.get_num_threads()
-        self.begin = None
+        self.before = None
+        self.first = None  # when the first step was over
 
     def step(self, closure=None):
         super().step(closure)
-        now = time.perf_counter()
-        if self.begin is not None:
-            self.times.append((now - self.begin, self.central.step(1), self.central.step(self.threads)))
+        spent = Watched.last.spent()
+        if self.before is None:
+            self.first = time.time()
         else:
-            self.times.append((time.time(), 0.0, 0.0))  # when the first step was over
-        self.begin = time.perf_counter()
+            split = {on: spent[on] - self.before[on] for on in spent}
+            self.times.append((split, self.central.step(1), self.central.step(self.threads)))
+        self.before = Watched.last.spent()
 
 
 @app.main()
 def main(grid, context):
     begin, config = time.time(), context.run_config
-    threads, num_clients = set_threads(), len(list(grid.get_node_ids()))
-    times, model = [], model_fn()
+    set_threads()
+    num_clients = len(list(grid.get_node_ids()))
+    times, optimizers, model = [], [], model_fn()
     central = Central(num_examples(config["steps"], num_clients))
     connected = []
+    strategy_module.RunSummary = Watched
     logging.getLogger("flwr.psl_flower").addFilter(partial(_note, connected))
     with tempfile.TemporaryDirectory() as folder:
         strategy = ParallelSplitLearning(
             model,
             cut=CUT,
             sampler=UniformGlobalSampler(BATCH),
-            optimizer=partial(Timed, central=central, times=times),
+            optimizer=lambda parameters: optimizers.append(Timed(parameters, central, times)) or optimizers[-1],
             transport=config["transport"],
             stream_options=StreamOptions(shared_memory=config["shared-memory"]),
             min_available_nodes=num_clients,
@@ -91,19 +105,17 @@ def main(grid, context):
         else:
             run()
         summary = json.loads((Path(folder) / "summary.json").read_text())
-    first, steps = times[0], np.array(times[1:])
-    spent = dict(summary["seconds"])
-    spent["server"] -= steps[:, 1:].sum()
-    settled = steps[len(steps) // 5 :]
+    settled = times[len(times) // 5 :]
+    split, *centrals = zip(*settled, strict=True)
     result = {
-        "steps": len(times),
-        "split": statistics.median(settled[:, 0]),
-        "central": {str(n): statistics.median(settled[:, i]) for i, n in ((1, 1), (2, threads))},
-        "spent": {on: spent[on] / len(times) for on in spent if on not in ("start", "evaluation")},
+        "steps": len(settled),
+        "split": statistics.median(sum(each.values()) for each in split),
+        "central": [statistics.median(each) for each in centrals],
+        "spent": {on: statistics.median(each[on] for each in split) for on in split[0]},
+        "whole": summary["seconds"],
         "main": begin,
         "connected": connected[0] if connected else begin,
-        "first_step": first[0],
-        "start": spent["start"],
+        "first_step": optimizers[0].first,
     }
     Path(str(config["out"])).write_text(json.dumps(result))
 
