@@ -23,7 +23,7 @@ from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext, random_state
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
-from psl_flower.data.batch import Batch, check_drawn_again, checksum
+from psl_flower.data.batch import Batch, check_drawn_again, checksums
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, ProtocolError, PSLError
 from psl_flower.exchange.validation import is_finite
@@ -233,18 +233,15 @@ class _Work:
             return context, stage.function(self.method, context, **inputs)
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
-            batches = []
-            for client, order in zip(clients, orders.each(), strict=True):
-                reseed(order.step_seed(), device)
-                batches.append(client.draw_batch(order))
-            joined = _join(batches)
+            joined = _draw(clients, orders, device)
             context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own)
             self._check_rows_alone(clients[0], joined, training=context.training)
+            drawn = checksums(joined, orders.counts.tolist())
             if orders.checksums is None:
-                context.checksums = np.array([checksum(batch) for batch in batches])
+                context.checksums = np.array(drawn)
             else:
-                for order, batch, before in zip(orders.each(), batches, orders.checksums.tolist(), strict=True):
-                    check_drawn_again(batch, before, f"client {order.client}, step {order.step}")
+                for client, now, before in zip(orders.clients, drawn, orders.checksums.tolist(), strict=True):
+                    check_drawn_again(now, before, f"client {client}, step {orders.step}")
             if len(clients) == 1:
                 return context, stage.function(self.method, context, joined, **inputs)
             if any(type(client).forward is not SplitClient.forward for client in clients):
@@ -299,6 +296,24 @@ def _key(request: Request, orders: Orders) -> tuple[Hashable, ...]:
     step = (versions, orders.seed, orders.epoch, orders.step, orders.test)
     classes = None if orders.class_counts is None else orders.class_counts.tobytes()
     return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes)
+
+
+def _draw(clients: Sequence[SplitClient], orders: Orders, device: torch.device) -> Batch:
+    """Return the clients' batches as one; random numbers are each client's own."""
+    each = list(orders.each())
+    if len(clients) > 1:
+        try:
+            found = SplitClient.draw_together(clients, orders, lambda i: reseed(each[i].step_seed(), device))
+        except Exception as exc:  # drawing for each tells whose fault it is
+            log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
+            found = None
+        if found is not None:
+            return found
+    batches = []
+    for client, order in zip(clients, each, strict=True):
+        reseed(order.step_seed(), device)
+        batches.append(client.draw_batch(order))
+    return _join(batches)
 
 
 def _join(batches: Sequence[Batch]) -> Batch:

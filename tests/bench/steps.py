@@ -41,7 +41,8 @@ def measure(link, num_clients, *, num_supernodes=None, transport="streams", shar
 
 
 def prepared(link):
-    """Let a link's processes import the app's code."""
+    """Let a link's processes import the app's code, and the actors run with the priority of the centralised steps."""
+    link.environment["RAY_worker_niceness"] = "0"
     link.environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     return link
 
