@@ -55,6 +55,21 @@ def is_simulation(grid: Any) -> bool:
     return any(kind.__name__ == "InMemoryGrid" for kind in type(grid).__mro__)
 
 
+def simulated_nodes(grid: Any) -> dict[int, dict[str, int]] | None:
+    """Return the node configuration of each node of Flower's simulation, by node id; None of any other grid.
+
+    The simulation numbers its nodes in the order in which it makes them, which is that of its store. Empty where the
+    store does not tell: releases differ. To be compared with what some nodes say themselves.
+    """
+    if not is_simulation(grid):
+        return None
+    try:
+        ids = [node.node_id for node in grid.state.get_node_info()]
+    except (AttributeError, TypeError):
+        return {}
+    return {node: {"partition-id": i, "num-partitions": len(ids)} for i, node in enumerate(ids)}
+
+
 def make_run(run_id: int) -> Run:
     """Return a run of which only the id is known."""
     return Run.create_empty(run_id)

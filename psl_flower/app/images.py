@@ -74,8 +74,34 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         pixels = torch.from_numpy(np.asarray(self._images[self._indices[rows]]))
         if self._augment is not None:
             pixels = self._augment(pixels)
-        inputs = pixels.to(torch.float32).sub_(self._mean).div_(self._std)
-        return inputs, torch.from_numpy(self.targets[rows])
+        return self._normalised(pixels), torch.from_numpy(self.targets[rows])
+
+    @staticmethod
+    def get_batches(
+        sets: Sequence[ImageSet], indices: Sequence[NDArray[np.int64]], seed: Callable[[int], None]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return what joining the sets' batches would give, in one go; see `psl_flower.data.read_together`."""
+        first = sets[0]
+        if first._augment not in (None, crop_flip) or not all(first._differs_in_examples(each) for each in sets):
+            return None
+        rows = np.concatenate([each._indices[some] for each, some in zip(sets, indices, strict=True)])
+        pixels = torch.from_numpy(np.asarray(first._images[rows]))
+        if first._augment is crop_flip:
+            drawn = []
+            for i, some in enumerate(indices):
+                seed(i)
+                drawn.append(draw_shifts(len(some)))
+            pixels = shifted(pixels, Shifts(*map(torch.cat, zip(*drawn, strict=True))))
+        targets = np.concatenate([each.targets[some] for each, some in zip(sets, indices, strict=True)])
+        return first._normalised(pixels), torch.from_numpy(targets)
+
+    def _differs_in_examples(self, other: ImageSet) -> bool:
+        """Return whether another set is of the same images, and makes the same of them."""
+        same = self._images is other._images and self._augment is other._augment
+        return same and torch.equal(self._mean, other._mean) and torch.equal(self._std, other._std)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return pixels.to(torch.float32).sub_(self._mean).div_(self._std)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         inputs, targets = self.get_batch([index])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from psl_flower.data import Batch, Examples, bind_inputs, forward_signature
+from psl_flower.data import Batch, Examples, bind_inputs, forward_signature, read_together
 from psl_flower.errors import BadRowsError, ConfigError
 from psl_flower.failures import Failure, Kind
-from psl_flower.protocol import Config, Description, PutOff, WorkOrder
+from psl_flower.protocol import Config, Description, Orders, PutOff, WorkOrder
 from psl_flower.split.half import Part as ModelPart
 from psl_flower.tree import Tree, as_tree, rows
 from psl_flower.typing import IntArray
@@ -97,8 +98,8 @@ class SplitClient:
 
     def draw_batch(self, order: WorkOrder) -> Batch:
         """Return the examples of a work order."""
-        indices = self.draw(order)
-        found = self.batch(self.test if order.test else self.train, indices)
+        dataset, indices = self._chosen(order)
+        found = self.batch(dataset, indices)
         if isinstance(found, Batch):
             return found
         inputs, target = found
@@ -106,6 +107,26 @@ class SplitClient:
         if (size := rows((batch.inputs, batch.target), "a batch")) != len(indices):
             raise ConfigError(f"{type(self).__name__}.batch was asked for {len(indices)} examples, it returned {size}")
         return batch
+
+    @staticmethod
+    def draw_together(clients: Sequence[SplitClient], orders: Orders, seed: Callable[[int], None]) -> Batch | None:
+        """Return the examples of several clients' orders as one batch; None where each must draw its own.
+
+        Parameters
+        ----------
+        seed : callable
+            Seeds the global generators for the client of that position.
+        """
+        own = (SplitClient.draw_batch, SplitClient.batch)
+        if any((type(client).draw_batch, type(client).batch) != own for client in clients):
+            return None
+        chosen = [client._chosen(order) for client, order in zip(clients, orders.each(), strict=True)]
+        examples = [client._examples(dataset) for client, (dataset, _) in zip(clients, chosen, strict=True)]
+        return read_together(examples, [indices for _, indices in chosen], seed)
+
+    def _chosen(self, order: WorkOrder) -> tuple[Any, IntArray]:
+        """Return the dataset that an order is about, and the indices of its examples there."""
+        return self.test if order.test else self.train, self.draw(order)
 
     def unreadable(self, error: BadRowsError) -> Failure:
         """Return what a client says of examples that it cannot read, with their classes where it knows them."""

@@ -26,7 +26,7 @@ from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.client.recipe import NotBuiltError
-from psl_flower.data.batch import Batch, check_drawn_again, checksum
+from psl_flower.data.batch import Batch, check_drawn_again, checksums
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.exchange.validation import is_finite
@@ -245,17 +245,14 @@ class _Work:
             return context, stage.function(self.method, context, **inputs)
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
-            batches = []
-            for client, order in zip(clients, orders.each(), strict=True):
-                reseed(order.step_seed(), device)
-                batches.append(client.draw_batch(order))
-            joined = _join(batches)
+            joined = _draw(clients, orders, device)
             context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own)
+            drawn = checksums(joined, orders.counts.tolist())
             if orders.checksums is None:
-                context.checksums = np.array([checksum(batch) for batch in batches])
+                context.checksums = np.array(drawn)
             else:
-                for order, batch, before in zip(orders.each(), batches, orders.checksums.tolist(), strict=True):
-                    check_drawn_again(batch, before, "test data" if order.test else "training data")
+                for now, before in zip(drawn, orders.checksums.tolist(), strict=True):
+                    check_drawn_again(now, before, "test data" if orders.test else "training data")
             if len(clients) == 1:
                 return context, stage.function(self.method, context, joined, **inputs)
             if any(type(client).forward is not SplitClient.forward for client in clients):
@@ -294,6 +291,24 @@ def _key(request: Request, orders: Orders, own: tuple[int, ...]) -> tuple[Hashab
     return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes, own)
 
 
+def _draw(clients: Sequence[SplitClient], orders: Orders, device: torch.device) -> Batch:
+    """Return the clients' batches as one; random numbers are each client's own."""
+    each = list(orders.each())
+    if len(clients) > 1:
+        try:
+            found = SplitClient.draw_together(clients, orders, lambda i: reseed(each[i].step_seed(), device))
+        except Exception as exc:  # drawing for each tells whose fault it is
+            log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
+            found = None
+        if found is not None:
+            return found
+    batches = []
+    for client, order in zip(clients, each, strict=True):
+        reseed(order.step_seed(), device)
+        batches.append(client.draw_batch(order))
+    return _join(batches)
+
+
 def _join(batches: Sequence[Batch]) -> Batch:
     try:
         inputs, target = ([getattr(b, name) for b in batches] for name in ("inputs", "target"))
@@ -330,6 +345,7 @@ def _share(reply: Reply, request: Request, seconds: float) -> None:
     total = sum(counts)
     for node, count, delay in zip(request.nodes, counts, delays, strict=True):
         reply.seconds[node] = delay + seconds * count / total
+    reply.busy = seconds + max(delays, default=0.0)
 
 
 def _failure(exc: Exception, node: int, client: SplitClient | None = None) -> Failure:

@@ -25,7 +25,17 @@ from psl_flower.client.runtime import answer
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.codec import REQUEST, WeightStore, decode_request, encode_reply
 from psl_flower.exchange.frames import Decoder, Frame, encode
-from psl_flower.exchange.streams.endpoint import CHANNEL_OPTIONS, METHOD, NODE, SESSION, TOKEN
+from psl_flower.exchange.shared_memory import SharedMemory, accept, whereabouts
+from psl_flower.exchange.streams.endpoint import (
+    ACCEPTED,
+    CHANNEL_OPTIONS,
+    METHOD,
+    NODE,
+    OFFER,
+    SESSION,
+    TOKEN,
+    WHEREABOUTS,
+)
 from psl_flower.exchange.streams.security import PROCESS_ID, SERVER_NAME, Ticket
 from psl_flower.flower import outlives_messages
 from psl_flower.protocol import Config
@@ -114,6 +124,7 @@ class StreamClient:
         self._outgoing: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._joining: dict[int, Future[None]] = {}
         self._weights = WeightStore()
+        self._memory: SharedMemory | None = None  # with a server of this machine
         self.ended = False
         self._channel = _connect(ticket)
 
@@ -154,7 +165,7 @@ class StreamClient:
         ticket, node = self._ticket, str(self._first.node_id)
         if not self._resident:
             self._outgoing.put(self._join_frame(ticket, self._first))
-        metadata = ((SESSION, ticket.session), (NODE, node), (TOKEN, ticket.token))
+        metadata = ((SESSION, ticket.session), (NODE, node), (TOKEN, ticket.token), (WHEREABOUTS, whereabouts()))
         call = self._channel.stream_stream(METHOD)(self._chunks(), metadata=metadata)
         decoder, why = Decoder(), StreamError("the server ended the stream")
         try:
@@ -162,6 +173,7 @@ class StreamClient:
                 frame = decoder.feed(chunk)
                 if frame is not None and not self._handle(frame):
                     return "the run is over"
+                decoder.memory = self._memory
         except ProtocolError as error:
             why = StreamError(f"the server sent something wrong: {error}")
         except grpc.RpcError as error:
@@ -179,7 +191,7 @@ class StreamClient:
     def _chunks(self) -> Iterator[bytes]:
         number = 0
         while (frame := self._outgoing.get()) is not None:
-            yield from encode(frame, number)
+            yield from encode(frame, number, self._memory)
             number += 1
 
     def _handle(self, frame: Frame) -> bool:
@@ -200,6 +212,8 @@ class StreamClient:
                 raise reason
         elif kind == "adopt":
             self._adopt(frame.header)
+        elif kind == OFFER:
+            self._share(frame.header)
         elif kind != "bye":
             raise ProtocolError(f"a frame of unknown kind {kind!r:.80}")
         return bool(kind != "bye")
@@ -221,6 +235,13 @@ class StreamClient:
             raise ProtocolError("to adopt clients takes the node id and the node configuration of each")
         for node, config in clients:
             self._contexts[node] = Context(first.run_id, node, config, RecordDict(), first.run_config)
+
+    def _share(self, offer: Any) -> None:
+        try:
+            self._memory = accept(offer)
+        except OSError as error:
+            log.debug("no memory is shared with the server: %s", error)
+        self._outgoing.put(Frame({"kind": ACCEPTED, "accepted": self._memory is not None}))
 
     def _client(self, node: int, config: Config) -> SplitClient:
         context = self._contexts.get(node)

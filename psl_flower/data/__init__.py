@@ -1,9 +1,10 @@
 """A client's data: whatever people bring, read as batches of inputs and target. Pure torch and numpy."""
 
-from psl_flower.data.batch import Batch, check_drawn_again, checksum
+from psl_flower.data.batch import Batch, check_drawn_again, checksum, checksums
 from psl_flower.data.binding import bind_inputs, forward_signature
 from psl_flower.data.examples import Examples
 from psl_flower.data.opening import check_data_fn, open_data
+from psl_flower.data.together import read_together
 
 __all__ = [
     "Batch",
@@ -12,6 +13,8 @@ __all__ = [
     "check_data_fn",
     "check_drawn_again",
     "checksum",
+    "checksums",
     "forward_signature",
     "open_data",
+    "read_together",
 ]

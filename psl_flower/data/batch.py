@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import cmath
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from psl_flower.errors import ConfigError
 from psl_flower.tree import Tree, leaves
@@ -39,40 +40,57 @@ class Batch:
         yield self.target
 
 
+def finite(batch: Batch) -> bool:
+    """Return whether all that is numbers is finite, as far as their sum tells: it may overflow by itself."""
+    found = [leaf for tree in (batch.inputs, batch.target) if tree is not None for leaf in leaves(tree)]
+    return all(cmath.isfinite(leaf.sum().item()) for leaf in found if leaf.is_floating_point() or leaf.is_complex())
+
+
 def checksum(batch: Batch) -> int:
-    """Return a checksum of what a batch holds, below 2**32: equal where drawing again gave the same.
+    """Return a checksum of what a batch holds, below 2**32: equal where drawing again gave the same."""
+    return checksums(batch, [batch.size])[0]
+
+
+def checksums(batch: Batch, counts: Sequence[int]) -> list[int]:
+    """Return the `checksum` of each client's part of a batch.
 
     Of a large leaf it looks at elements at an odd distance from each other, so that it takes less than a millisecond a
     leaf; random transforms change most elements of a row.
+
+    Parameters
+    ----------
+    counts : sequence of int
+        Rows of each client, in their order.
     """
-    total = batch.size
+    totals = list(counts)
     for tree in (batch.inputs, batch.target):
         for leaf in [] if tree is None else leaves(tree):
-            total = zlib.crc32(f"{leaf.dtype} {tuple(leaf.shape)}".encode(), total)
-            total = zlib.crc32(_sampled(leaf), total)
-    return total
+            width, item = leaf.numel() // max(len(leaf), 1), leaf.element_size()
+            raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            flat = raw.reshape(-1, item)  # a row an element
+            begin = 0
+            for i, count in enumerate(counts):
+                some = flat[begin : begin + count * width]
+                begin += count * width
+                step = -(-len(some) // _MOST_SAMPLED) | 1  # odd: it meets all columns of a picture of any width
+                total = zlib.crc32(f"{leaf.dtype} {(count, *leaf.shape[1:])}".encode(), totals[i])
+                totals[i] = zlib.crc32(np.ascontiguousarray(some[::step]).data, total)
+    return totals
 
 
-def _sampled(leaf: Tensor) -> bytes:
-    flat = leaf.detach().reshape(-1)
-    step = -(-len(flat) // _MOST_SAMPLED) | 1  # odd: it meets all columns of a picture whose width is a power of 2
-    some = (flat[::step] if step > 1 else flat).contiguous().cpu()
-    return some.view(torch.uint8).numpy().tobytes()
-
-
-def check_drawn_again(batch: Batch, before: int, name: str) -> None:
+def check_drawn_again(drawn: int, before: int, name: str) -> None:
     """Raise ConfigError unless a batch that was drawn again has the checksum it had before.
 
     Parameters
     ----------
-    batch : Batch
-        As drawn now.
+    drawn : int
+        `checksum` of the examples as drawn now.
     before : int
-        `checksum` of the same examples as first drawn, with the same seed.
+        That of the same examples as first drawn, with the same seed.
     name : str
         What data they are of, for the message: "training data".
     """
-    if checksum(batch) != before:
+    if drawn != before:
         raise ConfigError(
             f"drawing the same examples of the {name} twice gave different data, so the two halves of a step would not "
             "fit together: something in the dataset, its transforms or collate_fn draws random numbers from a "

@@ -32,8 +32,8 @@ def read_columns(dataset: Any, indices: Sequence[int]) -> Any:
     It is offered by a method ``get_batch(indices)``, which is given an (n,) int64 array, and by a `TensorDataset`, not
     a subclass: that may have items of its own.
     """
-    dataset, indices = _unwrapped(dataset, indices)
-    if _offers(dataset, "get_batch"):
+    dataset, indices = unwrapped(dataset, indices)
+    if offers(dataset, "get_batch"):
         return dataset.get_batch(np.asarray(indices, dtype=np.int64))
     if is_plain(dataset):
         chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
@@ -72,8 +72,8 @@ def read_rows(dataset: Any, indices: Sequence[int], failed: Collection[int] | No
         If items are read one at a time, and some fail.
     """
     outer = indices
-    dataset, indices = _unwrapped(dataset, indices)
-    if _offers(dataset, "__getitems__"):
+    dataset, indices = unwrapped(dataset, indices)
+    if offers(dataset, "__getitems__"):
         found = dataset.__getitems__(list(indices))
         if not isinstance(found, list) or len(found) != len(indices):
             what = f"a {type(found).__name__}" + (f" of {len(found)}" if hasattr(found, "__len__") else "")
@@ -116,7 +116,7 @@ def is_plain(dataset: Any) -> bool:
     return type(dataset) is TensorDataset
 
 
-def _unwrapped(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[int]]:
+def unwrapped(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[int]]:
     """Return what a `Subset` (or one of another) is part of, with the indices there."""
     while type(dataset) is Subset:
         indices = [_whole(dataset.indices[i]) for i in indices]
@@ -131,7 +131,7 @@ def _whole(index: Any) -> Any:
         return index
 
 
-def _offers(dataset: Any, method: str) -> bool:
+def offers(dataset: Any, method: str) -> bool:
     """Return whether the class of a dataset has a method to read many items that knows of its ``__getitem__``.
 
     A subclass that overrides ``__getitem__`` alone does not; nor does a wrapper that passes unknown names on to the

@@ -231,6 +231,7 @@ def encode_reply(number: int, reply: Reply, request: Request, wire_dtype: str = 
         },
         "descriptions": {str(node): _encode_description(each) for node, each in reply.descriptions.items()},
         "seconds": packer.column(np.array([reply.seconds.get(node, 0.0) for node in request.nodes])),
+        "busy": reply.busy,
     }
     return Frame(header, packer.buffers)
 
@@ -277,6 +278,7 @@ def decode_reply(frame: Frame, request: Request) -> Reply:
         refused | {node: why for node, why in failures.items() if node in asked and node not in seen},
         {node: each for node, each in descriptions.items() if node in asked and node not in failures},
         dict(zip(request.nodes, seconds.tolist(), strict=True)),
+        busy=seconds_of(header.get("busy", 0.0)),
         bytes_received=unpacker.num_bytes,
     )
 

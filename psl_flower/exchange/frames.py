@@ -8,7 +8,9 @@ Note [Frame layout]: a frame is a JSON header and raw buffers. It travels as chu
     payload := the buffers, each padded to a multiple of 64 bytes
 
 The first chunk holds the header whole. Frames are numbered from 0 and their chunks follow each other in order, so what
-is lost, repeated, cut short or made up is noticed at once. The header says how long each buffer is.
+is lost, repeated, cut short or made up is noticed at once. The header is a list: how long each buffer is, and an
+object; between two processes of one machine also how many payloads its sender has taken out of the memory they share,
+and whether this frame's lies there, see Note [Shared memory] in shared_memory.py: then no chunk holds any of it.
 """
 
 from __future__ import annotations
@@ -19,9 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from psl_flower.errors import ProtocolError
+from psl_flower.exchange.shared_memory import SharedMemory, aligned
 
 Buffer = memoryview  # of bytes, contiguous
 
@@ -62,21 +63,28 @@ class Frame:
         return sum(piece.nbytes for pieces in self.buffers for piece in pieces)
 
 
-def encode(frame: Frame, number: int) -> Iterator[bytes]:
+def encode(frame: Frame, number: int, memory: SharedMemory | None = None) -> Iterator[bytes]:
     """Cut a frame into chunks, one at a time: no more than a chunk of it is ever copied ahead of the network.
 
     Parameters
     ----------
     number : int
         How many frames went before on this stream.
+    memory : SharedMemory, optional
+        What the payload may take instead of the stream.
     """
     lengths = [sum(piece.nbytes for piece in pieces) for pieces in frame.buffers]
-    header = json.dumps([lengths, frame.header], separators=(",", ":"), allow_nan=False).encode()
+    payload = sum(map(_padded, lengths))
+    shared = memory is not None and memory.outgoing.has_room(payload)
+    content = [lengths, frame.header] if memory is None else [lengths, frame.header, memory.incoming.taken, shared]
+    header = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(header)} bytes is too long, the most is {MAX_HEADER_BYTES}")
-    payload = sum(map(_padded, lengths))
+    pieces = _pieces(frame.buffers, lengths)
+    if memory is not None and shared:
+        memory.outgoing.put(pieces)  # and so exhausts them
     first = [_LENGTHS.pack(len(header), payload), header, _PADDING[: -(_LENGTHS.size + len(header)) % _ALIGNMENT]]
-    for index, body in enumerate(_bodies(first, _pieces(frame.buffers, lengths))):
+    for index, body in enumerate(_bodies(first, pieces)):
         yield b"".join([_PREFIX.pack(_MAGIC, _VERSION, number & 0xFFFFFFFF, index), *body])
 
 
@@ -109,10 +117,13 @@ class Decoder:
     ----------
     max_frame_bytes : int
         Payload of the largest frame let in.
+    memory : SharedMemory, optional
+        Where payloads may lie.
     """
 
-    def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+    def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES, memory: SharedMemory | None = None) -> None:
         self._max = max_frame_bytes
+        self.memory = memory
         self._number = 0
         self._open: _Open | None = None
 
@@ -154,10 +165,17 @@ class Decoder:
         start = _LENGTHS.size + header_length
         if len(body) < start:
             raise ProtocolError(f"the header is cut short: {len(body) - _LENGTHS.size} of {header_length} bytes")
-        lengths, header = _parse(bytes(body[_LENGTHS.size : start]))
+        lengths, header, taken, shared = _parse(bytes(body[_LENGTHS.size : start]))
         if sum(map(_padded, lengths)) != payload_length:
             raise ProtocolError(f"buffers of {sum(lengths)} bytes do not make a payload of {payload_length}")
-        return _Open(header, lengths, payload_length, body[start + -start % _ALIGNMENT :])
+        body = body[start + -start % _ALIGNMENT :]
+        if self.memory is not None and taken is not None:
+            self.memory.outgoing.acknowledge(taken)
+        if shared:
+            if self.memory is None or body:
+                raise ProtocolError("a payload lies in shared memory, and there is none, or it came with the stream")
+            body = self.memory.incoming.take(payload_length)
+        return _Open(header, lengths, payload_length, body)
 
 
 class _Open:
@@ -169,7 +187,7 @@ class _Open:
         self._filled = len(body)
         self._check()
         # not zeroed: a claim of many bytes costs none before they arrive
-        self._payload = body if self._filled == length else memoryview(np.empty(length, np.uint8).data)
+        self._payload = body if self._filled == length else aligned(length)
         if self._payload is not body:
             self._payload[: len(body)] = body
 
@@ -199,19 +217,23 @@ class _Open:
             raise ProtocolError(f"a frame of {self._length} bytes has {self._filled} or more")
 
 
-def _parse(text: bytes) -> tuple[list[int], dict[str, Any]]:
+def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None, bool]:
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"the header is not JSON: {exc!s:.80}") from exc
-    if not isinstance(content, list) or len(content) != 2 or not isinstance(content[1], dict):
+    if isinstance(content, list) and len(content) == 2:
+        content += [None, False]
+    if not isinstance(content, list) or len(content) != 4 or not isinstance(content[1], dict):
         raise ProtocolError("the header must be a pair: lengths of the buffers, and an object")
-    lengths, header = content
+    lengths, header, taken, shared = content
+    if not (taken is None or type(taken) is int) or type(shared) is not bool:
+        raise ProtocolError("what the header says of shared memory must be a whole number, and true or false")
     if not isinstance(lengths, list) or len(lengths) > _MAX_BUFFERS:
         raise ProtocolError(f"the header must name the lengths of at most {_MAX_BUFFERS} buffers")
     if any(type(n) is not int or not 0 <= n <= 2**62 for n in lengths):
         raise ProtocolError("lengths of buffers must be whole numbers, not negative")
-    return lengths, header
+    return lengths, header, taken, shared
 
 
 def _refuse_constant(name: str) -> Any:

@@ -122,5 +122,5 @@ def _reply(request: Request, message: Message, elapsed: float) -> Reply:
     except ProtocolError as error:
         return Reply(failures={node: Failure(error.kind, f"bad reply: {error}")}, seconds={node: elapsed})
     # Time in Flower's queues says nothing of the client, so it is asked; it cannot claim more than has passed.
-    reply.seconds = {node: min(reply.seconds[node], elapsed)}
+    reply.seconds, reply.busy = {node: min(reply.seconds[node], elapsed)}, min(reply.busy, elapsed)
     return reply

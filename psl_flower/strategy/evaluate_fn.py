@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 
 from psl_flower.errors import StopTraining
+from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -17,11 +18,12 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 def evaluate_on_server(
-    evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result
+    evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result, summary: RunSummary
 ) -> tuple[dict[str, Any], str | None]:
     """Return the metrics of the server's own evaluation, and why it wants the run to end, if it does."""
     try:
-        metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
+        with summary.spending("evaluation"):
+            metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
     except StopTraining as reason:
         return {}, f"evaluate_fn: {reason}"
     if metrics is None:

@@ -92,6 +92,10 @@ class Evaluator:
         StepError
             If a client fails and that is not tolerated, or all fail.
         """
+        with self._summary.spending("evaluation"):
+            return self._evaluate()
+
+    def _evaluate(self) -> MetricRecord | None:
         left = self._membership.test_sizes()
         if not left:
             return None

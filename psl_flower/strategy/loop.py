@@ -72,7 +72,8 @@ class EpochLoop:
             while not over and len(run.unfinished(ledger)):
                 self._look_for_clients(ledger, epoch, clock)
                 begin = time.monotonic()
-                step = ledger.step(run.membership.at_once(run.unfinished(ledger)))
+                with run.summary.spending("planning"):
+                    step = ledger.step(run.membership.at_once(run.unfinished(ledger)))
                 epoch.seconds_plan += time.monotonic() - begin
                 orders = ledger.orders(len(epoch), step, run.membership.unreadable.rows)
                 waits = self._stragglers.waits(clock, step)
@@ -94,7 +95,8 @@ class EpochLoop:
                     self._stragglers.measure(attempt)
                     simulated = clock.advance(step.clients, step.quotas) if clock else None
                     record = _step_record(server_round, len(epoch), attempt, time.monotonic() - begin, simulated)
-                    epoch.add(record, step, attempt.record.class_counts, attempt.record)
+                    with run.summary.spending("records"):
+                        epoch.add(record, step, attempt.record.class_counts, attempt.record)
                     run.scheduler.on_step()
                     done, of = len(epoch), len(epoch) + ledger.steps_left()
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
@@ -115,16 +117,18 @@ class EpochLoop:
         """Return what there is to do in an epoch, its bookkeeping, and whether it is over: new, or to be resumed."""
         run = self._run
         least = 1 if run.runner.secure is None else run.runner.secure.options.least
-        run.membership.refresh(max(self._min_nodes, least), run.timeout)
+        with run.summary.spending("start"):
+            run.membership.refresh(max(self._min_nodes, least), run.timeout)
         population, saved = run.membership.population(), run.take_saved()
         begin = time.monotonic()
-        if saved is None:
-            ledger = EpochLedger(self._sampler, self._stragglers.known_of(population), server_round - 1)
-        else:
-            population = self._stragglers.known_of(saved_population(saved["ledger"], population))
-            ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"])
-            if run.runner.secure is not None:
-                check_all_are_here(population, run.membership.clients.members)
+        with run.summary.spending("planning"):
+            if saved is None:
+                ledger = EpochLedger(self._sampler, self._stragglers.known_of(population), server_round - 1)
+            else:
+                population = self._stragglers.known_of(saved_population(saved["ledger"], population))
+                ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"])
+                if run.runner.secure is not None:
+                    check_all_are_here(population, run.membership.clients.members)
         seconds_plan = time.monotonic() - begin
         epoch = Epoch(
             run.recorder,
@@ -145,7 +149,8 @@ class EpochLoop:
         failing = run.membership.failing() & set(run.membership.at_once(run.unfinished(ledger)).tolist())
         if not run.policy.tolerate or not (at_once or failing):
             return
-        joined = run.membership.look_again(run.policy.step_timeout or run.timeout)
+        with run.summary.spending("start"):
+            joined = run.membership.look_again(run.policy.step_timeout or run.timeout)
         if not joined:
             return
         log.info("clients that joined%s: %s", "" if at_once else ", from the next round on", sorted(joined))

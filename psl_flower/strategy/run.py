@@ -199,8 +199,8 @@ class Run:
             return True
         if all_failed:
             pause = retries.pause(patience)
-            self.summary.seconds_waiting += pause
-            time.sleep(pause)
+            with self.summary.spending("waiting"):
+                time.sleep(pause)
         return False
 
     def close_epoch(self, server_round: int, ledger: EpochLedger) -> int:

@@ -120,8 +120,19 @@ class Saver:
 
     def save(self, run: Run, server_round: int, ledger: EpochLedger, epoch: Epoch, delays: DelayModel | None) -> None:
         """Write a checkpoint, within or at the end of a round's training."""
-        if self._checkpoints is None:
-            return
+        if self._checkpoints is not None:
+            with run.summary.spending("records"):
+                self._save(self._checkpoints, run, server_round, ledger, epoch, delays)
+
+    def _save(
+        self,
+        checkpoints: Checkpoints,
+        run: Run,
+        server_round: int,
+        ledger: EpochLedger,
+        epoch: Epoch,
+        delays: DelayModel | None,
+    ) -> None:
         tree = {
             "settings": self._settings,
             "changes": self._history,
@@ -138,7 +149,7 @@ class Saver:
             "summary": run.summary.state_dict(),
             "result": {name: _plain(getattr(run.result, name)) for name in _RESULT_METRICS},
         }
-        self._checkpoints.save(server_round, len(epoch), tree)
+        checkpoints.save(server_round, len(epoch), tree)
 
     def restore(self, run: Run, saved: Mapping[str, Any], delays: DelayModel | None) -> None:
         """Bring a run to where a checkpoint was written, with the settings that it has now."""

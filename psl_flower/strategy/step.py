@@ -99,8 +99,7 @@ class StepRunner:
                 "step %d is left out: %d clients in it, sums are of %d at least", orders.step, len(orders), least
             )
             return attempt
-        begin = time.monotonic()
-        before = (summary.seconds_compute, summary.seconds_clients, summary.seconds_wire)
+        before = summary.spent()
         ctx = StepContext(
             self.method,
             self.backend,
@@ -114,16 +113,12 @@ class StepRunner:
         if self._policy.max_gradient_norm is not None:
             ctx.clip = self._clipped
         try:
-            while not self._try(ctx, attempt):
-                summary.steps_recomputed += 1
+            with summary.spending("server"):
+                while not self._try(ctx, attempt):
+                    summary.steps_recomputed += 1
         except TooFewError:
-            # nothing came of it: all its time was spent waiting
             attempt.given = ctx.given
-            summary.seconds_compute, summary.seconds_clients, summary.seconds_wire = before
-            summary.seconds_waiting += time.monotonic() - begin
-            return attempt
-        exchanges = summary.seconds_clients + summary.seconds_wire - before[1] - before[2]
-        summary.seconds_compute += time.monotonic() - begin - exchanges
+            summary.in_vain(before)
         return attempt
 
     def around(self, hook: Callable[[RoundContext], None], orders: Orders) -> Attempt:
@@ -144,7 +139,8 @@ class StepRunner:
         attempt = self._attempt = Attempt(orders)
         seed = step_seed(orders.seed, orders.epoch, orders.step)
         ctx = RoundContext(self.method, self.backend, self._asking, orders, seed=seed)
-        hook(ctx)
+        with self._summary.spending("server"):
+            hook(ctx)
         attempt.lost = ctx.lost
         return attempt
 
@@ -188,7 +184,8 @@ class StepRunner:
 
     def _exchange(self, request: Request) -> Reply:
         begin = time.monotonic()
-        reply = self.clients.exchange(request, self._timeout)
+        with self._summary.spending("wire"):
+            reply = self.clients.exchange(request, self._timeout)
         counts = dict(zip(request.nodes, request.counts(), strict=True))
         self._summary.exchanged(reply, time.monotonic() - begin, counts)
         if self._attempt is not None:

@@ -363,7 +363,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             try:
                 if saved is None:
                     result.arrays = initial_arrays
-                    evaluate_on_server(evaluate_fn, 0, initial_arrays, result)
+                    evaluate_on_server(evaluate_fn, 0, initial_arrays, result, summary)
                 else:
                     saver.restore(run, saved, self._stragglers.planned)
                 stop = recorder.stopped
@@ -372,7 +372,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
                     in_clients = self._evaluate_in_clients(run, server_round, result)
-                    on_server, stop = evaluate_on_server(evaluate_fn, server_round, result.arrays, result)
+                    on_server, stop = evaluate_on_server(evaluate_fn, server_round, result.arrays, result, summary)
                     record = replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server)
                     scheduler.on_round(round_values(record), evaluated=self._evaluates(server_round))
                     recorder.round(record, run.current_state())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,20 @@ from psl_flower.strategy.progress import clock
 log = logging.getLogger("flwr.psl_flower")
 
 _SLOWEST = 5  # clients shown
+_TOLD_SECONDS = 0.5  # less is not worth a word
+
+# What a run spends its time on, and how that is called in the log. At every moment it is one of these.
+SPENT = {
+    "start": "connecting and describing clients",
+    "planning": "planning",
+    "server": "server's parts",
+    "clients": "clients",
+    "wire": "wire",
+    "waiting": "waiting in vain",
+    "evaluation": "evaluation",
+    "records": "records and checkpoints",
+    "other": "other",
+}
 
 
 @dataclass
@@ -53,9 +69,10 @@ class RunSummary:
         Times the rest of an epoch was planned anew.
     resumed : int
         Times the run went on from a checkpoint.
-    seconds_compute, seconds_clients, seconds_wire, seconds_waiting : float
-        The server half's own work; the slowest client's work, exchange by exchange; what exchanges took beyond it; and
-        waiting for nothing: failed attempts and pauses.
+    seconds : dict of str to float
+        What the run's time, on the wall clock, was spent on, see `SPENT`. "clients" is the work of the process that
+        took longest, exchange by exchange and by its own clock, simulated delays that were slept included; "wire" is
+        what exchanges took beyond it; "waiting" are attempts at steps that nothing came of, and pauses after them.
     client_seconds, client_examples : dict of int to float, int
         Work of each client, and examples it was about.
     """
@@ -77,19 +94,46 @@ class RunSummary:
     clipped: int = 0
     replans: int = 0
     resumed: int = 0
-    seconds_compute: float = 0.0
-    seconds_clients: float = 0.0
-    seconds_wire: float = 0.0
-    seconds_waiting: float = 0.0
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float, dict.fromkeys(SPENT, 0.0)))
     client_seconds: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
     client_examples: Counter[int] = field(default_factory=Counter)
 
+    def __post_init__(self) -> None:
+        self._now, self._since = ["other"], time.monotonic()
+
+    @contextmanager
+    def spending(self, on: str) -> Iterator[None]:
+        """Count the time within as spent on one of `SPENT`, but for what is counted as something else within it."""
+        self._count()
+        self._now.append(on)
+        try:
+            yield
+        finally:
+            self._count()
+            self._now.pop()
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self.seconds[self._now[-1]] += now - self._since
+        self._since = now
+
+    def spent(self) -> dict[str, float]:
+        """Return what the time until now was spent on."""
+        self._count()
+        return dict(self.seconds)
+
+    def in_vain(self, before: Mapping[str, float]) -> None:
+        """Count all time since `before`, what `spent` returned then, as waiting: nothing came of it."""
+        lost = sum(self.spent().values()) - sum(before.values())
+        self.seconds.update(before)
+        self.seconds["waiting"] += lost
+
     def exchanged(self, reply: Reply, seconds: float, counts: Mapping[int, int]) -> None:
-        """Count an exchange that took `seconds`; `counts` are the examples asked of each client."""
+        """Count an exchange that took `seconds`, on the "wire"; `counts` are the examples asked of each client."""
         replied = {client: s for client, s in reply.seconds.items() if client not in reply.failures}
-        worked = min(max(replied.values(), default=0.0), seconds)
-        self.seconds_clients += worked
-        self.seconds_wire += seconds - worked
+        worked = min(reply.busy, seconds)
+        self.seconds["wire"] -= worked
+        self.seconds["clients"] += worked
         for client, its_seconds in replied.items():
             self.client_seconds[client] += its_seconds
             self.client_examples[client] += counts[client]
@@ -117,15 +161,15 @@ class RunSummary:
 
     def report(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds."""
+        self._count()
         counts = {k: v for k, v in self.state_dict().items() if k not in ("client_seconds", "client_examples")}
         return {**counts, "slowest_clients_seconds_per_example": {str(k): v for k, v in self.slowest().items()}}
 
     def log(self, name: Callable[[int], str] = "client {}".format) -> None:
         """Log it; `name` returns how a client is called."""
-        log.info(
-            "Time: %s server half, %s clients (the slowest of each exchange), %s wire, %s waiting",
-            *map(clock, (self.seconds_compute, self.seconds_clients, self.seconds_wire, self.seconds_waiting)),
-        )
+        self._count()
+        spent = sorted(self.seconds.items(), key=lambda item: -item[1])
+        log.info("Time: %s", ", ".join(f"{clock(s)} {SPENT[on]}" for on, s in spent if s >= _TOLD_SECONDS))
         if slowest := self.slowest():
             shown = ", ".join(f"{k} ({1000 * s:.2f} ms an example)" for k, s in slowest.items())
             log.info("Slowest clients: %s", shown)
@@ -159,6 +203,7 @@ class RunSummary:
         return {
             name: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
             for name, value in vars(self).items()
+            if not name.startswith("_")
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -166,7 +211,7 @@ class RunSummary:
         for name, value in state.items():
             if isinstance(value, Mapping):
                 getattr(self, name).clear()
-                key = str if name in ("refused", "evaluation_refused", "ignored") else int
+                key = str if name in ("refused", "evaluation_refused", "ignored", "seconds") else int
                 getattr(self, name).update({key(k): v for k, v in value.items()})
             else:
                 setattr(self, name, value)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset, TensorDataset, random_split
 
-from psl_flower.data import Batch, Examples, check_drawn_again, checksum
+from psl_flower.data import Batch, Examples, check_drawn_again, checksum, checksums
 from psl_flower.devices import seeded
 from psl_flower.errors import BadRowsError, ConfigError
 from psl_flower.tree import leaves
@@ -534,7 +534,7 @@ def test_a_checksum_tells_whether_a_batch_is_the_same():
     one = Batch((images, Y), {"y": Y}, 32)
     before = checksum(one)
     assert before == checksum(Batch((images.clone(), Y.clone()), {"y": Y.clone()}, 32))
-    check_drawn_again(one, before, "training data")
+    check_drawn_again(checksum(one), before, "training data")
     for other in (
         Batch((images.flip(3), Y), {"y": Y}, 32),  # mirrored
         Batch((images.roll(1, 0), Y), {"y": Y}, 32),
@@ -544,13 +544,25 @@ def test_a_checksum_tells_whether_a_batch_is_the_same():
         Batch((torch.cat([images[:-1], images[-1:] + 0.1]), Y), {"y": Y}, 32),
     ):
         with pytest.raises(ConfigError, match=r"twice gave different data.*generator of its own.*global generators"):
-            check_drawn_again(other, before, "training data")
+            check_drawn_again(checksum(other), before, "training data")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int8, torch.complex64, torch.float64])
 def test_a_checksum_of_every_dtype(dtype):
     values = torch.tensor([1, 0, 1]).to(dtype)
     assert checksum(Batch(values, None, 3)) != checksum(Batch(values.flip(0) == 0, None, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float32])
+def test_the_checksum_of_a_part_is_that_of_the_part_alone(dtype):
+    x, y = (torch.rand(9, 200, 300) * 3).to(dtype), {"label": torch.arange(9), "empty": torch.zeros(9, 0)}
+    counts, begin, alone = [1, 5, 3], 0, []
+    for count in counts:
+        rows = slice(begin, begin + count)
+        alone.append(checksum(Batch(x[rows], {name: each[rows] for name, each in y.items()}, count)))
+        begin += count
+    assert checksums(Batch(x, y, 9), counts) == alone
+    assert len(set(alone)) == 3
 
 
 @pytest.mark.parametrize(

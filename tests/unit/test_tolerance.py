@@ -97,7 +97,8 @@ TIMEOUT, RAISED = Failure(Kind.TIMEOUT, "no reply within 5 s"), Failure(Kind.RAI
 
 
 def test_a_summary_goes_on_where_it_was():
-    summary = RunSummary(steps_committed=3, seconds_wire=0.25)
+    summary = RunSummary(steps_committed=3)
+    summary.seconds["wire"] += 0.25
     summary.refuse({3: TIMEOUT, 12: RAISED})
     summary.refuse_in_evaluation({4: TIMEOUT})
     summary.examples_unseen.update({3: 10})

@@ -1,4 +1,11 @@
-"""The stream carrier: an exchange takes milliseconds, once every client has opened its stream."""
+"""The stream carrier: an exchange takes milliseconds, once every client has opened its stream.
+
+Note [Attaching many]: Flower's simulation goes through all the messages it keeps for each of its nodes, ten times a
+second and at some 10 µs each: a thousand invitations to a thousand nodes would take it ten seconds a round. But of its
+processes there are as many as cores, and each needs one. So a group of clients is invited, more than there are
+processes; these then take over all others, of which they need nothing but the node configuration. That is known in the
+simulation: it numbers its nodes in their order. Where those that were invited do not confirm it, all are, by groups.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +36,9 @@ from psl_flower.exchange.streams.endpoint import (
 )
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Ticket, Tokens
-from psl_flower.exchange.streams.under_way import Exchange, Home, Sent
+from psl_flower.exchange.streams.under_way import Exchange, Home, Sent, Wait
 from psl_flower.failures import Failure, Kind
-from psl_flower.flower import error_kind
+from psl_flower.flower import error_kind, simulated_nodes
 from psl_flower.protocol import ATTACH, Reply, Request
 
 log = logging.getLogger("flwr.psl_flower")
@@ -41,6 +48,7 @@ _TTL = 30 * 24 * 3600.0
 # The reply of an attach message only matters if it fails: looking for it may not slow down what it waits for.
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5  # seconds
 _READ_SECONDS = 5.0  # for replies that have been sent already
+_GROUP = 64  # clients invited at once in the simulation
 # A request that ended this many processes is not tried on another.
 _MAX_MOVES = 3
 
@@ -114,30 +122,54 @@ class StreamCarrier(Carrier):
             Seconds.
         """
         self._handle_waiting()
-        new = {node for node in nodes if node not in self._homes}
+        new = [node for node in dict.fromkeys(nodes) if node not in self._homes]
         if not new:
             return {}
-        end = time.monotonic() + timeout
-        self._invite([node for node in new if node not in self._attaching])
-        look = _FIRST_LOOK
-        while waiting := [node for node in new if node not in self._homes and node not in self._refused]:
-            left = end - time.monotonic()
-            if left <= 0:
-                reason = f"it opened no stream within {timeout:g} s: see whether its node still runs"
+        simulated = simulated_nodes(self._grid)
+        at_once, left = len(new) if simulated is None else _GROUP, new
+        wait = Wait(timeout, len(new))
+        while left:
+            group, left = left[:at_once], left[at_once:]
+            self._attach_group(group, wait)
+            if left and simulated and all(self._is_as_told(node, simulated) for node in group):
+                self._spread(left, simulated)
+                left = [node for node in left if node not in self._homes]
+        self._balance({node for node in new if node in self._homes})
+        processes = len({home.connection for home in self._homes.values()})
+        log.info("%d clients are connected by %d streams to %s.", len(self._homes), processes, self.address)
+        return {node: self._refused.pop(node) for node in new if node in self._refused}
+
+    def _attach_group(self, group: list[int], wait: Wait) -> None:
+        """Invite clients, and wait for all of them."""
+        self._invite([node for node in group if node not in self._attaching])
+        look, waiting = _FIRST_LOOK, set(group)
+        while waiting := {node for node in waiting if node not in self._homes and node not in self._refused}:
+            wait.tell(len(group) - len(waiting))
+            if wait.left() <= 0:
+                reason = f"it opened no stream within {wait.timeout:g} s: see whether its node still runs"
                 self._refused |= dict.fromkeys(waiting, _gone(reason))
                 break
-            if not self._next_event(min(look, left)):
+            if self._next_event(min(look, wait.left())):
+                self._handle_waiting()
+            else:
                 self._look_for_refusals()
                 look = min(1.5 * look, _LONGEST_LOOK)
-        for node in new:
+        wait.connected += len(group)
+        for node in group:
             message_id = self._attaching.pop(node, None)
             if message_id is not None and node in self._homes and self._homes[node].resident:
                 self._unread.add(message_id)
         self._read_replies()
-        self._balance(new & self._homes.keys())
-        processes = len({home.connection for home in self._homes.values()})
-        log.info("%d clients are connected by %d streams to %s.", len(self._homes), processes, self.address)
-        return {node: self._refused.pop(node) for node in new if node in self._refused}
+
+    def _is_as_told(self, node: int, simulated: Mapping[int, Mapping[str, int]]) -> bool:
+        home = self._homes.get(node)
+        return home is not None and home.resident and dict(home.node_config) == simulated.get(node)
+
+    def _spread(self, nodes: Iterable[int], simulated: Mapping[int, Mapping[str, int]]) -> None:
+        """Have the processes that are there serve clients that were not invited; see Note [Attaching many]."""
+        processes = self._resident_connections()
+        known = [node for node in nodes if node in simulated]
+        self._adopt({node: processes[i % len(processes)] for i, node in enumerate(known)}, simulated)
 
     def _read_replies(self) -> None:
         """Pull the replies to the attach messages of clients that are in: they tell nothing new.
@@ -210,13 +242,17 @@ class StreamCarrier(Carrier):
         found = {home.connection for home in self._homes.values() if home.resident and home.connection.closing is None}
         return sorted(found, key=lambda c: c.id)
 
-    def _adopt(self, moves: Mapping[int, Connection]) -> None:
+    def _adopt(
+        self, moves: Mapping[int, Connection], configs: Mapping[int, Mapping[str, object]] | None = None
+    ) -> None:
         """Have other processes serve clients from now on, unless they read nothing any more.
 
-        It takes one frame a process, however many clients move: a frame each would fill the line to it.
+        It takes one frame a process, however many clients move: a frame each would fill the line to it. `configs` are
+        those of the nodes, where the clients are nowhere yet.
         """
         for connection in sorted(set(moves.values()), key=lambda c: c.id):
-            moved = {node: self._homes[node].node_config for node, to in moves.items() if to is connection}
+            nodes = [node for node, to in moves.items() if to is connection]
+            moved = {node: self._homes[node].node_config if configs is None else configs[node] for node in nodes}
             frame = Frame({"kind": "adopt", "clients": [[node, dict(config)] for node, config in moved.items()]})
             if connection.send(partial(_same, frame)):
                 self._homes |= {node: Home(connection, True, config) for node, config in moved.items()}
@@ -359,7 +395,7 @@ class StreamCarrier(Carrier):
             return
         elapsed = current.elapsed()
         reply.seconds = {node: min(seconds, elapsed) for node, seconds in reply.seconds.items()}
-        reply.bytes_sent = sent.bytes_sent
+        reply.busy, reply.bytes_sent = min(reply.busy, elapsed), sent.bytes_sent
         current.add(reply)
 
     def _lost(self, connection: Connection, reason: str) -> None:

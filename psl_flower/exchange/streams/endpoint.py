@@ -17,6 +17,7 @@ import grpc
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.codec import REPLY, Sent
 from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
+from psl_flower.exchange.shared_memory import Offer, SharedMemory, whereabouts
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
 
@@ -29,7 +30,10 @@ log = logging.getLogger("flwr.psl_flower")
 
 SERVICE = "psl_flower.Streams"
 METHOD = f"/{SERVICE}/Open"
-SESSION, NODE, TOKEN = "psl-session", "psl-node", "psl-token"  # keys of the metadata a stream is opened with
+# keys of the metadata a stream is opened with
+SESSION, NODE, TOKEN, WHEREABOUTS = "psl-session", "psl-node", "psl-token", "psl-whereabouts"
+
+OFFER, ACCEPTED = "offer", "accepted"  # kinds of frames about shared memory
 
 # Both ends look after this time without a word whether the other is still there: a machine that was switched off or a
 # process that was stopped does not close its connections.
@@ -118,6 +122,7 @@ class Connection:
         self.peer = peer
         self.id = next(Connection._ids)
         self.sent_weights: Sent = {}  # read and written by the jobs, which run one after the other
+        self.memory: SharedMemory | None = None  # with a process of this machine
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing: str | None = None
@@ -170,7 +175,7 @@ class Connection:
                 job = self._jobs.popleft()
             frame = job()
             if frame is not None:
-                yield from encode(frame, number)
+                yield from encode(frame, number, self.memory)
                 number += 1
 
 
@@ -249,10 +254,14 @@ class Endpoint:
             self._refusals.add(peer, refusal)
             context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
         connection = Connection(peer)
+        offer = self._offer(context)
+        if offer is not None:
+            connection.memory, header = offer.memory, offer.header()
+            connection.send(lambda: Frame({"kind": OFFER, **header}))
         with self._lock:
             self._connections.add(connection)
         threading.Thread(
-            target=self._read, args=(connection, requests), name=f"psl-read-{connection.id}", daemon=True
+            target=self._read, args=(connection, requests, offer), name=f"psl-read-{connection.id}", daemon=True
         ).start()
         # called at once when the process is gone, even if nothing is being sent or read
         if not context.add_callback(lambda: self._ended(connection, "its connection broke")):
@@ -271,8 +280,19 @@ class Endpoint:
             return "its node id is not a number"
         return self._tokens.refusal(session, int(node), token)
 
-    def _read(self, connection: Connection, chunks: Iterator[bytes]) -> None:
-        decoder = Decoder(self._options.max_frame_bytes)
+    def _offer(self, context: grpc.ServicerContext) -> Offer | None:
+        """Make memory to share with a process that says it is of this machine and user."""
+        here, there = whereabouts(), dict(context.invocation_metadata()).get(WHEREABOUTS, "")
+        if not (self._options.shared_memory and here and there == here):
+            return None
+        try:
+            return Offer()
+        except OSError as error:
+            log.warning("No memory can be shared with processes of this machine, all goes by stream: %s", error)
+            return None
+
+    def _read(self, connection: Connection, chunks: Iterator[bytes], offer: Offer | None) -> None:
+        decoder = Decoder(self._options.max_frame_bytes, connection.memory)
         reason = "it closed its stream"
         try:
             for chunk in chunks:
@@ -285,6 +305,9 @@ class Endpoint:
                 elif kind == REPLY:
                     connection.replied()
                     self.events.put(Received(connection, frame))
+                elif kind == ACCEPTED and offer is not None:
+                    offer.memory.outgoing.open = frame.header.get("accepted") is True
+                    offer.close()
                 else:
                     raise ProtocolError(f"a client sends joins and replies, got a frame of kind {kind!r:.80}")
         except ProtocolError as error:
@@ -292,6 +315,9 @@ class Endpoint:
             self._refusals.add(connection.peer, str(error))
         except Exception as exc:  # gRPC's iterator raises more than it documents; a thread that dies would go unseen
             reason = f"its connection broke ({exc!s:.200})" if str(exc) else "its connection broke"
+        finally:
+            if offer is not None:
+                offer.close()
         self._ended(connection, reason)
 
     def _join(self, connection: Connection, header: Mapping[str, Any]) -> None:

@@ -29,6 +29,9 @@ class StreamOptions:
     sum_gradients : bool
         Whether a process sends one sum of its clients' parameter gradients. False: one by one, where each client's
         share must be seen.
+    shared_memory : bool
+        Whether tensors go through shared memory where a client's process is on the ServerApp's machine and of the same
+        user. False: all goes by stream.
     attach_timeout : float
         Seconds for all clients to open their streams, at the start and after a loss.
     max_frame_bytes : int
@@ -39,6 +42,7 @@ class StreamOptions:
     advertise: str = ""
     wire_dtype: str = "float32"
     sum_gradients: bool = True
+    shared_memory: bool = True
     attach_timeout: float = 120.0
     max_frame_bytes: int = MAX_FRAME_BYTES
 

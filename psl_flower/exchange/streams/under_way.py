@@ -1,7 +1,8 @@
-"""What the stream carrier keeps of the clients, and of an exchange under way."""
+"""What the stream carrier keeps of the clients, of their attaching, and of an exchange under way."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,10 @@ from dataclasses import dataclass, field
 from psl_flower.exchange.streams.endpoint import Connection
 from psl_flower.failures import Failure, Kind
 from psl_flower.protocol import Reply, Request
+
+log = logging.getLogger("flwr.psl_flower")
+
+_TOLD_SECONDS = 5.0  # between two words of how many are connected
 
 
 @dataclass
@@ -70,3 +75,23 @@ class Sent:
     connection: Connection
     request: Request
     bytes_sent: int = 0
+
+
+class Wait:
+    """How long clients have been waited for, and how many are there."""
+
+    def __init__(self, timeout: float, clients: int) -> None:
+        self.timeout, self.clients, self.connected = timeout, clients, 0
+        self._begin = self._told = time.monotonic()
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self._begin + self.timeout - time.monotonic()
+
+    def tell(self, more: int) -> None:
+        """Say now and then how many are connected: those of earlier groups, and `more`."""
+        now = time.monotonic()
+        if now - self._told >= _TOLD_SECONDS:
+            self._told = now
+            done = self.connected + more
+            log.info("%d of %d clients connected, %.0f s", done, self.clients, now - self._begin)

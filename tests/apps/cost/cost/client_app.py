@@ -1,13 +1,6 @@
-"""Split-learning clients that also answer echoes."""
+"""Split-learning clients."""
 
-from flwr.app import Message
-
-from cost.task import data_fn, model_fn
+from cost.task import CUT, data_fn, model_fn
 from psl_flower import split_client_app
 
-app = split_client_app(model_fn, cut="stage2", data_fn=data_fn)
-
-
-@app.train("echo")
-def echo(message, context):
-    return Message(message.content, reply_to=message)
+app = split_client_app(model_fn, cut=CUT, data_fn=data_fn)

@@ -1,79 +1,126 @@
-"""Times an epoch of split steps, echoes of the same size, and centralised steps."""
+"""Takes a centralised step after every split one, so that both see the same machine, and says what each cost."""
 
+import cProfile
 import json
+import logging
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord
 from flwr.serverapp import ServerApp
 
-from cost.task import BATCH, STEPS, model_fn
+from cost.task import BATCH, CUT, images, model_fn, num_examples
 from psl_flower import ParallelSplitLearning, UniformGlobalSampler
+from psl_flower.exchange.streams import StreamOptions
+from psl_flower.strategy import strategy as strategy_module
+from psl_flower.strategy.summary import RunSummary
 from psl_flower.threads import set_threads
 
 app = ServerApp()
 
 
+class Central:
+    """The uncut model's steps."""
+
+    def __init__(self, examples):
+        self.images, self.rng = images(examples), np.random.default_rng(0)
+        self.model = model_fn()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+
+    def step(self, threads):
+        """Return the seconds of a step, from the examples' numbers to the new weights."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        begin = time.perf_counter()
+        x, y = self.images.get_batch(self.rng.choice(len(self.images), BATCH))
+        self.optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(self.model(x), y).backward()
+        self.optimizer.step()
+        seconds = time.perf_counter() - begin
+        torch.set_num_threads(before)
+        return seconds
+
+
+class Watched(RunSummary):
+    """The summary of the run, for `Timed` to look into."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        Watched.last = self
+
+
+class Timed(torch.optim.SGD):
+    """After each split step, takes centralised ones with one and with all threads, and keeps the times of all."""
+
+    def __init__(self, parameters, central, times):
+        super().__init__(parameters, lr=0.01)
+        self.central, self.times, self.threads = central, times, torch.get_num_threads()
+        self.before = None
+        self.first = None  # when the first step was over
+
+    def step(self, closure=None):
+        super().step(closure)
+        spent = Watched.last.spent()
+        if self.before is None:
+            self.first = time.time()
+        else:
+            split = {on: spent[on] - self.before[on] for on in spent}
+            self.times.append((split, self.central.step(1), self.central.step(self.threads)))
+        self.before = Watched.last.spent()
+
+
 @app.main()
 def main(grid, context):
+    begin, config = time.time(), context.run_config
     set_threads()
-    nodes = list(grid.get_node_ids())
-    streams = _split(grid, len(nodes), "streams")
-    middle = _split(grid, len(nodes), "messages")
-    echoes = []
-    for _ in range(STEPS):
-        begin = time.perf_counter()
-        for size in (middle["bytes_sent"], middle["bytes_received"]):
-            _echo(grid, nodes[: int(middle["clients"])], int(size / 2 / middle["clients"]))
-        echoes.append(time.perf_counter() - begin)
-    both = {"streams": streams, "messages": middle}
-    result = {
-        "split": {carrier: found["seconds_real"] for carrier, found in both.items()},
-        "bytes": {carrier: found["bytes_sent"] + found["bytes_received"] for carrier, found in both.items()},
-        "echo": statistics.median(echoes),
-        "central": statistics.median(_central()),
-    }
-    Path(str(context.run_config["out"])).write_text(json.dumps(result))
-
-
-def _split(grid, num_nodes, transport):
-    """Return the medians of what its steps take."""
+    num_clients = len(list(grid.get_node_ids()))
+    times, optimizers, model = [], [], model_fn()
+    central = Central(num_examples(config["steps"], num_clients))
+    connected = []
+    strategy_module.RunSummary = Watched
+    logging.getLogger("flwr.psl_flower").addFilter(partial(_note, connected))
     with tempfile.TemporaryDirectory() as folder:
         strategy = ParallelSplitLearning(
-            model_fn(),
-            cut="stage2",
+            model,
+            cut=CUT,
             sampler=UniformGlobalSampler(BATCH),
-            transport=transport,
-            min_available_nodes=num_nodes,
+            optimizer=lambda parameters: optimizers.append(Timed(parameters, central, times)) or optimizers[-1],
+            transport=config["transport"],
+            stream_options=StreamOptions(shared_memory=config["shared-memory"]),
+            min_available_nodes=num_clients,
             evaluate_every=0,
+            keep_checkpoints=0,
             output_dir=folder,
         )
-        strategy.start(grid, ArrayRecord(model_fn().state_dict()), num_rounds=2)
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    # the first round warms the processes up
-    steps = [s for s in map(json.loads, lines) if s["kind"] == "step" and s["round"] == 2]
-    names = ("seconds_real", "bytes_sent", "bytes_received", "clients")
-    return {name: statistics.median(s[name] for s in steps) for name in names}
+        run = partial(strategy.start, grid, ArrayRecord(model.state_dict()), num_rounds=1)
+        if config["profile"]:
+            profile = cProfile.Profile()
+            profile.runcall(run)
+            profile.dump_stats(config["profile"])
+        else:
+            run()
+        summary = json.loads((Path(folder) / "summary.json").read_text())
+    settled = times[len(times) // 5 :]
+    split, *centrals = zip(*settled, strict=True)
+    result = {
+        "steps": len(settled),
+        "split": statistics.median(sum(each.values()) for each in split),
+        "central": [statistics.median(each) for each in centrals],
+        "spent": {on: statistics.median(each[on] for each in split) for on in split[0]},
+        "whole": summary["seconds"],
+        "main": begin,
+        "connected": connected[0] if connected else begin,
+        "first_step": optimizers[0].first,
+    }
+    Path(str(config["out"])).write_text(json.dumps(result))
 
 
-def _echo(grid, nodes, size):
-    content = RecordDict({"a": ArrayRecord({"a": Array("uint8", (size,), "raw", bytes(size))})})
-    waiting = set(grid.push_messages([Message(content, node, "train.echo") for node in nodes]))
-    while waiting:
-        waiting -= {reply.metadata.reply_to_message_id for reply in grid.pull_messages(list(waiting))}
-        time.sleep(0.001)
-
-
-def _central():
-    model = model_fn()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for _ in range(STEPS):
-        x, y = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        yield time.perf_counter() - begin
+def _note(connected, record):
+    if "are connected by" in record.msg:
+        connected.append(time.time())
+    return True

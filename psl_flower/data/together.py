@@ -1,0 +1,61 @@
+"""The batches of many clients read as one, where that is surely what reading each and joining them gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from psl_flower.data.batch import Batch, finite
+from psl_flower.data.examples import Examples
+from psl_flower.data.reading import is_plain, offers, unwrapped
+from psl_flower.data.rows import divide
+from psl_flower.tree import as_tree, rows
+
+# Seeds the global generators for the client of that position.
+Seed = Callable[[int], None]
+
+
+def read_together(examples: Sequence[Examples], indices: Sequence[NDArray[np.int64]], seed: Seed) -> Batch | None:
+    """Return the examples of several clients as one batch, in their order; None where they must be read one by one.
+
+    A dataset offers it by a static method ``get_batches(datasets, indices, seed)`` of its class, which is given
+    datasets of this class and returns what joining their ``get_batch(indices)`` would give, or None. Before it draws
+    random numbers for the i-th it calls ``seed(i)``. `TensorDataset` needs no such method.
+
+    Parameters
+    ----------
+    examples : sequence of Examples
+    indices : sequence of (n,) int64
+        Of each.
+    seed : callable
+    """
+    first = examples[0]
+    if any(each.collate_fn is not None or each.target != first.target for each in examples):
+        return None
+    both = zip(examples, indices, strict=True)
+    pairs = [unwrapped(each.dataset, some) for each, some in both]  # type: ignore[arg-type]  # arrays do as well
+    found = _columns([dataset for dataset, _ in pairs], [np.asarray(some, np.int64) for _, some in pairs], seed)
+    if found is None:
+        return None
+    inputs, target = divide(found, first.target, first.name)
+    inputs = as_tree(inputs, "inputs")
+    batch = Batch(inputs, inputs if target is inputs else as_tree(target, "label"), sum(map(len, indices)))
+    whole = rows((batch.inputs, batch.target), "a batch") == batch.size and finite(batch)
+    return batch if whole else None  # reading each tells whose fault it is
+
+
+def _columns(datasets: Sequence[Any], indices: Sequence[NDArray[np.int64]], seed: Seed) -> Any:
+    kind = type(datasets[0])
+    if any(type(dataset) is not kind for dataset in datasets):
+        return None
+    if offers(datasets[0], "get_batches"):
+        return kind.get_batches(datasets, indices, seed)
+    if is_plain(datasets[0]):
+        columns = zip(*(dataset.tensors for dataset in datasets), strict=True)
+        chosen = [torch.from_numpy(some) for some in indices]
+        return tuple(torch.cat([t[i] for t, i in zip(column, chosen, strict=True)]) for column in columns)
+    return None

@@ -1,0 +1,145 @@
+"""Which examples of their own clients take to a step: what the server orders, and the seeds of what is random in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from psl_flower.typing import IntArray
+
+# Blocks of a client's order of examples that were moved to its end, one after the other: (class or -1, start, count).
+PutOff = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WorkOrder:
+    """Which examples of its own one client takes to a step; see `Orders`."""
+
+    client: int
+    seed: int
+    epoch: int
+    step: int
+    start: int
+    count: int
+    class_starts: IntArray | None = None
+    class_counts: IntArray | None = None
+    left_out: tuple[int, ...] = ()
+    put_off: PutOff = ()
+    test: bool = False
+
+    def epoch_rng(self) -> np.random.Generator:
+        """Return the generator of the client's order of examples for the epoch."""
+        return client_epoch_rng(self.seed, self.epoch, self.client)
+
+    def step_seed(self) -> int:
+        """Return the seed of everything random in the client's step (augmentation, dropout)."""
+        return 0 if self.test else step_seed(self.seed, self.epoch, self.step, self.client)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Orders:
+    """Which examples of their own the clients take to a step.
+
+    Client k's order for an epoch is ``default_rng([seed, epoch, k]).permutation(n_k)`` without the rows left out; the
+    batch is ``order[start:start + count]``. With class quotas, class c's order is the label-c subsequence and the batch
+    is ``order_c[class_starts[c]:class_starts[c] + class_counts[c]]``, in ascending c. Clients keep no state: the same
+    order always gives the same batch, on any process. Test data is taken in its own order.
+
+    Parameters
+    ----------
+    clients : (A,) int64
+        Client ids, ascending.
+    starts, counts : (A,) int64
+        Examples used before in this epoch, and examples to draw (at least 1).
+    seed, epoch, step : int
+        Not negative.
+    class_starts, class_counts : (A, C) int64, optional
+        The same for each class; both or neither.
+    left_out : dict of int to tuple of int
+        By client: indices in its training data that it cannot read.
+    put_off : dict of int to PutOff
+        By client: what of its order comes last instead, since a step with it was given up.
+    checksums : (A,) int64, optional
+        Of the batches as they were first drawn: one that is drawn again must be the same.
+    test : bool
+        Whether it is test data, which is evaluated, not trained on.
+    """
+
+    clients: IntArray
+    starts: IntArray
+    counts: IntArray
+    seed: int = 0
+    epoch: int = 0
+    step: int = 0
+    class_starts: IntArray | None = None
+    class_counts: IntArray | None = None
+    left_out: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    put_off: Mapping[int, PutOff] = field(default_factory=dict)
+    checksums: IntArray | None = None
+    test: bool = False
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    @property
+    def num_rows(self) -> int:
+        """Examples of all clients together."""
+        return int(self.counts.sum())
+
+    def take(self, positions: IntArray) -> Orders:
+        """Return the orders of some of the clients, by position."""
+        ids = set(self.clients[positions].tolist())
+        return replace(
+            self,
+            clients=self.clients[positions],
+            starts=self.starts[positions],
+            counts=self.counts[positions],
+            class_starts=None if self.class_starts is None else self.class_starts[positions],
+            class_counts=None if self.class_counts is None else self.class_counts[positions],
+            left_out={client: rows for client, rows in self.left_out.items() if client in ids},
+            put_off={client: moved for client, moved in self.put_off.items() if client in ids},
+            checksums=None if self.checksums is None else self.checksums[positions],
+        )
+
+    def each(self) -> Iterator[WorkOrder]:
+        """Yield each client's own order."""
+        columns = (self.clients.tolist(), self.starts.tolist(), self.counts.tolist())
+        for i, (client, start, count) in enumerate(zip(*columns, strict=True)):
+            yield WorkOrder(
+                client=client,
+                seed=self.seed,
+                epoch=self.epoch,
+                step=self.step,
+                start=start,
+                count=count,
+                class_starts=None if self.class_starts is None else self.class_starts[i],
+                class_counts=None if self.class_counts is None else self.class_counts[i],
+                left_out=self.left_out.get(client, ()),
+                put_off=self.put_off.get(client, ()),
+                test=self.test,
+            )
+
+    def rows(self, positions: IntArray) -> IntArray:
+        """Return which rows of the joint batch those of some clients are, (n,) int64."""
+        ends = np.cumsum(self.counts)
+        counts = self.counts[positions]
+        offsets = np.repeat(ends[positions] - np.cumsum(counts), counts)
+        return np.asarray(np.arange(len(offsets)) + offsets, dtype=np.int64)
+
+    def client_of(self, row: int) -> int:
+        """Return whose a row of the joint batch is."""
+        return int(self.clients[np.searchsorted(np.cumsum(self.counts), row, side="right")])
+
+
+def client_epoch_rng(seed: int, epoch: int, client: int) -> np.random.Generator:
+    """Return the generator of a client's order of examples for an epoch."""
+    return np.random.default_rng([seed, epoch, client])
+
+
+def step_seed(seed: int, epoch: int, step: int, client: int | None = None) -> int:
+    """Return a 63-bit seed for one party's randomness in one step; `client` None means the server half."""
+    # the spawn key keeps this apart from the orders of examples, see Note [Sampler streams] in samplers/base.py
+    entropy = [seed, epoch, step, 0 if client is None else client + 1]
+    return int(np.random.SeedSequence(entropy, spawn_key=(2,)).generate_state(1, np.uint64)[0] >> np.uint64(1))
