@@ -77,7 +77,7 @@ class BoundPart:
     def backward(self, loss: WeightedLoss, share: float, inputs: Tree) -> tuple[Tree, dict[str, Tensor | None]]:
         """Back-propagate a share of a loss; return the gradients of the part's inputs, and of its parameters.
 
-        Where nothing counts in the loss, those of the inputs are zero.
+        Where nothing counts in the loss, those of the inputs are zero. A loss without a gradient is refused.
 
         Parameters
         ----------
@@ -90,6 +90,7 @@ class BoundPart:
         """
         if not loss.weight:
             return no_gradient(inputs), dict.fromkeys(self.parameters)
+        loss.check_gradient()
         roots = [leaf for leaf in tree.leaves(inputs) if leaf.requires_grad]
         wanted = [*roots, *self.parameters.values()]
         found = torch.autograd.grad(loss.mean, wanted, torch.full_like(loss.mean, share), allow_unused=True)
@@ -198,8 +199,3 @@ def no_gradient(inputs: Tree) -> Tree:
 
 def _run(module: nn.Module, inputs: Tree) -> Any:
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
-
-
-def random_state(device: torch.device) -> Tensor:
-    """Return the state of torch's generator for a device."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -3,7 +3,7 @@
 All clients of a step have the same weights, so a pass over all their rows computes what a pass for each would, a
 hundred times faster on a step of a hundred clients. It does so only if the model's part treats each example by itself,
 which is a rule here, and draws no random numbers, which would be each client's own. Neither is guessed from the layers:
-the first pass is compared with a pass over a single row, and torch's generator is looked at after every pass.
+the first pass is compared with a pass over a single row, and the generators are looked at after every pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
-from psl_flower.client.context import ClientContext, random_state
+from psl_flower.client.context import ClientContext
 from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
@@ -35,6 +35,7 @@ from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.origin import where
 from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request
 from psl_flower.protocol import Kind as LeafKind
+from psl_flower.split.compare import Dice
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -222,9 +223,10 @@ class _Work:
     def _without_random(self, device: torch.device, run: Callable[[], Mapping[str, Tree]]) -> Mapping[str, Tree]:
         """Run something for several clients as one, unless it draws random numbers."""
         reseed(0, device)
-        before = random_state(device)
+        dice = Dice(device)
+        before = dice.state()
         outputs = run()
-        if not torch.equal(before, random_state(device)):
+        if before != dice.state():
             raise CannotJoinError("the client half draws random numbers, which are each client's own", lasting=True)
         return outputs
 

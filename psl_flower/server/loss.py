@@ -66,6 +66,14 @@ class WeightedLoss:
             return 0.0
         return self.mean.item() * (1.0 if self.summed else self.weight)
 
+    def check_gradient(self) -> None:
+        """Raise ConfigError unless it can be differentiated."""
+        if not self.mean.requires_grad:
+            raise ConfigError(
+                "the loss has no gradient: compute it of the model's outputs with torch, without detach, item, numpy "
+                "or no_grad"
+            )
+
 
 def weighted(
     loss: Loss,

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from psl_flower import tree
 from psl_flower.devices import seeded
-from psl_flower.errors import ConfigError, DivergenceError, LabelError, PSLError, StepError
+from psl_flower.errors import DivergenceError, LabelError, PSLError, StepError
 from psl_flower.origin import where
 from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import why_no_accuracy
@@ -135,11 +135,7 @@ class ServerPart:
             outputs, found = self._finish(leaves, labels)
             if not found.weight:
                 raise NothingCountsError("no target of the batch counts in the loss")
-            if not found.mean.requires_grad:
-                raise ConfigError(
-                    "the loss has no gradient: compute it of the model's outputs with torch, without detach, item, "
-                    "numpy or no_grad"
-                )
+            found.check_gradient()
             value = found.mean.item()
             if not math.isfinite(value):
                 raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")

@@ -1,10 +1,11 @@
 """Cutting a model in two or three, by name with torch.fx or by hand; keeping batch statistics off the clients."""
 
+from psl_flower.split.compare import CannotTellError
 from psl_flower.split.cut import cut_candidates, split_module
 from psl_flower.split.half import input_names
 from psl_flower.split.model import Halves, SplitModel, cut_model
 from psl_flower.split.norm import batch_statistics_layers, check_client_half, replace_batch_norm
-from psl_flower.split.rowwise import CannotTellError, find_mixing
+from psl_flower.split.rowwise import find_mixing
 from psl_flower.split.signature import difference, signature
 
 __all__ = [

@@ -9,20 +9,19 @@ with themselves in the batch.
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from psl_flower.devices import reseed, seeded
+from psl_flower.devices import seeded
 from psl_flower.errors import CutError
+from psl_flower.split.chance import alone_by_chance, beside_others
+from psl_flower.split.compare import CannotTellError, Dice, alike, pick_rows, same, tensors
 
 _RULE = "must treat examples one by one, or training is not what it would be with all data in one place"
 _NORMALISE = (
@@ -31,17 +30,6 @@ _NORMALISE = (
     "nothing over dimension 0 (attention and recurrent layers need batch_first=True)"
 )
 _RESHAPE = "keep the batch as the first dimension, with x.flatten(1) instead of x.squeeze() or x.view(-1)"
-_BY_CHANCE = "what mixes examples at random (mixup, CutMix) sees those of one client only: do it behind the cut"
-
-# Of a function that draws random numbers: with how many seeds it is tried, on how many rows, and on how few at least.
-_SEEDS, _MOST_ROWS, _LEAST_ROWS = 8, 16, 4
-
-# The share of integers and booleans that may differ.
-_TURNED = 1e-3
-
-
-class CannotTellError(Exception):
-    """The batch does not show whether examples are treated one by one."""
 
 
 def find_mixing(
@@ -77,50 +65,27 @@ def find_mixing(
     CannotTellError
         If there is one row only, all rows are alike, or there are very few where random numbers are drawn.
     """
-    rows = next((len(leaf) for leaf in _tensors(inputs) if leaf.dim()), 0)
+    rows = next((len(leaf) for leaf in tensors(inputs) if leaf.dim()), 0)
     if not rows:
         raise CannotTellError("there is no example to run")
-    device = next(iter(_tensors(inputs))).device
-    dice = _Dice(device)
+    device = next(iter(tensors(inputs))).device
+    dice = Dice(device)
     with _eager(), torch.no_grad(), seeded(0, device):
-        with _NoDropout(), _resting(module, dice, lambda: run(_pick(inputs))) as drawing:
+        with _NoDropout(), _resting(module, dice, lambda: run(pick_rows(inputs))) as drawing:
             before = dice.state()
-            whole = _tensors(run(_pick(inputs)))
+            whole = tensors(run(pick_rows(inputs)))
             if found := _misshapen(whole, rows):
                 return f"{who} {_RULE}: {found}; {_RESHAPE}"
             drawn = before != dice.state()
             found = _difference(run, inputs, whole, rows, module, drawn=drawn)
-        if not found and (drawn or drawing):
-            found = _difference_by_chance(run, inputs, rows, device)
-    if found:
-        return f"{who} {_RULE}: {found}"
-    if _alike(inputs):
+            chance = alone_by_chance(run, inputs, rows, device) if drawn and not found else None
+        if not found and not chance and (drawn or drawing):
+            chance = beside_others(run, inputs, rows, device)
+    if found or chance:
+        return f"{who} {_RULE}: {found or f'{chance}; {_NORMALISE}'}"
+    if alike(inputs):
         raise CannotTellError("all examples of the batch are alike")
     return None
-
-
-def _difference_by_chance(run: Callable[[Any], Any], inputs: Any, rows: int, device: torch.device) -> str | None:
-    """Say what some rows show beside other rows, with the same random numbers, and the remedy."""
-    count = min(rows, _MOST_ROWS)
-    some = _pick(inputs, torch.arange(count), rows)
-    for seed in range(_SEEDS):
-        reseed(seed, device)
-        before = _tensors(run(_pick(some)))
-        for kept in (0, 1):
-            # every second row stays, each other becomes its neighbour
-            index = torch.tensor([i if i % 2 == kept or count == 1 else i - 1 if i else 1 for i in range(count)])
-            reseed(seed, device)
-            after = _tensors(run(_pick(some, index, count)))
-            for i, (one, other) in enumerate(zip(before, after, strict=True)):
-                if not same(one[kept::2], other[kept::2]):
-                    return f"output {i} for an example depends on the others in its batch; {_BY_CHANCE}; {_NORMALISE}"
-    if count < _LEAST_ROWS or _alike(some):
-        raise CannotTellError("random numbers are drawn, and the batch is too small to see what they do")
-    return None
-
-
-def _alike(inputs: Any) -> bool:
-    return all(same(leaf, leaf[:1].expand_as(leaf)) for leaf in _tensors(inputs) if leaf.dim())
 
 
 def _difference(
@@ -137,7 +102,7 @@ def _difference(
         watch = _Watch(module, 0, 1)
         try:
             with watch:
-                alone = _tensors(run(_pick(inputs, row, rows)))
+                alone = tensors(run(pick_rows(inputs, row, rows)))
         except Exception as error:  # the batch went well, so it is the single row that the code cannot take
             if isinstance(error, CutError):  # says all of it
                 return str(error)
@@ -154,41 +119,10 @@ def _difference(
         for i, (joint, single) in enumerate(zip(whole, alone, strict=True)):
             if not same(joint[row : row + 1], single):
                 with _Watch(module, row, rows) as joint_watch:
-                    run(_pick(inputs))
+                    run(pick_rows(inputs))
                 where = joint_watch.first_difference(watch) or f"output {i}{watch.last()}"
                 return f"{where} for an example depends on the other {rows - 1} in its batch; {_NORMALISE}"
     return None
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal, but for rounding; NaN equals NaN."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.numel():
-        return True
-    if not (one.is_floating_point() or one.is_complex()):
-        # rounding turns a comparison or an argmax over here and there, mixing turns over many
-        return (one != other).double().mean().item() <= _TURNED
-    largest = max(part.abs().nan_to_num(0.0, 0.0, 0.0).max().item() for part in (one, other))
-    # rounding is some multiples of eps, what batch statistics do is far above its root
-    return torch.allclose(one, other, rtol=0.0, atol=torch.finfo(one.dtype).eps ** 0.5 * largest, equal_nan=True)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _pick(tree: Any, index: int | Tensor | None = None, rows: int = 0) -> Any:
-    """Return a copy of a batch, because code may change it in place, or of some rows of it."""
-    if isinstance(index, int):
-        index = torch.tensor([index])
-
-    def pick(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf[index].clone() if index is not None and leaf.dim() and len(leaf) == rows else leaf.clone()
-
-    return tree_map(pick, tree)
 
 
 def _misshapen(outputs: Sequence[Tensor], rows: int) -> str | None:
@@ -203,21 +137,6 @@ def _eager() -> AbstractContextManager[Any]:
     """Run compiled modules as they were written: hooks do not go into what is compiled."""
     stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
     return stance("force_eager") if stance else nullcontext()
-
-
-class _Dice:
-    """The global generators of Python, numpy and torch, on the CPU and a batch's device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def state(self) -> tuple[Any, ...]:
-        """Return their states, only to compare them."""
-        numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
-        states = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        return random.getstate(), numpy["pos"], numpy["key"].tobytes(), *(s.numpy().tobytes() for s in states)
 
 
 # Functions whose only randomness is dropout, and the argument that switches it off.
@@ -247,7 +166,7 @@ class _NoDropout(TorchFunctionMode):
 
 
 @contextmanager
-def _resting(module: nn.Module | None, dice: _Dice, run: Callable[[], Any]) -> Iterator[list[nn.Module]]:
+def _resting(module: nn.Module | None, dice: Dice, run: Callable[[], Any]) -> Iterator[list[nn.Module]]:
     """Put those submodules in evaluation mode that draw random numbers themselves, found out by running once."""
     frames: list[list[Any]] = []
     drawing: list[nn.Module] = []
@@ -325,7 +244,7 @@ class _Watch:
         self._note(f"what {self._last} computes", output)
 
     def _note(self, what: str, tree: Any) -> None:
-        tensor = next((t for t in _tensors(tree) if t.dim() and len(t) == self._rows), None)
+        tensor = next((t for t in tensors(tree) if t.dim() and len(t) == self._rows), None)
         self._seen.append((what, None if tensor is None else tensor[self._row : self._row + 1].clone()))
 
 

@@ -344,11 +344,15 @@ def elsewhere(parameters):
             "the scheduler, OneCycleLR, failed: .*total steps is 3",
         ),
         ({"loss": lambda o, y: F.cross_entropy(o, y).detach()}, "the loss has no gradient"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, r"must be the mean over the batch, .* got shape \(\d+,\)"),
     ],
 )
 def test_what_cannot_train_is_refused(options, text):
     with pytest.raises(ConfigError, match=text):
         train(parts(X, Y), **options)
+    if "loss" in options:
+        with pytest.raises(StepError, match=rf"client 0 \(node 2\) and 2 others likewise: .*{text}"):
+            train(parts(X, Y), Three, **options, **U_SHAPE)
 
 
 # --- D: what is classification, and what is not ----------------------------------------------------------------------
@@ -632,6 +636,8 @@ MIXING = {
     "mixup": lambda h: 0.7 * h + 0.3 * h[torch.randperm(len(h))],
     "noise and mean": lambda h: h + torch.randn_like(h) - h.mean(0),
     "single row": lambda h: h * (2.0 if len(h) > 1 else 1.0),
+    "noise and single row": lambda h: (h + torch.randn_like(h)) / len(h),
+    "dropout and mean": lambda h: F.dropout(h - h.mean(0), 0.3),
 }
 
 
@@ -692,8 +698,20 @@ def test_a_model_that_cannot_be_copied():
         cut_model(nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 16)), nn.Linear(16, 3)), "1")
 
 
-def test_noise_is_no_mixing():
-    train(parts(X, Y), lambda: Net(Lambda(lambda h: h + torch.randn_like(h))))
+NOISE = {
+    "normal": lambda h: h + torch.randn_like(h),
+    "numpy": lambda h: h + torch.from_numpy(np.random.rand(*h.shape)),  # noqa: NPY002
+    "python": lambda h: h * (1 + random.random()),
+    "gumbel": F.gumbel_softmax,
+    "of what it holds": lambda h: F.rrelu(h, 0.1, 0.9, training=True),
+}
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_noise_is_no_mixing_and_the_same_on_every_carrier(kind):
+    data, model = parts(X, Y), lambda: Net(Lambda(NOISE[kind]))
+    weights = [train(data, model, transport=t).arrays.to_torch_state_dict() for t in ("messages", "streams")]
+    assert largest_difference(*weights) < 1e-12
 
 
 # --- I: inputs, and labels that are not there ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from psl_flower.split import CannotTellError, cut_model, find_mixing
-from psl_flower.split.rowwise import same
+from psl_flower.split.compare import same
 from psl_flower.torchvision_compat import import_torchvision
 
 
@@ -222,7 +222,33 @@ class Mixer(nn.Module):
 def test_mixing_by_chance(go):
     for rows in (2, 6, 40):
         found = run(go, rows=rows)
-        assert "depends on the others in its batch; what mixes examples at random (mixup, CutMix)" in found
+        by_chance = "depends on the others in its batch; what mixes examples at random (mixup, CutMix)"
+        assert by_chance in found or "is another alone than in a batch" in found
+
+
+def test_numbers_drawn_by_what_the_rows_hold():
+    half = Half(lambda half, x: half.norm(half.layer(half.conv(x).flatten(1))), nn.RReLU(0.0, 1.0)).train()
+    x = torch.randn(16, 1, 5, 5)
+    assert find_mixing(half, x, module=half) is None
+    half.go = lambda half, x: half.norm(half.layer(half.conv(x).flatten(1))).softmax(0)
+    assert "depends on the others in its batch" in find_mixing(half, x)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        torch.randn_like,
+        lambda h: torch.rand(len(h), 6),
+        lambda h: torch.randn(h.shape),
+        lambda h: torch.empty_like(h).uniform_(-1, 1),
+        lambda h: torch.empty(len(h), 1).bernoulli_(0.5),
+        lambda h: torch.randn(6),
+    ],
+)
+def test_noise_that_depends_on_how_many_rows_there_are(noise):
+    assert run(lambda half, x: plain(half, x) * noise(plain(half, x))) is None
+    found = run(lambda half, x: plain(half, x) * noise(plain(half, x)) * len(x))
+    assert "output 0 for an example is another alone than in a batch of" in found
 
 
 def test_mixing_by_chance_in_a_submodule():
