@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,6 @@ from psl_flower.errors import ConfigError
 from psl_flower.protocol import Weights
 from psl_flower.server import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.tree import Tree
-
-Forward = Callable[[Callable[..., Tree], Any], Tree]
 
 
 class ClientPart:
