@@ -238,11 +238,6 @@ def take(tree: Tree, indices: Tensor) -> Tree:
     return map_leaves(lambda leaf: leaf[indices.to(leaf.device)], tree)
 
 
-def rows_shown(tree: Tree) -> str:
-    """Return dtype and shape of a row of each leaf, for messages: "float32 (3, 32, 32), int64 ()"."""
-    return ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape[1:])}" for t in leaves(tree))
-
-
 def _spec(leaf: Tensor) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
 

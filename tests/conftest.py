@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -24,10 +25,13 @@ TOGETHER = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """Return how many processes ``-n auto`` means: one a core, containers' quotas included, and memory for each."""
+    """Return how many processes ``-n auto`` means: one a core, and one that waits for Flower, which all do for long.
+
+    A container's quota is what counts, and each needs memory.
+    """
     from psl_flower.threads import available_cores
 
-    return min(available_cores(), 4)
+    return min(available_cores() + 1, 4)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -48,6 +52,19 @@ def pytest_runtest_setup(item):
     until = os.environ.get("PSL_TESTS_UNTIL")  # seconds since 1970
     if until and time.time() > float(until):
         pytest.skip("no time is left")
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request):
+    """Have runs draw no curves, which takes longer than many of them, but where a test looks at these."""
+    if "curves" in request.keywords or "psl_flower.strategy" not in sys.modules:
+        yield
+        return
+    from psl_flower.strategy import recorder
+
+    with pytest.MonkeyPatch.context() as patch:  # not that of the test, which may undo its own
+        patch.setattr(recorder, "save_curves", lambda path, steps, rounds: None)
+        yield
 
 
 @pytest.fixture(scope="session")

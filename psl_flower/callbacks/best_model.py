@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psl_flower.callbacks.base import Callback
-from psl_flower.monitor import BestValue, round_values
+from psl_flower.callbacks.best import BestRound
+from psl_flower.monitor import round_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("flwr.psl_flower")
 
 
-class BestModel(Callback):
+class BestModel(BestRound):
     """Writes the whole model's state dict into a file after every round that is better than all before.
 
     ``model.load_state_dict(safetensors.torch.load_file(path))`` has it back. The file's metadata say the round, the
@@ -49,20 +49,12 @@ class BestModel(Callback):
 
     def __init__(self, path: str | Path, *, monitor: str, mode: str = "auto") -> None:
         self.path = Path(path)
-        self._best = BestValue(monitor, "BestModel", mode=mode)
+        super().__init__(monitor, mode=mode)
         self._better = False
-
-    @property
-    def best_round(self) -> int | None:  # noqa: D102  # the class documents it
-        return self._best.round
-
-    @property
-    def best_value(self) -> float:  # noqa: D102
-        return self._best.value
 
     def on_run_start(self, config: Mapping[str, Any]) -> None:
         """Begin anew."""
-        self._best.start(config)
+        super().on_run_start(config)
         self._better = False
 
     def on_round(self, record: RoundRecord) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from psl_flower.callbacks.base import Callback
+from psl_flower.callbacks.best import BestRound
 from psl_flower.checks import check_int
-from psl_flower.monitor import BestValue, round_values
+from psl_flower.monitor import round_values
 
 if TYPE_CHECKING:
     from psl_flower.records import RoundRecord
 
 
-class EarlyStopping(Callback):
+class EarlyStopping(BestRound):
     """Asks for the end of the run once a metric has not become better for some rounds.
 
     Rounds in which the metric is not measured (`evaluate_every`) do not count. In a run that is resumed, the rounds
@@ -46,20 +46,12 @@ class EarlyStopping(Callback):
 
     def __init__(self, monitor: str, *, patience: int = 3, mode: str = "auto", min_delta: float = 0.0) -> None:
         self._patience = check_int(patience, "EarlyStopping: patience", least=1)
-        self._best = BestValue(monitor, "EarlyStopping", mode=mode, min_delta=min_delta)
+        super().__init__(monitor, mode=mode, min_delta=min_delta)
         self._since = 0
-
-    @property
-    def best_round(self) -> int | None:  # noqa: D102  # the class documents it
-        return self._best.round
-
-    @property
-    def best_value(self) -> float:  # noqa: D102
-        return self._best.value
 
     def on_run_start(self, config: Mapping[str, Any]) -> None:
         """Begin anew."""
-        self._best.start(config)
+        super().on_run_start(config)
         self._since = 0
 
     def on_round(self, record: RoundRecord) -> None:

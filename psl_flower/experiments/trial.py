@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from psl_flower.app.experiment import train_in_process
 from psl_flower.app.local import LocalSuperLink
 from psl_flower.app.task import load_images, make_model
-from psl_flower.callbacks import Callback, make_loggers
+from psl_flower.callbacks import make_loggers
 from psl_flower.config import RunConfig
 from psl_flower.experiments.setting import Setting
 from psl_flower.experiments.sweep import Experiment
@@ -82,14 +82,6 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     """Return the whole setting of an experiment, for a file."""
     setting = {key: value for key, value in vars(experiment.setting).items() if key != "config"}
     return {"engine": experiment.engine, **setting, "config": experiment.setting.config.as_run_config()}
-
-
-class _Counter(Callback):
-    def __init__(self, on_round: OnRound) -> None:
-        self._on_round = on_round
-
-    def on_round(self, record: RoundRecord) -> None:
-        self._on_round(record.round)
 
 
 def _vectorised(setting: Setting, folder: Path, on_round: OnRound) -> IntArray:

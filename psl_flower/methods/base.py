@@ -109,9 +109,12 @@ class SplitMethod(ABC):
     name: ClassVar[str]
     parts: ClassVar[Mapping[str, str]]
     resumable_within_round: ClassVar[bool] = True
+    _stages: ClassVar[Mapping[str, Stage]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        found = (getattr(getattr(cls, name, None), "stage", None) for name in dir(cls))
+        cls._stages = {each.name: each for each in found if isinstance(each, Stage)}
         for each in cls.stages().values():
             before = None if each.after is None else cls.stages().get(each.after)
             if each.after is not None and (before is None or before.after or before.inputs):
@@ -123,10 +126,9 @@ class SplitMethod(ABC):
                 raise ConfigError(f"stage {each.name!r}: not to be called {DESCRIBE!r}, take SUM, or give SHARED")
 
     @classmethod
-    def stages(cls) -> dict[str, Stage]:
+    def stages(cls) -> Mapping[str, Stage]:
         """Return the stages by name."""
-        found = (getattr(getattr(cls, name, None), "stage", None) for name in dir(cls))
-        return {each.name: each for each in found if isinstance(each, Stage)}
+        return cls._stages
 
     def client_parts(self) -> list[str]:
         """Return the names of the parts on the clients."""

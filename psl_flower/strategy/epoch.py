@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -156,9 +155,7 @@ class Epoch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for record in self._waiting:  # only after an error: the epoch is not over, so their deviation is not known
             self._keep(record)
 

@@ -10,7 +10,6 @@ import socket
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from psl_flower.checkpoint import new_folder
@@ -68,9 +67,7 @@ class FolderLock:
         os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._descriptor is not None and self._path is not None:
             self._path.unlink(missing_ok=True)  # while it is locked, so that it is nobody else's
             os.close(self._descriptor)

@@ -41,6 +41,7 @@ def records(folder, kind):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+@pytest.mark.curves
 def test_the_defaults_learn_digits(tmp_path):
     config = run(tmp_path, num_nodes=16)
     rounds = records(tmp_path, "round")

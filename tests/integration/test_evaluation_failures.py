@@ -10,7 +10,6 @@ from support import CUT, NUM_CLASSES, client_sizes, load_partition_with_test, sg
 from psl_flower import InProcessGrid, ParallelSplitLearning, SplitClient, UniformGlobalSampler, split_client_app
 from psl_flower.exchange import clients, messages
 from psl_flower.faults import FaultPolicy
-from psl_flower.strategy import recorder as recorder_module
 
 K = 3
 BAD = 1  # the client
@@ -23,11 +22,6 @@ TEXTS = {
     "dtype": "dtype: expected",
     "label range": f"for what does not count, got {NUM_CLASSES}: number the classes from 0",
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
 
 
 class FailsToEvaluate(SplitClient):

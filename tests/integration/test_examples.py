@@ -114,14 +114,15 @@ def run_in_process(command):
 
 
 SHORTER = {
+    "examples/quickstart": {"num-server-rounds": 4},
     "examples/quickstart/fedavg": {"num-server-rounds": 2},
     "examples/custom_model": {"num-server-rounds": 2},
     ".": {"num-server-rounds": 2, "delays-latency": 0.0002},
 }
 # accuracy on the server's test data, both ends; of custom_model, the share of the variance explained
 SCORES = {
-    ("examples/quickstart", "iid"): (0.93, 0.99),
-    ("examples/quickstart", "skewed"): (0.93, 0.99),
+    ("examples/quickstart", "iid"): (0.88, 0.99),
+    ("examples/quickstart", "skewed"): (0.88, 0.99),
     ("examples/quickstart/fedavg", "iid"): (0.5, 0.95),
     ("examples/quickstart/fedavg", "skewed"): (0.05, 0.5),
     ("examples/custom_model", None): (0.45, 0.8),
@@ -230,7 +231,7 @@ def means(lines, column):
 
 def test_compare_samplers(folder, monkeypatch, capsys):
     command = script("compare_samplers")
-    lines = results_of(command, "--epochs 1 --num-clients 24 --seeds 2", folder, monkeypatch, capsys)
+    lines = results_of(command, "--epochs 1 --num-clients 16 --seeds 2", folder, monkeypatch, capsys)
     assert [line["seed"] for line in lines] == ["0", "1"] * 4
     assert " ± " in (folder / "results" / "table.md").read_text()
     accuracy, steps, deviation = (means(lines, c) for c in ("accuracy %", "steps an epoch", "deviation"))

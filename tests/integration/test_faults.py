@@ -40,7 +40,6 @@ from psl_flower.exchange import clients, messages
 from psl_flower.faults import FaultPolicy
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.stragglers import DelayEstimator, delay_model
-from psl_flower.strategy import recorder as recorder_module
 from psl_flower.strategy import run, tolerance
 from psl_flower.strategy import strategy as strategy_module
 from psl_flower.strategy.summary import SPENT
@@ -49,12 +48,11 @@ K = 6
 
 
 @pytest.fixture(autouse=True)
-def _no_time_passes_and_no_picture(monkeypatch):
+def _no_time_passes(monkeypatch):
     clock = FakeTime()
     for module in (messages, clients, run, tolerance):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(strategy_module, "StepRunner", RecordingRunner)
-    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
 
 
 def make(*, num_clients=K, sampler=None, output_dir=None, optimizer=sgd, **options):

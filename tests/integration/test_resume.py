@@ -29,7 +29,6 @@ from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.server import LocalBackend
 from psl_flower.stragglers import DelayEstimator, delay_model
-from psl_flower.strategy import recorder as recorder_module
 from psl_flower.strategy import strategy as strategy_module
 
 K = 5
@@ -37,11 +36,6 @@ K = 5
 
 class Killed(BaseException):
     """Ends a run as a signal would: nothing handles it."""
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
 
 
 def make(folder, *, sampler=None, model=None, cut=CUT, optimizer=sgd, **options):
@@ -420,7 +414,6 @@ def test_whatever_ends_a_run_closes_the_carrier_and_leaves_a_valid_checkpoint(er
     assert closed == [True]
     assert (tmp_path / "cut" / "summary.json").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
     resumed = start(make(tmp_path / "cut", resume_from="latest"))
     whole = start(make(tmp_path / "whole"))
     assert largest_difference(state_of(resumed), state_of(whole)) == 0

@@ -51,7 +51,6 @@ from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.faults import FaultPolicy
 from psl_flower.server import LocalBackend
-from psl_flower.strategy import recorder as recorder_module
 from psl_flower.strategy import strategy as strategy_module
 
 K = 3
@@ -544,13 +543,6 @@ def test_train_config_reaches_data_and_handlers():
 
 
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Return a folder for the results; the picture, which takes longer than the run, is left out."""
-    monkeypatch.setattr(recorder_module, "save_curves", lambda path, steps, rounds: None)
-    return tmp_path
-
-
 def read_metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [m for m in lines if m["kind"] == "step"], [m for m in lines if m["kind"] == "round"]
@@ -568,8 +560,8 @@ class AsksForLabels(UniformGlobalSampler):
 
 
 @pytest.mark.parametrize("sampler_class", [UniformGlobalSampler, AsksForLabels])
-def test_metrics_of_every_step_and_round_are_written(folder, sampler_class):
-    folder, sampler = folder / "new" / "folder", sampler_class(16, seed=3)
+def test_metrics_of_every_step_and_round_are_written(tmp_path, sampler_class):
+    folder, sampler = tmp_path / "new" / "folder", sampler_class(16, seed=3)
     options = {"output_dir": folder, "data_fn": load_partition_with_test, "sampler": sampler}
     evaluate = {"evaluate_fn": lambda server_round, arrays: MetricRecord({"accuracy": 0.5, "loss": 1.0})}
     result = run(**options, num_rounds=2, start=evaluate)
@@ -596,9 +588,9 @@ def test_metrics_of_every_step_and_round_are_written(folder, sampler_class):
         assert of_round["seconds_real"] > 0
 
 
-def test_bytes_are_those_of_the_tensors(folder):
-    run(output_dir=folder)
-    steps, _ = read_metrics(folder)
+def test_bytes_are_those_of_the_tensors(tmp_path):
+    run(output_dir=tmp_path)
+    steps, _ = read_metrics(tmp_path)
     half = sum(p.numel() * 4 for n, p in tiny_resnet().named_parameters() if n.startswith(("stem", "layer1")))
     for step in steps:
         activations = step["batch_size"] * 4 * 36 * 4  # 4 channels of 6x6, in float32
@@ -606,9 +598,9 @@ def test_bytes_are_those_of_the_tensors(folder):
         assert step["bytes_received"] == activations + step["batch_size"] * 8 + step["clients"] * half
 
 
-def test_losses_are_those_of_centralised_training(folder):
-    run(output_dir=folder)
-    steps, _ = read_metrics(folder)
+def test_losses_are_those_of_centralised_training(tmp_path):
+    run(output_dir=tmp_path)
+    steps, _ = read_metrics(tmp_path)
     model, losses = tiny_resnet(), []
     optimizer = sgd(model.parameters())
     for x, y in planned_batches(SAMPLER.plan(population(K)), K, seed=3, epoch=0, dtype=torch.float32):
@@ -620,6 +612,7 @@ def test_losses_are_those_of_centralised_training(folder):
     np.testing.assert_allclose([s["loss"] for s in steps], losses, rtol=1e-4)
 
 
+@pytest.mark.curves
 def test_model_curves_and_configuration_are_written(tmp_path):
     result = run(output_dir=tmp_path, run_config={"dataset": "digits", "path": tmp_path})
     saved = load_file(tmp_path / "model.safetensors")
@@ -635,10 +628,10 @@ def test_model_curves_and_configuration_are_written(tmp_path):
     assert config["changes"] == []
 
 
-def test_a_second_run_into_the_same_folder_replaces_the_first(folder):
-    run(output_dir=folder, num_rounds=2)
-    run(output_dir=folder)
-    _, rounds = read_metrics(folder)
+def test_a_second_run_into_the_same_folder_replaces_the_first(tmp_path):
+    run(output_dir=tmp_path, num_rounds=2)
+    run(output_dir=tmp_path)
+    _, rounds = read_metrics(tmp_path)
     assert len(rounds) == 1
 
 

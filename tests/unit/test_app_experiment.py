@@ -12,6 +12,7 @@ def config(folder, **values):
     return RunConfig(batch_size=512, num_server_rounds=2, evaluate_every=0, output_dir=str(folder), **values)
 
 
+@pytest.mark.curves
 def test_a_training_is_what_the_run_wrote_and_what_the_server_tested(tmp_path):
     told = []
     training = train_in_process(config(tmp_path), 3, lambda epoch, accuracy: told.append((epoch, accuracy)))
