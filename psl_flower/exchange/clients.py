@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from psl_flower.privacy import fingerprint
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.split import difference
+from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -57,6 +58,8 @@ class Clients:
         The way of splitting, which must be the clients' too.
     model : dict, optional
         The server's `signature` of the cut model, of which the clients' must not differ.
+    given_counts : dict of int to sequence of int, or str, optional
+        By client: examples of each class, where the clients are not asked.
     session : str
         Names the run that clients make keys for; empty without secure aggregation.
     """
@@ -71,10 +74,12 @@ class Clients:
         may_grow: bool = True,
         method: str = "",
         model: Mapping[str, Any] | None = None,
+        given_counts: Mapping[int, Sequence[int]] | str | None = None,
         session: str = "",
     ) -> None:
         self._carrier, self._session = carrier, session
-        self._label_counts, self._config = label_counts, dict(config or {})
+        self._given_counts = given_counts if label_counts and isinstance(given_counts, Mapping) else None
+        self._label_counts, self._config = label_counts and self._given_counts is None, dict(config or {})
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate, self._may_grow = tolerate, may_grow
@@ -320,8 +325,8 @@ class Clients:
         if not any(sizes):
             raise MembershipError(f"none of the {len(members)} clients holds a training example")
         counts = None
-        if self._label_counts:
-            described = [(m.description.labels, m.description.counts) for m in members]
+        if self._label_counts or self._given_counts is not None:
+            described = [self._counts_of(m) for m in members]
             held = [(labels, c) for labels, c in described if labels is not None and c is not None]
             classes = max((int(labels.max()) + 1 for labels, _ in held if labels.size), default=0)
             counts = np.zeros((len(members), classes), dtype=np.int64)
@@ -332,6 +337,18 @@ class Clients:
                 if counts[i].sum() != sizes[i]:  # classes of examples that are left out are not known
                     counts[i] = round_to_sum(counts[i] + 1e-9, sizes[i], np.random.default_rng(0))
         return Population(np.array([m.client for m in members]), np.array(sizes), counts)
+
+    def _counts_of(self, member: Member) -> tuple[IntArray | None, IntArray | None]:
+        """Return the classes of a client and how many examples of each it holds."""
+        if self._given_counts is None:
+            return member.description.labels, member.description.counts
+        counts = np.asarray(self._given_counts.get(member.client, ()), dtype=np.int64)
+        if counts.sum() != member.description.num_examples:
+            raise MembershipError(
+                f"label_counts of client {member.client} add up to {counts.sum()}, it holds "
+                f"{member.description.num_examples} examples: give the count of each class of every client"
+            )
+        return np.arange(len(counts)), counts
 
     def exchange(self, request: Request, timeout: float) -> Reply:
         """Ask clients and wait for the answers.
