@@ -8,9 +8,11 @@ import torch
 from flwr.app import Context
 from torch import nn
 
+from psl_flower.app.datasets import SPECS
 from psl_flower.app.task import cut_of, load_partition, make_model, make_optimizer, method_of
 from psl_flower.client import split_client_app
 from psl_flower.config import RunConfig
+from psl_flower.privacy import LabelNoise
 
 
 def model_fn(context: Context) -> nn.Module:
@@ -43,6 +45,13 @@ def secure_fn(context: Context) -> bool:
     return RunConfig.read(context.run_config).secure_aggregation
 
 
+def noise_fn(context: Context) -> LabelNoise | None:
+    """Return how class counts are told where labels stay here."""
+    config = RunConfig.read(context.run_config)
+    classes = SPECS[config.dataset].num_classes
+    return LabelNoise(epsilon=config.label_epsilon, classes=classes) if config.label_epsilon else None
+
+
 app = split_client_app(
     model_fn,
     cut=cut_fn,
@@ -51,4 +60,5 @@ app = split_client_app(
     method=method_fn,
     optimizer=optimizer_fn,
     secure_aggregation=secure_fn,
+    label_noise=noise_fn,
 )

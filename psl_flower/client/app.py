@@ -11,9 +11,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch.nn.functional import cross_entropy
 
+from psl_flower.client import label_noise as noise
+from psl_flower.client import masking
 from psl_flower.client.client import SplitClient
 from psl_flower.client.keeping import keep_own, take_own
-from psl_flower.client.masking import keep, restore
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client, method_of
@@ -24,7 +25,7 @@ from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_request, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.methods import METHODS, SplitMethod, make_method
-from psl_flower.privacy import SecureAggregation, secure_options
+from psl_flower.privacy import LabelNoise, SecureAggregation, secure_options
 from psl_flower.protocol import ATTACH, DESCRIBE, Config
 from psl_flower.server import Loss
 
@@ -44,6 +45,7 @@ def split_client_app(
     classification: bool = True,
     optimizer: Callable[..., Any] | None = None,
     secure_aggregation: SecureAggregation | bool | Callable[..., SecureAggregation | bool] = False,
+    label_noise: LabelNoise | Callable[..., LabelNoise | None] | None = None,
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -84,6 +86,9 @@ def split_client_app(
         Whether the client's sums (parameter gradients, and in a U shape loss and score) leave it masked only, so that
         the server sees those of all clients together; ``secure_aggregation(context)``, if it is callable. The strategy
         needs the same.
+    label_noise : LabelNoise or callable, optional
+        For methods that leave labels with the clients: how a client that is asked for the counts of its classes tells
+        them; ``label_noise(context)``, if it is callable. None: it does not.
     mods : list, optional
         Flower mods around every handler.
 
@@ -117,6 +122,7 @@ def split_client_app(
         collate_fn,
         LossFn(loss, classification),
         optimizer,
+        label_noise,
         secure_aggregation if callable(secure_aggregation) else secure_options(secure_aggregation),
     )
     app = ClientApp()
@@ -145,9 +151,11 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
             take_own(state, context)
         return made
 
-    restore(state, context)
+    for kept in (masking, noise):
+        kept.restore(state, context)
     reply = answer(method, state, client, replace(request, nodes=(context.node_id,)))
-    keep(state, context)
+    for kept in (masking, noise):
+        kept.keep(state, context)
     stage = method.stages().get(request.stage)
     if stage is not None and (stage.own or not stage.batch):
         keep_own(state, context)

@@ -19,7 +19,8 @@ from psl_flower.client.own import OwnParts
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.exchange.codec import WeightStore
 from psl_flower.methods import SplitMethod
-from psl_flower.privacy import Party, SecureAggregation
+from psl_flower.privacy import LabelNoise, Party, SecureAggregation
+from psl_flower.typing import IntArray
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
 MAX_GRAPH_BYTES = 512 * 2**20
@@ -80,6 +81,8 @@ class RunState:
         self.secure: SecureAggregation | None = None
         self.parties: dict[int, Party] = {}  # by node
         self.keys_told: set[bytes] = set()
+        self.label_noise: LabelNoise | None = None
+        self.noises: dict[int, IntArray] = {}  # by node
         self.one_at_a_time = False
 
 

@@ -18,7 +18,7 @@ from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, PSLError
 from psl_flower.methods import SplitMethod, make_method
-from psl_flower.privacy import SecureAggregation, secure_options
+from psl_flower.privacy import LabelNoise, SecureAggregation, secure_options
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
 
@@ -38,6 +38,7 @@ class ClientRecipe:
     collate_fn: Callable[[list[Any]], Any] | None
     loss: LossFn
     optimizer: Callable[..., Any] | None = None
+    label_noise: LabelNoise | Callable[..., LabelNoise | None] | None = None
     secure: SecureAggregation | Callable[..., SecureAggregation | bool] | None = None
 
 
@@ -86,6 +87,8 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
         for part in mine.values():
             check_client_half(part)
         device = pick_device(recipe.device)
+        noise = recipe.label_noise
+        state.label_noise = _call(noise, context=context) if callable(noise) else noise
         secure = _call(recipe.secure, context=context) if callable(recipe.secure) else recipe.secure
         state.secure = secure_options(secure)
         state.signature, state.loss = json.dumps(signature(halves)), recipe.loss

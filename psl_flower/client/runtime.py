@@ -22,6 +22,7 @@ import torch
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
+from psl_flower.client.label_noise import with_noise
 from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
@@ -87,12 +88,12 @@ def _answer(
     if request.stage == DESCRIBE:
         for node, client in zip(request.nodes, clients, strict=True):
             try:
-                _check_classes(method, by_class=request.label_counts)
+                _check_classes(method, by_class=request.label_counts and state.label_noise is None)
                 key = describe_key(state, node, request.session)
                 described = client.describe(
                     label_counts=request.label_counts, method=method.name, model=state.signature
                 )
-                reply.descriptions[node] = replace(described, key=key)
+                reply.descriptions[node] = with_noise(method, state, node, replace(described, key=key))
             except Exception as exc:
                 reply.failures[node] = replace(_failure(exc, node), partition_id=client.partition_id)
         return
@@ -143,7 +144,8 @@ def _check_classes(method: SplitMethod, *, by_class: bool) -> None:
     if by_class and not method.sends_labels():
         raise ProtocolError(
             f"this client was built for method {method.name!r}, with which labels stay here: it tells nothing by "
-            "class, use a sampler that needs no label counts"
+            "class, use a sampler that needs no label counts, or let it tell them with noise: "
+            "split_client_app(..., label_noise=LabelNoise(epsilon=1.0, classes=10))"
         )
 
 

@@ -92,6 +92,11 @@ class RunConfig:
     secure_aggregation: bool = key(
         False, "Whether clients mask their parameter gradients, so that the server sees sums over all of a step only"
     )
+    label_epsilon: float = key(
+        0.0,
+        "With a tail and sampler lds, lb or aligned: privacy of the noisy class counts that clients tell; 0: none",
+        ge=0,
+    )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = key("sgd", "The optimizer over both halves")
     learning_rate: float = key(0.02, "Step size of the optimizer", gt=0)
     momentum: float = key(0.9, "Momentum of sgd; adam has its own", ge=0, lt=1)

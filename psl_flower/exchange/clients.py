@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from psl_flower.failures import Failure, Kind, told
 from psl_flower.privacy import fingerprint
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
 from psl_flower.split import difference
+from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -58,6 +59,8 @@ class Clients:
         The way of splitting, which must be the clients' too.
     model : dict, optional
         The server's `signature` of the cut model, of which the clients' must not differ.
+    given_counts : dict of int to sequence of int, or str, optional
+        By client: examples of each class, where the clients are not asked.
     session : str
         Names the run that clients make keys for; empty without secure aggregation.
     """
@@ -73,10 +76,13 @@ class Clients:
         may_grow: bool = True,
         method: str = "",
         model: Mapping[str, Any] | None = None,
+        given_counts: Mapping[int, Sequence[int]] | str | None = None,
         session: str = "",
     ) -> None:
         self._carrier, self._session = carrier, session
-        self.label_counts, self._config = label_counts, dict(config or {})
+        self._given_counts = given_counts if label_counts and isinstance(given_counts, Mapping) else None
+        self.by_class = label_counts
+        self._label_counts, self._config = label_counts and self._given_counts is None, dict(config or {})
         self._descriptions: dict[int, Description] = {}  # by node id
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate, self._may_grow = tolerate, may_grow
@@ -181,7 +187,7 @@ class Clients:
         request = Request(
             stage=DESCRIBE,
             nodes=tuple(nodes),
-            label_counts=self.label_counts,
+            label_counts=self._label_counts,
             session=self._session,
             config=self._config,
         )
@@ -192,7 +198,7 @@ class Clients:
                 if described is None:
                     failures[node] = reply.failures.get(node, Failure(Kind.MALFORMED, "not a description"))
                 else:
-                    described.check(label_counts=self.label_counts)
+                    described.check(label_counts=self._label_counts)
                     self._check_same(node, described)
                     self._descriptions[node] = described
             except ProtocolError as error:
@@ -318,6 +324,18 @@ class Clients:
         """Return how a client is called in messages: by its id, and its node where it has one."""
         member = self._members.get(client)
         return f"client {client}" + (f" (node {member.node})" if member else "")
+
+    def counts_of(self, member: Member) -> tuple[IntArray | None, IntArray | None]:
+        """Return the classes of a client and how many examples of each it holds."""
+        if self._given_counts is None:
+            return member.description.labels, member.description.counts
+        counts = np.asarray(self._given_counts.get(member.client, ()), dtype=np.int64)
+        if counts.sum() != member.description.num_examples:
+            raise MembershipError(
+                f"label_counts of client {member.client} add up to {counts.sum()}, it holds "
+                f"{member.description.num_examples} examples: give the count of each class of every client"
+            )
+        return np.arange(len(counts)), counts
 
     def exchange(self, request: Request, timeout: float) -> Reply:
         """Ask clients and wait for the answers.

@@ -50,6 +50,10 @@ class EpochLedger:
         The `state_dict` of an earlier one to go on from, instead of planning the epoch; `population` must be that of
         `saved_population` then, but for the delays.
 
+    by_class : bool
+        Whether clients draw by class where the plan says so. If not, it only decides how many examples each draws:
+        what is planned with class counts that are noisy, or by clients that keep their labels.
+
     Raises
     ------
     ConfigError
@@ -57,9 +61,15 @@ class EpochLedger:
     """
 
     def __init__(
-        self, sampler: Sampler, population: Population, epoch: int, state: Mapping[str, Any] | None = None
+        self,
+        sampler: Sampler,
+        population: Population,
+        epoch: int,
+        state: Mapping[str, Any] | None = None,
+        *,
+        by_class: bool = True,
     ) -> None:
-        self._sampler, self._epoch = sampler, epoch
+        self._sampler, self._epoch, self._by_class = sampler, epoch, by_class
         self.population = population
         if state is not None:
             self.load_state_dict(state)
@@ -112,7 +122,10 @@ class EpochLedger:
 
     def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]] | None = None) -> Orders:
         """Return the work orders of a step, the `index`-th of the epoch to be committed."""
-        return self._cursors.orders(index, step, left_out)
+        return self._cursors.orders(index, self._as_drawn(step), left_out)
+
+    def _as_drawn(self, step: PlanStep) -> PlanStep:
+        return step if self._by_class else replace(step, class_quotas=None)
 
     def round_orders(self, index: int, clients: IntArray, *, over: bool) -> Orders:
         """Return orders that name the examples that clients owe of the epoch; `over`: that they have used."""
@@ -153,7 +166,7 @@ class EpochLedger:
 
     def put_off(self, step: PlanStep) -> None:
         """Have the examples of a step that was given up rest until the weights are others; see `Party` for why."""
-        self._cursors.to_end(step)
+        self._cursors.to_end(self._as_drawn(step))
         self._resting[np.searchsorted(self.population.client_ids, step.clients)] += step.quotas
         self._outdated = True
 
@@ -172,7 +185,7 @@ class EpochLedger:
         whole = self._plan[self._next]
         if committed:
             self._resting[:] = 0
-        self._cursors.advance(step)
+        self._cursors.advance(self._as_drawn(step))
         self._next += 1
         self._taken += 1
         self._planned[np.searchsorted(self.population.client_ids, whole.clients)] -= whole.quotas
@@ -184,7 +197,16 @@ class EpochLedger:
         assert self._seen is not None
         if step.class_quotas is not None:
             return step.class_quotas
+        if not labels:  # they are not known here: as many of each class as there are on average
+            rng = np.random.default_rng([self._sampler.seed, self._epoch, self._next])
+            rows = np.searchsorted(self.population.client_ids, step.clients)
+            left = np.maximum((self._counts() - self._seen)[rows], 0) + 1e-9
+            return np.stack([round_to_sum(each, int(n), rng) for each, n in zip(left, step.quotas, strict=True)])
         return np.stack([_bincount(labels[int(k)], self._seen.shape[1]) for k in step.clients])
+
+    def _counts(self) -> IntArray:
+        assert self.population.label_counts is not None
+        return self.population.label_counts
 
     # --- planning anew -----------------------------------------------------------------------------------------------
     def _replanning_pays(self, available: BoolArray) -> bool:

@@ -120,13 +120,14 @@ class EpochLoop:
         with run.summary.spending("start"):
             run.membership.refresh(max(self._min_nodes, least), run.timeout)
         population, saved = run.membership.population(), run.take_saved()
-        begin = time.monotonic()
+        begin, by_class = time.monotonic(), run.runner.method.sends_labels()
         with run.summary.spending("planning"):
             if saved is None:
-                ledger = EpochLedger(self._sampler, self._stragglers.known_of(population), server_round - 1)
+                population = self._stragglers.known_of(population)
+                ledger = EpochLedger(self._sampler, population, server_round - 1, by_class=by_class)
             else:
                 population = self._stragglers.known_of(saved_population(saved["ledger"], population))
-                ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"])
+                ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"], by_class=by_class)
                 if run.runner.secure is not None:
                     check_all_are_here(population, run.membership.clients.members)
         seconds_plan = time.monotonic() - begin

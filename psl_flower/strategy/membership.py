@@ -88,8 +88,8 @@ class Membership:
         if not any(sizes):
             raise MembershipError(f"none of the {len(members)} clients holds a training example")
         counts = None
-        if self.clients.label_counts:
-            described = [(m.description.labels, m.description.counts) for m in members]
+        if self.clients.by_class:
+            described = [self.clients.counts_of(m) for m in members]
             held = [(labels, c) for labels, c in described if labels is not None and c is not None]
             classes = max((int(labels.max()) + 1 for labels, _ in held if labels.size), default=0)
             counts = np.zeros((len(members), classes), dtype=np.int64)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from psl_flower import checkpoint
 from psl_flower.checkpoint import Checkpoints
+from psl_flower.errors import ConfigError
+from psl_flower.methods import SplitMethod
 from psl_flower.server import LocalBackend, Scheduler
 from psl_flower.stragglers import DelayEstimator, DelayModel
 from psl_flower.strategy import settings
@@ -175,6 +177,22 @@ class Saver:
                 "the checkpoint's model",
                 *(self._settings["num_rounds"], saved["round"], _steps(saved)),
             )
+
+
+def check_checkpoints(
+    method: SplitMethod, every: int, keep: int, resume_from: str | Path | None, output_dir: str | Path | None
+) -> None:
+    """Raise ConfigError if checkpoints are wanted that cannot be written or read."""
+    if (every or resume_from == "latest") and (output_dir is None or not keep):
+        raise ConfigError(
+            "checkpoint_every and resume_from='latest' need an output_dir and keep_checkpoints of at least 1, got "
+            f"{output_dir!r} and {keep}"
+        )
+    if every and not method.resumable_within_round:
+        raise ConfigError(
+            f"with method {method.name!r} clients keep parts of the model within a round: checkpoints are "
+            f"written at its end only, got checkpoint_every={every}: leave it 0"
+        )
 
 
 def checkpoints_in(output_dir: str | Path | None, keep: int) -> Checkpoints | None:

@@ -40,13 +40,13 @@ from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server, show
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.exchanging import ExchangingStrategy
 from psl_flower.strategy.folder import FolderLock
-from psl_flower.strategy.labels import check_labels_stay
+from psl_flower.strategy.labels import LabelCounts, check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import RunRecorder
 from psl_flower.strategy.run import Run
-from psl_flower.strategy.saving import Saver, checkpoints_in, saved_result
+from psl_flower.strategy.saving import Saver, check_checkpoints, checkpoints_in, saved_result
 from psl_flower.strategy.secure import SecureSums, check_secure
 from psl_flower.strategy.step import StepRunner
 from psl_flower.strategy.stragglers import Stragglers
@@ -56,7 +56,7 @@ log = logging.getLogger("flwr.psl_flower")
 
 # Attributes that are settings of a run, as they are called.
 _SETTINGS = (
-    *("cut", "tail", "sampler", "transport", "stream_options", "min_available_nodes", "evaluate_every"),
+    *("cut", "tail", "sampler", "transport", "stream_options", "min_available_nodes", "evaluate_every", "label_counts"),
     *("evaluate_batch_size", "faults", "checkpoint_every", "keep_checkpoints", "secure_aggregation"),
 )
 
@@ -113,6 +113,8 @@ class ParallelSplitLearning(ExchangingStrategy):
     secure_aggregation : bool or SecureAggregation
         Whether clients mask their sums (parameter gradients, and in a U shape loss and score), so that the server sees
         them of all clients together only. The clients need the same.
+    label_counts : "noisy" or dict of int to sequence of int, optional
+        What a sampler that plans by class knows where labels stay with the clients: noisy counts of theirs, or yours.
     evaluate_every : int
         Rounds between two split evaluations on the clients' test data; 0 for none.
     evaluate_batch_size : int
@@ -159,6 +161,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         device: str = "auto",
         min_available_nodes: int = 2,
         secure_aggregation: SecureAggregation | bool = False,
+        label_counts: LabelCounts = None,
         evaluate_every: int = 1,
         evaluate_batch_size: int = 1024,
         faults: FaultPolicy | None = None,
@@ -192,16 +195,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", least=0)
         self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
         self.resume_from = resume_from
-        if (checkpoint_every or resume_from == "latest") and (output_dir is None or not keep_checkpoints):
-            raise ConfigError(
-                "checkpoint_every and resume_from='latest' need an output_dir and keep_checkpoints of at least 1, got "
-                f"{output_dir!r} and {keep_checkpoints}"
-            )
-        if checkpoint_every and not self.method.resumable_within_round:
-            raise ConfigError(
-                f"with method {self.method.name!r} clients keep parts of the model within a round: checkpoints are "
-                f"written at its end only, got checkpoint_every={checkpoint_every}: leave it 0"
-            )
+        check_checkpoints(self.method, checkpoint_every, keep_checkpoints, resume_from, output_dir)
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
         self._classification, self._metrics = classification, check_metrics(metrics or {})
         self._device = pick_device(device)
@@ -209,7 +203,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         CallbackGroup(self._callbacks)  # refuses what is none
         self._output_dir = output_dir
         self._run_config = dict(run_config or {})
-        check_labels_stay(self.method, self.sampler, loss, classification=classification, metrics=self._metrics)
+        self.label_counts = label_counts
+        check_labels_stay(self.method, self.sampler, loss, classification, self._metrics, label_counts)
         self._halves = cut_model(model, cut, tail)
         self.method.assign(self._halves.parts)  # refuses another number of them
         for part in self._client_parts():
@@ -303,6 +298,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 Clients(
                     carrier,
                     label_counts=self.sampler.needs_label_counts,
+                    given_counts=self.label_counts,
                     config=config,
                     tolerate=policy.tolerate,
                     tolerate_mistakes=policy.mistakes != "stop",

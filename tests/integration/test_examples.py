@@ -57,7 +57,7 @@ def test_there_are_no_commands_in_the_readmes_but_those_tested_here():
     assert len(APPS) >= 7
     assert len(SCRIPTS) >= 9
     tested = {PYTHON + command for _, command in APPS + SCRIPTS}
-    for example in ("quickstart", "custom_model", "compare_samplers", "stragglers"):
+    for example in ("quickstart", "custom_model", "labels_stay", "compare_samplers", "stragglers"):
         lines = shell_lines(example)
         assert lines
         assert [line for line in lines if line not in tested and not FLWR.fullmatch(line)] == []
@@ -126,6 +126,7 @@ SCORES = {
     ("examples/quickstart/fedavg", "iid"): (0.5, 0.95),
     ("examples/quickstart/fedavg", "skewed"): (0.05, 0.5),
     ("examples/custom_model", None): (0.45, 0.8),
+    ("examples/labels_stay", None): (0.92, 1.0),
     (".", "severe"): (0.9, 0.995),
 }
 
@@ -137,7 +138,8 @@ def score_of(place, folder):
             model = task.Net()
             model.load_state_dict(torch.load(folder / "final_model.pt"))
             return task.test(model, task.load_server_test_data())[1]
-    last = json.loads((folder / "outputs" / "metrics.jsonl").read_text().splitlines()[-1])["evaluate_serverapp"]
+    record = json.loads((folder / "outputs" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = record["evaluate_serverapp"] or record["evaluate_clientapp"]
     return last.get("r2", last.get("accuracy"))
 
 
@@ -149,6 +151,32 @@ def test_apps_reach_what_their_readme_says(example, command, folder):
     place, partition = run_in_process(command)
     low, high = SCORES[place, partition]
     assert low <= score_of(place, folder) <= high
+
+
+def test_labels_stay_tells_what_the_registry_has_received(folder, capfd):
+    """From the bytes themselves: neither the rows of a hospital nor its sums are what they were computed from."""
+    (command,) = (command for name, command in APPS if name == "labels_stay")
+    run_in_process(command)
+    told = capfd.readouterr().out
+    received = (folder / "outputs" / "received.bin").read_bytes()
+    assert f"replies of {len(received):,} bytes (outputs/received.bin)" in told
+    assert "labels: 0 times; how many there are of each class: 0 times" in told
+    assert re.search(r"train.head_forward +activations +a row an example +108 times", told)
+    assert set(re.findall(r"sum, \w+(?: it is)?", told)) == {"sum, masked"}
+    rows = re.findall(r"^((?: +-?\d+){3})$", told, re.M)
+    *hospitals, total = ([int(number) for number in row.split()] for row in rows)
+    assert len(hospitals) == 3
+    assert max(map(abs, total)) < 2**50 < min(max(map(abs, each)) for each in hospitals)
+    for numbers in zip(*hospitals, total, strict=True):
+        assert (sum(numbers[:3]) - numbers[3]) % 2**64 == 0
+    with modules_of(EXAMPLES / "labels_stay"):
+        client_app = importlib.import_module("labels_stay.client_app")
+        for place in range(3):
+            context = Context(1, 1, {"partition-id": place, "num-partitions": 3}, RecordDict(), {})
+            for data in client_app.load_data(context):
+                measurements, diagnoses = data.tensors
+                assert diagnoses[:8].numpy().tobytes() not in received
+                assert not any(row.numpy().tobytes() in received for row in measurements)
 
 
 @pytest.mark.flower

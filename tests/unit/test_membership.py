@@ -25,10 +25,13 @@ class Clients:
 
     def __init__(self, *descriptions, label_counts=False):
         self.members = {k: SimpleNamespace(client=k, description=d) for k, d in enumerate(descriptions)}
-        self.label_counts, self.given_up = label_counts, None
+        self.by_class, self.given_up = label_counts, None
 
     def name(self, client):
         return f"client {client}"
+
+    def counts_of(self, member):
+        return member.description.labels, member.description.counts
 
     def refresh(self, min_nodes, timeout, given_up):
         self.given_up = set(given_up)

@@ -1,0 +1,1 @@
+"""Three hospitals and a registry: inputs and labels stay in the hospitals."""
