@@ -74,7 +74,7 @@ def checksums(batch: Batch, counts: Sequence[int]) -> list[int]:
                 begin += count * width
                 step = -(-len(some) // _MOST_SAMPLED) | 1  # odd: it meets all columns of a picture of any width
                 total = zlib.crc32(f"{leaf.dtype} {(count, *leaf.shape[1:])}".encode(), totals[i])
-                totals[i] = zlib.crc32(np.ascontiguousarray(some[::step]), total)
+                totals[i] = zlib.crc32(np.ascontiguousarray(some[::step]).data, total)
     return totals
 
 

@@ -82,7 +82,7 @@ def test_in_a_deployment_the_client_is_attached_again(tmp_path):
         train(grid, trap, at=[4], num_clients=3)
         assert len(grid.started) == 3 + 1
         for each in grid.started:  # goodbye ends the others
-            each.process.join(10)
+            each.process.join(60)
         assert not any(each.process.is_alive() for each in grid.started)
 
 
