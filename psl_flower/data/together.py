@@ -36,8 +36,7 @@ def read_together(examples: Sequence[Examples], indices: Sequence[NDArray[np.int
     first = examples[0]
     if any(each.collate_fn is not None or each.target != first.target for each in examples):
         return None
-    both = zip(examples, indices, strict=True)
-    pairs = [unwrapped(each.dataset, some) for each, some in both]  # type: ignore[arg-type]  # arrays do as well
+    pairs = [unwrapped(each.dataset, some.tolist()) for each, some in zip(examples, indices, strict=True)]
     found = _columns([dataset for dataset, _ in pairs], [np.asarray(some, np.int64) for _, some in pairs], seed)
     if found is None:
         return None

@@ -5,7 +5,7 @@
 The payload goes out as the client half's weights, a new version each time, and comes back as its activations. Two
 processes hold their streams open inside their attach messages, as two SuperNodes' ClientApps do; Flower has no part
 in what is measured. The baseline is gRPC with TLS alone: as many bytes in chunks of the same size, none of them looked
-at, between the same number of processes.
+at, between the same number of processes. Measured with the streams alone, as between machines, and with shared memory.
 """
 
 import os
@@ -30,7 +30,7 @@ from warm import WARM
 
 from psl_flower import SplitModel, split_client_app
 from psl_flower.exchange.frames import CHUNK_BYTES
-from psl_flower.exchange.streams import StreamCarrier
+from psl_flower.exchange.streams import StreamCarrier, StreamOptions
 from psl_flower.exchange.streams.endpoint import CHANNEL_OPTIONS
 from psl_flower.exchange.streams.security import SERVER_NAME, make_identity
 from psl_flower.protocol import Orders, Request, Weights
@@ -58,10 +58,11 @@ def make_app():
     )
 
 
-def measure(num_bytes, repeats):
+def measure(num_bytes, repeats, shared_memory):
+    options = StreamOptions(shared_memory=shared_memory)
     os.environ["PSL_ECHO_BYTES"] = str(num_bytes)  # the client processes are started below
     times = []
-    with ProcessGrid(make_app, 2) as grid, StreamCarrier(grid) as carrier:
+    with ProcessGrid(make_app, 2) as grid, StreamCarrier(grid, options) as carrier:
         for i in range(repeats):
             p = torch.from_numpy(np.full((1, num_bytes // 4), i, np.float32))
             orders = Orders(clients=np.arange(2), starts=np.zeros(2, int), counts=np.ones(2, int), step=i)
@@ -141,14 +142,16 @@ def measure_bare(num_bytes, repeats):
 
 def main():
     torch.set_num_threads(1)
-    print("| bytes each way and client | streams: median ms (fastest) | gRPC with TLS | ratio of the medians |")
-    print("|---|---|---|---|")
+    columns = ("streams: median ms (fastest)", "with shared memory", "gRPC with TLS", "ratios of the medians to it")
+    print(f"| bytes each way and client | {' | '.join(columns)} |")
+    print("|---|---|---|---|---|")
     for size in SIZES:
         repeats = 300 if size < 2**20 else 40
-        found = [measure(size, repeats), measure_bare(size, repeats)]
+        found = [measure(size, repeats, False), measure(size, repeats, True), measure_bare(size, repeats)]
         medians = [statistics.median(times) for times in found]
         columns = [f"{middle * 1e3:.2f} ({min(times) * 1e3:.2f})" for middle, times in zip(medians, found, strict=True)]
-        print(f"| {size:,} | {columns[0]} | {columns[1]} | {medians[0] / medians[1]:.2f} |", flush=True)
+        ratios = ", ".join(f"{middle / medians[2]:.2f}" for middle in medians[:2])
+        print(f"| {size:,} | {' | '.join(columns)} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

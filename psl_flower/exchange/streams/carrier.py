@@ -34,6 +34,7 @@ from psl_flower.exchange.streams.endpoint import (
     Stopped,
     Unsent,
 )
+from psl_flower.exchange.streams.open_files import make_room
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Ticket, Tokens
 from psl_flower.exchange.streams.under_way import Exchange, Home, Sent, Wait
@@ -127,6 +128,8 @@ class StreamCarrier(Carrier):
             return {}
         simulated = simulated_nodes(self._grid)
         at_once, left = len(new) if simulated is None else _GROUP, new
+        if simulated is None:
+            make_room(len(self._homes) + len(new))
         wait = Wait(timeout, len(new))
         while left:
             group, left = left[:at_once], left[at_once:]

@@ -1,23 +1,29 @@
-"""The server's end of the streams: a gRPC server with one bidirectional stream for each client process."""
+"""The server's end of the streams: a gRPC server with one bidirectional stream for each client process.
+
+All of it runs in one thread, see event_loop.py; what happens is told to the carrier's through a queue of events, and
+`Connection.send` and `close` are what others call.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent import futures
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.codec import REPLY, Sent
 from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
 from psl_flower.exchange.shared_memory import Offer, SharedMemory, whereabouts
+from psl_flower.exchange.streams.event_loop import run
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
 
@@ -54,7 +60,6 @@ _SERVER_OPTIONS = [
     ("grpc.max_connection_idle_ms", 10_000),  # without a stream
     ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
 ]
-_MAX_STREAMS = 1024  # client processes at once; each has two threads
 _MAX_WAITING = 16  # frames on their way to one process
 _MAX_UNASKED = 16  # replies of one process that nobody asked for
 _CLOSE_SECONDS = 2.0
@@ -124,9 +129,10 @@ class Connection:
         self.sent_weights: Sent = {}  # read and written by the jobs, which run one after the other
         self.memory: SharedMemory | None = None  # with a process of this machine
         self._jobs: deque[Job] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._closing: str | None = None
         self._unanswered = 0  # requests sent less replies received; below zero, replies that nobody asked for
+        self._wake: Callable[[], object] = lambda: None
 
     def replied(self) -> None:
         """Take note of a reply.
@@ -136,47 +142,49 @@ class Connection:
         ProtocolError
             If far more came than were asked for: they would fill the memory.
         """
-        with self._changed:
+        with self._lock:
             self._unanswered -= 1
             if self._unanswered < -_MAX_UNASKED:
                 raise ProtocolError(f"it sent {_MAX_UNASKED} replies that nobody asked for")
 
     def send(self, job: Job) -> bool:
         """Have a frame sent after those before; False if the stream is closing, or the process does not read."""
-        with self._changed:
+        with self._lock:
             if self._closing is not None or len(self._jobs) >= _MAX_WAITING:
                 return False
             self._unanswered += 1
             self._jobs.append(job)
-            self._changed.notify()
-            return True
+        self._wake()
+        return True
 
     def close(self, reason: str) -> None:
         """End the stream once what waits is sent."""
-        with self._changed:
+        with self._lock:
             if self._closing is None:
                 self._closing = reason
-            self._changed.notify()
+        self._wake()
 
     @property
     def closing(self) -> str | None:
         """Why the stream is closing; None while it is open."""
         return self._closing
 
-    def chunks(self) -> Iterator[bytes]:
-        """Yield what is to be sent, as it comes, until the stream closes."""
-        number = 0
+    async def write(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """Write what is to be sent, as it comes, until the stream closes."""
+        loop, changed, number = asyncio.get_running_loop(), asyncio.Event(), 0
+        self._wake = lambda: loop.call_soon_threadsafe(changed.set)
         while True:
-            with self._changed:
-                while not self._jobs and self._closing is None:
-                    self._changed.wait()
-                if not self._jobs:
-                    return
-                job = self._jobs.popleft()
-            frame = job()
-            if frame is not None:
-                yield from encode(frame, number, self.memory)
-                number += 1
+            changed.clear()
+            job = self._jobs.popleft() if self._jobs else None
+            if job is not None:
+                frame = job()
+                for chunk in encode(frame, number, self.memory) if frame is not None else ():
+                    await write(chunk)
+                number += frame is not None
+            elif self._closing is not None:
+                return
+            else:
+                await changed.wait()
 
 
 @dataclass
@@ -192,7 +200,7 @@ class _Refusals:
 
 
 class Endpoint:
-    """Listens for client processes; a thread of its own for each tells what happens through `events`.
+    """Listens for client processes; what happens is told through `events`.
 
     Parameters
     ----------
@@ -214,24 +222,19 @@ class Endpoint:
         self._lock = threading.Lock()
         identity = make_identity()
         self.certificate = identity.certificate
-        self._threads = futures.ThreadPoolExecutor(_MAX_STREAMS + 8, thread_name_prefix="psl-stream")
-        self._server = grpc.server(
-            self._threads,
-            handlers=[
-                grpc.method_handlers_generic_handler(
-                    SERVICE, {METHOD.rpartition("/")[2]: grpc.stream_stream_rpc_method_handler(self._serve)}
-                )
-            ],
-            options=[*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", _most_connections())],
-            maximum_concurrent_rpcs=_MAX_STREAMS,
-        )
-        credentials = grpc.ssl_server_credentials([(identity.key, identity.certificate)])
+        self.address = run(self._start(grpc.ssl_server_credentials([(identity.key, identity.certificate)])))
+
+    async def _start(self, credentials: grpc.ServerCredentials) -> str:
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
+        handlers = [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rpartition("/")[2]: handler})]
+        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", _most_connections())]
+        self._server = grpc.aio.server(handlers=handlers, options=options)
         try:
-            port = self._server.add_secure_port(options.bind, credentials)
+            port = self._server.add_secure_port(self._options.bind, credentials)
         except RuntimeError as exc:
-            raise ConfigError(f"streams cannot listen on {options.bind}: is the port in use? ({exc})") from exc
-        self.address = options.address(port)
-        self._server.start()
+            raise ConfigError(f"streams cannot listen on {self._options.bind}: is the port in use? ({exc})") from exc
+        await self._server.start()
+        return self._options.address(port)
 
     def connections(self) -> list[Connection]:
         """Return the streams that are open."""
@@ -243,16 +246,15 @@ class Endpoint:
         for connection in self.connections():
             connection.send(lambda: Frame({"kind": "bye"}))
             connection.close("the run is over")
-        self._server.stop(_CLOSE_SECONDS).wait()
-        self._threads.shutdown(wait=False)
+        run(self._server.stop(_CLOSE_SECONDS))
 
     # --- one stream --------------------------------------------------------------------------------------------------
-    def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    async def _serve(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         peer = context.peer()
         # before anything of the stream is read
         if refusal := self._refusal(context):
             self._refusals.add(peer, refusal)
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
         connection = Connection(peer)
         offer = self._offer(context)
         if offer is not None:
@@ -260,19 +262,20 @@ class Endpoint:
             connection.send(lambda: Frame({"kind": OFFER, **header}))
         with self._lock:
             self._connections.add(connection)
-        threading.Thread(
-            target=self._read, args=(connection, requests, offer), name=f"psl-read-{connection.id}", daemon=True
-        ).start()
-        # called at once when the process is gone, even if nothing is being sent or read
-        if not context.add_callback(lambda: self._ended(connection, "its connection broke")):
-            self._ended(connection, "its connection broke")
-        yield from connection.chunks()
-        self._ended(connection, connection.closing or "")
+        reader = asyncio.create_task(self._read(connection, requests, offer))
+        try:
+            # cancelled at once when the process is gone, even if nothing is being sent or read
+            await connection.write(context.write)
+        finally:
+            reader.cancel()
+            if offer is not None:
+                offer.close()
+            self._ended(connection, connection.closing or "its connection broke")
         if connection.closing and connection.closing.startswith(_REFUSED):
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, connection.closing)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, connection.closing)
 
-    def _refusal(self, context: grpc.ServicerContext) -> str | None:
-        metadata = dict(context.invocation_metadata())
+    def _refusal(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> str | None:
+        metadata = _metadata(context)
         session, node, token = (str(metadata.get(key, "")) for key in (SESSION, NODE, TOKEN))
         if not (session and node and token):
             return "it showed no token"
@@ -280,9 +283,9 @@ class Endpoint:
             return "its node id is not a number"
         return self._tokens.refusal(session, int(node), token)
 
-    def _offer(self, context: grpc.ServicerContext) -> Offer | None:
+    def _offer(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Offer | None:
         """Make memory to share with a process that says it is of this machine and user."""
-        here, there = whereabouts(), dict(context.invocation_metadata()).get(WHEREABOUTS, "")
+        here, there = whereabouts(), _metadata(context).get(WHEREABOUTS, "")
         if not (self._options.shared_memory and here and there == here):
             return None
         try:
@@ -291,11 +294,11 @@ class Endpoint:
             log.warning("No memory can be shared with processes of this machine, all goes by stream: %s", error)
             return None
 
-    def _read(self, connection: Connection, chunks: Iterator[bytes], offer: Offer | None) -> None:
+    async def _read(self, connection: Connection, chunks: AsyncIterator[bytes], offer: Offer | None) -> None:
         decoder = Decoder(self._options.max_frame_bytes, connection.memory)
         reason = "it closed its stream"
         try:
-            for chunk in chunks:
+            async for chunk in chunks:
                 frame = decoder.feed(chunk)
                 if frame is None:
                     continue
@@ -313,11 +316,8 @@ class Endpoint:
         except ProtocolError as error:
             reason = f"{_REFUSED}{error}"
             self._refusals.add(connection.peer, str(error))
-        except Exception as exc:  # gRPC's iterator raises more than it documents; a thread that dies would go unseen
+        except Exception as exc:  # gRPC's iterator raises more than it documents; a task that dies would go unseen
             reason = f"its connection broke ({exc!s:.200})" if str(exc) else "its connection broke"
-        finally:
-            if offer is not None:
-                offer.close()
         self._ended(connection, reason)
 
     def _join(self, connection: Connection, header: Mapping[str, Any]) -> None:
@@ -344,7 +344,11 @@ class Endpoint:
 
 def _most_connections() -> int:
     """Return how many connections may be open at once: half of the files that this process may open."""
-    return _MAX_STREAMS + 64 if resource is None else max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    return 2**16 if resource is None else max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 _REFUSED = "refused: "
+
+
+def _metadata(context: grpc.aio.ServicerContext[bytes, bytes]) -> dict[str, str | bytes]:
+    return dict(context.invocation_metadata() or ())

@@ -1,0 +1,32 @@
+"""The one thread that serves all streams.
+
+gRPC's asyncio module works with one event loop a process, so there is one, for all endpoints, made when it is first
+needed. A stream costs some objects in it, not a thread; a step costs what the clients that take part in it cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a fork has no threads of its parent's
+_lock = threading.Lock()
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    """Do something in that thread, and wait for what comes of it; not to be called there."""
+    return asyncio.run_coroutine_threadsafe(work, _loop()).result()
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    with _lock:
+        process = os.getpid()
+        if process not in _loops:
+            _loops[process] = loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="psl-streams", daemon=True).start()
+        return _loops[process]
