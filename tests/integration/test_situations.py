@@ -774,6 +774,13 @@ def test_loaders_and_models_as_people_write_them():
         ParallelSplitLearning(Net, cut="head")
 
 
+def test_what_an_evaluate_fn_returns():
+    with pytest.raises(ConfigError, match=r"evaluate_fn must return a MetricRecord, or None, got \(0\.5, "):
+        train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: (0.5, {"accuracy": 1.0})})
+    result = train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: {"loss": 0.5}})
+    assert dict(result.evaluate_metrics_serverapp[1]) == {"loss": 0.5}
+
+
 # --- J: another run goes on ------------------------------------------------------------------------------------------
 def test_settings_of_a_resumed_run(tmp_path):
     whole = train(parts(X, Y), optimizer=sgd, rounds=2, output_dir=tmp_path).arrays.to_torch_state_dict()
