@@ -29,10 +29,10 @@ from psl_flower.data.batch import Batch, check_drawn_again, checksum
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.exchange.validation import is_finite
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, without_values
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.origin import where
-from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request
+from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request, WorkOrder
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.split.compare import Dice
 from psl_flower.tree import Tree
@@ -239,7 +239,7 @@ class _Work:
             batches = []
             for client, order in zip(clients, orders.each(), strict=True):
                 reseed(order.step_seed(), device)
-                batches.append(client.draw_batch(order))
+                batches.append(self._draw(client, order))
             joined = _join(batches)
             context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own)
             if orders.checksums is None:
@@ -253,6 +253,19 @@ class _Work:
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
             run = partial(stage.function, self.method, context, joined, **inputs)
             return context, self._without_random(device, run)
+
+    def _draw(self, client: SplitClient, order: WorkOrder) -> Batch:
+        """Return the batch of a client; where labels stay with it, so do errors that may show them."""
+        try:
+            return client.draw_batch(order)
+        except Exception as exc:
+            if self.method.sends_labels():
+                raise
+            log.error("client %d: %s", order.client, exc)
+            if isinstance(exc, BadRowsError):
+                raise BadRowsError(exc.message, {row: without_values(why) for row, why in exc.rows.items()}) from exc
+            text = without_values(str(exc) if isinstance(exc, PSLError) else where(exc))
+            raise ConfigError(f"{text} (what is left out here is in the log of the client)") from exc
 
     def _again(self, after: str, request: Request, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
         """Do the stage again that this one goes on from."""
