@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 _NAMES = re.compile(r"(?<!\w)(?:'[^']*'|\"[^\"]*\")")
+_VALUES = re.compile(r"(?<![\w:.\[(])-?\d+(?:\.\d+)?\b")
 _NUMBERS = re.compile(r"0x[0-9a-f]+|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
 _LISTED = re.compile(r"#(?:, (?:#|\.\.\.))+")
 
@@ -80,6 +81,11 @@ class Failure:
 def likeness(text: str) -> str:
     """Return a text without its numbers and names: what clients say of the same mistake is equal but for these."""
     return _LISTED.sub("#", _NUMBERS.sub("#", _NAMES.sub("#", text)))
+
+
+def without_values(text: str) -> str:
+    """Return a text without names in quotes and numbers that stand alone: either may be a label."""
+    return _VALUES.sub("...", _NAMES.sub("'...'", text))
 
 
 def alike(failures: Iterable[Failure]) -> bool:

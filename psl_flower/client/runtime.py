@@ -31,10 +31,10 @@ from psl_flower.data.batch import Batch, check_drawn_again, checksums
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.exchange.validation import is_finite
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, without_values
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.origin import where
-from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request
+from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request, WorkOrder
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.split.compare import Dice
 from psl_flower.tree import Tree
@@ -249,7 +249,7 @@ class _Work:
             return context, stage.function(self.method, context, **inputs)
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
-            joined = _draw(clients, orders, device)
+            joined = self._draw_all(clients, orders, device)
             context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own)
             drawn = checksums(joined, orders.counts.tolist())
             if orders.checksums is None:
@@ -263,6 +263,36 @@ class _Work:
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
             run = partial(stage.function, self.method, context, joined, **inputs)
             return context, self._without_random(device, run)
+
+    def _draw_all(self, clients: Sequence[SplitClient], orders: Orders, device: torch.device) -> Batch:
+        """Return the clients' batches as one; random numbers are each client's own."""
+        each = list(orders.each())
+        if len(clients) > 1:
+            try:
+                found = SplitClient.draw_together(clients, orders, lambda i: reseed(each[i].step_seed(), device))
+            except Exception as exc:  # drawing for each tells whose fault it is
+                log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
+                found = None
+            if found is not None:
+                return found
+        batches = []
+        for client, order in zip(clients, each, strict=True):
+            reseed(order.step_seed(), device)
+            batches.append(self._draw(client, order))
+        return _join(batches)
+
+    def _draw(self, client: SplitClient, order: WorkOrder) -> Batch:
+        """Return the batch of a client; where labels stay with it, so do errors that may show them."""
+        try:
+            return client.draw_batch(order)
+        except Exception as exc:
+            if self.method.sends_labels():
+                raise
+            log.error("client %d: %s", order.client, exc)
+            if isinstance(exc, BadRowsError):
+                raise BadRowsError(exc.message, {row: without_values(why) for row, why in exc.rows.items()}) from exc
+            text = without_values(str(exc) if isinstance(exc, PSLError) else where(exc))
+            raise ConfigError(f"{text} (what is left out here is in the log of the client)") from exc
 
     def _again(self, after: str, request: Request, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
         """Do the stage again that this one goes on from."""
@@ -293,24 +323,6 @@ def _key(request: Request, orders: Orders, own: tuple[int, ...]) -> tuple[Hashab
     step = (versions, orders.seed, orders.epoch, orders.step, orders.test)
     classes = None if orders.class_counts is None else orders.class_counts.tobytes()
     return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes, own)
-
-
-def _draw(clients: Sequence[SplitClient], orders: Orders, device: torch.device) -> Batch:
-    """Return the clients' batches as one; random numbers are each client's own."""
-    each = list(orders.each())
-    if len(clients) > 1:
-        try:
-            found = SplitClient.draw_together(clients, orders, lambda i: reseed(each[i].step_seed(), device))
-        except Exception as exc:  # drawing for each tells whose fault it is
-            log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
-            found = None
-        if found is not None:
-            return found
-    batches = []
-    for client, order in zip(clients, each, strict=True):
-        reseed(order.step_seed(), device)
-        batches.append(client.draw_batch(order))
-    return _join(batches)
 
 
 def _join(batches: Sequence[Batch]) -> Batch:

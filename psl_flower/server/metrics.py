@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from psl_flower.errors import ConfigError
+from psl_flower.origin import where
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
@@ -303,7 +304,7 @@ def _call(name: str, function: Callable[..., Any], outputs: Any, labels: Any) ->
     except Exception as exc:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (outputs, labels)]
         raise ConfigError(
-            f"metrics[{name!r}] failed on outputs {shapes[0]} and labels {shapes[1]}: {type(exc).__name__}: {exc}"
+            f"metrics[{name!r}] failed on outputs {shapes[0]} and labels {shapes[1]}: {where(exc)}"
         ) from exc
 
 

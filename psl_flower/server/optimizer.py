@@ -48,11 +48,7 @@ def make_optimizer(factory: Callable[[Any], Any], parameters: Mapping[str, nn.Pa
     """
     if not parameters:
         raise ConfigError("the model has no parameter to train: set requires_grad on some")
-    if isinstance(factory, torch.optim.Optimizer) or not callable(factory):
-        raise ConfigError(
-            "optimizer must be a function that takes parameters and returns an optimizer, got "
-            f"{type(factory).__name__}: pass lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
-        )
+    check_optimizer_fn(factory)
     wants_names = next(iter(_parameters_of(factory)), None) == "named_parameters"
     optimizer = factory(list(parameters.items()) if wants_names else list(parameters.values()))
     _check_kind(optimizer)
@@ -63,6 +59,15 @@ def make_optimizer(factory: Callable[[Any], Any], parameters: Mapping[str, nn.Pa
             "compute theirs once a step: take an optimizer that needs no closure, for example torch.optim.Adam"
         )
     return optimizer  # type: ignore[no-any-return]
+
+
+def check_optimizer_fn(factory: Any) -> None:
+    """Raise ConfigError unless it is a function that may make optimizers."""
+    if isinstance(factory, torch.optim.Optimizer) or not callable(factory):
+        raise ConfigError(
+            "optimizer must be a function that takes parameters and returns an optimizer, got "
+            f"{type(factory).__name__}: pass lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
 
 
 def _check_kind(optimizer: Any) -> None:

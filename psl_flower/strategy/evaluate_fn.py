@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 
-from psl_flower.errors import StopTraining
+from psl_flower.errors import ConfigError, StopTraining
 from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
@@ -20,7 +20,13 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 def evaluate_on_server(
     evaluate_fn: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result, summary: RunSummary
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the metrics of the server's own evaluation, and why it wants the run to end, if it does."""
+    """Return the metrics of the server's own evaluation, and why it wants the run to end, if it does.
+
+    Raises
+    ------
+    ConfigError
+        If the function returns something else than metrics.
+    """
     try:
         with summary.spending("evaluation"):
             metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
@@ -28,6 +34,12 @@ def evaluate_on_server(
         return {}, f"evaluate_fn: {reason}"
     if metrics is None:
         return {}, None
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(
+            f"evaluate_fn must return a MetricRecord, or None, got {metrics!r:.80}: "
+            "return MetricRecord({'loss': loss, 'accuracy': accuracy})"
+        )
+    metrics = metrics if isinstance(metrics, MetricRecord) else MetricRecord(dict(metrics))
     result.evaluate_metrics_serverapp[server_round] = metrics
     log.info("round %d  server's test data: %s", server_round, shown(metrics))
     return dict(metrics), None

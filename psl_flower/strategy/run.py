@@ -103,7 +103,7 @@ class Run:
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
         what = "is redone, for want of" if nothing else "goes on without"
-        for line in told(attempt.lost, self.membership.name):
+        for line in told({c: f for c, f in attempt.lost.items() if not self._was_told(f)}, self.membership.name):
             log.warning("step %d %s %s", orders.step, what, line)
         if attempt.skipped:
             summary.steps_skipped += 1
@@ -117,6 +117,10 @@ class Run:
             summary.steps_short += bool(attempt.lost)
             summary.examples_redone += sum(examples[client] for client in attempt.lost)
         return attempt
+
+    def _was_told(self, failure: Failure) -> bool:
+        """Return whether a failure was told with its consequence: rows, or a client, that are left out for good."""
+        return failure.kind is Kind.UNREADABLE or (self.policy.mistakes == "exclude" and failure.kind.is_mistake)
 
     def _leave_out_rows(self, ledger: EpochLedger, attempt: Attempt, *, nothing: bool) -> None:
         """Leave examples out for good that clients cannot read: all others are still drawn."""

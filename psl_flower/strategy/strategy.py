@@ -32,7 +32,7 @@ from psl_flower.privacy import SecureAggregation
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, make_scheduler
-from psl_flower.server.optimizer import sgd
+from psl_flower.server.optimizer import check_optimizer_fn, sgd
 from psl_flower.split import check_client_half, cut_model, signature
 from psl_flower.stragglers import DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
@@ -174,9 +174,9 @@ class ParallelSplitLearning(ExchangingStrategy):
     ) -> None:
         if sampler is not None and not isinstance(sampler, Sampler):
             raise ConfigError(f"sampler must be a psl_flower Sampler, got {sampler!r:.80}")
-        for function, name in ((optimizer, "optimizer"), (loss, "loss")):
-            if not callable(function):
-                raise ConfigError(f"{name} must be callable, got {function!r:.80}")
+        check_optimizer_fn(optimizer)
+        if not callable(loss):
+            raise ConfigError(f"loss must be callable, got {loss!r:.80}")
         self.cut, self.tail, self.method = cut, tail, make_method(method, tail)
         self.sampler = self.method.sampler(sampler or UniformGlobalSampler(batch_size=128))
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)

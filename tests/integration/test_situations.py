@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -611,12 +612,34 @@ def test_in_a_deployment_whoever_makes_a_mistake_is_left_out(tmp_path, caplog):
     assert "The run went without clients that made a mistake: client 1 (node 3): labels must be" in caplog.text
 
 
+class Numbered(Dataset):
+    """Knows no number of some labels."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        x, name = self.dataset[index]
+        return x, {"healthy": 0}[name]
+
+
 def test_a_wrong_label_stays_with_its_client(caplog):
     labels = torch.where(torch.arange(TOTAL) == 33, 77, Y)
     with pytest.raises(StepError, match=r"client 1 \(node 3\): labels must be class indices from 0 to 2") as caught:
         train(parts(X, labels), Three, **U_SHAPE)
     assert "77" not in str(caught.value)
     assert any(r.levelname == "ERROR" and "got 77" in r.getMessage() for r in caplog.records)  # on the client
+
+    names = [[(x, {0: "benign", 1: "unclear", 2: "malignant"}[int(y)]) for x, y in d] for d in parts(X, Y)]
+    for data in (names, [Numbered(d) for d in names]):
+        with pytest.raises(
+            StepError, match=r"must hold tensors, .* is the string '\.\.\.'|in __getitem__: KeyError"
+        ) as caught:
+            train(data, Three, **U_SHAPE)
+        assert not re.search("benign|unclear|malignant", str(caught.value))
 
     def loss(outputs, labels):
         raise ValueError(f"never seen {labels.tolist()}")
@@ -772,6 +795,13 @@ def test_loaders_and_models_as_people_write_them():
     assert largest_difference(weights, centralised([Turned(*d.tensors) for d in parts(X, Y)])) < 1e-9
     with pytest.raises(ConfigError, match="got the class Net: call it"):
         ParallelSplitLearning(Net, cut="head")
+
+
+def test_what_an_evaluate_fn_returns():
+    with pytest.raises(ConfigError, match=r"evaluate_fn must return a MetricRecord, or None, got \(0\.5, "):
+        train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: (0.5, {"accuracy": 1.0})})
+    result = train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: {"loss": 0.5}})
+    assert dict(result.evaluate_metrics_serverapp[1]) == {"loss": 0.5}
 
 
 # --- J: another run goes on ------------------------------------------------------------------------------------------

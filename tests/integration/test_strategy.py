@@ -249,7 +249,10 @@ def batch_norm_in_front():
     ("options", "message"),
     [
         ({"sampler": "ugs"}, "sampler must be a psl_flower Sampler, got 'ugs'"),
-        ({"optimizer": 0.1}, "optimizer must be callable, got 0.1"),
+        (
+            {"optimizer": 0.1},
+            "optimizer must be a function that takes parameters and returns .*, got float: pass lambda",
+        ),
         ({"loss": None}, "loss must be callable, got None"),
         ({"min_available_nodes": 0}, "min_available_nodes must be at least 1"),
         ({"evaluate_every": -1}, "evaluate_every must be at least 0"),

@@ -3,7 +3,7 @@
 import pytest
 
 from psl_flower.errors import DivergenceError, StepError
-from psl_flower.failures import Failure, Kind, alike, likeness, told
+from psl_flower.failures import Failure, Kind, alike, likeness, told, without_values
 
 
 def name(client):
@@ -52,3 +52,20 @@ def test_a_step_error_names_its_clients_as_the_run_calls_them():
         raise DivergenceError("it is NaN", {1: raised("a bug")})
     assert str(caught.value) == "round 1, step 4: it is NaN\n  client 1 (node 11): a bug"
     assert list(caught.value.failures) == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("data.py:31 in label_of: KeyError: 'malignant'", "data.py:31 in label_of: KeyError: '...'"),
+        ("data.py:31 in label_of: KeyError: 7", "data.py:31 in label_of: KeyError: ..."),
+        (
+            "row[1] is the string 'cat' in example 4; map labels",
+            "row[1] is the string '...' in example ...; map labels",
+        ),
+        ("got -1.5", "got ..."),
+        ("expected float32 (8,), got int64 (9,)", "expected float32 (8,), got int64 (9,)"),
+    ],
+)
+def test_values_are_left_out(text, left):
+    assert without_values(text) == left
