@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch._dynamo  # noqa: F401 (optimizers import it when they are made: a second or two in every process)
 from flwr.app import ArrayRecord
 from support import CUT, load_partition, sgd, tiny_resnet
 

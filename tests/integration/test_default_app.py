@@ -43,7 +43,7 @@ def records(folder, kind):
 
 @pytest.mark.curves
 def test_the_defaults_learn_digits(tmp_path):
-    config = run(tmp_path, num_nodes=16)
+    config = run(tmp_path, num_nodes=6)
     rounds = records(tmp_path, "round")
     assert len(rounds) == 5
     assert all(r["num_examples"] == 1437 for r in rounds)

@@ -50,12 +50,14 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_killed_and_interrupted_a_run_ends_as_one_that_nothing_happened_to(superlink, tmp_path):
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_interrupted_a_run_ends_as_one_that_nothing_happened_to(superlink, killed, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    run = interrupted(superlink, results, "1-5")
-    run.signal_server(signal.SIGKILL)
-    assert not (results / "summary.json").exists()  # there was no time for it
+    if killed:  # once before
+        run = interrupted(superlink, results, "1-5")
+        run.signal_server(signal.SIGKILL)
+        assert not (results / "summary.json").exists()  # there was no time for it
 
     run = interrupted(superlink, results, "2-3")
     run.signal_server(signal.SIGINT)
@@ -63,7 +65,7 @@ def test_killed_and_interrupted_a_run_ends_as_one_that_nothing_happened_to(super
     (results / "go").touch()
     run.wait_until_gone()
     assert run.status() == "finished:failed"
-    assert (summary_of(results)["resumed"], summary_of(results)["refused"]) == (1, {})
+    assert (summary_of(results)["resumed"], summary_of(results)["refused"]) == (int(killed), {})
 
     resumed, whole = finish(results, resume_from="latest"), finish(tmp_path / "whole")
     assert summary_of(results)["steps_committed"] == summary_of(tmp_path / "whole")["steps_committed"]
