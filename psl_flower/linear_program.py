@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
 
 from psl_flower.typing import FloatArray, IndexArray
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 
 class Rows:
@@ -41,6 +44,8 @@ class Rows:
 
     def matrix(self, num_variables: int) -> csr_array:
         """Return the coefficients, (num_rows, num_variables)."""
+        from scipy.sparse import csr_array
+
         rows, columns, values = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
         return csr_array((values.astype(np.float64), (rows, columns)), shape=(self.num_rows, num_variables))
 
@@ -91,6 +96,9 @@ class LinearProgram:
         RuntimeError
             If it is infeasible or unbounded, or the solver gives up.
         """
+        # not above: every client's process imports the samplers, few need scipy, and it takes half as long as torch
+        from scipy.optimize import linprog
+
         bounds: dict[str, object] = {}
         if self.at_most.num_rows:
             bounds = {"A_ub": self.at_most.matrix(self._num_variables), "b_ub": self.at_most.limits()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import chdtrc
 
 from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice, check_float, check_int
@@ -195,6 +194,8 @@ def clients_alike(counts: IntArray) -> bool:
 
     Note [Clients alike] says what for.
     """
+    from scipy.special import chdtrc  # here: see linear_program.py
+
     table = counts[:, counts.any(axis=0)]
     freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
     if not freedom:

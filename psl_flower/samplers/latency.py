@@ -6,8 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_flow
 
 from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice
@@ -202,6 +200,9 @@ class _StepGraph:
 
         `left` (K, C) is what clients still have.
         """
+        from scipy.sparse import csr_array  # here: see linear_program.py
+        from scipy.sparse.csgraph import maximum_flow
+
         capacity = self.suppliers.capacity(self.times[index], self.most)
         room = np.minimum(left, capacity[:, None])
         enough = (room.sum(axis=0) >= target).all() and np.minimum(room.sum(axis=1), capacity).sum() >= target.sum()

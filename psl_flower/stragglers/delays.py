@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import ndtri
 
 from psl_flower.checks import as_int64, check_choice, check_float, check_int, check_options
 from psl_flower.errors import ConfigError
@@ -131,6 +130,8 @@ class LognormalDelays:
 
     def delays(self, client_ids: ArrayLike) -> Delays:
         """Return the delays of these clients, in their order."""
+        from scipy.special import ndtri  # here: see linear_program.py
+
         ids = _checked_ids(client_ids)
         return Delays(
             self.latency * np.exp(self.latency_sigma * ndtri(_uniforms(self.seed, ids, _LATENCY))),
