@@ -62,8 +62,8 @@ def adds_up(
         return None
 
     def of(labels: Any, part: slice) -> WeightedLoss:
-        some = [tree.map_leaves(lambda t: t[part], each) for each in (outputs, labels)]
-        return weighted(loss, *some, len(range(rows)[part]), classify=classify)
+        ours, theirs = (tree.map_leaves(lambda t: t[part], each) for each in (outputs, labels))
+        return weighted(loss, ours, theirs, len(range(rows)[part]), classify=classify)
 
     answers = []
     close = _CLOSE.get(whole.mean.dtype, 1e-2)
