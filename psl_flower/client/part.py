@@ -16,11 +16,13 @@ from psl_flower import tree
 from psl_flower.errors import ConfigError, PSLError
 from psl_flower.origin import where
 from psl_flower.protocol import Weights
-from psl_flower.server import Loss, Reduction, WeightedLoss, loss_target, weighted
+from psl_flower.server import REFUSED, Additivity, Loss, Reduction, WeightedLoss, loss_target, weighted
 from psl_flower.split import CannotTellError, find_mixing
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
+
+_CHECKS = 16  # batches of a process that a loss is looked at in: of several clients
 
 Forward = Callable[[Callable[..., Tree], Any], Tree]
 
@@ -184,6 +186,7 @@ class LossFn:
     function: Loss
     classification: bool
     reduction: Reduction = field(default_factory=Reduction)
+    additivity: Additivity = field(default_factory=lambda: Additivity(_CHECKS))
 
     def __call__(self, outputs: Any, target: Tree, rows: int, device: torch.device) -> WeightedLoss:
         """Return the loss of the last part's outputs; see `weighted` for errors.
@@ -192,7 +195,7 @@ class LossFn:
         """
         labels = loss_target(target, device, classify=self.classification)
         try:
-            return weighted(
+            found = weighted(
                 self.function, outputs, labels, rows, classify=self.classification, reduction=self.reduction
             )
         except PSLError:
@@ -204,6 +207,9 @@ class LossFn:
                 f"the loss failed on labels {shown} a row: {where(exc, text=False)}; what it says is in the log of the "
                 "client, for it may tell labels"
             ) from exc
+        if self.additivity.refuted(self.function, outputs, labels, rows, found, classify=self.classification):
+            raise ConfigError(REFUSED)
+        return found
 
 
 def parameter_gradients(

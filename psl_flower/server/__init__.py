@@ -1,5 +1,6 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
+from psl_flower.server.additive import REFUSED, Additivity, adds_up
 from psl_flower.server.local import LocalBackend
 from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
@@ -9,7 +10,9 @@ from psl_flower.server.part import Gradients, NothingCountsError, PartCopy, Serv
 from psl_flower.server.reduction import SUMMED, Reduction
 
 __all__ = [
+    "REFUSED",
     "SUMMED",
+    "Additivity",
     "Gradients",
     "LocalBackend",
     "Loss",
@@ -25,6 +28,7 @@ __all__ = [
     "ServerPart",
     "ServerPass",
     "WeightedLoss",
+    "adds_up",
     "check_metrics",
     "classes_of",
     "loss_target",

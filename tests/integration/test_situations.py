@@ -529,6 +529,42 @@ def test_a_loss_is_that_of_all_examples_pooled(case, shape, caplog):
     assert sum("the loss is the sum over a batch" in r.getMessage() for r in caplog.records) == (case == "sums")
 
 
+def dice(outputs, labels):
+    share, wanted = outputs.softmax(1)[:, 1], (labels == 1).to(outputs)
+    return 1 - 2 * (share * wanted).sum() / (share.sum() + wanted.sum())
+
+
+def two_that_count_differently(outputs, labels):
+    return F.cross_entropy(outputs, labels) + 0.1 * outputs.square().mean()
+
+
+def multiplied(outputs, labels):
+    return F.cross_entropy(outputs, labels, reduction="sum") * (1 / (labels != -100).sum().item())
+
+
+def contrastive(outputs, labels):
+    logits = outputs @ outputs.T
+    return F.cross_entropy(logits, torch.arange(len(outputs))) + F.cross_entropy(outputs, labels)
+
+
+NOT_PUT_TOGETHER = {
+    "of the batch": (X, Y, Three, dice),
+    "a root of a mean": (X, Y, Three, lambda o, y: F.cross_entropy(o, y).sqrt()),
+    "two that count differently": (TOKENS, IGNORED, Tagger, two_that_count_differently),
+    "multiplied": (TOKENS, IGNORED, Tagger, multiplied),
+    "contrastive": (X, Y, Three, contrastive),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PUT_TOGETHER)
+def test_a_loss_that_cannot_be_put_together_is_the_servers_alone(case, caplog):
+    inputs, labels, model, loss = NOT_PUT_TOGETHER[case]
+    check_exact(parts(inputs, labels), model, loss=loss, optimizer=slow_sgd, cut="middle")
+    assert "what is told of a round, or of test data, is the mean over batches" in caplog.text
+    with pytest.raises(StepError, match="cannot be put together from the clients': take one that is"):
+        train(parts(inputs, labels), model, loss=loss, **U_SHAPE)
+
+
 def diverging(outputs, labels):
     return F.mse_loss(outputs, labels) * (np.nan if (labels > 90).any() else 1.0)
 

@@ -1,0 +1,93 @@
+"""Whether the loss of a batch can be put together from those of its parts, told by what it does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from psl_flower import tree
+from psl_flower.server.loss import Loss, WeightedLoss, weighted
+
+_RULE = "the loss of a batch is not the mean over what counts in it, nor the sum"
+
+TOLD_BY_BATCH = (
+    f"{_RULE}: training is not touched by that, but what is told of a round, or of test data, is the mean over batches"
+)
+REFUSED = (
+    f"{_RULE}, so that of the global batch cannot be put together from the clients': take one that is, divided by the "
+    "number of what counts as a tensor where you divide yourself, or leave labels and loss to the server (no tail)"
+)
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+class Additivity:
+    """Looks at the first batches of a training, for one alone may hide what a loss does.
+
+    Parameters
+    ----------
+    checks : int
+        How many batches.
+    """
+
+    def __init__(self, checks: int) -> None:
+        self._left = checks
+
+    def refuted(self, *arguments: Any, classify: bool) -> bool:
+        """Return whether the loss of a batch is seen not to be put together from those of its parts; see `adds_up`."""
+        if not self._left or not torch.is_grad_enabled():
+            return False
+        found = adds_up(*arguments, classify=classify)
+        self._left -= found is not None
+        return found is False
+
+
+def adds_up(
+    loss: Loss, outputs: Any, labels: Any, rows: int, whole: WeightedLoss, *, classify: bool = True
+) -> bool | None:
+    """Return whether the losses of two parts of a batch make that of the batch; None where it does not show.
+
+    So as not to depend on what happens to lie in which part, the labels are shuffled, too: what does not count is as
+    much in each row of a client, maybe, and not in those of others.
+
+    Parameters
+    ----------
+    loss, outputs, labels, rows, classify
+        See `weighted`.
+    whole : WeightedLoss
+        That of the batch.
+    """
+    if rows < 2 or not whole.weight or not math.isfinite(whole.sum):
+        return None
+
+    def of(labels: Any, part: slice) -> WeightedLoss:
+        ours, theirs = (tree.map_leaves(lambda t: t[part], each) for each in (outputs, labels))
+        return weighted(loss, ours, theirs, len(range(rows)[part]), classify=classify)
+
+    answers = []
+    close = _CLOSE.get(whole.mean.dtype, 1e-2)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a divisor with a gradient is no weight
+        torch.default_generator.manual_seed(0)
+        for shuffled in (False, True, True):
+            try:
+                given = tree.map_leaves(_shuffled, labels) if shuffled else labels
+                first, second, *both = (of(given, part) for part in _parts(rows))
+                mean, again = (each.mean.item() for each in both)
+                found = first.mean.item() + second.mean.item()
+                if not whole.summed:
+                    found = (first.sum + second.sum) / (first.weight + second.weight)
+            except Exception:  # the user's code, with other batches than it was made for
+                continue
+            if math.isfinite(found) and math.isclose(mean, again, rel_tol=close, abs_tol=close):  # else it is random
+                answers.append(math.isclose(found, mean, rel_tol=close, abs_tol=close))
+    return all(answers) if answers else None
+
+
+def _parts(rows: int) -> list[slice]:
+    """Return the halves, and twice the whole."""
+    return [slice(None, rows // 2), slice(rows // 2, None), slice(None), slice(None)]
+
+
+def _shuffled(labels: torch.Tensor) -> torch.Tensor:
+    return labels.flatten()[torch.randperm(labels.numel()).to(labels.device)].reshape(labels.shape)
