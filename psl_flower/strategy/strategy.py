@@ -280,7 +280,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             RunRecorder(self._output_dir, saver.configuration(), position, self._callbacks) as recorder,
         ):
             stops.append(carrier.stop)
-            config = dict(train_config or {})
+            config = dict(train_config)
             membership = Membership(
                 Clients(
                     carrier,
@@ -293,6 +293,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 )
             )
             summary = RunSummary()
+            shared: dict[str, Any] = {"policy": policy, "config": config, "summary": summary}
             run = Run(
                 backend=backend,
                 membership=membership,
@@ -300,11 +301,9 @@ class ParallelSplitLearning(ExchangingStrategy):
                     self.method,
                     backend,
                     membership.clients,
-                    policy=policy,
                     timeout=policy.step_timeout or timeout,
                     separate=not self.stream_options.sum_gradients,
-                    config=config,
-                    summary=summary,
+                    **shared,
                 ),
                 evaluator=Evaluator(
                     self.method,
@@ -312,12 +311,9 @@ class ParallelSplitLearning(ExchangingStrategy):
                     membership,
                     batch_size=self.evaluate_batch_size,
                     timeout=timeout,
-                    config=config,
-                    evaluate_config=dict(evaluate_config or {}),
-                    summary=summary,
-                    tolerate=policy.tolerate,
-                    mistakes=policy.mistakes or "stop",
+                    evaluate_config=dict(evaluate_config),
                     metrics=self._metrics,
+                    **shared,
                 ),
                 scheduler=scheduler,
                 recorder=recorder,
