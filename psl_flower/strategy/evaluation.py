@@ -12,6 +12,7 @@ from flwr.app import MetricRecord
 from psl_flower.errors import LabelError, StepError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind, told
+from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
 from psl_flower.server import LocalBackend, Outcome, Scores
@@ -40,10 +41,8 @@ class Evaluator:
         Sent to the clients.
     summary : RunSummary
         Told what went wrong.
-    tolerate : bool
+    policy : FaultPolicy
         Whether to go on without clients that fail, as long as there are others.
-    mistakes : str
-        What to do about mistakes, see `FaultPolicy`.
     metrics : dict, optional
         The user's own, see `psl_flower.server.Scores`.
     secure : SecureSums, optional
@@ -61,14 +60,12 @@ class Evaluator:
         config: Config,
         evaluate_config: Config,
         summary: RunSummary,
-        tolerate: bool = False,
-        mistakes: str = "retry",
+        policy: FaultPolicy,
         metrics: Mapping[str, Any] | None = None,
         secure: SecureSums | None = None,
     ) -> None:
         self._method, self._backend, self._membership, self._secure = method, backend, membership, secure
-        self._batch_size, self._summary, self._tolerate = batch_size, summary, tolerate
-        self._metrics, self._mistakes = metrics, mistakes
+        self._batch_size, self._summary, self._policy, self._metrics = batch_size, summary, policy, metrics
         self._asking = Asking(
             exchange=lambda request: membership.clients.exchange(request, timeout),
             validator=Validator(),
@@ -112,12 +109,12 @@ class Evaluator:
                         del left[client]
             self._summary.refuse_in_evaluation(failures)
             mistakes = {client: f for client, f in failures.items() if f.kind.is_mistake}
-            if mistakes and self._mistakes == "stop":
+            if mistakes and self._policy.mistakes == "stop":
                 raise StepError(f"{len(mistakes)} of {len(counts)} clients failed", mistakes)
-            if mistakes and self._mistakes == "exclude":
+            if mistakes and self._policy.mistakes == "exclude":
                 self._membership.exclude(mistakes)
                 self._summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
-            if failures and (not self._tolerate or not (outcome or examples)):
+            if failures and (not self._policy.tolerate or not (outcome or examples)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
             for line in told(failures, self._membership.name):
                 log.warning("evaluation goes on without %s", line)

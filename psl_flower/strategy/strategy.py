@@ -292,7 +292,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             RunRecorder(self._output_dir, saver.configuration(), position, self._callbacks) as recorder,
         ):
             stops.append(carrier.stop)
-            config = dict(train_config or {})
+            config = dict(train_config)
             secure = None if self.secure_aggregation is None else SecureSums(self.secure_aggregation)
             membership = Membership(
                 Clients(
@@ -309,6 +309,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 )
             )
             summary = RunSummary()
+            shared: dict[str, Any] = {"policy": policy, "config": config, "summary": summary, "secure": secure}
             run = Run(
                 backend=backend,
                 membership=membership,
@@ -316,12 +317,9 @@ class ParallelSplitLearning(ExchangingStrategy):
                     self.method,
                     backend,
                     membership.clients,
-                    policy=policy,
                     timeout=policy.step_timeout or timeout,
                     separate=not self.stream_options.sum_gradients,
-                    config=config,
-                    summary=summary,
-                    secure=secure,
+                    **shared,
                 ),
                 evaluator=Evaluator(
                     self.method,
@@ -329,13 +327,9 @@ class ParallelSplitLearning(ExchangingStrategy):
                     membership,
                     batch_size=self.evaluate_batch_size,
                     timeout=timeout,
-                    config=config,
-                    evaluate_config=dict(evaluate_config or {}),
-                    summary=summary,
-                    tolerate=policy.tolerate,
-                    mistakes=policy.mistakes or "stop",
+                    evaluate_config=dict(evaluate_config),
                     metrics=self._metrics,
-                    secure=secure,
+                    **shared,
                 ),
                 scheduler=scheduler,
                 recorder=recorder,
