@@ -55,6 +55,7 @@ class Run:
         self.backoff = Backoff()
         self.given_up: set[int] = set()  # clients that owed examples at the end of the last epoch they were in
         self.missing: set[int] = set()  # those of them that gave nothing at all
+        self.last: EpochLedger | None = None  # of the epoch before
         self.out: set[int] = set()  # of the round: clients that have lost what they keep for it
         self.committed = False  # a step, in this process
         self.answered = False  # some client, of a step that nothing came of: so not all have the same bug
