@@ -116,7 +116,7 @@ class Evaluator:
             if mistakes and self._mistakes == "exclude":
                 self._clients.excluded |= mistakes.keys()
                 self._summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
-            if failures and (not self._tolerate or not (outcome or examples)):
+            if failures and (not self._tolerate or not (outcome or examples or self._secure)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
             for client, why in failures.items():
                 log.warning("evaluation goes on without client %d: %s", client, why)
@@ -171,13 +171,15 @@ class Evaluator:
             test=True,
         )
         failures: dict[int, Failure] = {}
-        while len(orders) >= (1 if self._secure is None else self._secure.options.least):
+        while len(orders):
             ctx = EvaluationContext(self._method, self._backend, self._asking, orders, seed=0)
             try:
                 outcome: Outcome = self._method.evaluate(ctx)
                 return outcome, failures | ctx.lost
             except (LostClientsError, TooFewError):
                 failures |= ctx.lost
+                if not ctx.lost:
+                    break  # too few for a sum
             except LabelError as error:
                 failures |= ctx.lost | by_client(error, ctx.orders)
             if ctx.given:

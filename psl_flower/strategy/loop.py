@@ -100,9 +100,10 @@ class EpochLoop:
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
                     if self._checkpoint_every and done % self._checkpoint_every == 0 and ledger.steps_left():
                         self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
-            if not over and not len(epoch) and retries.failures:
-                rule = "no step could be completed, and what is left must rest until the weights are others"
-                raise StepError(f"round {server_round}: {rule}", retries.failures)
+            if not over and not len(epoch) and run.runner.secure is not None:
+                least = run.runner.secure.options.least
+                rule = f"sums are of at least {least} clients, and at the same weights each gives its examples once"
+                raise StepError(f"round {server_round}: no step could be completed: {rule}", retries.failures)
             if not over:
                 with StepError.located(f"round {server_round}, after its last step"):
                     run.end_round(ledger, epoch)

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from faulty import RecordingClient, RecordingRunner, assert_each_used_once
+from faulty import RecordingClient, RecordingRunner, assert_each_used_once, change_reply, changed_output
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from process_grid import ERROR_CRASHED, ProcessGrid
 from support import (
@@ -212,7 +212,7 @@ def test_where_no_step_is_left_to_be_made_the_run_ends():
             return super()._answer(message, context)
 
     sampler = UniformGlobalSampler(406, seed=3)
-    with pytest.raises(StepError, match="what is left must rest until the weights are others"):
+    with pytest.raises(StepError, match=r"no step could be completed: sums are of at least 3 .* examples once"):
         start(grid=Losing(make_app(), K), sampler=sampler)
 
 
@@ -260,6 +260,36 @@ def test_a_process_that_ends_with_each_message_keeps_the_key_in_its_nodes_state(
             return reply
 
     assert error_of(start(grid=Forgetful(make_app(), K), sampler=UniformGlobalSampler(40, seed=3))) < 1e-9
+
+
+# --- replies that are not what was asked for -----------------------------------------------------------------------
+def changed_head(change):
+    return changed_output(lambda value: {**value, **change(value)}, "head")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed_output(lambda value: value["values"], "head"), "head: expected a masked sum"),
+        (
+            changed_head(lambda v: {"values": tree.map_leaves(torch.Tensor.int, v["values"])}),
+            "head of '.*': dtype: expected torch.int64",
+        ),
+        (changed_head(lambda v: {"values": tree.map_leaves(lambda t: t[None], v["values"])}), "head of '.*': shape: "),
+        (changed_head(lambda v: {"values": dict(list(v["values"].items())[1:])}), "head: 1 missing"),
+        (changed_head(lambda v: {"values": {**v["values"], "stem.bias": None}}), "head: a masked sum must be whole"),
+        (changed_head(lambda v: {"present": v["present"][1:]}), "head of 'present': shape: expected"),
+    ],
+)
+def test_a_sum_that_is_not_masked_as_it_should_be_is_refused(change, message):
+    class Changing(InProcessGrid):
+        def _answer(self, request, context):
+            reply = super()._answer(request, context)
+            changes = request.metadata.message_type == "train.backward" and context.node_config["partition-id"] == 2
+            return change_reply(request, reply, change) if changes else reply
+
+    with pytest.raises(StepError, match=rf"client 2: {message}"):
+        start(grid=Changing(make_app(), K))
 
 
 # --- few clients, and what does not go together ----------------------------------------------------------------------
