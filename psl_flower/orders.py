@@ -1,4 +1,4 @@
-"""Which examples of their own clients take to a step: what the server orders, and the seeds of what is random in it."""
+"""Which examples of their own clients take to a step: what the server orders."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from psl_flower.seeds import PutOff, client_epoch_rng, epoch_order, step_seed
 from psl_flower.typing import IntArray
-
-# Blocks of a client's order of examples that were moved to its end, one after the other: (class or -1, start, count).
-PutOff = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,6 +30,10 @@ class WorkOrder:
     def epoch_rng(self) -> np.random.Generator:
         """Return the generator of the client's order of examples for the epoch."""
         return client_epoch_rng(self.seed, self.epoch, self.client)
+
+    def order_of(self, size: int) -> IntArray:
+        """Return the client's order of so many examples, (n,) int64; by class, if at all, it is put off later."""
+        return epoch_order(self.epoch_rng(), size, self.left_out, self.put_off)
 
     def step_seed(self) -> int:
         """Return the seed of everything random in the client's step (augmentation, dropout)."""
@@ -131,15 +133,3 @@ class Orders:
     def client_of(self, row: int) -> int:
         """Return whose a row of the joint batch is."""
         return int(self.clients[np.searchsorted(np.cumsum(self.counts), row, side="right")])
-
-
-def client_epoch_rng(seed: int, epoch: int, client: int) -> np.random.Generator:
-    """Return the generator of a client's order of examples for an epoch."""
-    return np.random.default_rng([seed, epoch, client])
-
-
-def step_seed(seed: int, epoch: int, step: int, client: int | None = None) -> int:
-    """Return a 63-bit seed for one party's randomness in one step; `client` None means the server half."""
-    # the spawn key keeps this apart from the orders of examples, see Note [Sampler streams] in samplers/base.py
-    entropy = [seed, epoch, step, 0 if client is None else client + 1]
-    return int(np.random.SeedSequence(entropy, spawn_key=(2,)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -18,8 +18,9 @@ from torch import Tensor
 from psl_flower import tree
 from psl_flower.errors import ProtocolError
 from psl_flower.failures import Failure
-from psl_flower.orders import Orders, PutOff, WorkOrder, client_epoch_rng, step_seed
+from psl_flower.orders import Orders, WorkOrder
 from psl_flower.privacy import Company
+from psl_flower.seeds import PutOff, client_epoch_rng, step_seed
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 

@@ -12,7 +12,8 @@ from torch import nn
 from psl_flower.data import Batch, Examples, bind_inputs, forward_signature, read_together
 from psl_flower.errors import BadRowsError, ConfigError
 from psl_flower.failures import Failure, Kind
-from psl_flower.protocol import Config, Description, Orders, PutOff, WorkOrder
+from psl_flower.protocol import Config, Description, Orders, WorkOrder
+from psl_flower.seeds import PutOff, to_end
 from psl_flower.split.half import Part as ModelPart
 from psl_flower.tree import Tree, as_tree, rows
 from psl_flower.typing import IntArray
@@ -174,12 +175,7 @@ class SplitClient:
     def _epoch_permutation(self, order: WorkOrder) -> IntArray:
         key = (order.seed, order.epoch, order.client, order.left_out, order.put_off)
         if self._permutation is None or self._permutation[0] != key:
-            permutation = order.epoch_rng().permutation(len(self.train))
-            if order.left_out:
-                permutation = permutation[~np.isin(permutation, order.left_out)]
-            for of_class, start, count in order.put_off:
-                if of_class < 0:
-                    permutation = _to_end(permutation, start, count)
+            permutation = order.order_of(len(self.train))
             self._permutation = (key, permutation)
         return self._permutation[1]
 
@@ -195,7 +191,7 @@ class SplitClient:
             for of_class, start, count in order.put_off:
                 if 0 <= of_class < len(bounds) - 1:
                     part = slice(bounds[of_class], bounds[of_class + 1])
-                    indices[part] = _to_end(indices[part], start, count)
+                    indices[part] = to_end(indices[part], start, count)
             self._by_class = (key, indices, bounds)
         return self._by_class[1], self._by_class[2]
 
@@ -213,8 +209,3 @@ class SplitClient:
             if examples.dataset is dataset:
                 return examples
         return Examples(dataset)
-
-
-def _to_end(order: IntArray, start: int, count: int) -> IntArray:
-    """Return an order of examples with a block of it moved to the end."""
-    return np.concatenate((order[:start], order[start + count :], order[start : start + count]))

@@ -114,7 +114,7 @@ class Evaluator:
             if mistakes and self._policy.mistakes == "exclude":
                 self._membership.exclude(mistakes)
                 self._summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
-            if failures and (not self._policy.tolerate or not (outcome or examples)):
+            if failures and (not self._policy.tolerate or not (outcome or examples or self._secure)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
             for line in told(failures, self._membership.name):
                 log.warning("evaluation goes on without %s", line)
@@ -157,13 +157,15 @@ class Evaluator:
             test=True,
         )
         failures: dict[int, Failure] = {}
-        while len(orders) >= (1 if self._secure is None else self._secure.options.least):
+        while len(orders):
             ctx = EvaluationContext(self._method, self._backend, self._asking, orders, seed=0)
             try:
                 outcome: Outcome = self._method.evaluate(ctx)
                 return outcome, failures | ctx.lost
             except (LostClientsError, TooFewError):
                 failures |= ctx.lost
+                if not ctx.lost:
+                    break  # too few for a sum
             except LabelError as error:
                 failures |= ctx.lost | by_client(error, ctx.orders)
             if ctx.given:

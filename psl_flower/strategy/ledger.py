@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psl_flower.batch_plan import BatchPlan, PlanStep
-from psl_flower.errors import MembershipError
+from psl_flower.errors import MembershipError, StepError
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.rounding import round_to_sum
+from psl_flower.seeds import PutOff, client_epoch_rng, epoch_order
 from psl_flower.strategy.orders import Cursors
 from psl_flower.typing import BoolArray, IndexArray, IntArray
 
@@ -169,6 +170,51 @@ class EpochLedger:
         self._cursors.to_end(self._as_drawn(step))
         self._resting[np.searchsorted(self.population.client_ids, step.clients)] += step.quotas
         self._outdated = True
+
+    def at_rest(self, held: Mapping[int, int], left_out: Mapping[int, tuple[int, ...]]) -> dict[int, IntArray]:
+        """Return what rests still, by client, as indices of its data.
+
+        Parameters
+        ----------
+        held : dict of int to int
+            Examples of each client, with those that it cannot read.
+        left_out : dict of int to tuple of int
+            Those that it cannot read.
+
+        Raises
+        ------
+        StepError
+            If orders are by class: the server does not know which examples they are then.
+        """
+        rows, found = np.flatnonzero(self._resting), {}
+        for client, count in zip(self.population.client_ids[rows].tolist(), self._resting[rows].tolist(), strict=True):
+            moved = self._cursors.put_off[client]
+            if any(of_class >= 0 for of_class, _, _ in moved):
+                raise StepError(
+                    f"client {client} gave its last {count} examples of the epoch to a sum that came to nothing, and "
+                    "orders are by class: nothing more can be asked of it at these weights. Resume from a checkpoint, "
+                    "or use a sampler that does not plan by class"
+                )
+            order = self._order(client, held[client], left_out.get(client, ()), moved)
+            found[client] = order[len(order) - count :]
+        return found
+
+    def rest(
+        self, examples: Mapping[int, IntArray], held: Mapping[int, int], left_out: Mapping[int, tuple[int, ...]]
+    ) -> None:
+        """Have examples rest that did so at the end of the epoch before, see `at_rest`; before the first step."""
+        for client, indices in examples.items():
+            row = np.flatnonzero(self.population.client_ids == client)
+            if not len(row) or client not in held:
+                continue
+            order = self._order(client, held[client], left_out.get(client, ()), ())
+            places = np.flatnonzero(np.isin(order, indices))
+            self._cursors.put_off[client] = tuple((-1, int(place) - i, 1) for i, place in enumerate(places))
+            self._resting[row[0]] = len(places)
+            self._outdated = True
+
+    def _order(self, client: int, size: int, left_out: tuple[int, ...], moved: PutOff) -> IntArray:
+        return epoch_order(client_epoch_rng(self._sampler.seed, self._epoch, client), size, left_out, moved)
 
     def done(self, step: PlanStep, labels: Mapping[int, NDArray[Any]], *, committed: bool = True) -> None:
         """Count as used what came of the next step.

@@ -80,12 +80,12 @@ class EpochLoop:
                 with StepError.located(f"round {server_round}, step {len(epoch)}", run.membership.name):
                     attempt = run.attempt(ledger, orders, waits)
                     nothing = attempt.record is None and not attempt.skipped
+                    if attempt.given:
+                        ledger.put_off(step)
                     if nothing and run.give_up(attempt, ledger, retries, committed=len(epoch) > 0):
                         break
                     skips = skips + 1 if attempt.skipped == "not finite" else 0
                     _check_skips(skips)
-                if attempt.given:
-                    ledger.put_off(step)
                 if attempt.skipped:
                     ledger.done(part(step, attempt.counts()), _labels(attempt), committed=False)
                 elif attempt.record is not None:
@@ -102,11 +102,15 @@ class EpochLoop:
                     run.progress.step(server_round, done, of, record.loss, record.accuracy)
                     if self._checkpoint_every and done % self._checkpoint_every == 0 and ledger.steps_left():
                         self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
+            if not over and not len(epoch) and run.runner.secure is not None:
+                least = run.runner.secure.options.least
+                rule = f"sums are of at least {least} clients, and at the same weights each gives its examples once"
+                raise StepError(f"round {server_round}: no step could be completed: {rule}", retries.failures)
             if not over:
                 with StepError.located(f"round {server_round}, after its last step", run.membership.name):
                     run.end_round(ledger, epoch)
             self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
-            unseen = run.close_epoch(server_round, ledger)
+            unseen, run.last = run.close_epoch(server_round, ledger), ledger
             record_of_round = epoch.summary(unseen)
         if not unseen:
             run.remember_pooled_counts(ledger.population, epoch.pooled())
@@ -121,15 +125,19 @@ class EpochLoop:
             run.membership.refresh(max(self._min_nodes, least), run.timeout)
         population, saved = run.membership.population(), run.take_saved()
         begin, by_class = time.monotonic(), run.runner.method.sends_labels()
+        clients, unreadable = run.membership.clients, run.membership.unreadable.rows
         with run.summary.spending("planning"):
             if saved is None:
                 population = self._stragglers.known_of(population)
                 ledger = EpochLedger(self._sampler, population, server_round - 1, by_class=by_class)
+                if run.last is not None:
+                    held = {client: m.description.num_examples for client, m in clients.members.items()}
+                    ledger.rest(run.last.at_rest(held, unreadable), held, unreadable)
             else:
                 population = self._stragglers.known_of(saved_population(saved["ledger"], population))
                 ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"], by_class=by_class)
                 if run.runner.secure is not None:
-                    check_all_are_here(population, run.membership.clients.members)
+                    check_all_are_here(population, clients.members)
         seconds_plan = time.monotonic() - begin
         epoch = Epoch(
             run.recorder,

@@ -52,6 +52,7 @@ class Run:
     timeout: float
 
     def __post_init__(self) -> None:
+        self.last: EpochLedger | None = None  # of the epoch before
         self.committed = False  # a step, in this process
         self.answered = False  # some client, of a step that nothing came of: so not all have the same bug
         self._pooled: tuple[Population, IntArray] | None = None

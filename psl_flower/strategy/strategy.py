@@ -292,7 +292,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             RunRecorder(self._output_dir, saver.configuration(), position, self._callbacks) as recorder,
         ):
             stops.append(carrier.stop)
-            config = dict(train_config)
+            config = dict(train_config or {})
             secure = None if self.secure_aggregation is None else SecureSums(self.secure_aggregation)
             membership = Membership(
                 Clients(
@@ -327,7 +327,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     membership,
                     batch_size=self.evaluate_batch_size,
                     timeout=timeout,
-                    evaluate_config=dict(evaluate_config),
+                    evaluate_config=dict(evaluate_config or {}),
                     metrics=self._metrics,
                     **shared,
                 ),

@@ -1,5 +1,6 @@
 """Secure aggregation: training is what it was, up to fixed point, and the server sees sums of clients only."""
 
+import json
 import logging
 import re
 from collections import Counter
@@ -7,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from faulty import RecordingClient, RecordingRunner, assert_each_used_once
-from flwr.app import ArrayRecord, Error, Message
+from faulty import RecordingClient, RecordingRunner, assert_each_used_once, change_reply, changed_output
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from process_grid import ERROR_CRASHED, ProcessGrid
 from support import (
     CUT,
@@ -36,6 +37,7 @@ from psl_flower import (
     split_client_app,
     tree,
 )
+from psl_flower.app import client_app, server_app
 from psl_flower.client.process import forget_runs
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request
@@ -183,6 +185,37 @@ def test_a_step_that_loses_a_client_is_given_up_and_drawn_otherwise(method, monk
     assert_committed_is_learned(result, method)
 
 
+class LosingLast(InProcessGrid):
+    """Loses a client in the last step of the first epoch, after it has given its sum."""
+
+    def _answer(self, message, context):
+        reply = super()._answer(message, context)
+        _, _, request = decode_request(content_to_frame(message.content), WeightStore())
+        last = request.stage == "backward" and (request.orders.epoch, request.orders.step) == (0, 10)
+        if last and context.node_config["partition-id"] == 2:
+            return Message(Error(ERROR_CRASHED, "the process died"), reply_to=message)
+        return reply
+
+
+def test_a_loss_in_the_last_step_of_an_epoch_does_not_end_the_run():
+    result = start(grid=LosingLast(make_app(), K), num_rounds=2, faults=FaultPolicy(patience=1))
+    first, second = (result.train_metrics_clientapp[i] for i in (1, 2))
+    assert first["examples_unseen"] == 406 - first["num_examples"] == 36
+    assert (second["num_examples"], second["examples_unseen"]) == (406, 0)
+
+
+def test_where_no_step_is_left_to_be_made_the_run_ends():
+    class Losing(InProcessGrid):
+        def _answer(self, message, context):
+            if message.metadata.message_type == "train.backward" and context.node_config["partition-id"] == 2:
+                return Message(Error(ERROR_CRASHED, "the process died"), reply_to=message)
+            return super()._answer(message, context)
+
+    sampler = UniformGlobalSampler(406, seed=3)
+    with pytest.raises(StepError, match=r"no step could be completed: sums are of at least 3 .* examples once"):
+        start(grid=Losing(make_app(), K), sampler=sampler)
+
+
 class Restarted(InProcessGrid):
     """Its processes are new from some message on: nobody knows the clients' keys any more."""
 
@@ -227,6 +260,36 @@ def test_a_process_that_ends_with_each_message_keeps_the_key_in_its_nodes_state(
             return reply
 
     assert error_of(start(grid=Forgetful(make_app(), K), sampler=UniformGlobalSampler(40, seed=3))) < 1e-9
+
+
+# --- replies that are not what was asked for -----------------------------------------------------------------------
+def changed_head(change):
+    return changed_output(lambda value: {**value, **change(value)}, "head")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed_output(lambda value: value["values"], "head"), "head: expected a masked sum"),
+        (
+            changed_head(lambda v: {"values": tree.map_leaves(torch.Tensor.int, v["values"])}),
+            "head of '.*': dtype: expected torch.int64",
+        ),
+        (changed_head(lambda v: {"values": tree.map_leaves(lambda t: t[None], v["values"])}), "head of '.*': shape: "),
+        (changed_head(lambda v: {"values": dict(list(v["values"].items())[1:])}), "head: 1 missing"),
+        (changed_head(lambda v: {"values": {**v["values"], "stem.bias": None}}), "head: a masked sum must be whole"),
+        (changed_head(lambda v: {"present": v["present"][1:]}), "head of 'present': shape: expected"),
+    ],
+)
+def test_a_sum_that_is_not_masked_as_it_should_be_is_refused(change, message):
+    class Changing(InProcessGrid):
+        def _answer(self, request, context):
+            reply = super()._answer(request, context)
+            changes = request.metadata.message_type == "train.backward" and context.node_config["partition-id"] == 2
+            return change_reply(request, reply, change) if changes else reply
+
+    with pytest.raises(StepError, match=rf"client 2: {message}"):
+        start(grid=Changing(make_app(), K))
 
 
 # --- few clients, and what does not go together ----------------------------------------------------------------------
@@ -278,6 +341,30 @@ def test_other_options_on_the_clients_are_told(clients, message):
 def test_what_does_not_go_with_it_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         ParallelSplitLearning(tiny_resnet(), cut=CUT, **{"secure_aggregation": True, **options})
+
+
+def test_the_default_app_keeps_labels_and_gradients_with_its_clients(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = {
+        "tail": "head",
+        "secure-aggregation": True,
+        "label-epsilon": 1.0,
+        "sampler": "aligned",
+        "delays": "slow-fraction",
+        "model": "tiny-cnn",
+        "batch-size": 256,
+        "num-server-rounds": 1,
+        "output-dir": str(tmp_path),
+    }
+    grid = InProcessGrid(client_app.app, K, run_config=config)
+    server_app.app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+    assert "Secure aggregation: keys, by client: 0 " in caplog.text
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["num_examples"] == 1437
+    assert 0.2 < record["evaluate_clientapp"]["accuracy"] < 1
+    settings = json.loads((tmp_path / "config.json").read_text())["strategy"]
+    assert settings["secure_aggregation"] == {"class": "SecureAggregation", "least": 3, "neighbours": "auto"}
+    assert settings["label_counts"] == "noisy"
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):

@@ -18,6 +18,7 @@ from psl_flower.exchange.frames import Decoder, Frame, encode
 from psl_flower.exchange.records import RAW, content_to_frame, frame_to_content
 from psl_flower.failures import Failure
 from psl_flower.failures import Kind as FailureKind
+from psl_flower.privacy import Company
 from psl_flower.protocol import DESCRIBE, Description, Kind, Leaf, Orders, Part, Reply, Request, Weights
 
 CONFIG = {"a": 1, "b": [1.5, float("-inf")], "c": b"\0\xff", "d": "x", "e": True, "empty": []}
@@ -48,8 +49,25 @@ def rows(n, *shape):
 
 
 NODES = (BIG, 7, 4)
+COMPANY = Company(
+    session="s1",
+    attempt=2**40,
+    clients=np.array([0, 1, 2, 9]),
+    counts=np.array([2, 1, 3, 4]),
+    keys=np.arange(128, dtype=np.uint8).reshape(4, 32),
+    degree=3,
+    places={"head": 42, "loss": -3},
+)
 REQUESTS = {
-    "describe": Request(stage=DESCRIBE, nodes=NODES, label_counts=True, config=CONFIG),
+    "describe": Request(stage=DESCRIBE, nodes=NODES, label_counts=True, session="s1", config=CONFIG),
+    "masked": Request(
+        stage="backward",
+        nodes=NODES,
+        orders=orders(put_off={0: ((-1, 4, 2), (-1, 0, 1)), 2: ((1, 0, 3),)}),
+        weights={"head": weights()},
+        inputs={"gradient": Leaf(Kind.ROWS, rows(6, 2))},
+        company=COMPANY,
+    ),
     "forward": Request(
         stage="forward", nodes=NODES, orders=orders(), weights={"head": weights()}, config=CONFIG, delays=(0.5, 0.0, 2)
     ),
@@ -352,6 +370,20 @@ def drop(*path):
         ("forward", put("orders", "test", 0), "expected 'test' to be of type bool, got 0"),
         ("forward", put("orders", "left-out", {"x": [1]}), "expected a number, got 'x'"),
         ("forward", put("orders", "left-out", {"1": ["a"]}), "list of integers"),
+        ("forward", put("orders", "put-off", {"0": [[0, 1]]}), "expected class, start and count of examples"),
+        ("forward", put("orders", "put-off", {"0": 3}), "expected class, start and count of examples"),
+        ("forward", put("orders", "put-off", {"0": [[-2, 1, 1]]}), "expected class, start and count of examples"),
+        ("masked", put("company", []), "expected 'company' to be of type dict"),
+        ("masked", drop("company", "keys"), "expected the description of a tensor, got None"),
+        ("masked", put("company", "attempt", -1), "attempt, degree and places of a company are out of range"),
+        ("masked", put("company", "degree", 4), "attempt, degree and places of a company are out of range"),
+        (
+            "masked",
+            put("company", "places", {"head": 1001}),
+            "attempt, degree and places of a company are out of range",
+        ),
+        ("masked", put("company", "places", {"head": 1.0}), "expected 'head' to be of type int, got 1.0"),
+        ("masked", put("session", 5), "expected 'session' to be of type str, got 5"),
         ("by class", drop("orders", "class_starts"), "must name the same classes"),
         ("forward", put("delays", [1.0]), "expected 3 delays, got 1"),
         ("forward", put("delays", [-1.0, 0, 0]), "expected seconds, finite and not negative, got -1.0"),
