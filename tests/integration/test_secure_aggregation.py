@@ -288,7 +288,7 @@ def test_a_sum_that_is_not_masked_as_it_should_be_is_refused(change, message):
             changes = request.metadata.message_type == "train.backward" and context.node_config["partition-id"] == 2
             return change_reply(request, reply, change) if changes else reply
 
-    with pytest.raises(StepError, match=rf"client 2: {message}"):
+    with pytest.raises(StepError, match=rf"client 2 \(node 4\): {message}"):
         start(grid=Changing(make_app(), K))
 
 
