@@ -135,7 +135,9 @@ class ServerPart:
         self.module.train()
         with seeded(self.seed, backend.device):
             outputs, found = self._finish(leaves, labels)
-            if not found.weight:
+            if not found.weight and not torch.isfinite(
+                found.mean
+            ):  # a mean over nothing; a sum of nothing is a loss of 0
                 raise NothingCountsError("no target of the batch counts in the loss")
             found.check_gradient()
             value = found.mean.item()
@@ -159,7 +161,7 @@ class ServerPart:
 
     def _told_of(self, outputs: Any, labels: Any, found: WeightedLoss) -> dict[str, Any]:
         return {
-            "loss": found.mean.item() if found.weight else math.nan,
+            "loss": found.mean.item(),
             "weight": found.weight,
             "summed": found.summed,
             "outputs": tree.map_leaves(torch.Tensor.detach, outputs)
