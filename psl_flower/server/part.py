@@ -17,7 +17,6 @@ from psl_flower import tree
 from psl_flower.devices import seeded
 from psl_flower.errors import DivergenceError, LabelError, PSLError, StepError
 from psl_flower.origin import where
-from psl_flower.server.additive import TOLD_BY_BATCH, Additivity
 from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import why_no_accuracy
 from psl_flower.server.optimizer import RatedOptimizer
@@ -37,7 +36,6 @@ class Backend(Protocol):
     loss: Loss
     classification: bool
     reduction: Reduction
-    additivity: Additivity
 
     @property
     def rate(self) -> float:
@@ -201,8 +199,6 @@ class ServerPart:
             )
         if found.summed:
             backend.tell_once(SUMMED)
-        if backend.additivity.refuted(backend.loss, outputs, labels, rows, found, classify=backend.classification):
-            backend.tell_once(TOLD_BY_BATCH)
         if found.broadcast:
             backend.tell_once(found.broadcast)
         if backend.classification and found.predictions is None:
