@@ -10,14 +10,10 @@ import torch
 from psl_flower import tree
 from psl_flower.server.loss import Loss, WeightedLoss, weighted
 
-_RULE = "the loss of a batch is not the mean over what counts in it, nor the sum"
-
-TOLD_BY_BATCH = (
-    f"{_RULE}: training is not touched by that, but what is told of a round, or of test data, is the mean over batches"
-)
 REFUSED = (
-    f"{_RULE}, so that of the global batch cannot be put together from the clients': take one that is, divided by the "
-    "number of what counts as a tensor where you divide yourself, or leave labels and loss to the server (no tail)"
+    "the loss of a batch is not the mean over what counts in it, nor the sum, so that of the global batch cannot be "
+    "put together from the clients': take one that is, divided by the number of what counts as a tensor where you divide "
+    "yourself, or leave labels and loss to the server (no tail)"
 )
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 

@@ -16,15 +16,12 @@ from psl_flower import tree
 from psl_flower.errors import ConfigError
 from psl_flower.origin import where
 from psl_flower.protocol import Weights
-from psl_flower.server.additive import Additivity
 from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
 from psl_flower.server.reduction import Reduction
 
 log = logging.getLogger("flwr.psl_flower")
-
-_CHECKS = 4  # batches that a loss is looked at in
 
 CLIENT = "client"  # where a part lives, as in `psl_flower.methods`
 
@@ -63,7 +60,7 @@ class LocalBackend:
     ) -> None:
         self.parts = {name: part.to(device) for name, part in parts.items()}
         self.device, self.loss, self.classification = device, loss, classification
-        self.reduction, self.additivity = Reduction(), Additivity(_CHECKS)
+        self.reduction = Reduction()
         self._on_clients = [name for name in parts if places[name] == CLIENT]
         # all names of tied parameters: a part may know one by another name first than the whole model does
         named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}

@@ -202,6 +202,8 @@ class _Watch(TorchFunctionMode):
         if self._weights or id(mean) not in self._means:
             return rows
         first, *others = (float(divisor()) for divisor in self._means[id(mean)][1])
+        if first == 1 and not mean.item():  # a number of nothing that was raised to 1, as by clamp(min=1)
+            return 0.0
         sound = math.isfinite(first) and first >= 0 and all(math.isclose(other, first) for other in others)
         return first if sound else rows
 

@@ -17,7 +17,6 @@ from psl_flower import tree
 from psl_flower.devices import seeded
 from psl_flower.errors import DivergenceError, LabelError, PSLError, StepError
 from psl_flower.origin import where
-from psl_flower.server.additive import TOLD_BY_BATCH, Additivity
 from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import why_no_accuracy
 from psl_flower.server.optimizer import RatedOptimizer
@@ -37,7 +36,6 @@ class Backend(Protocol):
     loss: Loss
     classification: bool
     reduction: Reduction
-    additivity: Additivity
 
     @property
     def rate(self) -> float:
@@ -135,7 +133,9 @@ class ServerPart:
         self.module.train()
         with seeded(self.seed, backend.device):
             outputs, found = self._finish(leaves, labels)
-            if not found.weight:
+            if not found.weight and not torch.isfinite(
+                found.mean
+            ):  # a mean over nothing; a sum of nothing is a loss of 0
                 raise NothingCountsError("no target of the batch counts in the loss")
             found.check_gradient()
             value = found.mean.item()
@@ -159,7 +159,7 @@ class ServerPart:
 
     def _told_of(self, outputs: Any, labels: Any, found: WeightedLoss) -> dict[str, Any]:
         return {
-            "loss": found.mean.item() if found.weight else math.nan,
+            "loss": found.mean.item(),
             "weight": found.weight,
             "summed": found.summed,
             "outputs": tree.map_leaves(torch.Tensor.detach, outputs)
@@ -199,8 +199,6 @@ class ServerPart:
             )
         if found.summed:
             backend.tell_once(SUMMED)
-        if backend.additivity.refuted(backend.loss, outputs, labels, rows, found, classify=backend.classification):
-            backend.tell_once(TOLD_BY_BATCH)
         if found.broadcast:
             backend.tell_once(found.broadcast)
         if backend.classification and found.predictions is None:
