@@ -29,7 +29,7 @@ from psl_flower.app.watchdog import Watchdog, stop_trees
 from psl_flower.errors import ConfigError
 from psl_flower.threads import SLEEP_WHILE_WAITING
 
-_START_TIMEOUT = 60.0  # seconds
+_START_TIMEOUT = 180.0  # seconds; on a busy machine importing Flower alone takes half a minute
 _NAME = "psl-local"
 
 

@@ -9,11 +9,12 @@ from support import client_sizes
 
 from psl_flower.app.deployment import LocalDeployment
 
+# slow: that an actor dies in the simulation is in test_exactness_simulation, chaos in one process in test_faults
+pytestmark = [pytest.mark.flower, pytest.mark.slow]
 K = 6
 
 
-@pytest.mark.flower
-@pytest.mark.parametrize(("transport", "deaths"), [pytest.param("messages", 0, marks=pytest.mark.slow), ("streams", 1)])
+@pytest.mark.parametrize(("transport", "deaths"), [("messages", 0), ("streams", 1)])
 def test_nothing_is_lost_and_nothing_used_twice(superlink, transport, deaths, tmp_path):
     output = superlink.run(
         TESTS / "apps" / "chaos",
@@ -25,8 +26,6 @@ def test_nothing_is_lost_and_nothing_used_twice(superlink, transport, deaths, tm
     assert_nothing_lost(tmp_path, K)
 
 
-@pytest.mark.flower
-@pytest.mark.slow
 def test_nothing_is_lost_in_a_deployment_whose_clientapps_die(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
