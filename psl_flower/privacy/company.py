@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +48,18 @@ class Company:
     def __len__(self) -> int:
         return len(self.clients)
 
+    @cached_property
     def digest(self) -> bytes:
-        """Return what is the same for all who know the same of it; places may differ from stage to stage."""
+        """The same for all who know the same of it; places may differ from stage to stage."""
         found = hashlib.sha256(f"{self.session} {self.attempt} {self.degree}".encode())
         for column in (self.clients, self.counts, self.keys):
             found.update(np.ascontiguousarray(column).tobytes())
         return found.digest()
+
+    @cached_property
+    def is_sound(self) -> bool:
+        """Whether all are named once, in order, and have a key of their own."""
+        return len({self.key(i) for i in range(len(self))}) == len(self) and bool((np.diff(self.clients) > 0).all())
 
     def key(self, position: int) -> bytes:
         """Return a client's public key."""
@@ -67,7 +74,7 @@ class Company:
         size = len(self)
         if self.degree >= size - 1:
             return np.array([[j for j in range(size) if j != i] for i in range(size)], dtype=np.int64)
-        order = np.random.default_rng(int.from_bytes(self.digest(), "big")).permutation(size)
+        order = np.random.default_rng(int.from_bytes(self.digest, "big")).permutation(size)
         place = np.argsort(order)
         steps = np.arange(1, self.degree // 2 + 1)
         return np.asarray(order[(place[:, None] + np.concatenate((-steps, steps))) % size], dtype=np.int64)

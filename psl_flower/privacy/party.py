@@ -106,9 +106,9 @@ class Party:
                 f"the server wants masks with {company.degree} neighbours, this client with "
                 f"{options.degree(len(company))}: give both the same secure_aggregation"
             )
-        if len({company.key(i) for i in range(len(company))}) != len(company) or (np.diff(company.clients) <= 0).any():
+        if not company.is_sound:
             raise ProtocolError("clients that give a sum together must be named once each, with a key of their own")
-        digest, once = company.digest(), "a client gives each example once at the same weights"
+        digest, once = company.digest, "a client gives each example once at the same weights"
         if company.attempt < self._attempt:
             raise ProtocolError(f"attempt {company.attempt} comes after attempt {self._attempt}: {once}")
         same = company.attempt == self._attempt
@@ -140,7 +140,7 @@ class Party:
         others : sequence of int
             Positions.
         """
-        context = company.digest() + stage.encode()
+        context = company.digest + stage.encode()
         numbers = total.view(np.uint64)
         for other in others:
             key = hmac.digest(self._secret(company.key(other)), context, "sha256")
