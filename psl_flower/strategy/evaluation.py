@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ class Evaluator:
         scores, examples = Scores(self._metrics), 0
         while left:
             share = max(1, self._batch_size // len(left))
-            counts = {client: min(share, n) for client, n in left.items()}
+            counts = {client: min(share, n) for client, n in islice(left.items(), self._batch_size)}
             outcome, failures = self._batch(done, counts)
             for client, found in self._unreadable(failures).items():
                 left[client] -= found
@@ -123,7 +124,8 @@ class Evaluator:
             for client, n in counts.items():
                 done[client] += n
             examples += sum(counts.values())
-            left = {client: n - counts[client] for client, n in left.items() if n > counts[client]}
+            rest = {client: n - counts.get(client, 0) for client, n in left.items()}
+            left = {client: n for client, n in rest.items() if n}
         result = scores.result()
         metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
         return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
