@@ -13,7 +13,6 @@ for the memory, it takes the stream. Systems other than Linux have no such memor
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import secrets
@@ -171,6 +170,8 @@ def aligned(length: int) -> memoryview:
 
 
 def _make(name: str) -> int:
+    import fcntl  # Windows has none
+
     file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with suppress(OSError):  # it is the directory that keeps others out, this says it once more
         os.fchmod(file, 0o600)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class Evaluator:
         """Return how many examples of each client come next."""
         if self._secure is None and self._method.sends_labels():
             share = max(1, self._batch_size // len(left))
-            return {client: min(share, n) for client, n in left.items()}
+            return {client: min(share, n) for client, n in islice(left.items(), self._batch_size)}
         # all come to their end together: the last batches are of many clients, too
         batches = -(-sum(left.values()) // self._batch_size)
         return {client: -(-n // batches) for client, n in left.items()}
