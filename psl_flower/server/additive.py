@@ -12,8 +12,8 @@ from psl_flower.server.loss import Loss, WeightedLoss, weighted
 
 REFUSED = (
     "the loss of a batch is not the mean over what counts in it, nor the sum, so that of the global batch cannot be "
-    "put together from the clients': take one that is, divided by the number of what counts as a tensor where you divide "
-    "yourself, or leave labels and loss to the server (no tail)"
+    "put together from the clients': take one that is, divided by the number of what counts as a tensor where you "
+    "divide yourself, or leave labels and loss to the server (no tail)"
 )
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
