@@ -176,6 +176,7 @@ def test_evaluation_on_the_clients():
     assert told["num_examples"] == 30 * K
 
 
+@pytest.mark.curves
 def test_a_client_that_is_alone_in_a_step_tells_neither_loss_nor_score(tmp_path):
     """Their sum would be its own. What is learned is the same."""
     grid = ListeningGrid(app(data_fn=with_test_data), num_nodes=1)

@@ -84,7 +84,8 @@ def test_an_outage_is_nobodys_fault_and_a_mistake_somebodys():
     outages = {kind for kind in Kind if kind.is_outage}
     mistakes = {kind for kind in Kind if kind.is_mistake}
     assert outages == {Kind.TIMEOUT, Kind.UNREACHABLE}
-    assert set(Kind) - outages - mistakes == {Kind.UNREADABLE, Kind.LEFT_OUT}
+    others = {Kind.UNREADABLE, Kind.LEFT_OUT, Kind.OUTLIER, Kind.KEY, Kind.RANGE}
+    assert set(Kind) - outages - mistakes == others
     assert outages.isdisjoint(mistakes)
 
 
