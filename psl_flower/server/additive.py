@@ -73,7 +73,7 @@ def adds_up(
                 found = first.mean.item() + second.mean.item()
                 if not whole.summed:
                     found = (first.sum + second.sum) / (first.weight + second.weight)
-            except Exception:  # the user's code, with other batches than it was made for
+            except Exception:  # noqa: S112 - the user's code, with other batches than it was made for
                 continue
             if math.isfinite(found) and math.isclose(mean, again, rel_tol=close, abs_tol=close):  # else it is random
                 answers.append(math.isclose(found, mean, rel_tol=close, abs_tol=close))

@@ -151,7 +151,7 @@ def _least(
     for attempt in attempts[:-1]:
         try:
             return record(attempt), attempt
-        except Exception:  # None may be what it fails on
+        except Exception:  # noqa: S112 - None may be what it fails on
             continue
     return record(attempts[-1]), attempts[-1]
 
