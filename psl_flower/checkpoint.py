@@ -168,18 +168,6 @@ class Checkpoints:
         names = ", ".join(path.name for path in others)
         log.warning("Going on from %s: the checkpoints of another branch are kept in %s: %s", resumed, aside, names)
 
-    def put_away(self) -> None:
-        """Move those of an earlier run to ``checkpoints.old``, so that nobody takes them for this run's."""
-        if not self.all():
-            return
-        old = self.folder.with_suffix(".old")
-        old.mkdir(exist_ok=True)
-        for path in Checkpoints(old, 1).all():
-            path.unlink()
-        for path in self.all():
-            os.replace(path, old / path.name)
-        log.warning("Checkpoints of an earlier run are moved to %s; to go on from them, set resume_from", old)
-
 
 def new_folder(path: Path) -> Path:
     """Make a folder that was not there, with a number behind its name if need be; return which."""

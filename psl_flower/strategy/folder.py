@@ -1,12 +1,12 @@
-"""The folder that a run writes to: one of its own, and no other run's at the same time."""
+"""The folder that a run writes to: no other run's at the same time, and what an earlier one has left is kept."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import re
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +25,6 @@ except ImportError:  # not a POSIX system
 log = logging.getLogger("flwr.psl_flower")
 
 LOCK_FILE = ".lock"
-LATEST = "latest"
 
 
 class FolderLock:
@@ -109,30 +108,20 @@ def _owner(text: bytes) -> str:
         return "a process that has not said its name"
 
 
-def run_folder(base: str | Path, name: str) -> Path:
-    """Make a folder for a run's results, and let ``latest`` beside it point there.
+def set_aside(folder: str | Path, names: Iterable[str]) -> None:
+    """Move what an earlier run has left in a folder to one of its own there, ``earlier-<time it ended>``.
 
     Parameters
     ----------
-    base : path
-        Where the folders of all runs are; made if it is not there.
-    name : str
-        What the run is called; characters other than letters, digits, "_", "." and "-" become "-".
-
-    Returns
-    -------
-    Path
-        ``base/<time>-<name>``, new and empty; the time is local, as 20240131-235959, so that names sort by it. Runs
-        that begin in the same second are numbered.
+    folder : path
+    names : iterable of str
+        Of the files and folders that runs leave; all others stay.
     """
-    called = re.sub(r"[^\w.-]+", "-", name).strip("-.")
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = new_folder(Path(base) / "-".join(filter(None, (stamp, called))))
-    latest, link = folder.parent / LATEST, folder.parent / f".{LATEST}-{folder.name}"
-    try:
-        link.symlink_to(folder.name, target_is_directory=True)
-        os.replace(link, latest)  # at once: whoever looks finds the one or the other
-    except OSError as error:  # no links on this system, or a folder of the user's is called so
-        link.unlink(missing_ok=True)
-        log.warning("%s does not point to %s: %s", latest, folder.name, error)
-    return folder
+    found = [path for path in map(Path(folder).joinpath, names) if path.exists()]
+    if not found:
+        return
+    ended = datetime.fromtimestamp(max(path.stat().st_mtime for path in found))
+    aside = new_folder(Path(folder) / f"earlier-{ended:%Y%m%d-%H%M%S}")
+    for path in found:
+        os.replace(path, aside / path.name)
+    log.warning("What an earlier run has left in %s is now in %s", folder, aside.name)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from psl_flower.callbacks.base import Callback, CallbackGroup
-from psl_flower.callbacks.csv_logger import CsvLogger
+from psl_flower.callbacks.csv_logger import ROUNDS_FILE, STEPS_FILE, CsvLogger
 from psl_flower.callbacks.jsonl import JsonlLogger
 from psl_flower.records import RoundRecord, StepRecord, read_metrics
 from psl_flower.strategy.curves import save_curves
@@ -23,6 +23,7 @@ CURVES_FILE = "curves.png"
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
+FILES = (METRICS_FILE, STEPS_FILE, ROUNDS_FILE, CURVES_FILE, MODEL_FILE, CONFIG_FILE, SUMMARY_FILE)
 
 log = logging.getLogger("flwr.psl_flower")
 

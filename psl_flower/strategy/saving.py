@@ -76,7 +76,7 @@ class Saver:
             checkpoint.check({"optimizer": backend.optimizer.state_dict(), "scheduler": scheduler.state_dict()})
 
     def find(self, resume_from: str | Path | None) -> dict[str, Any] | None:
-        """Return the checkpoint to resume from, if there is one; put those of another run or branch of it aside.
+        """Return the checkpoint to resume from, if there is one; put those of another branch of the run aside.
 
         Parameters
         ----------
@@ -96,8 +96,6 @@ class Saver:
         elif resume_from:
             found = Path(resume_from), checkpoint.read(Path(resume_from))
         if found is None:
-            if self._checkpoints:
-                self._checkpoints.put_away()
             return None
         path, saved = found
         self._changes = settings.compare(saved["settings"], self._settings)

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Result
 from torch import nn
 
 from psl_flower.callbacks.base import Callback, CallbackGroup
+from psl_flower.checkpoint import FOLDER as CHECKPOINTS
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, StepError
@@ -39,12 +40,12 @@ from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
 from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server, shown
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.exchanging import ExchangingStrategy
-from psl_flower.strategy.folder import FolderLock
+from psl_flower.strategy.folder import FolderLock, set_aside
 from psl_flower.strategy.labels import LabelCounts, check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.progress import Progress, clock
-from psl_flower.strategy.recorder import RunRecorder
+from psl_flower.strategy.recorder import FILES, RunRecorder
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.saving import Saver, check_checkpoints, checkpoints_in, saved_result
 from psl_flower.strategy.secure import SecureSums, check_secure
@@ -283,6 +284,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         deployment = is_deployment(grid)
         policy = replace(self.faults, mistakes=self.faults.mistakes or ("exclude" if deployment else "stop"))
         saved = saver.find(self.resume_from)
+        if saved is None and self._output_dir is not None:
+            set_aside(self._output_dir, (*FILES, CHECKPOINTS))
         result, begin = Result() if saved is None else saved_result(saved), time.monotonic()
         position, first_round = (None, 1) if saved is None else (saved["metrics_position"], saved["round"])
         self.summary()

@@ -225,15 +225,23 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(tmp_path, caplog)
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_the_last_few_are_kept_and_a_new_run_puts_them_away(tmp_path, caplog):
+def test_the_last_few_are_kept_and_a_new_run_puts_all_that_is_there_aside(tmp_path, caplog):
     start(make(tmp_path, checkpoint_every=2, keep_checkpoints=3), num_rounds=2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert len(names) == 3
     assert all(name.startswith("round-00002") for name in names)
-    start(make(tmp_path), num_rounds=1)
-    assert sorted(path.name for path in (tmp_path / "checkpoints.old").iterdir()) == names
-    assert [p.name[:11] for p in (tmp_path / "checkpoints").iterdir()] == ["round-00001"]
-    assert "Checkpoints of an earlier run are moved" in caplog.text
+    (tmp_path / "notes.txt").write_text("mine")
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for runs in (1, 2):
+        start(make(tmp_path), num_rounds=1)
+        assert [p.name[:11] for p in (tmp_path / "checkpoints").iterdir()] == ["round-00001"]
+        assert len(list(tmp_path.glob("earlier-*"))) == runs
+    aside = min(tmp_path.glob("earlier-*"), key=lambda path: path.name)
+    assert sorted(path.name for path in (aside / "checkpoints").iterdir()) == names
+    assert files.pop("notes.txt") == (tmp_path / "notes.txt").read_bytes()
+    assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == files
+    assert {"metrics.jsonl", "model.safetensors", "config.json", "summary.json"} <= files.keys()
+    assert f"What an earlier run has left in {tmp_path} is now in {aside.name}" in caplog.text
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog):

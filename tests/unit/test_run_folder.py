@@ -1,15 +1,16 @@
-"""The folder of a run: nobody else writes there meanwhile, and each run can have one of its own."""
+"""The folder of a run: nobody else writes there meanwhile, and what an earlier run has left is kept."""
 
 import os
 import re
 import socket
+from datetime import datetime
 
 import pytest
 from warm import WARM
 
 from psl_flower.errors import ConfigError
 from psl_flower.strategy import folder as folder_module
-from psl_flower.strategy.folder import FolderLock, run_folder
+from psl_flower.strategy.folder import FolderLock, set_aside
 
 
 def hold(folder, pipe):
@@ -106,30 +107,27 @@ def test_nothing_is_locked_without_a_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- a folder of its own ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("digits-ugs", "-digits-ugs"), ("../../etc", "-etc"), ("a b/c", "-a-b-c"), ("", ""), ("größe_1.5", "-größe_1.5")],
-)
-def test_a_run_has_a_folder_of_its_own(name, expected, tmp_path):
-    folder = run_folder(tmp_path / "outputs", name)
-    assert folder.parent == tmp_path / "outputs"
-    assert re.fullmatch(rf"\d{{8}}-\d{{6}}{re.escape(expected)}", folder.name)
-    assert list(folder.iterdir()) == []
+# --- what an earlier run has left ------------------------------------------------------------------------------------
+def test_results_are_set_aside_under_the_time_of_the_last_of_them(tmp_path):
+    for seconds, name in ((100, "a.json"), (200, "b.json"), (900, "mine.txt")):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (seconds, seconds))
+    set_aside(tmp_path, ["a.json", "b.json", "c.json"])
+    (aside,) = tmp_path.glob("earlier-*")
+    assert aside.name == f"earlier-{datetime.fromtimestamp(200):%Y%m%d-%H%M%S}"
+    assert sorted(path.name for path in aside.iterdir()) == ["a.json", "b.json"]
+    assert (tmp_path / "mine.txt").exists()
 
 
-def test_no_two_runs_share_one_and_latest_is_the_last(tmp_path):
-    made = [run_folder(tmp_path, "x") for _ in range(3)]
-    assert len(set(made)) == 3
-    assert (tmp_path / "latest").resolve() == made[-1].resolve()
-    assert os.readlink(tmp_path / "latest") == made[-1].name  # relative: the outputs may be moved
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(path.name for path in made), "latest"])
+def test_where_nothing_is_left_nothing_is_made(tmp_path):
+    set_aside(tmp_path, ["a.json"])
+    set_aside(tmp_path / "not there", ["a.json"])
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_called_latest_is_left_alone(tmp_path, caplog):
-    (tmp_path / "latest").mkdir()
-    (tmp_path / "latest" / "mine.txt").touch()
-    folder = run_folder(tmp_path, "x")
-    assert (tmp_path / "latest" / "mine.txt").exists()
-    assert f"latest does not point to {folder.name}" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["latest", folder.name])
+def test_two_that_ended_in_the_same_second_have_folders_of_their_own(tmp_path):
+    for _ in range(2):
+        (tmp_path / "a.json").touch()
+        os.utime(tmp_path / "a.json", (100, 100))
+        set_aside(tmp_path, ["a.json"])
+    assert len(list(tmp_path.glob("earlier-*/a.json"))) == 2
