@@ -98,7 +98,8 @@ class ProcessGrid(Grid):
             return
         with self.busy[node]:
             process = _Process(self.make_app, False)
-            self.started.append(process)
+            process.node = node
+            self.started.append(process)  # messages race: in no order
             self.replies[message.metadata.message_id] = process.ask(message, self.contexts[node])
             process.pipe.close()
 

@@ -125,10 +125,10 @@ def test_in_a_deployment_a_stopped_process_only_fails_itself(tmp_path):
         StreamCarrier(grid, StreamOptions(attach_timeout=60)) as carrier,
     ):
         assert carrier.exchange(ask, 60).descriptions.keys() == {100, 101}
-        stopped = grid.started[0].process.pid
+        stopped = next(each.process.pid for each in grid.started if each.node == 100)
         freeze(stopped)
         # more than wait in line: what is not read must not pile up
-        replies = [carrier.exchange(ask, 0.1) for _ in range(20)]
+        replies = [carrier.exchange(ask, 0.25) for _ in range(20)]
         assert set().union(*(reply.descriptions for reply in replies)) == {101}
         os.kill(stopped, signal.SIGCONT)
         assert carrier.exchange(ask, 60).descriptions.keys() == {100, 101}
