@@ -9,6 +9,7 @@ therefore see the same leaves in the same places, and the batches of two clients
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -120,6 +121,14 @@ def paths(tree: Tree, name: str) -> list[str]:
 def named_leaves(tree: Tree, name: str) -> list[tuple[str, Tensor]]:
     """Return the tensors of a tree with their paths."""
     return list(zip(paths(tree, name), leaves(tree), strict=True))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values of a tensor are finite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # A sum is finite only if all its terms are, and takes a tenth of the time. It may overflow by itself: then look.
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:

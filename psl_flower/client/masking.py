@@ -20,7 +20,6 @@ from psl_flower import tree
 from psl_flower.client.client import SplitClient
 from psl_flower.client.process import RunState
 from psl_flower.errors import ProtocolError, PSLError
-from psl_flower.exchange.validation import is_finite
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import Stage
 from psl_flower.privacy import Company, OutOfRangeError, Party, encode, fingerprint
@@ -157,7 +156,7 @@ class Masking:
     def _encoded(self, name: str, tensor: Tensor) -> IntArray:
         if tensor.is_complex():
             raise ProtocolError(f"{name}: sums of complex numbers cannot be masked")
-        if not is_finite(tensor):
+        if not tree.is_finite(tensor):
             raise ProtocolError(f"{name}: expected finite values to mask, got NaN or infinite ones", Kind.NOT_FINITE)
         flat = tensor.detach().cpu().reshape(-1)
         values = (flat.double() if flat.is_floating_point() else flat).numpy()

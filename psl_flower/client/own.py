@@ -18,11 +18,10 @@ from torch import Tensor
 
 from psl_flower.client.part import ClientPart, parameter_gradients
 from psl_flower.errors import ConfigError, ProtocolError
-from psl_flower.exchange.validation import is_finite
 from psl_flower.failures import Kind
 from psl_flower.protocol import Orders, Weights
 from psl_flower.server.optimizer import RatedOptimizer
-from psl_flower.tree import Tree
+from psl_flower.tree import Tree, is_finite
 
 
 class OwnPart:

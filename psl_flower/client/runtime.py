@@ -30,7 +30,6 @@ from psl_flower.client.recipe import NotBuiltError
 from psl_flower.data.batch import Batch, check_drawn_again, checksums
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
-from psl_flower.exchange.validation import is_finite
 from psl_flower.failures import Failure, Kind, without_values
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.origin import where
@@ -351,7 +350,7 @@ def _summed(parts: list[Part]) -> list[Part]:
 
 
 def _finite(leaf: Leaf) -> bool:
-    return all(map(is_finite, tree.leaves(leaf.value)))
+    return all(map(tree.is_finite, tree.leaves(leaf.value)))
 
 
 def _share(reply: Reply, request: Request, seconds: float) -> None:

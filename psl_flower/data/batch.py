@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,12 +37,6 @@ class Batch:
         """Yield inputs and target: ``x, y = batch``."""
         yield self.inputs
         yield self.target
-
-
-def finite(batch: Batch) -> bool:
-    """Return whether all that is numbers is finite, as far as their sum tells: it may overflow by itself."""
-    found = [leaf for tree in (batch.inputs, batch.target) if tree is not None for leaf in leaves(tree)]
-    return all(cmath.isfinite(leaf.sum().item()) for leaf in found if leaf.is_floating_point() or leaf.is_complex())
 
 
 def checksum(batch: Batch) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from psl_flower.data.rows import INPUT, divide
 from psl_flower.devices import generators, seeded
 from psl_flower.errors import BadRowsError, ConfigError, PSLError
 from psl_flower.origin import where
-from psl_flower.tree import Tree, as_tree, leaves, map_leaves, paths, rows
+from psl_flower.tree import Tree, as_tree, is_finite, leaves, map_leaves, paths, rows
 
 _READ_ROWS = 256  # examples read at once where only their labels are wanted
 _PROBED = 16  # examples tried to see whether none can be read
@@ -117,16 +116,26 @@ class Examples:
             rows_read = read_rows(self.dataset, indices, failed)
             make = self.collate_fn or (lambda read: collate(read, indices, self.name))
             found = make(rows_read)
+        return self.as_batch(found, len(indices))
+
+    def as_batch(self, found: Any, size: int) -> Batch:
+        """Return what was read of so many examples, in the form of a row, as a batch.
+
+        Raises
+        ------
+        ConfigError
+            If there is no label, or not a row an example.
+        """
         inputs, target = divide(found, self.target, self.name)
         inputs = as_tree(inputs, "inputs")
         target = inputs if self.target == INPUT else map_leaves(_signed, as_tree(target, "label"))
         for tree, name in ((inputs, "inputs"), (target, "label")):
-            if (count := rows(tree, name)) != len(indices):
+            if (count := rows(tree, name)) != size:
                 raise ConfigError(
-                    f"a batch must have a row an example, batch rows first in every tensor: of {len(indices)} examples "
+                    f"a batch must have a row an example, batch rows first in every tensor: of {size} examples "
                     f"of the {self.name}, {name} has {count} rows"
                 )
-        return Batch(inputs, target, len(indices))
+        return Batch(inputs, target, size)
 
     # --- bad rows ----------------------------------------------------------------------------------------------------
     def _explained(self, indices: list[int], error: Exception) -> Exception:
@@ -259,8 +268,7 @@ def _not_finite(batch: Batch, indices: list[int]) -> dict[int, str]:
 def _not_finite_rows(tree: Tree, name: str, remedy: str, indices: list[int]) -> dict[int, str]:
     bad: dict[int, str] = {}
     for path, leaf in zip(paths(tree, name), leaves(tree), strict=True):
-        # a sum takes a fortieth of the time; where it is not finite, it may only have overflowed
-        if not (leaf.is_floating_point() or leaf.is_complex()) or cmath.isfinite(leaf.sum().item()):
+        if is_finite(leaf):
             continue
         for row in (~leaf.isfinite().reshape(len(indices), -1).all(dim=1)).nonzero().flatten().tolist():
             bad[indices[row]] = f"{path} holds NaN or infinite values ({remedy})"

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from psl_flower.data.batch import Batch, finite
+from psl_flower.data.batch import Batch
 from psl_flower.data.examples import Examples
 from psl_flower.data.reading import is_plain, offers, unwrapped
-from psl_flower.data.rows import divide
-from psl_flower.tree import as_tree, rows
+from psl_flower.tree import is_finite, leaves
 
 # Seeds the global generators for the client of that position.
 Seed = Callable[[int], None]
@@ -40,11 +39,9 @@ def read_together(examples: Sequence[Examples], indices: Sequence[NDArray[np.int
     found = _columns([dataset for dataset, _ in pairs], [np.asarray(some, np.int64) for _, some in pairs], seed)
     if found is None:
         return None
-    inputs, target = divide(found, first.target, first.name)
-    inputs = as_tree(inputs, "inputs")
-    batch = Batch(inputs, inputs if target is inputs else as_tree(target, "label"), sum(map(len, indices)))
-    whole = rows((batch.inputs, batch.target), "a batch") == batch.size and finite(batch)
-    return batch if whole else None  # reading each tells whose fault it is
+    batch = first.as_batch(found, sum(map(len, indices)))
+    # else reading each tells whose fault it is
+    return batch if all(map(is_finite, leaves((batch.inputs, batch.target)))) else None
 
 
 def _columns(datasets: Sequence[Any], indices: Sequence[NDArray[np.int64]], seed: Seed) -> Any:

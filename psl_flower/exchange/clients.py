@@ -160,9 +160,7 @@ class Clients:
         self._silent |= {m.node for m in self._members.values()} - here
         self._looks += 1
         not_yet = {node for node, (_, look) in self._turned_away.items() if look > self._looks}
-        failures = self._describe(sorted(here - self._descriptions.keys() - not_yet), timeout)
-        for line in told(failures, partial(_who, failures)):
-            log.warning("it is asked again later: %s", line)
+        _warn(self._describe(sorted(here - self._descriptions.keys() - not_yet), timeout))
         at_home = {m.node for m in self._members.values()}
         joined = []
         for node in sorted(here & self._descriptions.keys() - at_home):
@@ -214,8 +212,7 @@ class Clients:
         """Ask clients anew who they are: their processes, and with them their keys, are others than they were."""
         members = {c: self._members[c] for c in clients if c in self._members}
         before = {member.node: self._descriptions.pop(member.node, member.description) for member in members.values()}
-        for failure in self._describe(before, timeout):
-            log.warning("it is asked again later: %s", failure)
+        _warn(self._describe(before, timeout))
         for client, member in members.items():
             described = self._descriptions.setdefault(member.node, before[member.node])
             if described.same_data(member.description):
@@ -275,14 +272,14 @@ class Clients:
         """Return the nodes without those whose partition-id another has; whoever had it first keeps it."""
         if not self._tolerate:
             return dict(described)
-        homes = {m.client: m.node for m in self._members.values()}
-        reporting = any(d.partition_id is not None for d in described.values()) and bool(homes)
+        at_home = {m.node for m in self._members.values()}
+        reporting = any(d.partition_id is not None for d in described.values()) and bool(at_home)
         kept: dict[int, int] = {}
         refused: dict[int, str] = {}
-        for node in sorted(described, key=lambda node: (node not in homes.values(), node)):
+        for node in sorted(described, key=lambda node: (node not in at_home, node)):
             client = described[node].partition_id
             if client is None:
-                if reporting and node not in homes.values():
+                if reporting and node not in at_home:
                     refused[node] = "it reports no partition-id, the others do"
             elif kept.setdefault(client, node) != node:
                 refused[node] = f"partition-id must be unique, {client} is that of node {kept[client]}"
@@ -300,7 +297,7 @@ class Clients:
         return left
 
     def _wait_for_nodes(self, min_nodes: int, timeout: float) -> list[int]:
-        begin, told, wait = time.monotonic(), -np.inf, 0.001
+        begin, last_told, wait = time.monotonic(), -np.inf, 0.001
         while len(nodes := sorted(self._carrier.node_ids())) < min_nodes:
             elapsed = time.monotonic() - begin
             if not self._may_grow and elapsed >= _OWN_NODES_SECONDS:
@@ -313,9 +310,9 @@ class Clients:
                     f"min_available_nodes is {min_nodes}, {len(nodes)} connected within {timeout:g} s: "
                     "start more nodes, lower min_available_nodes or raise timeout"
                 )
-            if elapsed - told >= 10:
+            if elapsed - last_told >= 10:
                 log.info("Waiting for nodes to connect: %d connected (minimum required: %d).", len(nodes), min_nodes)
-                told = elapsed
+                last_told = elapsed
             time.sleep(min(wait, timeout - elapsed))
             wait = min(2 * wait, _LONGEST_WAIT)
         return nodes
@@ -360,6 +357,12 @@ class Clients:
         absent = Failure(Kind.UNREACHABLE, "it is not connected")
         reply.failures |= {client: absent for client in request.nodes if client not in members}
         return reply
+
+
+def _warn(failures: Mapping[int, Failure]) -> None:
+    """Tell of nodes that do not describe themselves, while a round goes on."""
+    for line in told(failures, partial(_who, failures)):
+        log.warning("it is asked again later: %s", line)
 
 
 def _who(failures: Mapping[int, Failure], node: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from psl_flower.failures import Failure
 from psl_flower.failures import Kind as FailureKind
 from psl_flower.methods.base import Stage
 from psl_flower.protocol import Kind, Leaf, Part, Reply, Request
-from psl_flower.tree import map_leaves, named_leaves
+from psl_flower.tree import is_finite, map_leaves, named_leaves
 from psl_flower.typing import FloatArray
 
 # What the leaves of a reply look like: dtype and shape without the batch, by path.
@@ -153,12 +152,14 @@ class Validator:
                     norms.setdefault(name, []).append(sum_norm(tensor for _, tensor in found) / share)
             for path, each in norms.items():
                 whose = clients if kind is Kind.ROWS else [part.nodes[0] for part in parts]
-                far = bounds.outliers(path, np.concatenate(each), np.array(whose, dtype=np.int64), spread)
-                for part in parts if far and kind is Kind.SUM else ():
-                    if why := far.get(part.nodes[0]):
-                        failures |= _of_all(part, Failure(FailureKind.OUTLIER, why))
+                reasons = bounds.outliers(path, np.concatenate(each), np.array(whose, dtype=np.int64), spread)
+                far = {sender: Failure(FailureKind.OUTLIER, why) for sender, why in reasons.items()}
                 if kind is Kind.ROWS:
-                    failures |= {node: Failure(FailureKind.OUTLIER, why) for node, why in far.items()}
+                    failures |= far
+                    continue
+                for part in parts:
+                    if part.nodes[0] in far:
+                        failures |= _of_all(part, far[part.nodes[0]])
         return failures
 
     def _values(
@@ -327,14 +328,6 @@ def _check_sum(output: str, tensors: Any, expected: Mapping[str, Tensor]) -> Non
         if not is_finite(tensor):
             failure = _not_finite(f"{output} of {name!r}", tensor)
             raise ProtocolError(failure.detail, failure.kind)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether all values are finite."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    # A sum is finite only if all its terms are, and takes a tenth of the time. It may overflow by itself: then look.
-    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _not_finite(name: str, tensor: Tensor) -> Failure:

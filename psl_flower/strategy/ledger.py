@@ -346,8 +346,8 @@ class EpochLedger:
         self.replans, self._taken = state["replans"], state["taken"]
         self._cursors = Cursors(population.client_ids, seed=self._sampler.seed, epoch=self._epoch)
         self._cursors.used, self._cursors.used_by_class = state["used"], state["used_by_class"]
-        self._cursors.put_off = {c: tuple(map(tuple, moved)) for c, moved in state.get("put_off", {}).items()}
-        self._resting = np.array(state.get("resting", np.zeros(len(population))), dtype=np.int64)
+        self._cursors.put_off = {c: tuple(map(tuple, moved)) for c, moved in state["put_off"].items()}
+        self._resting = np.array(state["resting"], dtype=np.int64)
         self._seen, self._outdated = state["seen"], state["outdated"]
         plan = self._plan = BatchPlan(Population(population.client_ids, population.sizes), **state["plan"])
         self._next, self._planned = 0, np.zeros(len(population), dtype=np.int64)

@@ -162,7 +162,7 @@ class Saver:
         if saved["delays"] is not None and isinstance(delays, DelayEstimator):
             delays.load_state_dict(saved["delays"])
         run.summary.load_state_dict(saved["summary"])
-        if run.runner.secure is not None and saved.get("secure") is not None:
+        if run.runner.secure is not None and saved["secure"] is not None:
             run.runner.secure.load_state_dict(saved["secure"])
         run.summary.resumed += 1
         log.info("Resumed in round %d, after step %d.", saved["round"], _steps(saved))

@@ -366,3 +366,13 @@ def test_too_few_are_left_where_all_have_one_id():
         MembershipError, match="min_available_nodes is 2, 1 are left: node 7: partition-id must be unique"
     ):
         members.refresh(2, 5.0)
+
+
+def test_a_client_that_does_not_describe_itself_anew_is_told_of_and_stays(caplog):
+    carrier = Refusing({4: described(0), 7: described(1, size=5)})
+    members = Clients(carrier, label_counts=False, tolerate=True)
+    members.refresh(2, 5.0)
+    carrier.nodes[7] = failed(7, "no reply within 5 s")
+    members.describe_again([1], 5.0)
+    assert "it is asked again later: node 7: no reply within 5 s" in caplog.text
+    assert members.members[1].description.num_examples == 5

@@ -57,6 +57,15 @@ def test_it_is_what_each_reads_joined(datasets):
     assert batch.size == sum(COUNTS)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_unsigned_types_are_what_they_are_for_one_client(dtype):
+    datasets = [TensorDataset(torch.randn(10, 2), torch.from_numpy(np.arange(10)).to(dtype)) for _ in COUNTS]
+    _, target = one_by_one(datasets)
+    batch = together(datasets)
+    assert batch.target.dtype == target.dtype == torch.int64
+    assert torch.equal(batch.target, target)
+
+
 def test_augmentation_is_each_clients_own():
     examples, indices = [Examples(image_sets(crop_flip)[0])] * 2, [np.arange(10)] * 2
     for seeds, alike in (((5, 5), True), ((5, 6), False)):

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from psl_flower.exchange.streams.open_files import make_room
+from psl_flower.exchange.streams.open_files import make_room, most_connections
 
 resource = pytest.importorskip("resource")
 
@@ -37,3 +37,28 @@ def test_as_many_files_as_connections_need(limits, before, connections, after, w
     text = "10000 clients connect, but this process may have only 4096 files open"
     assert (text in caplog.text) is warned
     assert ("LimitNOFILE of the service) to 10256" in caplog.text) is warned
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "connections"),
+    [
+        ((1024, 4096), (4096, 4096), 3840),
+        ((1024, resource.RLIM_INFINITY), (65_536, resource.RLIM_INFINITY), 65_280),
+        ((100_000, 200_000), (100_000, 200_000), 99_744),
+        ((100, 100), (100, 100), 64),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), (resource.RLIM_INFINITY,) * 2, 65_536),
+    ],
+)
+def test_connections_leave_files_for_all_else(limits, before, after, connections):
+    limits["now"] = before
+    assert most_connections() == connections
+    assert limits["now"] == after
+
+
+def test_a_system_that_allows_fewer_than_it_says_keeps_its_limit(limits, monkeypatch):
+    def refuse(which, wanted):
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert most_connections() == 1024 - 256
+    assert limits["now"] == (1024, 4096)

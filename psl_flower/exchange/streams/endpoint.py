@@ -24,13 +24,9 @@ from psl_flower.exchange.codec import REPLY, Sent
 from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
 from psl_flower.exchange.shared_memory import Offer, SharedMemory, whereabouts
 from psl_flower.exchange.streams.event_loop import run
+from psl_flower.exchange.streams.open_files import most_connections
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
-
-try:
-    import resource
-except ImportError:  # Windows, which has no such limit
-    resource = None  # type: ignore[assignment]
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -227,7 +223,7 @@ class Endpoint:
     async def _start(self, credentials: grpc.ServerCredentials) -> str:
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
         handlers = [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rpartition("/")[2]: handler})]
-        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", _most_connections())]
+        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections())]
         self._server = grpc.aio.server(handlers=handlers, options=options)
         try:
             port = self._server.add_secure_port(self._options.bind, credentials)
@@ -340,11 +336,6 @@ class Endpoint:
                 return
             self._connections.remove(connection)
         self.events.put(Closed(connection, connection.closing or reason))
-
-
-def _most_connections() -> int:
-    """Return how many connections may be open at once: half of the files that this process may open."""
-    return 2**16 if resource is None else max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 _REFUSED = "refused: "

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+
+try:
+    import resource
+
+    _HAS_LIMIT = True
+except ImportError:  # Windows has none
+    _HAS_LIMIT = False
 
 log = logging.getLogger("flwr.psl_flower")
 
 _OTHERS = 256  # files that a process has open besides
+_MOST_FILES = 2**16  # that are asked for without need
+_FEWEST = 64  # connections that are let in, however few files there may be
+
+
+def most_connections() -> int:
+    """Return how many connections may be open at once, so that strangers cannot take all the files of this process.
+
+    Its limit is raised first, as far as the system lets it.
+    """
+    if not _HAS_LIMIT:
+        return _MOST_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_FILES
+    allowed = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
+    if soft < allowed:
+        with suppress(OSError, ValueError):  # some systems allow fewer than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            soft = allowed
+    return max(_FEWEST, soft - _OTHERS)
 
 
 def make_room(connections: int) -> None:
     """Raise this process's limit of open files as far as the system lets it, if so many connections need it."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
+    if not _HAS_LIMIT:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + _OTHERS
