@@ -174,8 +174,9 @@ class _Work:
         orders = request.orders
         assert orders is not None  # `_stage` has seen to it, with the codec
         sums = LeafKind.SUM in self.stage.outputs.values()
-        if len(clients) > 1 and request.separate and sums:
-            raise CannotJoinError("each client's own sum is asked for", lasting=False)
+        scaled = request.company is not None and request.company.max_norm is not None
+        if len(clients) > 1 and (request.separate or scaled) and sums:
+            raise CannotJoinError("each client's own sum is needed", lasting=False)
         for name, weights in request.weights.items():
             self._parts()[name].load(weights)
         own = self.state.own.identity(request.nodes[0]) if self.stage.own else ()

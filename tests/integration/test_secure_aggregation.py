@@ -1,5 +1,7 @@
 """Secure aggregation: training is what it was, up to fixed point, and the server sees sums of clients only."""
 
+import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -43,7 +45,7 @@ from psl_flower.app import client_app, server_app
 from psl_flower.client.process import forget_runs
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request
-from psl_flower.exchange.records import content_to_frame
+from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.privacy import label_noise
 from psl_flower.strategy import secure as secure_module
 from psl_flower.strategy import strategy as strategy_module
@@ -106,6 +108,42 @@ def test_few_neighbours_are_enough():
     options = SecureAggregation(least=2, neighbours=2)
     result = start(grid=InProcessGrid(make_app(secure=options), K), secure_aggregation=options)
     assert error_of(result) < 1e-9
+
+
+@pytest.mark.parametrize("method", list(CUTS))
+@pytest.mark.parametrize("processes", [0, 2], ids=["messages", "streams of two processes"])
+def test_clients_scale_their_gradients_down_as_the_server_would(method, processes, tmp_path, caplog):
+    """Some of them, in some steps: the same number, to the same model, whether the server or they themselves do it."""
+    policy, results, clipped = FaultPolicy(max_gradient_norm=0.5), [], []
+    for secure in (False, True):
+        make, folder = functools.partial(make_app, method, secure=secure), tmp_path / str(secure)
+        grid = ProcessGrid(make, K, num_processes=processes) if processes else InProcessGrid(make(), K)
+        options = {"transport": "streams" if processes else "messages", "output_dir": folder}
+        with contextlib.closing(grid) if processes else contextlib.nullcontext():
+            results.append(start(method, grid, secure_aggregation=secure, faults=policy, **options))
+        clipped.append(json.loads((folder / "summary.json").read_text())["clipped"])
+    assert largest_difference(*(r.arrays.to_torch_state_dict() for r in results)) < 1e-9
+    assert 0 < clipped[0] == clipped[1] < 11 * K * len(CUTS[method][1])
+    assert "clients scaled their head gradients down to norm 0.5, by a factor of 0." in caplog.text
+    assert error_of(results[1], method) > 1e-3
+
+
+def test_a_client_that_is_told_another_norm_gives_a_mask_that_stays():
+    """Else the server could have all others scale their gradients to nothing."""
+
+    class Unfair(InProcessGrid):
+        def _answer(self, message, context):
+            if message.metadata.message_type == "train.backward" and context.node_config["partition-id"] == 2:
+                frame = content_to_frame(message.content)
+                frame.header["company"]["max-norm"] = 1e3
+                message.content = frame_to_content(frame)
+            return super()._answer(message, context)
+
+    fair, unfair = (
+        start(grid=grid(make_app(), K), faults=FaultPolicy(max_gradient_norm=1e-9)).arrays.to_torch_state_dict()
+        for grid in (InProcessGrid, Unfair)
+    )
+    assert largest_difference(fair, unfair) > 100
 
 
 def test_values_beyond_the_room_there_is_make_more(monkeypatch):
@@ -329,7 +367,6 @@ def test_other_options_on_the_clients_are_told(clients, message):
     [
         ({"method": "splitfed-v1"}, "method 'splitfed-v1' adds up what clients keep"),
         ({"method": "sequential"}, "method 'sequential' a step is of one client"),
-        ({"faults": FaultPolicy(max_gradient_norm=1.0)}, "it cannot bound each client's gradient"),
         ({"stream_options": StreamOptions(sum_gradients=False)}, "it cannot have them one by one"),
         ({"secure_aggregation": 3}, "must be True, False or a SecureAggregation, got 3"),
     ],
