@@ -322,7 +322,8 @@ def _key(request: Request, orders: Orders, own: tuple[int, ...]) -> tuple[Hashab
     versions = tuple(weights.version for weights in request.weights.values())
     step = (versions, orders.seed, orders.epoch, orders.step, orders.test)
     classes = None if orders.class_counts is None else orders.class_counts.tobytes()
-    return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes, own)
+    order = (tuple(orders.left_out.items()), tuple(orders.put_off.items()))
+    return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes, order, own)
 
 
 def _join(batches: Sequence[Batch]) -> Batch:

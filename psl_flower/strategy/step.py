@@ -114,8 +114,8 @@ class StepRunner:
                 while not self._try(ctx, attempt):
                     summary.steps_recomputed += 1
         except TooFewError:
-            attempt.given = ctx.given
             summary.in_vain(before)
+        attempt.given = ctx.given and attempt.record is None
         if self.secure is not None:
             summary.clipped += self.secure.take_scaled()
         return attempt

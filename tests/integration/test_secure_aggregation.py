@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from process_grid import ERROR_CRASHED, ProcessGrid
 from support import (
     CUT,
+    DELAYS,
     client_data,
     largest_difference,
     load_partition_64,
@@ -34,6 +33,7 @@ from torch import nn
 from psl_flower import (
     FaultPolicy,
     InProcessGrid,
+    LatentDirichletSampler,
     ParallelSplitLearning,
     SecureAggregation,
     StreamOptions,
@@ -46,7 +46,7 @@ from psl_flower.client.process import forget_runs
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request
 from psl_flower.exchange.records import content_to_frame, frame_to_content
-from psl_flower.privacy import label_noise
+from psl_flower.samplers import Population
 from psl_flower.strategy import secure as secure_module
 from psl_flower.strategy import strategy as strategy_module
 
@@ -222,20 +222,47 @@ def test_a_step_that_loses_a_client_is_given_up_and_drawn_otherwise(method, monk
 class LosingLast(InProcessGrid):
     """Loses a client in the last step of the first epoch, after it has given its sum."""
 
+    lost = False
+
     def _answer(self, message, context):
         reply = super()._answer(message, context)
         _, _, request = decode_request(content_to_frame(message.content), WeightStore())
-        last = request.stage == "backward" and (request.orders.epoch, request.orders.step) == (0, 10)
+        last = request.stage == "backward" and request.orders.step == 10 and not self.lost
         if last and context.node_config["partition-id"] == 2:
+            self.lost = True
             return Message(Error(ERROR_CRASHED, "the process died"), reply_to=message)
         return reply
 
 
-def test_a_loss_in_the_last_step_of_an_epoch_does_not_end_the_run():
-    result = start(grid=LosingLast(make_app(), K), num_rounds=2, faults=FaultPolicy(patience=1))
+BY_CLASS = LatentDirichletSampler(40, seed=3)
+
+
+@pytest.mark.parametrize("sampler", [SAMPLER, BY_CLASS], ids=["at random", "by class"])
+def test_a_loss_in_the_last_step_of_an_epoch_does_not_end_the_run(sampler):
+    grid = LosingLast(make_app(client_class=RecordingClient), K)
+    result = start(grid=grid, num_rounds=2, faults=FaultPolicy(patience=1), sampler=sampler, delays=DELAYS)
     first, second = (result.train_metrics_clientapp[i] for i in (1, 2))
-    assert first["examples_unseen"] == 406 - first["num_examples"] == 36
+    assert 0 < first["examples_unseen"] == 406 - first["num_examples"] <= 40
     assert (second["num_examples"], second["examples_unseen"]) == (406, 0)
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_a_step_that_is_not_finite_is_drawn_again_at_other_weights(step, monkeypatch, caplog):
+    """It was given, so its examples must rest; in the last step of an epoch, until the next has made one."""
+    done = []
+
+    def loss(outputs, targets):
+        diverges = len(done) == step * K + 2
+        done.append(diverges)
+        return nn.functional.cross_entropy(outputs, targets) * (float("nan") if diverges else 1.0)
+
+    monkeypatch.setattr("psl_flower.server.additive.Additivity.refuted", lambda *arguments, **options: False)
+    options = {"faults": FaultPolicy(patience=1, non_finite_loss="skip"), "num_rounds": 2}
+    result = start("u-shaped", InProcessGrid(make_app("u-shaped", loss=loss), K), **options)
+    assert sum(done) == 1
+    assert "is left out: the loss or its gradients are not finite" in caplog.text
+    unseen = [result.train_metrics_clientapp[i]["examples_unseen"] for i in (1, 2)]
+    assert unseen == ([0, 0] if step == 4 else [36, 0])
 
 
 def test_where_no_step_is_left_to_be_made_the_run_ends():
@@ -327,11 +354,22 @@ def test_a_sum_that_is_not_masked_as_it_should_be_is_refused(change, message):
 
 
 # --- few clients, and what does not go together ----------------------------------------------------------------------
-def test_steps_of_too_few_clients_are_left_out(caplog):
+def test_steps_of_too_few_clients_are_joined_to_others(caplog):
     sampler = UniformGlobalSampler(3, seed=3)
+    assert sampler.plan(Population(range(K), [12] * K)).active_clients().min() < 3
     result = start(sampler=sampler, grid=InProcessGrid(make_app(data_fn=few_examples), K))
-    assert 0 < result.train_metrics_clientapp[1]["num_examples"] < 48
-    assert "sums are of 3" in caplog.text
+    assert result.train_metrics_clientapp[1]["num_examples"] == 48
+    assert result.train_metrics_clientapp[1]["clients_per_step"] >= 3
+    assert "is left out" not in caplog.text
+
+
+def test_where_too_few_clients_hold_data_their_steps_are_left_out(caplog):
+    def two_of_four(context):
+        return torch.utils.data.Subset(few_examples(context), range(12 * (context.node_config["partition-id"] < 2)))
+
+    with pytest.raises(StepError, match="no step could be completed: sums are of at least 3 clients"):
+        start(sampler=UniformGlobalSampler(3, seed=3), grid=InProcessGrid(make_app(data_fn=two_of_four), K))
+    assert "step 0 is left out: 2 clients in it, sums are of 3 at least" in caplog.text
 
 
 def few_examples(context):
@@ -376,10 +414,8 @@ def test_what_does_not_go_with_it_is_refused(options, message):
         ParallelSplitLearning(tiny_resnet(), cut=CUT, **{"secure_aggregation": True, **options})
 
 
-def test_the_default_app_keeps_labels_and_gradients_with_its_clients(tmp_path, caplog, monkeypatch):
+def test_the_default_app_keeps_labels_and_gradients_with_its_clients(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    numbers = itertools.count()  # some noise, rarely drawn, plans a step of too few clients, which is left out
-    monkeypatch.setattr(label_noise, "secrets", SimpleNamespace(randbits=lambda bits: next(numbers)))
     config = {
         "tail": "head",
         "secure-aggregation": True,
