@@ -44,7 +44,7 @@ from psl_flower.client.process import forget_runs
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request
 from psl_flower.exchange.records import content_to_frame
-from psl_flower.privacy import label_noise
+from psl_flower.privacy import secret
 from psl_flower.strategy import secure as secure_module
 from psl_flower.strategy import strategy as strategy_module
 
@@ -342,7 +342,7 @@ def test_what_does_not_go_with_it_is_refused(options, message):
 def test_the_default_app_keeps_labels_and_gradients_with_its_clients(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     numbers = itertools.count()  # some noise, rarely drawn, plans a step of too few clients, which is left out
-    monkeypatch.setattr(label_noise, "secrets", SimpleNamespace(randbits=lambda bits: next(numbers)))
+    monkeypatch.setattr(secret, "secrets", SimpleNamespace(token_bytes=lambda n: next(numbers).to_bytes(n)))
     config = {
         "tail": "head",
         "secure-aggregation": True,
