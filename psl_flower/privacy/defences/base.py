@@ -52,7 +52,7 @@ class Leaving:
 
     def normal(self, rows: Tensor) -> Tensor:
         """Return standard normal numbers of the shape, dtype and device of rows, drawn in the same way."""
-        return torch.special.ndtri(torch.from_numpy(self.uniform(rows))).to(rows).reshape(rows.shape)
+        return like(torch.special.ndtri(torch.from_numpy(self.uniform(rows))).numpy(), rows)
 
 
 class Defence:
