@@ -99,7 +99,7 @@ class RunConfig:
         ge=0,
     )
     defences: str = key(
-        "", f"What clients do to what leaves them, in order, as in 'GaussianNoise(0.1), TopK(64)': {', '.join(DEFENCES)}"
+        "", f"What clients do to what leaves them, 'GaussianNoise(0.1), TopK(64)', say, of {', '.join(DEFENCES)}"
     )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = key("sgd", "The optimizer over both halves")
     learning_rate: float = key(0.02, "Step size of the optimizer", gt=0)
