@@ -20,7 +20,7 @@ from psl_flower.client.process import RunState
 from psl_flower.errors import ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import Stage
-from psl_flower.privacy import Company, OutOfRangeError, Party, encode, fingerprint
+from psl_flower.privacy import DPSGD, Company, OutOfRangeError, Party, encode, fingerprint
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.protocol import Leaf, Request
 from psl_flower.typing import IntArray
@@ -79,7 +79,7 @@ def agree(
     if company is None:
         return None, failures
     _tell_keys(state, company)
-    return Masking(company, request, stage.name, parties), failures
+    return Masking(company, request, stage.name, parties, state.private), failures
 
 
 def _tell_keys(state: RunState, company: Company) -> None:
@@ -106,10 +106,19 @@ class Masking:
     stage : str
     parties : dict of int to Party
         Those of this process, by client id.
+    private : DPSGD, optional
+        Has the clients add noise to gradients: each its share, so that their sum has it once.
     """
 
-    def __init__(self, company: Company, request: Request, stage: str, parties: Mapping[int, Party]) -> None:
-        self._company, self._stage, self._parties = company, stage, parties
+    def __init__(
+        self,
+        company: Company,
+        request: Request,
+        stage: str,
+        parties: Mapping[int, Party],
+        private: DPSGD | None = None,
+    ) -> None:
+        self._company, self._stage, self._parties, self._private = company, stage, parties, private
         self._training = request.orders is not None and not request.orders.test
         self._parameters = {name: weights.parameters for name, weights in request.weights.items()}
 
@@ -122,6 +131,9 @@ class Masking:
             If a value is not finite, or too large.
         """
         sums = {name: leaf.value for name, leaf in leaves.items() if self._is_masked(name, leaf)}
+        if self._private is not None and self._training:
+            share = len(clients) / len(self._company)
+            sums |= {name: self._private.noised(sums[name], share) for name in sums.keys() & self._parameters.keys()}
         whole, numbers = {}, []
         for name, value in sums.items():
             present, filled = _filled(value, self._parameters.get(name))
