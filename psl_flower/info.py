@@ -23,7 +23,7 @@ _VARIABLES = (
 )
 _COLLECTIONS = ("all", "dev")
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command(

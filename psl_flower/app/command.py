@@ -11,12 +11,12 @@ import typer
 from psl_flower.app.deployment import LocalDeployment
 from psl_flower.app.local import LocalSuperLink, run_app
 
-_App = Annotated[Path, typer.Argument(metavar="APP", help="Folder with the app's pyproject.toml.")]
+_App = Annotated[Path, typer.Argument(metavar="APP")]
 _Config = Annotated[list[str] | None, typer.Option("--run-config", "-c", help="Overrides, as flwr run takes them.")]
 _Home = Annotated[Path | None, typer.Option(help="FLWR_HOME to use; a temporary one unless given.")]
 
-run = typer.Typer()
-deploy = typer.Typer()
+run = typer.Typer(add_completion=False)
+deploy = typer.Typer(add_completion=False)
 
 
 @run.command(
@@ -34,7 +34,10 @@ def _run(
     run_config: _Config = None,
     home: _Home = None,
 ) -> None:
-    """Train a Flower app in Flower's simulation, on a SuperLink of its own that is stopped at the end."""
+    """Train a Flower app in Flower's simulation, on a SuperLink of its own that is stopped at the end.
+
+    APP is the folder with the app's pyproject.toml: this one unless another is given.
+    """
     raise typer.Exit(run_app(app, LocalSuperLink, num_supernodes, run_config or (), home, simulation=True))
 
 
@@ -52,6 +55,9 @@ def _deploy(
     home: _Home = None,
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt Flower's own connections, too.")] = False,
 ) -> None:
-    """Train a Flower app on a SuperLink and SuperNodes on this machine, all stopped at the end."""
+    """Train a Flower app on a SuperLink and SuperNodes on this machine, all stopped at the end.
+
+    APP is the folder with the app's pyproject.toml: this one unless another is given.
+    """
     superlink = partial(LocalDeployment, num_supernodes=num_supernodes, tls=tls)
     raise typer.Exit(run_app(app, superlink, num_supernodes, run_config or (), home, simulation=False))

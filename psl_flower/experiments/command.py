@@ -28,7 +28,7 @@ from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, pre
 from psl_flower.experiments.tables import make_tables
 from psl_flower.machine import machine
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -49,8 +49,9 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 def _about() -> None:
     """Train every combination of methods, clients, batch sizes, seeds ... that a small TOML file names.
 
-    All results are kept in one table, and a report with pictures is written. What is finished is not run again: after
-    an interruption, give the same command. The presets are the tables of the paper (arXiv 2407.15738);
+    All results are kept in one table, and a report with pictures is written.
+    What is finished is not run again: after an interruption, give the same
+    command. The presets are the tables of the paper (arXiv 2407.15738);
     docs/experiments.md describes the TOML.
     """
 
@@ -65,9 +66,7 @@ def _about() -> None:
 )
 def _run(
     ctx: typer.Context,
-    sweep: Annotated[
-        str, typer.Argument(metavar="PRESET_OR_TOML", help=f"{', '.join(preset_names())}; or a path ending in .toml.")
-    ],
+    sweep: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML")],
     quick: Annotated[
         bool, typer.Option("--quick", help="Minutes on a laptop; the default, if there is such a form.")
     ] = False,
@@ -85,7 +84,11 @@ def _run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be run.")] = False,
 ) -> None:
-    """Run a preset or a TOML file, then report what came out."""
+    """Run a sweep, then report what came out.
+
+    PRESET_OR_TOML is a name that psl-flower experiments list shows, or a path
+    ending in .toml.
+    """
     if quick and full:
         raise ConfigError("--quick and --full are two forms of a sweep: leave one out")
     overrides = dict(map(parse_set, changes or ()))
@@ -102,10 +105,13 @@ def _run(
 
 @app.command("report")
 def _report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a sweep, finished or not.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
     as_json: _Json = False,
 ) -> None:
-    """Write report.html and report.md of a sweep anew; with --json, print its tables as well."""
+    """Write report.html and report.md of a sweep anew; with --json, print its tables as well.
+
+    DIR is the --out of a sweep, finished or not.
+    """
     files = [str(path) for path in write_report(folder)]
     if as_json:
         tables = [asdict(table) for table in make_tables(Findings(folder))]

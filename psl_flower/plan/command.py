@@ -34,7 +34,7 @@ _RECOMMENDED = ("aligned:targets=stratified,tilt=0.1",)
 _SEEDED_DELAYS = ("slow-fraction", "lognormal")
 _DELAYS = ", ".join(name for name in DELAY_MODELS if name != "measured")
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 def _option(what: str, metavar: str, *names: str, panel: str = "Clients and data", **more: Any) -> Any:
@@ -53,14 +53,7 @@ def _option(what: str, metavar: str, *names: str, panel: str = "Clients and data
   psl-flower plan --sizes clients.csv --delays csv:path=delays.csv --batch-size 256"""
 )
 def _plan(
-    samplers: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="NAME:OPTION=VALUE,...",
-            help=f"Samplers, with or without options: {', '.join(SAMPLERS)}. Default: all of them, and "
-            + ", ".join(_RECOMMENDED),
-        ),
-    ] = None,
+    samplers: Annotated[list[str] | None, typer.Argument(metavar="SAMPLER:OPTION=VALUE,...")] = None,
     sizes: Annotated[Path | None, _option("client_id,size a line, or client_id and a column a class.", "CSV")] = None,
     labels: Annotated[Path | None, _option(".npy, or text with a label a line; split as below.", "FILE")] = None,
     dataset: Annotated[str, _option("The default app's: digits, fashion-mnist, cifar10, cifar100.", "NAME")] = "",
@@ -69,7 +62,7 @@ def _plan(
     num_examples: Annotated[int, _option("Made-up labels.", "N")] = 50_000,
     num_classes: Annotated[int, _option("Of made-up labels.", "C")] = 10,
     split: Annotated[
-        str, _option("How they are split among clients.", "NAME", click_type=click.Choice(list(SPLITS)))
+        str, _option("How they are split among clients.", "|".join(SPLITS), click_type=click.Choice(list(SPLITS)))
     ] = "severe",
     classes_per_client: Annotated[int | None, _option("Instead of 5 (mild) or 2 (severe).", "C")] = None,
     alpha: Annotated[float | None, _option("Evenness of a class over its holders; 3 unless given.", "A")] = None,
@@ -95,8 +88,10 @@ def _plan(
 ) -> None:
     """Build the schedules that samplers would make for your clients, without training.
 
-    Prints what an epoch under each would be like (simulated time, deviation of the batches, clients a step) and draws
-    it.
+    Prints what an epoch under each would be like (simulated time, deviation of
+    the batches, clients a step), and draws it. Samplers are ugs, lds, lb,
+    aligned, fls and fpls, each with options or without. Unless some are named,
+    it takes all of them, and aligned:targets=stratified,tilt=0.1.
     """
     options = SimpleNamespace(**locals())
     options.samplers = samplers or [*SAMPLERS, *_RECOMMENDED]

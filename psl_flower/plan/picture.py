@@ -52,7 +52,8 @@ class SpeedGroups:
         for number in range(group.max() + 1):
             own = seconds[group == number]
             least, most = format_seconds(own.min()), format_seconds(own.max())
-            labels.append(f"{len(own)} clients, {least if least == most else f'{least} to {most}'} a step")
+            told = least if least == most else f"{least} to {most}"
+            labels.append(f"{len(own)} client{'s' if len(own) > 1 else ''}, {told} a step")
         return cls(group, labels)
 
     @property
@@ -113,7 +114,7 @@ def save_picture(path: Path, epochs: Sequence[tuple[str, Epoch]], reference_time
         )  # fmt: skip
         axes[0, column].set_ylim(0, None if values else 1)
         axes[0, column].set_xlim(0, max(len(epoch.plan) for _, epoch in epochs))
-        axes[-1, column].set_xlabel("step of the epoch", fontsize=11)
+        axes[-1, column].set_xlabel("step of the epoch" + " (line: running mean)" * bool(values), fontsize=11)
     axes[0, -1].yaxis.set_major_formatter(PercentFormatter(1.0))
     handles, labels = axes[0, -1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=11)

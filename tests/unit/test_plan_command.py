@@ -358,7 +358,7 @@ class TestPicture:
         population = Population([3, 5], [3, 4], delays=Delays([9, 1], [0, 0]))
         plan = BatchPlan(population, [0, 2, 3, 4], [3, 5, 3, 5], [2, 2, 1, 2])
         groups = SpeedGroups.of(population, batch_size=4)
-        assert groups.labels == ["1 clients, 1.0 s a step", "1 clients, 9.0 s a step"]
+        assert groups.labels == ["1 client, 1.0 s a step", "1 client, 9.0 s a step"]
         assert speed_shares(plan, groups).tolist() == [[0.5, 0, 1], [0.5, 1, 0]]
 
     def test_clients_of_one_speed_are_one_group_and_many_speeds_are_three(self):
