@@ -25,7 +25,8 @@ from psl_flower.grid import InProcessGrid
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 PYTHON = ".venv/bin/python "
-# What the READMEs say beside those commands: app.local, which is run below, runs flwr the same way.
+RUN = ".venv/bin/psl-flower run "
+# What the READMEs say beside those commands: psl-flower run, which is run below, runs flwr the same way.
 FLWR = re.compile(
     r"cd examples/\w+|export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 .*"
     r'|flwr run \. --stream --federation-config "num-supernodes=\d+ client-resources-num-cpus=1"'
@@ -38,25 +39,24 @@ def shell_lines(example):
 
 
 def commands(kind):
-    """Return the (example, command) pairs of all READMEs whose command begins with `kind`, after the interpreter."""
+    """Return the (example, command) pairs of all READMEs whose command begins with `kind`, without that."""
     return [
-        (path.parent.name, line.removeprefix(PYTHON))
+        (path.parent.name, line.removeprefix(kind))
         for path in sorted(EXAMPLES.glob("*/README.md"))
         for line in shell_lines(path.parent.name)
-        if line.startswith(PYTHON + kind)
+        if line.startswith(kind)
     ]
 
 
-LOCAL = "-m psl_flower.app.local "
-APPS = [(example, command) for example, command in commands(LOCAL) if example != "deployment"]
-SCRIPTS = commands("examples/")
+APPS = commands(RUN)
+SCRIPTS = commands(PYTHON)
 LONG = re.compile("/fedavg|examples/quickstart --num-supernodes 10$")  # FedAvg is Flower's; the skewed split tells more
 
 
 def test_there_are_no_commands_in_the_readmes_but_those_tested_here():
     assert len(APPS) >= 7
     assert len(SCRIPTS) >= 9
-    tested = {PYTHON + command for _, command in APPS + SCRIPTS}
+    tested = {RUN + command for _, command in APPS} | {PYTHON + command for _, command in SCRIPTS}
     for example in ("quickstart", "custom_model", "labels_stay", "compare_samplers", "stragglers"):
         lines = shell_lines(example)
         assert lines
@@ -98,8 +98,9 @@ def modules_of(app):
 
 def run_in_process(command):
     """Do what the command does, but with an InProcessGrid; return the app's place and its partition, if it has one."""
-    words = shlex.split(command.removeprefix(LOCAL))
-    place, num_nodes = words[0], int(words[words.index("--num-supernodes") + 1])
+    words = shlex.split(command)
+    place = "." if words[0].startswith("-") else words[0]
+    num_nodes = int(words[words.index("--num-supernodes") + 1])
     app = tomllib.loads((ROOT / place / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     overrides = shlex.split(words[words.index("-c") + 1], posix=False) if "-c" in words else []
     config = tomllib.loads("\n".join(overrides))
@@ -185,7 +186,9 @@ def test_labels_stay_tells_what_the_registry_has_received(folder, capfd):
 def test_apps_run_on_the_simulation_as_their_readme_says(example, folder):
     command = next(command for name, command in APPS if name == example)
     words = [*shlex.split(command), "-c", "num-server-rounds=1"]
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "psl_flower", "run", *words], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Finished 1 rounds" in done.stdout
     assert 0.2 <= score_of(f"examples/{example}", folder) <= 0.8
