@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context
 from torch import Tensor
 
 from psl_flower import tree
@@ -29,8 +27,6 @@ from psl_flower.protocol import Leaf, Request
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
-
-_RECORD = "psl_flower.party"  # in a node's state, which stays with the node
 
 
 def describe_key(state: RunState, node: int, session: str) -> bytes:
@@ -204,20 +200,3 @@ def _filled(value: tree.Tree, parameters: Mapping[str, Tensor] | None) -> tuple[
     names = sorted(parameters)
     present = np.array([value[name] is not None for name in names], dtype=np.int64)
     return present, {n: torch.zeros_like(parameters[n]) if value[n] is None else value[n] for n in names}
-
-
-# --- processes that end with each message ----------------------------------------------------------------------------
-def restore(state: RunState, context: Context) -> None:
-    """Take up a client's key and what it has given from its node's state: another process may have been last."""
-    record, party = context.state.get(_RECORD), state.parties.get(context.node_id)
-    if isinstance(record, ConfigRecord):
-        kept: dict[str, Any] = dict(record)
-        if party is None or party.private != kept["private"]:
-            party = state.parties[context.node_id] = Party(kept["session"], kept["private"])
-        party.load_state_dict(kept)
-
-
-def keep(state: RunState, context: Context) -> None:
-    """Put a client's key, and what it has given, into its node's state: the next process may be another."""
-    if context.node_id in state.parties:
-        context.state[_RECORD] = ConfigRecord(state.parties[context.node_id].state_dict())
