@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from psl_flower.checks import as_int64, check_choice, check_float, check_int, check_options
 from psl_flower.errors import ConfigError
+from psl_flower.extras import check_extra
 from psl_flower.population import Delays
 from psl_flower.stragglers.estimate import DelayEstimator
 from psl_flower.typing import FloatArray, IntArray
@@ -124,6 +125,7 @@ class LognormalDelays:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_extra("scipy", "samplers", "the delays 'lognormal'")
         for name in ("latency", "per_sample", "latency_sigma", "per_sample_sigma"):
             check_float(getattr(self, name), name, least=0)
         check_int(self.seed, "seed", least=0)
