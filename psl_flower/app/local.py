@@ -48,6 +48,8 @@ class LocalSuperLink:
         # apps run in the environment at hand: Flower would install their dependencies anew for every run
         self.environment = {
             **SLEEP_WHILE_WAITING,
+            # Ray gives its workers way to everything else: beside other work a step would wait for its clients
+            "RAY_worker_niceness": "0",
             **os.environ,
             "FLWR_HOME": str(self.home),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -35,6 +35,7 @@ class UShapedSplit(SplitMethod):
     @stage(
         inputs={"outputs": ROWS, "rows": SHARED},
         outputs={"gradient": ROWS, "tail": SUM, "past": SUM, "loss": SUM, "score": SUM},
+        gradients=("gradient",),
         after="head_forward",
     )
     def tail_loss(self, client: ClientContext, outputs: Any, rows: Any) -> dict[str, Any]:

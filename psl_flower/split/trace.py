@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,16 +14,36 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from psl_flower.errors import CutError
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
 # traces apart, and the tracer lets modules that other threads call meanwhile run as ever.
-_FX_LOCK = threading.Lock()
+TRACING = threading.Lock()
 
 # From inputs by name to what a model is called with.
 Call = Callable[[dict[str, Any]], tuple[list[Any], dict[str, Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The form of what a model returns (a dict, a ``ModelOutput``) in each mode, of which a graph returns the tensors.
+
+    Parameters
+    ----------
+    specs : dict[bool, TreeSpec]
+    """
+
+    specs: dict[bool, TreeSpec]
+
+    def of(self, tensors: Sequence[torch.Tensor], mode: bool) -> Any:
+        """Return tensors as the model returns them."""
+        return tree_unflatten(tensors, self.specs[mode])
+
+    def __deepcopy__(self, memo: object) -> Form:
+        return self  # it never changes, and torch warns of copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +58,20 @@ class Trace:
         See `pinned_modules`.
     arguments : Arguments
         Which arguments the graphs take.
+    shared : frozenset of str
+        Inputs that may cross a cut as they are.
+    returns : Form, optional
+        Where the graphs return a tuple of tensors and the model something else.
     """
 
     graphs: dict[bool, fx.Graph]
     pinned: dict[bool, frozenset[str]]
     arguments: Arguments
+    shared: frozenset[str] = frozenset()
+    returns: Form | None = None
 
 
-def trace(root: nn.Module, cuts: Sequence[str]) -> Trace:
+def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> Trace:
     """Record what `root` does around the submodules `cuts`.
 
     Only `root` and the modules that contain a cut are traced through; every other module is called as it is. So a
@@ -57,6 +83,8 @@ def trace(root: nn.Module, cuts: Sequence[str]) -> Trace:
         Constants that its forward makes are stored on it; otherwise it is left as it was.
     cuts : sequence of str
         Qualified names of submodules, the first ones ``root.named_modules()`` gives them.
+    share : collection of str
+        Inputs that may cross a cut as they are.
 
     Raises
     ------
@@ -81,13 +109,13 @@ def trace(root: nn.Module, cuts: Sequence[str]) -> Trace:
     except Exception as error:  # symbolic execution runs the user's code: anything may come
         raise CutError(
             f"torch.fx cannot trace {_class_names(root, opened)}, which a cut there needs "
-            f"({type(error).__name__}: {_first_line(error)}). Cut at a module outside the code that cannot be traced, "
+            f"({type(error).__name__}: {first_line(error)}). Cut at a module outside the code that cannot be traced, "
             f"or cut by hand: SplitModel(client=..., server=...)."
         ) from error
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return Trace(graphs, pinned_modules(root), arguments)
+    return Trace(graphs, pinned_modules(root), arguments, frozenset(share) & set(arguments.inputs))
 
 
 def pinned_modules(root: nn.Module) -> dict[bool, frozenset[str]]:
@@ -111,7 +139,7 @@ def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tup
     attributes = _attributes(root)
     for _ in range(3):  # more than once, for these generators are global: it may have been another thread that drew
         states = _random_states()
-        with _FX_LOCK, _RefuseRandomTensors():  # type: ignore[no-untyped-call]
+        with TRACING, _RefuseRandomTensors():  # type: ignore[no-untyped-call]
             graph = _PathTracer(opened, call, inputs).trace(root)
         if _random_states() == states:
             break
@@ -226,5 +254,6 @@ def _class_names(root: nn.Module, names: frozenset[str]) -> str:
     return " or ".join(type(root.get_submodule(name)).__name__ for name in sorted(names))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
     return next(iter(str(error).splitlines()), "")

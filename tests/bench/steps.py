@@ -41,8 +41,7 @@ def measure(link, num_clients, *, num_supernodes=None, transport="streams", shar
 
 
 def prepared(link):
-    """Let a link's processes import the app's code, and the actors run with the priority of the centralised steps."""
-    link.environment["RAY_worker_niceness"] = "0"
+    """Let a link's processes import the app's code."""
     link.environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     return link
 
