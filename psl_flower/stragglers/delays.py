@@ -50,7 +50,7 @@ class SlowFractionDelays:
     """All clients are equally fast, but for a fraction that is slower by a factor ("slow-fraction").
 
     Who is slow depends on the seed and the set of client ids alone: it stays the same between epochs, and clients that
-    come or go change it as little as the fraction allows. The defaults are METHOD's "latency 10 % x10"; its
+    come or go change it as little as the fraction allows. The defaults are the paper's "latency 10 % x10"; its
     "per-sample 10 % x10" is ``latency=0, per_sample=1``.
 
     Parameters
@@ -100,7 +100,7 @@ class SlowFractionDelays:
 class LognormalDelays:
     """Latency and per-example time are lognormal and independent ("lognormal"): a crowd near the median, a long tail.
 
-    A client's delays depend on the seed and its own id alone. The defaults reproduce METHOD's "lognormal both".
+    A client's delays depend on the seed and its own id alone.
 
     Parameters
     ----------
