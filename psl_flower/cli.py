@@ -11,6 +11,7 @@ _COMMANDS = {
     "run": ("psl_flower.app.local", "train a Flower app in a simulation of its own, stopped at the end"),
     "deploy": ("psl_flower.app.deployment", "the same with a SuperLink and SuperNodes on this machine"),
     "plan": ("psl_flower.plan.command", "compare samplers on your clients before running anything"),
+    "audit": ("psl_flower.audit.command", "attack what the server receives, and report what leaks"),
     "experiments": ("psl_flower.experiments.command", "run sweeps, and report what came out"),
 }
 

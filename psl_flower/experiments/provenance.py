@@ -14,13 +14,13 @@ from psl_flower.threads import available_cores
 _PACKAGES = ("psl-flower", "torch", "flwr", "ray", "numpy")
 
 
-def provenance(arguments: Sequence[str], workers: int) -> dict[str, Any]:
-    """Return the command with its arguments, and what it runs on."""
+def provenance(arguments: Sequence[str], workers: int, module: str = "psl_flower.experiments") -> dict[str, Any]:
+    """Return the command, a module's, with its arguments, and what it runs on."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
-        "command": shlex.join(["python", "-m", "psl_flower.experiments", *arguments]),
+        "command": shlex.join(["python", "-m", module, *arguments]),
         "workers": workers,
         "processor": _processor(),
         "cores": available_cores(),

@@ -10,7 +10,7 @@ import pytest
 from psl_flower import cli
 
 
-@pytest.mark.parametrize("command", ["run", "deploy", "plan", "experiments"])
+@pytest.mark.parametrize("command", ["run", "deploy", "plan", "audit", "experiments"])
 def test_each_command_has_its_own_help_and_is_listed(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
