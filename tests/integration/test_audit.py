@@ -192,7 +192,7 @@ def test_nothing_is_found_in_noise(u_shaped, plain):
                     intervals += 1
                     outside += [] if finding.low <= 0.5 <= finding.high else [finding]
     assert intervals == 11
-    assert len(outside) <= 1  # they are intervals of 95 %
+    assert len(outside) <= 2  # they are intervals of 95 %, some of the same numbers
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
