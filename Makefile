@@ -11,7 +11,7 @@ help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
 run: $(READY) ## train the default app on 16 virtual clients; curves and model land in outputs/
-	$(BIN)/python -m psl_flower.app.local . --num-supernodes 16
+	$(BIN)/psl-flower run --num-supernodes 16
 
 test: $(READY) ## run the tests
 	$(PYTEST)

@@ -18,6 +18,7 @@ from psl_flower.audit.result import AuditResult, Case
 from psl_flower.checks import check_choice, check_int
 from psl_flower.data import Examples
 from psl_flower.errors import ConfigError
+from psl_flower.privacy import Defence
 from psl_flower.strategy.progress import clock
 
 Say = Callable[[str], None]
@@ -33,7 +34,7 @@ def audit(
     *,
     cuts: str | Sequence[str | None] | None = None,
     tail: str | None = None,
-    defences: Mapping[str, Sequence[Any]] | None = None,
+    defences: Mapping[str, Sequence[Defence]] | None = None,
     attacks: Iterable[str] | None = None,
     num_clients: int = 8,
     num_rounds: int = 3,
@@ -63,8 +64,8 @@ def audit(
         Qualified names of first server-side submodules; None for a `SplitModel`.
     tail : str, optional
         Qualified name of the first submodule that is back on the clients.
-    defences : dict of str to sequence, optional
-        What the clients do about it, by the name it has in the report: see `psl_flower.privacy`. Default: nothing,
+    defences : dict of str to sequence of Defence, optional
+        What the clients do about it, by the name it has in the report: see `psl_flower.privacy.defences`. Default:
         ``{"none": ()}``.
     attacks : iterable of str, optional
         Some of `psl_flower.audit.ATTACKS`. Default: all. Those that have nothing to attack find nothing.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
-from collections.abc import Sequence
+import shlex
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
+import click
+import typer
 from torch import nn
 
 from psl_flower.app.datasets import SPECS
@@ -20,97 +21,90 @@ from psl_flower.audit.presets import PRESETS
 from psl_flower.audit.report import save_report
 from psl_flower.checks import check_int
 from psl_flower.config import RunConfig
-from psl_flower.config.run_config import DATASETS, MODELS
-from psl_flower.errors import ConfigError
-from psl_flower.experiments.provenance import provenance
+from psl_flower.machine import machine
+from psl_flower.privacy import parse_defences
 
-_DESCRIPTION = """\
-Train a model split at each cut, with and without defences, by the package's own clients and strategy, record what the
-server receives, attack it, and report: how well inputs are reconstructed, labels inferred, members found.
-docs/audit.md says how to read the report, and what not to conclude from it.
-"""
-_EXAMPLES = """\
-examples:
+app = typer.Typer(add_completion=False)
+
+
+def _option(what: str, metavar: str, *names: str, panel: str = "Training", **more: Any) -> Any:
+    return typer.Option(*names, help=what, metavar=metavar, rich_help_panel=panel, **more)
+
+
+@app.command(
+    epilog="""Examples:
+
   psl-flower audit
-  psl-flower audit --cuts stage2 stage3 --seeds 3
-  psl-flower audit --cuts stage2 --tail head --secure-aggregation
-  psl-flower audit --preset cifar10 --data-path ~/data/cifar10
-"""
 
+  psl-flower audit --cut stage2 --cut head --defences none --defences "GaussianNoise(0.5)" --seeds 3
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 where an argument is refused."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    parser.set_defaults(**PRESETS[parser.parse_args(words).preset])
-    options = parser.parse_args(words)
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # the runs' own log
-    try:
-        _audit(options, words)
-    except ConfigError as exc:
-        print(f"psl_flower.audit: {exc}", file=sys.stderr)
-        return 2
-    return 0
+  psl-flower audit --cut stage2 --tail head --secure-aggregation
 
+  psl-flower audit cifar10 --data-path ~/data/cifar10"""
+)
+def _audit(
+    ctx: typer.Context,
+    preset: Annotated[str, typer.Argument(metavar="PRESET", click_type=click.Choice(list(PRESETS)))] = "digits",
+    data_path: Annotated[str, _option("Where the dataset's files are, as in the app.", "DIR")] = "",
+    examples: Annotated[int | None, _option("Training examples used, at most; the preset's.", "N")] = None,
+    model: Annotated[str, _option("The default app's; the preset's.", "NAME")] = "",
+    cuts: Annotated[list[str] | None, _option("First module on the server; the preset's.", "NAME", "--cut")] = None,
+    tail: Annotated[str, _option("First module that is back on the clients, where labels stay then.", "NAME")] = "",
+    secure_aggregation: Annotated[bool, _option("Clients mask their sums.", "", "--secure-aggregation")] = False,
+    defences: Annotated[
+        list[str] | None,
+        _option("Of the clients, as the key of the default app takes them; none: none.", "DEFENCES", "--defences"),
+    ] = None,
+    num_clients: Annotated[int, _option("How many; half are the attacker's.", "K")] = 8,
+    rounds: Annotated[int | None, _option("Of training; the last is attacked. The preset's.", "N")] = None,
+    batch_size: Annotated[int, _option("Examples a step, over all clients.", "B")] = 64,
+    learning_rate: Annotated[float, _option("Of SGD with momentum 0.9.", "RATE")] = 0.02,
+    attacks: Annotated[
+        list[str] | None,
+        _option("One of them; all unless some are named.", "|".join(ATTACKS), "--attack", panel="Attacks"),
+    ] = None,
+    seeds: Annotated[int, _option("Trainings of each cut with each of the defences.", "N", panel="Attacks")] = 1,
+    output: Annotated[Path, _option("Where the report goes.", "DIR", panel="Output")] = Path("outputs/audit"),
+) -> None:
+    """Measure what a curious server learns from what crosses a cut.
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m psl_flower audit",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="digits", help="options by name (default: digits)")
-    task = parser.add_argument_group("what is trained (default: the preset's)")
-    task.add_argument("--dataset", choices=DATASETS, help="the default app's")
-    task.add_argument("--data-path", default="", metavar="DIR", help="where the dataset's files are, as in the app")
-    task.add_argument("--examples", type=int, default=2000, metavar="N", help="training examples used, at most")
-    task.add_argument("--model", choices=MODELS, help="the default app's")
-    task.add_argument("--cuts", nargs="+", metavar="NAME", help="first modules on the server")
-    task.add_argument("--tail", default="", metavar="NAME", help="first module that is back on the clients")
-    task.add_argument("--secure-aggregation", action="store_true", help="clients mask their sums")
-    task.add_argument("--num-clients", type=int, default=8, metavar="K", help="half are the attacker's (default: 8)")
-    task.add_argument("--rounds", type=int, metavar="N", help="of training; the last is attacked")
-    task.add_argument("--batch-size", type=int, default=64, metavar="B", help="over all clients (default: 64)")
-    task.add_argument("--learning-rate", type=float, default=0.02, help="of SGD with momentum 0.9 (default: 0.02)")
-    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, metavar="NAME", help=f"{', '.join(ATTACKS)}")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each combination (default: 1)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/audit"), metavar="DIR", help="(default: outputs/audit)"
-    )
-    return parser
-
-
-def _audit(options: argparse.Namespace, words: Sequence[str]) -> None:
-    check_int(options.seeds, "--seeds", least=1)
-    data_path = str(Path(options.data_path).expanduser().resolve()) if options.data_path else ""
+    Trains a model split at each cut, with and without defences, records what
+    the server sends and receives, and attacks it: how well are inputs
+    reconstructed, labels inferred, members recognised? Options that are named
+    twice are compared. docs/audit.md says how to read the report, and what not
+    to conclude from it.
+    """
+    given = PRESETS[preset]
+    check_int(seeds, "--seeds", least=1)
     config = RunConfig(
-        dataset=options.dataset,
-        data_path=data_path,
-        model=options.model,
-        learning_rate=options.learning_rate,
-        augment="none",
+        dataset=given.dataset,
+        data_path=str(Path(data_path).expanduser().resolve()) if data_path else "",
+        model=model or given.model,
+        learning_rate=learning_rate,
+        augment="none",  # what is reconstructed is compared with what is in the data
     )
-    result = audit(
-        lambda seed: _model(config, seed),
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # the runs' own log
+    found = audit(
+        partial(_model, config),
         load_images(config, "train"),
         load_images(config, "test"),
-        cuts=options.cuts,
-        tail=options.tail or None,
-        attacks=options.attacks,
-        num_clients=options.num_clients,
-        num_rounds=options.rounds,
-        batch_size=options.batch_size,
+        cuts=cuts or given.cuts,
+        tail=tail or None,
+        defences={spec: () if spec == "none" else parse_defences(spec) for spec in defences or ("none",)},
+        attacks=attacks,
+        num_clients=num_clients,
+        num_rounds=given.rounds if rounds is None else rounds,
+        batch_size=batch_size,
         optimizer=partial(make_optimizer, config),
-        secure_aggregation=options.secure_aggregation,
-        examples=options.examples,
-        seeds=range(options.seeds),
+        secure_aggregation=secure_aggregation,
+        examples=given.examples if examples is None else examples,
+        seeds=range(seeds),
     )
-    result.settings.update(dataset=options.dataset, provenance=provenance(words, 1, "psl_flower audit"))
-    paths = save_report(result, options.output)
-    print(result.markdown())
-    for path in paths:
-        print(path)
+    found.settings.update(model=config.model, dataset=config.dataset, command=shlex.join(["psl-flower", *ctx.obj]))
+    found.settings.update(machine())
+    paths = save_report(found, output)
+    print(found.markdown())
+    print(*paths, sep="\n")
 
 
 def _model(config: RunConfig, seed: int) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from psl_flower.audit.recording import Recording, RecordingGrid, witness
 from psl_flower.audit.scene import Scene
 from psl_flower.client import split_client_app
 from psl_flower.methods import SplitMethod
+from psl_flower.privacy import Defence
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import replace_batch_norm
 from psl_flower.split.model import cut_model
@@ -60,7 +61,7 @@ class Setting:
     batch_size: int = 64
     optimizer: Callable[[Any], torch.optim.Optimizer]
     secure_aggregation: bool = False
-    defences: Sequence[Any] = field(default_factory=tuple)
+    defences: Sequence[Defence] = ()
     seed: int = 0
 
 
@@ -99,7 +100,6 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
     """
     model = replace_batch_norm(setting.model, before=setting.cut, tail=setting.tail) if setting.cut else setting.model
     recording = Recording()
-    defended: dict[str, Any] = {"defences": list(setting.defences)} if setting.defences else {}
     app = split_client_app(
         lambda: model,
         cut=setting.cut,
@@ -107,7 +107,7 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         data_fn=_dealt(setting),
         client_class=witness(recording),
         secure_aggregation=setting.secure_aggregation,
-        **defended,
+        defences=setting.defences,
         device="cpu",
     )
     strategy = ParallelSplitLearning(

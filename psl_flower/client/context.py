@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
+from psl_flower.client.defending import Defending
 from psl_flower.client.own import BoundOwn, OwnPart
 from psl_flower.client.part import ClientPart, LossFn, parameter_gradients
 from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
+from psl_flower.methods.base import Stage
 from psl_flower.origin import place, where
 from psl_flower.protocol import Orders
 from psl_flower.server import WeightedLoss
@@ -32,19 +34,28 @@ class BoundPart:
     client : SplitClient, optional
         Runs the part, if it is the one that takes a batch's inputs.
     loss : LossFn, optional
+    defending : Defending
+        What leaves in place of the outputs.
     """
 
     def __init__(
-        self, part: ClientPart, *, training: bool, client: SplitClient | None = None, loss: LossFn | None = None
+        self,
+        part: ClientPart,
+        *,
+        training: bool,
+        client: SplitClient | None = None,
+        loss: LossFn | None = None,
+        defending: Defending,
     ) -> None:
         self._part, self._client, self._training, self._loss = part, client, training, loss
+        self._defending = defending
 
     def __call__(self, inputs: Tree) -> Tree:
         """Run the part on a batch, in training or evaluation mode as the request has it.
 
         The model's first part takes a batch's inputs; another what crosses a cut, one argument an entry of a tuple.
         """
-        return tree.as_tree(self._run(inputs), f"what the {self._part.name} returns")
+        return self._defending.apart(tree.as_tree(self._run(inputs), f"what the {self._part.name} returns"))
 
     def _run(self, inputs: Tree) -> Any:
         moved = tree.to_device(inputs, self._part.device)
@@ -113,7 +124,8 @@ class BoundPart:
         again : bool
             Whether another stage goes back through the same graph.
         """
-        return parameter_gradients(self._part.parameters, outputs, gradients, again=again)
+        left, penalty = self._defending.in_place_of(outputs)
+        return parameter_gradients(self._part.parameters, left, gradients, again=again, penalty=penalty)
 
 
 class ClientContext:
@@ -133,6 +145,8 @@ class ClientContext:
         What the client keeps.
     keep : callable, optional
         Takes a `ClientPart`, and has the client keep a copy of it.
+    defending : Defending, optional
+        What the clients do to what leaves them.
 
     Attributes
     ----------
@@ -154,12 +168,20 @@ class ClientContext:
         loss: LossFn | None = None,
         own: Mapping[str, OwnPart] | None = None,
         keep: Callable[[ClientPart], None] | None = None,
+        defending: Defending | None = None,
     ) -> None:
         self._client, self._shared = clients[0], parts
         self._own, self._keep = own or {}, keep
+        self.defending = defending or Defending()
         first = next(iter(parts))
         self._parts = {
-            name: BoundPart(part, training=not orders.test, client=clients[0] if name == first else None, loss=loss)
+            name: BoundPart(
+                part,
+                training=not orders.test,
+                client=clients[0] if name == first else None,
+                loss=loss,
+                defending=self.defending,
+            )
             for name, part in parts.items()
         }
         self.kept: dict[str, Any] = {}
@@ -184,8 +206,18 @@ class ClientContext:
     def own(self, name: str) -> BoundOwn:
         """Return the client's own copy of a part."""
         kept = self._own[name]
-        run = BoundPart(kept.part, training=self.training, client=self._client)
+        run = BoundPart(kept.part, training=self.training, client=self._client, defending=self.defending)
         return BoundOwn(kept, run, int(self.counts.sum()))
+
+    def defend(self, stage: Stage, outputs: Mapping[str, Tree]) -> Mapping[str, Tree]:
+        """Return what leaves in place of what a stage gives."""
+        inputs = None if self.batch is None else self.batch.inputs
+        return self.defending.leave(stage, outputs, inputs, self._weights)
+
+    def _weights(self) -> bytes:
+        """Return a digest of the weights that stages run with."""
+        parts = [kept.part for kept in self._own.values()] or list(self._shared.values())
+        return b"".join(part.digest() for part in parts)
 
     def num_bytes(self) -> int:
         """Return the bytes of what is kept: a lower bound of what the graphs hold."""

@@ -1,19 +1,18 @@
 """Sums that leave a process masked: the seam between what stages give, and ``psl_flower.privacy``.
 
 A masked sum is a dict of trees. "values" are those of the sum in fixed point, with a zero where a client has None;
-"present" counts, leaf by leaf, for how many it is there; both are masked. "like" has an empty tensor of each leaf's
-dtype. Where a stage gives nothing at all (gradients, in evaluation), there is nothing to mask.
+"present" counts, leaf by leaf, for how many it is there; where gradients are to be scaled down, "scaled" counts the
+clients that did so, and adds up their factors (in parts of one, see `FACTOR`); all are masked. "like" has an empty
+tensor of each leaf's dtype. Where a stage gives nothing at all (gradients, in evaluation), there is nothing to mask.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context
 from torch import Tensor
 
 from psl_flower import tree
@@ -22,14 +21,12 @@ from psl_flower.client.process import RunState
 from psl_flower.errors import ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import Stage
-from psl_flower.privacy import Company, OutOfRangeError, Party, encode, fingerprint
+from psl_flower.privacy import FACTOR, Company, OutOfRangeError, Party, encode, fingerprint
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.protocol import Leaf, Request
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
-
-_RECORD = "psl_flower.party"  # in a node's state, which stays with the node
 
 
 def describe_key(state: RunState, node: int, session: str) -> bytes:
@@ -128,9 +125,10 @@ class Masking:
         sums = {name: leaf.value for name, leaf in leaves.items() if self._is_masked(name, leaf)}
         whole, numbers = {}, []
         for name, value in sums.items():
+            value, scaled = self._scaled(name, value, clients)
             present, filled = _filled(value, self._parameters.get(name))
             whole[name] = filled
-            numbers += [present, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
+            numbers += [present, *scaled, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
         if not numbers:
             return dict(leaves)
         total = np.concatenate(numbers)
@@ -143,6 +141,7 @@ class Masking:
                 {
                     "like": tree.map_leaves(lambda t: torch.empty(0, dtype=t.dtype), filled),
                     "present": next(pieces),
+                    **({"scaled": next(pieces)} if self._scales(name) else {}),
                     "values": tree.map_leaves(lambda t: next(pieces).reshape(t.shape), filled),
                 },
             )
@@ -152,6 +151,24 @@ class Masking:
         if leaf.kind is not LeafKind.SUM:
             return False
         return bool(tree.leaves(leaf.value)) or (self._training and name in self._parameters)
+
+    def _scales(self, name: str) -> bool:
+        return self._company.max_norm is not None and name in self._parameters
+
+    def _scaled(self, name: str, value: tree.Tree, clients: IntArray) -> tuple[tree.Tree, list[IntArray]]:
+        """Return a client's gradient within the norm that all keep to, and by how much it was scaled down."""
+        most, company = self._company.max_norm, self._company
+        if most is None or not self._scales(name):
+            return value, []
+        assert len(clients) == 1, "each client keeps to the norm by itself"
+        # of the mean over the batch: a client's own mean is that times the batch over its share
+        share = int(company.counts[np.searchsorted(company.clients, clients[0])]) / int(company.counts.sum())
+        norm = tree.norm(value) / share
+        if not norm > most:
+            return value, [np.zeros(2, dtype=np.int64)]
+        factor = most / norm
+        log.info("client %d: its %s gradient, of norm %.3g, is scaled down to %.3g", clients[0], name, norm, most)
+        return tree.map_leaves(lambda t: t * factor, value), [np.array([1, round(factor * FACTOR)])]
 
     def _encoded(self, name: str, tensor: Tensor) -> IntArray:
         if tensor.is_complex():
@@ -183,20 +200,3 @@ def _filled(value: tree.Tree, parameters: Mapping[str, Tensor] | None) -> tuple[
     names = sorted(parameters)
     present = np.array([value[name] is not None for name in names], dtype=np.int64)
     return present, {n: torch.zeros_like(parameters[n]) if value[n] is None else value[n] for n in names}
-
-
-# --- processes that end with each message ----------------------------------------------------------------------------
-def restore(state: RunState, context: Context) -> None:
-    """Take up a client's key and what it has given from its node's state: another process may have been last."""
-    record, party = context.state.get(_RECORD), state.parties.get(context.node_id)
-    if isinstance(record, ConfigRecord):
-        kept: dict[str, Any] = dict(record)
-        if party is None or party.private != kept["private"]:
-            party = state.parties[context.node_id] = Party(kept["session"], kept["private"])
-        party.load_state_dict(kept)
-
-
-def keep(state: RunState, context: Context) -> None:
-    """Put a client's key, and what it has given, into its node's state: the next process may be another."""
-    if context.node_id in state.parties:
-        context.state[_RECORD] = ConfigRecord(state.parties[context.node_id].state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,14 @@ class ClientPart:
         own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         constants = {name: t for name, t in own.items() if name not in self.parameters}
         return Weights(self.parameters, constants, version="", constants_version="")
+
+    def digest(self) -> bytes:
+        """Return a digest of the weights as they are now: equal where they are, whoever names them."""
+        found = hashlib.sha256()
+        for name, tensor in {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}.items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.digest()
 
     def copy(self) -> ClientPart:
         """Return another part of the same weights, which go their own way from here."""
@@ -213,7 +222,12 @@ class LossFn:
 
 
 def parameter_gradients(
-    parameters: Mapping[str, Tensor], outputs: Tree, gradients: Tree, *, again: bool = False
+    parameters: Mapping[str, Tensor],
+    outputs: Tree,
+    gradients: Tree,
+    *,
+    again: bool = False,
+    penalty: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
     """Return the gradients of parameters, given those of what they went into.
 
@@ -227,6 +241,8 @@ def parameter_gradients(
         Of the same form; None for tensors that have none.
     again : bool
         Whether the graph is needed again.
+    penalty : () tensor, optional
+        What comes on top of the loss.
 
     Returns
     -------
@@ -253,6 +269,9 @@ def parameter_gradients(
         weights.append(gradient.to(output.device))
     if given:
         raise ConfigError(f"gradients of what did not cross the cut: {', '.join(given)[:200]}")
+    if penalty is not None and penalty.requires_grad:
+        roots.append(penalty)
+        weights.append(torch.ones_like(penalty))
     if not roots or not parameters:
         return dict.fromkeys(parameters)
     found = torch.autograd.grad(roots, list(parameters.values()), weights, retain_graph=again, allow_unused=True)

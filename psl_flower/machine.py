@@ -1,10 +1,8 @@
-"""What a sweep was run with: command, machine, versions."""
+"""What this machine is, and which versions are installed on it."""
 
 from __future__ import annotations
 
 import platform
-import shlex
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,24 +12,22 @@ from psl_flower.threads import available_cores
 _PACKAGES = ("psl-flower", "torch", "flwr", "ray", "numpy")
 
 
-def provenance(arguments: Sequence[str], workers: int, module: str = "psl_flower.experiments") -> dict[str, Any]:
-    """Return the command, a module's, with its arguments, and what it runs on."""
+def machine() -> dict[str, Any]:
+    """Return processor, cores, GPU, system, and the versions of Python and what matters most."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
-        "command": shlex.join(["python", "-m", module, *arguments]),
-        "workers": workers,
         "processor": _processor(),
         "cores": available_cores(),
-        "gpu": device,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in _PACKAGES if (found := installed_version(name))},
     }
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Return the version of an installed package, empty if it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:
