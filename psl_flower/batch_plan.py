@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -138,7 +139,7 @@ class BatchPlan(Sequence[PlanStep]):
         return table
 
     def shuffled(self, rng: np.random.Generator) -> BatchPlan:
-        """Return the same steps in a random order (METHOD: an epoch's time is a sum, so the order is free)."""
+        """Return the same steps in a random order: an epoch's time is a sum, so it stays (docs/method.md, 1)."""
         return self.take(rng.permutation(len(self)))
 
     def take(self, steps: IndexArray) -> BatchPlan:
@@ -153,6 +154,54 @@ class BatchPlan(Sequence[PlanStep]):
             self.clients[entries],
             self.quotas[entries],
             None if self.class_quotas is None else self.class_quotas[entries],
+        )
+
+    def of_at_least(self, clients: int) -> BatchPlan:
+        """Return the plan with its steps of fewer clients joined to others, each example once as before.
+
+        Steps of few clients are joined to each other as long as each brings a new client, until there are enough; what
+        is left over is added to the smallest steps. With fewer clients in all, nothing can be done.
+        """
+        active, sizes = self.active_clients(), self.batch_sizes().tolist()
+        goes, over = np.arange(len(self)), list[int]()
+        group, members = list[int](), set[int]()
+        for step in np.flatnonzero(active < clients).tolist():
+            here = set(self.clients[self.offsets[step] : self.offsets[step + 1]].tolist())
+            if here <= members:
+                over.append(step)
+                continue
+            group, members = [*group, step], members | here
+            if len(members) >= clients:
+                goes[group] = group[0]
+                group, members = [], set()
+        over += group
+        whole = np.bincount(goes, self.batch_sizes(), minlength=len(self))
+        smallest = [(whole[step], step) for step in np.flatnonzero(whole > 0).tolist() if step not in set(over)]
+        if not smallest or (not over and (goes == np.arange(len(self))).all()):
+            return self
+        heapq.heapify(smallest)
+        for step in sorted(over):
+            size, goes[step] = smallest[0]
+            heapq.heapreplace(smallest, (size + sizes[step], int(goes[step])))
+        return self._joined(goes)
+
+    def _joined(self, goes: IntArray) -> BatchPlan:
+        """Return the plan with each step's entries in the one of that index, (T,); steps that are empty then go."""
+        kept, steps = np.unique(goes, return_inverse=True)
+        entries = np.stack([steps[self.steps()], self.clients], axis=1)
+        entries, at = np.unique(entries, axis=0, return_inverse=True)
+
+        def added(column: IntArray) -> IntArray:
+            total = np.zeros((len(entries), *column.shape[1:]), dtype=np.int64)
+            np.add.at(total, at.reshape(-1), column)
+            return total
+
+        return BatchPlan(
+            self.population,
+            np.searchsorted(entries[:, 0], np.arange(len(kept) + 1)),
+            entries[:, 1],
+            added(self.quotas),
+            None if self.class_quotas is None else added(self.class_quotas),
         )
 
     def validate(self) -> None:

@@ -43,8 +43,8 @@ class FaultPolicy:
         "stop": NaN or infinite loss or gradients in the server half end the run. "skip": the step is not applied, and
         its examples are left out of this epoch; ten in a row end the run.
     max_gradient_norm : float, optional
-        A client's parameter gradient (its mean over the client's examples) is scaled down to this L2 norm.
-
+        A client's parameter gradient (its mean over the client's examples) is scaled down to this L2 norm; with secure
+        aggregation by the client itself, for the server does not see it.
     outlier_bound : float, optional
         What a client sends in training is refused if its norm, an example, is far above those of all clients: its
         logarithm this many robust standard deviations above the median. Its step is drawn again later; after the third

@@ -151,6 +151,12 @@ def add(one: Tree, other: Tree) -> Tree:
     return one + other
 
 
+def norm(tree: Tree) -> float:
+    """Return the L2 norm of all tensors as one vector; 0 where there are none."""
+    found = [torch.linalg.vector_norm(leaf.detach(), dtype=torch.float64) for leaf in leaves(tree)]
+    return float(torch.linalg.vector_norm(torch.stack(found))) if found else 0.0
+
+
 def num_bytes(tree: Tree) -> int:
     """Return the bytes of all leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))

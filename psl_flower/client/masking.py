@@ -1,8 +1,9 @@
 """Sums that leave a process masked: the seam between what stages give, and ``psl_flower.privacy``.
 
 A masked sum is a dict of trees. "values" are those of the sum in fixed point, with a zero where a client has None;
-"present" counts, leaf by leaf, for how many it is there; both are masked. "like" has an empty tensor of each leaf's
-dtype. Where a stage gives nothing at all (gradients, in evaluation), there is nothing to mask.
+"present" counts, leaf by leaf, for how many it is there; where gradients are to be scaled down, "scaled" counts the
+clients that did so, and adds up their factors (in parts of one, see `FACTOR`); all are masked. "like" has an empty
+tensor of each leaf's dtype. Where a stage gives nothing at all (gradients, in evaluation), there is nothing to mask.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from psl_flower.client.process import RunState
 from psl_flower.errors import ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import Stage
-from psl_flower.privacy import DPSGD, Company, OutOfRangeError, Party, encode, fingerprint
+from psl_flower.privacy import DPSGD, FACTOR, Company, OutOfRangeError, Party, encode, fingerprint
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.protocol import Leaf, Request
 from psl_flower.typing import IntArray
@@ -131,14 +132,14 @@ class Masking:
             If a value is not finite, or too large.
         """
         sums = {name: leaf.value for name, leaf in leaves.items() if self._is_masked(name, leaf)}
-        if self._private is not None and self._training:
-            share = len(clients) / len(self._company)
-            sums |= {name: self._private.noised(sums[name], share) for name in sums.keys() & self._parameters.keys()}
         whole, numbers = {}, []
         for name, value in sums.items():
+            value, scaled = self._scaled(name, value, clients)
+            if self._private is not None and self._training and name in self._parameters:
+                value = self._private.noised(value, share=len(clients) / len(self._company))
             present, filled = _filled(value, self._parameters.get(name))
             whole[name] = filled
-            numbers += [present, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
+            numbers += [present, *scaled, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
         if not numbers:
             return dict(leaves)
         total = np.concatenate(numbers)
@@ -151,6 +152,7 @@ class Masking:
                 {
                     "like": tree.map_leaves(lambda t: torch.empty(0, dtype=t.dtype), filled),
                     "present": next(pieces),
+                    **({"scaled": next(pieces)} if self._scales(name) else {}),
                     "values": tree.map_leaves(lambda t: next(pieces).reshape(t.shape), filled),
                 },
             )
@@ -160,6 +162,24 @@ class Masking:
         if leaf.kind is not LeafKind.SUM:
             return False
         return bool(tree.leaves(leaf.value)) or (self._training and name in self._parameters)
+
+    def _scales(self, name: str) -> bool:
+        return self._company.max_norm is not None and name in self._parameters
+
+    def _scaled(self, name: str, value: tree.Tree, clients: IntArray) -> tuple[tree.Tree, list[IntArray]]:
+        """Return a client's gradient within the norm that all keep to, and by how much it was scaled down."""
+        most, company = self._company.max_norm, self._company
+        if most is None or not self._scales(name):
+            return value, []
+        assert len(clients) == 1, "each client keeps to the norm by itself"
+        # of the mean over the batch: a client's own mean is that times the batch over its share
+        share = int(company.counts[np.searchsorted(company.clients, clients[0])]) / int(company.counts.sum())
+        norm = tree.norm(value) / share
+        if not norm > most:
+            return value, [np.zeros(2, dtype=np.int64)]
+        factor = most / norm
+        log.info("client %d: its %s gradient, of norm %.3g, is scaled down to %.3g", clients[0], name, norm, most)
+        return tree.map_leaves(lambda t: t * factor, value), [np.array([1, round(factor * FACTOR)])]
 
     def _encoded(self, name: str, tensor: Tensor) -> IntArray:
         if tensor.is_complex():

@@ -177,8 +177,9 @@ class _Work:
         orders = request.orders
         assert orders is not None  # `_stage` has seen to it, with the codec
         sums = LeafKind.SUM in self.stage.outputs.values()
-        if len(clients) > 1 and request.separate and sums:
-            raise CannotJoinError("each client's own sum is asked for", lasting=False)
+        scaled = request.company is not None and request.company.max_norm is not None
+        if len(clients) > 1 and (request.separate or scaled) and sums:
+            raise CannotJoinError("each client's own sum is needed", lasting=False)
         for name, weights in request.weights.items():
             self._parts()[name].load(weights)
         own = self.state.own.identity(request.nodes[0]) if self.stage.own else ()
@@ -334,7 +335,8 @@ def _key(request: Request, orders: Orders, own: tuple[int, ...]) -> tuple[Hashab
     versions = tuple(weights.version for weights in request.weights.values())
     step = (versions, orders.seed, orders.epoch, orders.step, orders.test)
     classes = None if orders.class_counts is None else orders.class_counts.tobytes()
-    return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes, own)
+    order = (tuple(orders.left_out.items()), tuple(orders.put_off.items()))
+    return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes, order, own)
 
 
 def _join(batches: Sequence[Batch]) -> Batch:

@@ -32,7 +32,7 @@ OPTIMIZERS = ("sgd", "adam")
 PARTITIONS = ("iid", "mild", "severe")
 SIMULATED_DELAYS = tuple(name for name in DELAY_MODELS if name != "measured")
 
-# (classes a client, Dirichlet concentration) of the label-skewed splits, METHOD section 5
+# (classes a client, Dirichlet concentration) of the label-skewed splits, docs/method.md, 5
 _LABEL_SKEW = {"mild": (5, 3.0), "severe": (2, 3.0)}
 
 
@@ -75,7 +75,7 @@ class RunConfig:
         "", "Augmentation of training images; empty: crop-flip for cifar10 and cifar100, none for the others"
     )
     partition: Annotated[str, OneOf(PARTITIONS)] = key(
-        "iid", "How training data is split among clients: evenly, or skewed by label, METHOD section 5"
+        "iid", "How training data is split among clients: evenly, or skewed by label"
     )
     classes_per_client: int = key(0, "How many a client has, with mild and severe; 0: 5 and 2", unit="classes", ge=0)
     dirichlet_alpha: float = key(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,7 @@ def encode_company(company: Company, packer: Packer) -> dict[str, Any]:
         "attempt": company.attempt,
         "degree": company.degree,
         "places": dict(company.places),
+        "max-norm": company.max_norm,
         "clients": packer.column(company.clients),
         "counts": packer.column(company.counts),
         "keys": packer.column(company.keys),
@@ -105,6 +107,7 @@ def decode_company(header: Mapping[str, Any], unpacker: Unpacker) -> Company:
         attempt=field(header, "attempt", int),
         degree=field(header, "degree", int),
         places={name: field({name: n}, name, int) for name, n in field(header, "places", dict).items()},
+        max_norm=None if header.get("max-norm") is None else field(header, "max-norm", float),
         clients=clients,
         counts=unpacker.column(header.get("counts"), torch.int64, (length,)),
         keys=unpacker.column(header.get("keys"), torch.uint8, (length, KEY_BYTES)),
@@ -113,6 +116,7 @@ def decode_company(header: Mapping[str, Any], unpacker: Unpacker) -> Company:
         company.attempt < 0
         or not 0 <= company.degree < max(length, 1)
         or any(abs(n) > 1000 for n in company.places.values())
+        or not (company.max_norm is None or 0 < company.max_norm < math.inf)
     ):
-        raise ProtocolError("attempt, degree and places of a company are out of range")
+        raise ProtocolError("attempt, degree, places or largest norm of a company are out of range")
     return company

@@ -73,7 +73,7 @@ class Validator:
             try:
                 _check_form(part, stage, step)
                 if request.company is not None:
-                    _check_masked(part, expected)
+                    _check_masked(part, expected, scaled=request.company.max_norm is not None)
                 specs[id(part)] = _spec(part, expected)
                 passed.append(part)
             except ProtocolError as error:
@@ -282,7 +282,7 @@ def _difference(spec: Spec, expected: Spec) -> Failure | None:
     return Failure(FailureKind.NAMES, f"expected {len(expected)} tensors as of the others, got {len(spec)}")
 
 
-def _check_masked(part: Part, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _check_masked(part: Part, expected: Mapping[str, Mapping[str, Tensor]], *, scaled: bool) -> None:
     """Raise ProtocolError unless sums are masked; of their values nothing can be told.
 
     See `psl_flower.client.masking` for their form.
@@ -290,14 +290,14 @@ def _check_masked(part: Part, expected: Mapping[str, Mapping[str, Tensor]]) -> N
     for name, leaf in part.outputs.items():
         if leaf.kind is not Kind.SUM or not named_leaves(leaf.value, name):
             continue
-        if not isinstance(leaf.value, Mapping) or set(leaf.value) != {"like", "present", "values"}:
+        columns = {"present": len(expected.get(name, ())), **({"scaled": 2} if scaled and name in expected else {})}
+        if not isinstance(leaf.value, Mapping) or set(leaf.value) != {"like", "values", *columns}:
             raise ProtocolError(f"{name}: expected a masked sum")
         if name in expected:
             whole = {n: torch.empty_like(t, dtype=torch.int64, device="meta") for n, t in expected[name].items()}
             _check_sum(name, leaf.value["values"], whole)
-            _check_sum(
-                name, {"present": leaf.value["present"]}, {"present": torch.empty(len(whole), dtype=torch.int64)}
-            )
+            numbers = {column: torch.empty(size, dtype=torch.int64) for column, size in columns.items()}
+            _check_sum(name, {column: leaf.value[column] for column in columns}, numbers)
             if None in leaf.value["values"].values():
                 raise ProtocolError(f"{name}: a masked sum must be whole", FailureKind.NAMES)
 

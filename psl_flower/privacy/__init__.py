@@ -1,6 +1,11 @@
 """What keeps a client's own with it: masked sums, noisy counts, defences of what leaves, training with DP-SGD."""
 
-from psl_flower.privacy.company import Company
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from psl_flower.privacy.company import FACTOR, Company
 from psl_flower.privacy.defences import (
     ClipCutGradient,
     Defence,
@@ -22,6 +27,7 @@ from psl_flower.privacy.secret import Secret
 
 __all__ = [
     "DPSGD",
+    "FACTOR",
     "ClipCutGradient",
     "Company",
     "Defence",
@@ -44,3 +50,9 @@ __all__ = [
     "places_for",
     "secure_options",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "audit":  # it stands far above this package, and needs all of it
+        return import_module("psl_flower.audit").audit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

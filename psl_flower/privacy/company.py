@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from psl_flower.typing import IntArray
 
 KEY_BYTES = 32
+FACTOR = 2**32  # parts of one that clients tell factors in
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,6 +36,8 @@ class Company:
         Neighbours of each: even, or all others.
     places : dict of str to int
         Binary places of each sum.
+    max_norm : float, optional
+        L2 norm that each client scales its mean gradient of a part down to, before it masks it.
     """
 
     session: str
@@ -44,6 +47,7 @@ class Company:
     keys: NDArray[np.uint8]
     degree: int
     places: Mapping[str, int] = field(default_factory=dict)
+    max_norm: float | None = None
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -55,6 +59,13 @@ class Company:
         for column in (self.clients, self.counts, self.keys):
             found.update(np.ascontiguousarray(column).tobytes())
         return found.digest()
+
+    def terms(self, stage: str) -> bytes:
+        """Return what the masks of a stage are made for: masks of clients that were told different things stay.
+
+        Else the server could have all but one scale their gradients to nothing, or round them away.
+        """
+        return self.digest + f"{stage} {sorted(self.places.items())} {self.max_norm}".encode()
 
     @cached_property
     def is_sound(self) -> bool:

@@ -140,10 +140,10 @@ class Party:
         others : sequence of int
             Positions.
         """
-        context = company.digest + stage.encode()
+        terms = company.terms(stage)
         numbers = total.view(np.uint64)
         for other in others:
-            key = hmac.digest(self._secret(company.key(other)), context, "sha256")
+            key = hmac.digest(self._secret(company.key(other)), terms, "sha256")
             stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
             combine = np.add if other > at else np.subtract
             for begin in range(0, len(numbers), _CHUNK):

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psl_flower.batch_plan import BatchPlan, PlanStep
-from psl_flower.errors import MembershipError, StepError
+from psl_flower.errors import MembershipError
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.rounding import round_to_sum
-from psl_flower.seeds import PutOff, client_epoch_rng, epoch_order
 from psl_flower.strategy.orders import Cursors
 from psl_flower.typing import BoolArray, IndexArray, IntArray
 
@@ -54,6 +53,10 @@ class EpochLedger:
     by_class : bool
         Whether clients draw by class where the plan says so. If not, it only decides how many examples each draws:
         what is planned with class counts that are noisy, or by clients that keep their labels.
+    least : int
+        Clients that a step must have: those of fewer are joined to others.
+    before : EpochLedger, optional
+        That of the epoch before.
 
     Raises
     ------
@@ -69,22 +72,27 @@ class EpochLedger:
         state: Mapping[str, Any] | None = None,
         *,
         by_class: bool = True,
+        least: int = 1,
+        before: EpochLedger | None = None,
     ) -> None:
-        self._sampler, self._epoch, self._by_class = sampler, epoch, by_class
+        self._sampler, self._epoch, self._by_class, self._least = sampler, epoch, by_class, least
         self.population = population
         if state is not None:
             self.load_state_dict(state)
             return
         self.replans = 0
         self._cursors = Cursors(population.client_ids, seed=sampler.seed, epoch=epoch)
-        self._resting = np.zeros(len(population), dtype=np.int64)  # owed, but not at the present weights, (K,)
         counts = population.label_counts
+        self._resting = np.zeros(len(population), dtype=np.int64)  # owed, but not at the present weights, (K,)
+        self._resting_by_class = np.zeros((len(population), 0 if counts is None else counts.shape[1]), dtype=np.int64)
         self._seen: IntArray | None = None if counts is None else np.zeros_like(counts)
-        self._plan = sampler.plan(population, epoch)
+        self._plan = sampler.plan(population, epoch).of_at_least(least)
         self._next = 0
         self._taken = 0  # steps, of the plan
         self._planned = population.sizes.copy()  # what each client owes that the plan collects, (K,)
         self._outdated = False  # whether the plan collects more than is owed
+        if before is not None:
+            self._rest_after(before)
 
     # --- what is left ------------------------------------------------------------------------------------------------
     @property
@@ -137,7 +145,7 @@ class EpochLedger:
             starts=used,
             counts=used if over else left,
             seed=self._sampler.seed,
-            epoch=self._epoch,
+            epoch=self._cursors.epoch,
             step=index,
         )
 
@@ -168,53 +176,40 @@ class EpochLedger:
     def put_off(self, step: PlanStep) -> None:
         """Have the examples of a step that was given up rest until the weights are others; see `Party` for why."""
         self._cursors.to_end(self._as_drawn(step))
-        self._resting[np.searchsorted(self.population.client_ids, step.clients)] += step.quotas
+        rows = np.searchsorted(self.population.client_ids, step.clients)
+        self._resting[rows] += step.quotas
+        if step.class_quotas is not None and self._seen is not None:
+            self._resting_by_class[rows] += step.class_quotas
         self._outdated = True
 
-    def at_rest(self, held: Mapping[int, int], left_out: Mapping[int, tuple[int, ...]]) -> dict[int, IntArray]:
-        """Return what rests still, by client, as indices of its data.
+    def _rest_after(self, before: EpochLedger) -> None:
+        """Have what rested at the end of the epoch before rest on, until the weights are others.
 
-        Parameters
-        ----------
-        held : dict of int to int
-            Examples of each client, with those that it cannot read.
-        left_out : dict of int to tuple of int
-            Those that it cannot read.
-
-        Raises
-        ------
-        StepError
-            If orders are by class: the server does not know which examples they are then.
+        Which examples those are may be the clients' to know (orders by class): so this epoch goes in the order of the
+        one before, in which they come last.
         """
-        rows, found = np.flatnonzero(self._resting), {}
-        for client, count in zip(self.population.client_ids[rows].tolist(), self._resting[rows].tolist(), strict=True):
-            moved = self._cursors.put_off[client]
-            if any(of_class >= 0 for of_class, _, _ in moved):
-                raise StepError(
-                    f"client {client} gave its last {count} examples of the epoch to a sum that came to nothing, and "
-                    "orders are by class: nothing more can be asked of it at these weights. Resume from a checkpoint, "
-                    "or use a sampler that does not plan by class"
-                )
-            order = self._order(client, held[client], left_out.get(client, ()), moved)
-            found[client] = order[len(order) - count :]
-        return found
-
-    def rest(
-        self, examples: Mapping[int, IntArray], held: Mapping[int, int], left_out: Mapping[int, tuple[int, ...]]
-    ) -> None:
-        """Have examples rest that did so at the end of the epoch before, see `at_rest`; before the first step."""
-        for client, indices in examples.items():
-            row = np.flatnonzero(self.population.client_ids == client)
-            if not len(row) or client not in held:
-                continue
-            order = self._order(client, held[client], left_out.get(client, ()), ())
-            places = np.flatnonzero(np.isin(order, indices))
-            self._cursors.put_off[client] = tuple((-1, int(place) - i, 1) for i, place in enumerate(places))
-            self._resting[row[0]] = len(places)
-            self._outdated = True
-
-    def _order(self, client: int, size: int, left_out: tuple[int, ...], moved: PutOff) -> IntArray:
-        return epoch_order(client_epoch_rng(self._sampler.seed, self._epoch, client), size, left_out, moved)
+        ids, held = self.population.client_ids, self.population.sizes
+        resting = {
+            client: (n, by_class)
+            for client, size, n, by_class in zip(
+                before.population.client_ids.tolist(),
+                before.population.sizes,
+                before._resting,
+                before._resting_by_class,
+                strict=True,
+            )
+            if n and size == held[ids == client].sum()  # else it has other data
+        }
+        if not resting:
+            return
+        self._cursors = Cursors(ids, seed=self._sampler.seed, epoch=before._cursors.epoch)
+        for client, (n, by_class) in resting.items():
+            row = int(np.searchsorted(ids, client))
+            self._cursors.put_off[client] = before._cursors.put_off[client]
+            self._resting[row] = n
+            if len(by_class) == self._resting_by_class.shape[1]:
+                self._resting_by_class[row] = by_class
+        self._outdated = True
 
     def done(self, step: PlanStep, labels: Mapping[int, NDArray[Any]], *, committed: bool = True) -> None:
         """Count as used what came of the next step.
@@ -230,7 +225,7 @@ class EpochLedger:
         """
         whole = self._plan[self._next]
         if committed:
-            self._resting[:] = 0
+            self._resting[:], self._resting_by_class[:] = 0, 0
         self._cursors.advance(self._as_drawn(step))
         self._next += 1
         self._taken += 1
@@ -282,14 +277,14 @@ class EpochLedger:
             self._remaining_by_class(rows),
             None if population.delays is None else population.delays.take(rows),
         )
-        self._plan = self._sampler.plan(rest, self._epoch, replan=self.replans)
+        self._plan = self._sampler.plan(rest, self._epoch, replan=self.replans).of_at_least(self._least)
         self._next, self._taken, self._planned = 0, 0, np.where(available, self._at_hand, 0)
 
     def _remaining_by_class(self, rows: IndexArray) -> IntArray | None:
         counts = self.population.label_counts
         if counts is None or self._seen is None:
             return None
-        remaining, left = self._at_hand[rows], (counts - self._seen)[rows]
+        remaining, left = self._at_hand[rows], (counts - self._seen - self._resting_by_class)[rows]
         # labels that are not those a client reported (soft ones, say): its classes are spread as they were
         rng = np.random.default_rng([self._sampler.seed, self._epoch, self.replans])
         for i in np.flatnonzero((left < 0).any(axis=1) | (left.sum(axis=1) != remaining)):
@@ -305,12 +300,15 @@ class EpochLedger:
             The clients there were, and the new ones.
         """
         rows = np.searchsorted(population.client_ids, self.population.client_ids)
-        cursors = Cursors(population.client_ids, seed=self._sampler.seed, epoch=self._epoch)
+        cursors = Cursors(population.client_ids, seed=self._sampler.seed, epoch=self._cursors.epoch)
         cursors.used[rows] = self._cursors.used
         cursors.used_by_class = _moved(self._cursors.used_by_class, rows, len(population))
         if population.label_counts is not None and self._seen is not None:
-            more = population.label_counts.shape[1] - self._seen.shape[1]
-            self._seen = _moved(np.pad(self._seen, ((0, 0), (0, max(0, more)))), rows, len(population))
+            more = max(0, population.label_counts.shape[1] - self._seen.shape[1])
+            self._seen, self._resting_by_class = (
+                _moved(np.pad(table, ((0, 0), (0, more))), rows, len(population))
+                for table in (self._seen, self._resting_by_class)
+            )
         cursors.put_off = self._cursors.put_off
         planned, resting = np.zeros((2, len(population)), dtype=np.int64)
         planned[rows], resting[rows] = self._planned, self._resting
@@ -330,7 +328,9 @@ class EpochLedger:
             "used": self._cursors.used,
             "used_by_class": self._cursors.used_by_class,
             "put_off": {client: [list(each) for each in moved] for client, moved in self._cursors.put_off.items()},
+            "order": self._cursors.epoch,
             "resting": self._resting,
+            "resting_by_class": self._resting_by_class,
             "seen": self._seen,
             "plan": {
                 "offsets": plan.offsets,
@@ -344,10 +344,11 @@ class EpochLedger:
         """Go on from what `state_dict` returned, for the population that it was of."""
         population = self.population
         self.replans, self._taken = state["replans"], state["taken"]
-        self._cursors = Cursors(population.client_ids, seed=self._sampler.seed, epoch=self._epoch)
+        self._cursors = Cursors(population.client_ids, seed=self._sampler.seed, epoch=state["order"])
         self._cursors.used, self._cursors.used_by_class = state["used"], state["used_by_class"]
         self._cursors.put_off = {c: tuple(map(tuple, moved)) for c, moved in state["put_off"].items()}
         self._resting = np.array(state["resting"], dtype=np.int64)
+        self._resting_by_class = np.array(state["resting_by_class"], dtype=np.int64)
         self._seen, self._outdated = state["seen"], state["outdated"]
         plan = self._plan = BatchPlan(Population(population.client_ids, population.sizes), **state["plan"])
         self._next, self._planned = 0, np.zeros(len(population), dtype=np.int64)

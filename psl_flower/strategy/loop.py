@@ -86,7 +86,7 @@ class EpochLoop:
                         break
                     skips = skips + 1 if attempt.skipped == "not finite" else 0
                     _check_skips(skips)
-                if attempt.skipped:
+                if attempt.skipped and not attempt.given:
                     ledger.done(part(step, attempt.counts()), _labels(attempt), committed=False)
                 elif attempt.record is not None:
                     step = part(step, attempt.counts())
@@ -124,20 +124,17 @@ class EpochLoop:
         with run.summary.spending("start"):
             run.membership.refresh(max(self._min_nodes, least), run.timeout)
         population, saved = run.membership.population(), run.take_saved()
-        begin, by_class = time.monotonic(), run.runner.method.sends_labels()
-        clients, unreadable = run.membership.clients, run.membership.unreadable.rows
+        begin = time.monotonic()
+        options: dict[str, Any] = {"by_class": run.runner.method.sends_labels(), "least": least}
         with run.summary.spending("planning"):
             if saved is None:
                 population = self._stragglers.known_of(population)
-                ledger = EpochLedger(self._sampler, population, server_round - 1, by_class=by_class)
-                if run.last is not None:
-                    held = {client: m.description.num_examples for client, m in clients.members.items()}
-                    ledger.rest(run.last.at_rest(held, unreadable), held, unreadable)
+                ledger = EpochLedger(self._sampler, population, server_round - 1, before=run.last, **options)
             else:
                 population = self._stragglers.known_of(saved_population(saved["ledger"], population))
-                ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"], by_class=by_class)
+                ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"], **options)
                 if run.runner.secure is not None:
-                    check_all_are_here(population, clients.members)
+                    check_all_are_here(population, run.membership.clients.members)
         seconds_plan = time.monotonic() - begin
         epoch = Epoch(
             run.recorder,

@@ -23,6 +23,8 @@ class Cursors:
 
     Attributes
     ----------
+    epoch : int
+        Of the clients' orders.
     used : (K,) int64
         Examples each client has used.
     used_by_class : (K, C) int64
@@ -33,7 +35,7 @@ class Cursors:
 
     def __init__(self, client_ids: IntArray, *, seed: int, epoch: int) -> None:
         self._clients = client_ids
-        self._seed, self._epoch = seed, epoch
+        self._seed, self.epoch = seed, epoch
         self.used = np.zeros(len(client_ids), dtype=np.int64)
         self.used_by_class = np.zeros((len(client_ids), 0), dtype=np.int64)
         self.put_off: dict[int, PutOff] = {}
@@ -54,7 +56,7 @@ class Cursors:
             starts=self.used[rows],
             counts=step.quotas,
             seed=self._seed,
-            epoch=self._epoch,
+            epoch=self.epoch,
             step=index,
             class_starts=None if step.class_quotas is None else self.used_by_class[rows],
             class_counts=step.class_quotas,

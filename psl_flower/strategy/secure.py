@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
@@ -14,15 +15,16 @@ from psl_flower import tree
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.failures import Failure, Kind
-from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.population import Population
-from psl_flower.privacy import Company, SecureAggregation, decode, places_for, secure_options
+from psl_flower.privacy import FACTOR, Company, SecureAggregation, decode, places_for, secure_options
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.protocol import Orders
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.turns import TurnsSampler
 from psl_flower.tree import Tree
+
+log = logging.getLogger("flwr.psl_flower")
 
 # Note [Places]: how large the clients' own values are, the server cannot see. It takes them to be below 2^16 times the
 # largest of the last sum, which nearly cancelled if that is wrong; then a client says so, the step is given up, and the
@@ -36,6 +38,8 @@ class SecureSums:
     Parameters
     ----------
     options : SecureAggregation
+    max_norm : float, optional
+        What clients scale their mean gradients down to.
 
     Attributes
     ----------
@@ -43,8 +47,9 @@ class SecureSums:
         Names the run: each has new keys.
     """
 
-    def __init__(self, options: SecureAggregation) -> None:
-        self.options, self.session = options, secrets.token_hex(16)
+    def __init__(self, options: SecureAggregation, max_norm: float | None = None) -> None:
+        self.options, self.session, self._max_norm = options, secrets.token_hex(16), max_norm
+        self._scaled = 0
         self._attempt = 0
         self._exponents: dict[str, int] = {}
         self._least: dict[str, int] = {}  # exponents that turned out to be needed
@@ -67,6 +72,7 @@ class SecureSums:
             keys=np.stack(named),
             degree=self.options.degree(size),
             places={name: places_for(exponent, size) for name, exponent in exponents.items()},
+            max_norm=self._max_norm,
         )
 
     def total(
@@ -109,8 +115,24 @@ class SecureSums:
             self._exponents[key] = max(exponent, self._least.get(key, exponent))
         if parameters is None:
             return result
+        if "scaled" in value:
+            self._tell_scaled(name, *value["scaled"].tolist())
         there = dict(zip(sorted(parameters), value["present"].tolist(), strict=True))
         return {parameter: t if there[parameter] else None for parameter, t in result.items()}
+
+    def _tell_scaled(self, name: str, clients: int, factors: int) -> None:
+        self._scaled += clients
+        if clients:
+            mean = factors / FACTOR / clients
+            log.warning(
+                "%d clients scaled their %s gradients down to norm %.3g, by a factor of %.3g on average",
+                *(clients, name, self._max_norm, mean),
+            )
+
+    def take_scaled(self) -> int:
+        """Return how many contributions were scaled down since the last time."""
+        scaled, self._scaled = self._scaled, 0
+        return scaled
 
     def failed(self, stage: Stage, failures: Mapping[int, Failure], *, test: bool) -> None:
         """Give the sums of a stage more room, where a client's values were too large."""
@@ -133,7 +155,6 @@ def check_secure(
     value: SecureAggregation | bool,
     method: SplitMethod,
     sampler: Sampler,
-    policy: FaultPolicy,
     streams: StreamOptions,
 ) -> SecureAggregation | None:
     """Return the options that people give; refuse what does not go with them.
@@ -151,8 +172,6 @@ def check_secure(
         raise ConfigError(f"{with_it}, method {method.name!r} adds up what clients keep for a round: use another")
     if isinstance(sampler, TurnsSampler):
         raise ConfigError(f"{with_it}, with method {method.name!r} a step is of one client: use another")
-    if policy.max_gradient_norm is not None:
-        raise ConfigError(f"{with_it}: it cannot bound each client's gradient, leave max_gradient_norm out")
     if not streams.sum_gradients:
         raise ConfigError(f"{with_it}: it cannot have them one by one, leave sum_gradients=True in stream_options")
     return options

@@ -6,9 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from psl_flower import tree
 from psl_flower.errors import ConfigError, DivergenceError, LabelError, StepError
@@ -74,7 +71,7 @@ class StepRunner:
         self._asking = Asking(
             exchange=self._exchange,
             validator=Validator(policy.outlier_bound),
-            separate=separate or policy.max_gradient_norm is not None,
+            separate=separate or (policy.max_gradient_norm is not None and secure is None),
             config=config,
             refuse=self._refuse,
             secure=secure,
@@ -110,15 +107,17 @@ class StepRunner:
             enough=self._policy.min_batch_fraction * orders.num_rows,
             attempt=attempt,
         )
-        if self._policy.max_gradient_norm is not None:
+        if self._policy.max_gradient_norm is not None and self.secure is None:
             ctx.clip = self._clipped
         try:
             with summary.spending("server"):
                 while not self._try(ctx, attempt):
                     summary.steps_recomputed += 1
         except TooFewError:
-            attempt.given = ctx.given
             summary.in_vain(before)
+        attempt.given = ctx.given and attempt.record is None
+        if self.secure is not None:
+            summary.clipped += self.secure.take_scaled()
         return attempt
 
     def around(self, hook: Callable[[RoundContext], None], orders: Orders) -> Attempt:
@@ -225,7 +224,7 @@ class StepRunner:
         for part in parts:
             value = part.outputs[output].value
             # a client's part of the batch's mean is its own mean times its share
-            norm = _norm(value) * total / sum(counts[node] for node in part.nodes)
+            norm = tree.norm(value) * total / sum(counts[node] for node in part.nodes)
             if norm > most:
                 self._summary.clipped += 1
                 who = self.clients.name(part.nodes[0])
@@ -235,8 +234,3 @@ class StepRunner:
                 part = replace(part, outputs={**part.outputs, output: Leaf(part.outputs[output].kind, value)})
             result.append(part)
         return result
-
-
-def _norm(tensors: Any) -> float:
-    found = tree.leaves(tensors)
-    return float(torch.stack([t.detach().double().norm() for t in found]).norm()) if found else 0.0

@@ -196,7 +196,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.transport = check_choice(transport, "transport", TRANSPORTS)
         self.stream_options = streams = stream_options or StreamOptions()
         self.faults = faults or (FaultPolicy() if private is None else FaultPolicy(outlier_bound=None))
-        self.secure_aggregation = check_secure(secure_aggregation, self.method, self.sampler, self.faults, streams)
+        self.secure_aggregation = check_secure(secure_aggregation, self.method, self.sampler, streams)
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", least=0)
         self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
         self.resume_from = resume_from
@@ -301,7 +301,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         ):
             stops.append(carrier.stop)
             config = dict(train_config or {})
-            secure = None if self.secure_aggregation is None else SecureSums(self.secure_aggregation)
+            options = self.secure_aggregation
+            secure = None if options is None else SecureSums(options, policy.max_gradient_norm)
             membership = Membership(
                 Clients(
                     carrier,
@@ -385,7 +386,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 summary.ignored.update(carrier.ignored)
                 recorder.summary(summary.report())
             summary.log(membership.name)
-        log.info("Finished %d rounds in %s.", num_rounds, clock(time.monotonic() - begin))
+        log.info("Finished %d round%s in %s.", num_rounds, "s" * (num_rounds > 1), clock(time.monotonic() - begin))
         return result
 
     def _evaluates(self, server_round: int) -> bool:

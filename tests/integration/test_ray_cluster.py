@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,31 @@ def test_clients_of_both_machines_train_over_streams(machines, tmp_path):
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
     command = [*machines[HEAD], sys.executable, "-m", "psl_flower.app.local", str(ROOT), "--num-supernodes", str(K)]
     settings = f"num-server-rounds=1 output-dir='{tmp_path}' transport='streams'"
-    done = subprocess.run(
-        [*command, "-c", settings],
-        env=environment | {"RAY_ADDRESS": f"{HEAD}:6379"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert f"clients connect to this one's address in it, {HEAD}" in done.stdout
-    assert f"ip={WORKER}" in done.stdout, "the other machine had no client"
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        run = subprocess.Popen(
+            [*command, "-c", settings],
+            env=environment | {"RAY_ADDRESS": f"{HEAD}:6379"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    clients = set()
+    end = time.monotonic() + 300
+    while run.poll() is None and time.monotonic() < end:
+        clients |= {
+            address for address in machines if any("ClientAppActor" in name for name in names(machines[address]))
+        }
+        time.sleep(0.2)
+    told = log.read_text()
+    assert run.wait(0) == 0, told[-5000:]
+    assert clients == {HEAD, WORKER}
+    assert f"clients connect to this one's address in it, {HEAD}" in told
+    assert "cannot connect" not in told, "the processes of one machine took over the clients of the other"
     assert (tmp_path / "model.safetensors").exists()
+
+
+def names(machine):
+    """Return the command lines of a machine's processes."""
+    for pid in subprocess.run(["ip", "netns", "pids", machine[-1]], capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            yield Path(f"/proc/{pid}/cmdline").read_text()

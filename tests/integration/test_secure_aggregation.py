@@ -1,11 +1,11 @@
 """Secure aggregation: training is what it was, up to fixed point, and the server sees sums of clients only."""
 
-import itertools
+import contextlib
+import functools
 import json
 import logging
 import re
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from process_grid import ERROR_CRASHED, ProcessGrid
 from support import (
     CUT,
+    DELAYS,
     client_data,
     largest_difference,
     load_partition_64,
@@ -32,6 +33,7 @@ from torch import nn
 from psl_flower import (
     FaultPolicy,
     InProcessGrid,
+    LatentDirichletSampler,
     ParallelSplitLearning,
     SecureAggregation,
     StreamOptions,
@@ -43,8 +45,8 @@ from psl_flower.app import client_app, server_app
 from psl_flower.client.process import forget_runs
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request
-from psl_flower.exchange.records import content_to_frame
-from psl_flower.privacy import secret
+from psl_flower.exchange.records import content_to_frame, frame_to_content
+from psl_flower.samplers import Population
 from psl_flower.strategy import secure as secure_module
 from psl_flower.strategy import strategy as strategy_module
 
@@ -106,6 +108,42 @@ def test_few_neighbours_are_enough():
     options = SecureAggregation(least=2, neighbours=2)
     result = start(grid=InProcessGrid(make_app(secure=options), K), secure_aggregation=options)
     assert error_of(result) < 1e-9
+
+
+@pytest.mark.parametrize("method", list(CUTS))
+@pytest.mark.parametrize("processes", [0, 2], ids=["messages", "streams of two processes"])
+def test_clients_scale_their_gradients_down_as_the_server_would(method, processes, tmp_path, caplog):
+    """Some of them, in some steps: the same number, to the same model, whether the server or they themselves do it."""
+    policy, results, clipped = FaultPolicy(max_gradient_norm=0.5), [], []
+    for secure in (False, True):
+        make, folder = functools.partial(make_app, method, secure=secure), tmp_path / str(secure)
+        grid = ProcessGrid(make, K, num_processes=processes) if processes else InProcessGrid(make(), K)
+        options = {"transport": "streams" if processes else "messages", "output_dir": folder}
+        with contextlib.closing(grid) if processes else contextlib.nullcontext():
+            results.append(start(method, grid, secure_aggregation=secure, faults=policy, **options))
+        clipped.append(json.loads((folder / "summary.json").read_text())["clipped"])
+    assert largest_difference(*(r.arrays.to_torch_state_dict() for r in results)) < 1e-9
+    assert 0 < clipped[0] == clipped[1] < 11 * K * len(CUTS[method][1])
+    assert "clients scaled their head gradients down to norm 0.5, by a factor of 0." in caplog.text
+    assert error_of(results[1], method) > 1e-3
+
+
+def test_a_client_that_is_told_another_norm_gives_a_mask_that_stays():
+    """Else the server could have all others scale their gradients to nothing."""
+
+    class Unfair(InProcessGrid):
+        def _answer(self, message, context):
+            if message.metadata.message_type == "train.backward" and context.node_config["partition-id"] == 2:
+                frame = content_to_frame(message.content)
+                frame.header["company"]["max-norm"] = 1e3
+                message.content = frame_to_content(frame)
+            return super()._answer(message, context)
+
+    fair, unfair = (
+        start(grid=grid(make_app(), K), faults=FaultPolicy(max_gradient_norm=1e-9)).arrays.to_torch_state_dict()
+        for grid in (InProcessGrid, Unfair)
+    )
+    assert largest_difference(fair, unfair) > 100
 
 
 def test_values_beyond_the_room_there_is_make_more(monkeypatch):
@@ -184,20 +222,47 @@ def test_a_step_that_loses_a_client_is_given_up_and_drawn_otherwise(method, monk
 class LosingLast(InProcessGrid):
     """Loses a client in the last step of the first epoch, after it has given its sum."""
 
+    lost = False
+
     def _answer(self, message, context):
         reply = super()._answer(message, context)
         _, _, request = decode_request(content_to_frame(message.content), WeightStore())
-        last = request.stage == "backward" and (request.orders.epoch, request.orders.step) == (0, 10)
+        last = request.stage == "backward" and request.orders.step == 10 and not self.lost
         if last and context.node_config["partition-id"] == 2:
+            self.lost = True
             return Message(Error(ERROR_CRASHED, "the process died"), reply_to=message)
         return reply
 
 
-def test_a_loss_in_the_last_step_of_an_epoch_does_not_end_the_run():
-    result = start(grid=LosingLast(make_app(), K), num_rounds=2, faults=FaultPolicy(patience=1))
+BY_CLASS = LatentDirichletSampler(40, seed=3)
+
+
+@pytest.mark.parametrize("sampler", [SAMPLER, BY_CLASS], ids=["at random", "by class"])
+def test_a_loss_in_the_last_step_of_an_epoch_does_not_end_the_run(sampler):
+    grid = LosingLast(make_app(client_class=RecordingClient), K)
+    result = start(grid=grid, num_rounds=2, faults=FaultPolicy(patience=1), sampler=sampler, delays=DELAYS)
     first, second = (result.train_metrics_clientapp[i] for i in (1, 2))
-    assert first["examples_unseen"] == 406 - first["num_examples"] == 36
+    assert 0 < first["examples_unseen"] == 406 - first["num_examples"] <= 40
     assert (second["num_examples"], second["examples_unseen"]) == (406, 0)
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_a_step_that_is_not_finite_is_drawn_again_at_other_weights(step, monkeypatch, caplog):
+    """It was given, so its examples must rest; in the last step of an epoch, until the next has made one."""
+    done = []
+
+    def loss(outputs, targets):
+        diverges = len(done) == step * K + 2
+        done.append(diverges)
+        return nn.functional.cross_entropy(outputs, targets) * (float("nan") if diverges else 1.0)
+
+    monkeypatch.setattr("psl_flower.server.additive.Additivity.refuted", lambda *arguments, **options: False)
+    options = {"faults": FaultPolicy(patience=1, non_finite_loss="skip"), "num_rounds": 2}
+    result = start("u-shaped", InProcessGrid(make_app("u-shaped", loss=loss), K), **options)
+    assert sum(done) == 1
+    assert "is left out: the loss or its gradients are not finite" in caplog.text
+    unseen = [result.train_metrics_clientapp[i]["examples_unseen"] for i in (1, 2)]
+    assert unseen == ([0, 0] if step == 4 else [36, 0])
 
 
 def test_where_no_step_is_left_to_be_made_the_run_ends():
@@ -289,11 +354,22 @@ def test_a_sum_that_is_not_masked_as_it_should_be_is_refused(change, message):
 
 
 # --- few clients, and what does not go together ----------------------------------------------------------------------
-def test_steps_of_too_few_clients_are_left_out(caplog):
+def test_steps_of_too_few_clients_are_joined_to_others(caplog):
     sampler = UniformGlobalSampler(3, seed=3)
+    assert sampler.plan(Population(range(K), [12] * K)).active_clients().min() < 3
     result = start(sampler=sampler, grid=InProcessGrid(make_app(data_fn=few_examples), K))
-    assert 0 < result.train_metrics_clientapp[1]["num_examples"] < 48
-    assert "sums are of 3" in caplog.text
+    assert result.train_metrics_clientapp[1]["num_examples"] == 48
+    assert result.train_metrics_clientapp[1]["clients_per_step"] >= 3
+    assert "is left out" not in caplog.text
+
+
+def test_where_too_few_clients_hold_data_their_steps_are_left_out(caplog):
+    def two_of_four(context):
+        return torch.utils.data.Subset(few_examples(context), range(12 * (context.node_config["partition-id"] < 2)))
+
+    with pytest.raises(StepError, match="no step could be completed: sums are of at least 3 clients"):
+        start(sampler=UniformGlobalSampler(3, seed=3), grid=InProcessGrid(make_app(data_fn=two_of_four), K))
+    assert "step 0 is left out: 2 clients in it, sums are of 3 at least" in caplog.text
 
 
 def few_examples(context):
@@ -329,7 +405,6 @@ def test_other_options_on_the_clients_are_told(clients, message):
     [
         ({"method": "splitfed-v1"}, "method 'splitfed-v1' adds up what clients keep"),
         ({"method": "sequential"}, "method 'sequential' a step is of one client"),
-        ({"faults": FaultPolicy(max_gradient_norm=1.0)}, "it cannot bound each client's gradient"),
         ({"stream_options": StreamOptions(sum_gradients=False)}, "it cannot have them one by one"),
         ({"secure_aggregation": 3}, "must be True, False or a SecureAggregation, got 3"),
     ],
@@ -339,10 +414,8 @@ def test_what_does_not_go_with_it_is_refused(options, message):
         ParallelSplitLearning(tiny_resnet(), cut=CUT, **{"secure_aggregation": True, **options})
 
 
-def test_the_default_app_keeps_labels_and_gradients_with_its_clients(tmp_path, caplog, monkeypatch):
+def test_the_default_app_keeps_labels_and_gradients_with_its_clients(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    numbers = itertools.count()  # some noise, rarely drawn, plans a step of too few clients, which is left out
-    monkeypatch.setattr(secret, "secrets", SimpleNamespace(token_bytes=lambda n: next(numbers).to_bytes(n)))
     config = {
         "tail": "head",
         "secure-aggregation": True,

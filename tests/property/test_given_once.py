@@ -3,18 +3,21 @@
 from dataclasses import replace
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
-from psl_flower import SecureAggregation
+from psl_flower import SecureAggregation, SplitClient
 from psl_flower.errors import ProtocolError
 from psl_flower.privacy import Company, Party
-from psl_flower.samplers import Population
+from psl_flower.samplers import Delays, Population
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.strategy.ledger import EpochLedger, part
 from psl_flower.typing import IntArray
 
 OPTIONS = SecureAggregation(least=3)
+CLASSES, BY_CLASS = 3, ("lds", "lb", "aligned")
 STAGES = ("tail_loss", "head_backward")
 
 
@@ -22,11 +25,12 @@ class Client:
     """What a client does about a request, but for its gradient."""
 
     def __init__(self, client: int, size: int) -> None:
-        self.client, self.size, self.party = client, size, Party("run")
+        self.client, self.party = client, Party("run")
+        self.labels = np.random.default_rng([5, client]).integers(0, CLASSES, size)
+        self.data = SplitClient(TensorDataset(torch.zeros(size), torch.from_numpy(self.labels)))
 
     def rows(self, order) -> IntArray:
-        assert order.start + order.count <= self.size
-        return order.order_of(self.size)[order.start : order.start + order.count]
+        return self.data.draw(order)
 
     def answer(self, company, stage, version, order) -> list[tuple[str, int, int]]:
         """Return the unknowns that its part is the sum of: the gradient of each of its examples, at these weights."""
@@ -74,15 +78,15 @@ class Play:
     """
 
     def __init__(self, seed, sizes, name, losses, epochs=1):
-        self.population = Population(np.arange(len(sizes)), np.array(sizes))
-        self.clients = {k: Client(k, n) for k, n in enumerate(sizes)}
+        ids, self.clients = np.arange(len(sizes)), {k: Client(k, n) for k, n in enumerate(sizes)}
+        counts = np.array([np.bincount(each.labels, minlength=CLASSES) for each in self.clients.values()])
+        delays = Delays(ids % 3 + 0.5, ids / 100)
+        self.population = Population(ids, np.array(sizes), counts if name in BY_CLASS else None, delays)
         self.losses, self.equations, self.epochs = iter(losses), [], []
         self.version = self.attempts = 0
-        sampler, held, last = SAMPLERS[name](int(sum(sizes)) // 4 or 1, seed=seed), dict(enumerate(sizes)), None
+        sampler, last = SAMPLERS[name](int(sum(sizes)) // 4 or 1, seed=seed), None
         for epoch in range(epochs):
-            ledger = EpochLedger(sampler, self.population, epoch)
-            if last is not None:
-                ledger.rest(last.at_rest(held, {}), held, {})
+            ledger = EpochLedger(sampler, self.population, epoch, least=OPTIONS.least, before=last)
             drawn = {k: [] for k in self.clients}
             while len(ledger.unfinished()):
                 self.step(ledger, drawn)
@@ -126,7 +130,7 @@ LOSSES = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 7)), st.booleans
 @given(
     seed=st.integers(0, 1000),
     sizes=st.lists(st.integers(2, 9), min_size=3, max_size=6),
-    name=st.sampled_from(["fls", "fpls", "ugs"]),
+    name=st.sampled_from(["fls", "fpls", "ugs", *BY_CLASS]),
     losses=LOSSES,
 )
 def test_no_schedule_of_losses_isolates_a_client(seed, sizes, name, losses):

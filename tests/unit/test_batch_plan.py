@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from psl_flower.errors import ConfigError
-from psl_flower.samplers import BatchPlan, PlanStep, Population, UniformGlobalSampler
+from psl_flower.samplers import BatchPlan, Delays, PlanStep, Population, UniformGlobalSampler
+from psl_flower.samplers.registry import SAMPLERS
 
 
 def make_plan(**changes):
@@ -145,3 +148,32 @@ class TestBatchPlan:
             plan = BatchPlan(Population([4, 5, 6], [1, 1, 1]), [0, 3], sorted([4, 5, stranger]), [1, 1, 1])
             with pytest.raises(ConfigError, match=f"names client {stranger}, which is not"):
                 plan.validate()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), least=st.integers(1, 5))
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_steps_of_few_clients_are_joined_to_others(name, seed, least):
+    """Every example stays in one step, by class too; steps are of enough clients, wherever there are so many."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 6, (6, 3)) * rng.integers(0, 2, (6, 1))
+    counts[0, 0] += 1
+    delays = Delays(rng.random(6) * rng.choice([1, 20], 6), rng.random(6) / 10)
+    population = Population(np.arange(6), counts.sum(axis=1), counts, delays)
+    plan = SAMPLERS[name](int(rng.integers(1, min(9, counts.sum() + 1))), seed=seed).plan(population)
+    joined = plan.of_at_least(least)
+    joined.validate()
+    if least <= (counts.sum(axis=1) > 0).sum():
+        assert joined.active_clients().min() >= least
+    if plan.active_clients().min() >= least:
+        assert joined is plan
+    untouched = {(*step.clients, *step.quotas) for step in plan if len(step.clients) >= least}
+    assert len(joined) >= len(untouched & {(*step.clients, *step.quotas) for step in joined})
+
+
+def test_what_is_left_over_goes_to_the_smallest_steps():
+    clients = [0, 1, 2, 0, 1, 2, 0, 0, 0]
+    plan = BatchPlan(Population([0, 1, 2], [13, 3, 3]), [0, 3, 6, 7, 8, 9], clients, [2, 2, 2, 1, 1, 1, 4, 4, 2])
+    joined = plan.of_at_least(2)
+    assert joined.batch_sizes().tolist() == [10, 9]
+    assert joined.dense().tolist() == [[6, 2, 2], [7, 1, 1]]
