@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Context, RecordDict
 from support import CUT, DELAYS, NUM_CLASSES, largest_difference, load_partition_64, planned_batches, population, sgd
 from support import tiny_resnet_64 as with_batch_norm
 from torch import nn
@@ -20,6 +20,7 @@ from psl_flower import (
     replace_batch_norm,
     split_client_app,
 )
+from psl_flower.app import client_app, server_app
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.privacy import DPSGD, DistanceCorrelation, GaussianNoise, TopK
 
@@ -149,6 +150,26 @@ def test_defences_of_activations_go_with_it():
     )
     assert largest_difference(same, expected) < 1e-9
     assert largest_difference(clipped, expected) > 1e-4
+
+
+def test_the_default_app(tmp_path):
+    config = {
+        "model": "tiny-cnn",
+        "tail": "head",
+        "secure-aggregation": True,
+        "target-epsilon": 8.0,
+        "defences": "ClipCutGradient(0.01), RandomizedResponse(5, 10)",
+        "batch-size": 256,
+        "learning-rate": 0.3,
+        "momentum": 0.0,
+        "num-server-rounds": 1,
+        "output-dir": str(tmp_path),
+    }
+    grid = InProcessGrid(client_app.app, K, run_config=config)
+    server_app.app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["metrics_of_user"]["epsilon"] == pytest.approx(8.0)
+    assert lines[-1]["num_examples"] == 1437
 
 
 class Skipping(nn.Module):
