@@ -13,12 +13,14 @@ from psl_flower.errors import ConfigError
 from psl_flower.typing import FloatArray, IntArray
 
 
-def check_int(value: Any, name: str, *, least: int) -> int:
-    """Return `value` as an int of at least `least`, or raise ConfigError naming it."""
+def check_int(value: Any, name: str, *, least: int, most: int | None = None) -> int:
+    """Return `value` as an int from `least` to `most`, or raise ConfigError naming it."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ConfigError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise ConfigError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ConfigError(f"{name} must be at most {most}, got {value}")
     return int(value)
 
 

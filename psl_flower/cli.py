@@ -2,34 +2,86 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated, Any
 
+import click
+import typer
+from typer.core import TyperGroup
+
+from psl_flower.errors import ConfigError
+
+# name: the typer app behind it, as module:object, and what it does
 _COMMANDS = {
-    "run": ("psl_flower.app.local", "train a Flower app in a simulation of its own, stopped at the end"),
-    "deploy": ("psl_flower.app.deployment", "the same with a SuperLink and SuperNodes on this machine"),
-    "plan": ("psl_flower.plan.command", "compare samplers on your clients before running anything"),
-    "experiments": ("psl_flower.experiments.command", "run sweeps, and report what came out"),
+    "run": ("psl_flower.app.command:run", "Train a Flower app in a simulation of its own, stopped at the end."),
+    "deploy": ("psl_flower.app.command:deploy", "The same with a SuperLink and SuperNodes on this machine."),
+    "plan": ("psl_flower.plan.command:app", "Compare samplers on your clients before running anything."),
+    "audit": ("psl_flower.audit.command:app", "Attack what the server receives, and report what leaks."),
+    "experiments": ("psl_flower.experiments.command:app", "Run sweeps, and report what came out."),
+    "info": ("psl_flower.info:app", "Say what is installed here, and on which machine: for reports of bugs."),
 }
 
 
+class _Commands(TyperGroup):
+    """The commands, each imported when it is given: what one needs takes seconds, and help shall not."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.commands = {name: click.Command(name, help=what) for name, (_, what) in _COMMANDS.items()}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in _COMMANDS:
+            module, _, attribute = _COMMANDS[name][0].partition(":")
+            command = typer.main.get_command(getattr(import_module(module), attribute))
+        return name, command, rest
+
+
+_app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(version("psl-flower"))
+        raise typer.Exit
+
+
+@_app.callback(epilog="Each command has examples: psl-flower COMMAND --help")
+def _about(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Parallel split learning for Flower."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Hand the command line over to the part that it names; return its exit code."""
-    width = max(map(len, _COMMANDS))
-    parser = argparse.ArgumentParser(
-        prog="psl-flower",
-        description="Parallel split learning for Flower.",
-        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in _COMMANDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="one of those below; COMMAND --help")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="what the command takes")
-    options = parser.parse_args(arguments)
-    module, _ = _COMMANDS[options.command]
-    status: int = import_module(module).main(options.words)
-    return status
+    """Run the command line and return its exit code.
+
+    That is 0; 1 where something failed; 2 where an argument is refused; 128 and the number of the signal that ended it.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        typer.main.get_command(_app).main(words, prog_name="psl-flower", obj=words)  # it never returns
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except ConfigError as error:
+        print(f"psl-flower: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +23,8 @@ try:
     from flwr.supercore.exit import add_exit_handler
 except ImportError:  # before flwr 1.30 or so
     from flwr.common.exit import add_exit_handler  # type: ignore[import-not-found, no-redef]
+
+log = logging.getLogger("flwr.psl_flower")
 
 # Note [Flower's exit]: Flower ends the simulation's process by force 5 seconds after a signal. Until then a run must
 # have ended, and Flower have shut Ray down. After ``flwr stop`` it never does: it waits for its heartbeat, which sleeps
@@ -68,6 +72,28 @@ def simulated_nodes(grid: Any) -> dict[int, dict[str, int]] | None:
     except (AttributeError, TypeError):
         return {}
     return {node: {"partition-id": i, "num-partitions": len(ids)} for i, node in enumerate(ids)}
+
+
+def cluster_host(grid: Any, patience: float = 60.0) -> str:
+    """Return this machine's address for the others of a Ray cluster; "" where a simulation's Ray has one machine only.
+
+    The ServerApp starts beside Ray, and nothing tells it of clients before Ray is there: this waits for it.
+    """
+    if not (is_simulation(grid) and type(grid).__module__.startswith("flwr.")):
+        return ""
+    begin, told = time.monotonic(), False
+    while not ((ray := sys.modules.get("ray")) and ray.is_initialized()):
+        waited = time.monotonic() - begin
+        if waited > patience:
+            return ""
+        if waited > 5.0 and not told:
+            told = True
+            log.info("Ray is starting")
+        time.sleep(0.02)
+    if sum(node["Alive"] for node in ray.nodes()) < 2:
+        return ""
+    host = str(ray.util.get_node_ip_address())
+    return f"[{host}]" if ":" in host else host
 
 
 def make_run(run_id: int) -> Run:

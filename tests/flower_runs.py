@@ -11,6 +11,8 @@ from psl_flower.app.local import LocalSuperLink
 
 TESTS = Path(__file__).parent
 _LINK = "psl-local"  # what LocalSuperLink calls itself in its configuration
+# Ray chooses its ports some time before it takes them: where another process is given one meanwhile, it does not start.
+_RAY_FAILED = "The current node timed out during startup"
 
 
 def prepared(link: LocalSuperLink) -> LocalSuperLink:
@@ -38,11 +40,13 @@ class FlowerRun:
     def __init__(self, link, app, config, num_supernodes=None):
         self._link = link
         self._before = set(processes(link.home))
-        options = ["-c", config]
+        self._words = ["run", str(TESTS / "apps" / app), _LINK, "-c", config]
         if num_supernodes is not None:
-            options += ["--federation-config", f"num-supernodes={num_supernodes} client-resources-num-cpus=1"]
-        output = self._flwr("run", str(TESTS / "apps" / app), _LINK, *options)
-        self.run_id = re.search(r"Successfully started run (\d+)", output)[1]
+            self._words += ["--federation-config", f"num-supernodes={num_supernodes} client-resources-num-cpus=1"]
+        self._start()
+
+    def _start(self):
+        self.run_id = re.search(r"Successfully started run (\d+)", self._flwr(*self._words))[1]
 
     def _flwr(self, *words):
         done = subprocess.run(
@@ -81,8 +85,20 @@ class FlowerRun:
         return {pid: name for pid, name in found if pid not in self._before and "/flower-super" not in name}
 
     def wait_for(self, path, seconds=240):
-        """Wait until it has made a file."""
-        wait_until(path.exists, seconds, lambda: f"{path.name} by run {self.run_id}:\n{self.output()[-9000:]}")
+        """Wait until it has made a file; fail where it has ended without."""
+        end, ask_at, restarted = time.monotonic() + seconds, time.monotonic() + 5, False
+        while not path.exists():
+            time.sleep(0.05)
+            if time.monotonic() < ask_at:
+                continue
+            ask_at = time.monotonic() + 5
+            if "finished" not in self.status() or path.exists():
+                assert time.monotonic() < end, f"waited {seconds} s for {path.name}:\n{self.output()[-9000:]}"
+            elif not restarted and _RAY_FAILED in self.output():
+                restarted = True
+                self._start()
+            else:
+                raise AssertionError(f"run {self.run_id} ended without {path.name}:\n{self.output()[-9000:]}")
 
     def wait_until_gone(self, seconds=120):
         """Wait until no process of it is left."""

@@ -11,8 +11,8 @@ import numpy as np
 
 from psl_flower.app.array_cache import Arrays, cache_dir, cached_arrays, exclusive
 from psl_flower.app.idx import read_idx
-from psl_flower.app.parquet import read_parquet
 from psl_flower.errors import ConfigError
+from psl_flower.extras import extra
 
 Split = Literal["train", "test"]
 
@@ -96,8 +96,9 @@ def load_arrays(name: str, split: Split, data_path: str = "") -> Arrays:
 
 
 def _load_digits(split: Split) -> Arrays:
-    from sklearn.datasets import load_digits  # takes a second to import: only those who use it pay
-    from sklearn.model_selection import train_test_split
+    with extra("vision", "the dataset 'digits'"):
+        from sklearn.datasets import load_digits  # takes a second to import: only those who use it pay
+        from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # 17 grey levels over the whole byte
@@ -113,6 +114,8 @@ def _load_files(name: str, split: Split, folder: Path) -> Arrays:
         return read_idx(idx[0])[:, None], read_idx(idx[1]).astype(np.int64)
     parquet = sorted(folder.glob(f"{split}*.parquet"))
     if parquet:
+        with extra("vision", "a dataset in parquet files"):
+            from psl_flower.app.parquet import read_parquet
         return cached_arrays(parquet, lambda: read_parquet(parquet, SPECS[name].shape))
     raise ConfigError(
         f"data-path must be a folder with {_IDX_PREFIX[split]}-images-idx3-ubyte[.gz] and "
@@ -126,7 +129,8 @@ def _idx_file(folder: Path, name: str) -> Path | None:
 
 
 def _download(name: str, split: Split) -> Arrays:
-    from psl_flower.torchvision_compat import import_torchvision  # takes a second: only those who use it pay
+    with extra("vision", f"the download of {name}"):
+        from psl_flower.torchvision_compat import import_torchvision  # takes a second: only those who use it pay
 
     datasets = import_torchvision().datasets
     root = cache_dir() / "torchvision"

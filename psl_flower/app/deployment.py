@@ -1,20 +1,15 @@
 """A real Flower deployment on this machine: SuperLink and SuperNodes as processes of their own, stopped at the end.
 
-For tests, and to try out what a deployment does before there is one::
-
-    python -m psl_flower.app.deployment . --num-supernodes 2 --tls -c "num-server-rounds=2"
+For tests, and to try out what a deployment does before there is one: ``psl-flower deploy`` runs an app on it.
 """
 
 from __future__ import annotations
 
 import subprocess
-import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from psl_flower.app.certificates import make_certificates
-from psl_flower.app.local import LocalSuperLink, app_parser, free_ports, run_app
+from psl_flower.app.local import LocalSuperLink, free_ports
 from psl_flower.threads import available_cores
 
 
@@ -64,15 +59,3 @@ class LocalDeployment(LocalSuperLink):
         self._stop(*self.supernodes)
         self.supernodes.clear()
         super().stop()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
-    parser = app_parser("deploy", "Run a Flower app on a deployment of its own, stopped at the end.", "SuperNodes", 2)
-    parser.add_argument("--tls", action="store_true", help="encrypt Flower's own connections, too")
-    options = parser.parse_args(arguments)
-    return run_app(options, partial(LocalDeployment, num_supernodes=options.num_supernodes, tls=options.tls))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,14 +2,11 @@
 
 ``flwr run .`` starts a local SuperLink that goes on running, keeps the environment it was first started with and shares
 one home folder with every other app. This starts one on a free port with a home of its own, runs the app on it, and
-stops it by its process id::
-
-    python -m psl_flower.app.local . --num-supernodes 16 -c "num-server-rounds=2"
+stops it by its process id: what ``psl-flower run`` does.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -26,7 +23,6 @@ from typing import Self
 
 from psl_flower.app.preflight import check_run
 from psl_flower.app.watchdog import Watchdog, stop_trees
-from psl_flower.errors import ConfigError
 from psl_flower.threads import SLEEP_WHILE_WAITING
 
 _START_TIMEOUT = 180.0  # seconds; on a busy machine importing Flower alone takes half a minute
@@ -52,6 +48,8 @@ class LocalSuperLink:
         # apps run in the environment at hand: Flower would install their dependencies anew for every run
         self.environment = {
             **SLEEP_WHILE_WAITING,
+            # Ray gives its workers way to everything else: beside other work a step would wait for its clients
+            "RAY_worker_niceness": "0",
             **os.environ,
             "FLWR_HOME": str(self.home),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -222,36 +220,31 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def app_parser(command: str, description: str, clients: str, num_supernodes: int) -> argparse.ArgumentParser:
-    """Return the parser of ``psl-flower command``; `clients` are what there are `num_supernodes` of unless told."""
-    parser = argparse.ArgumentParser(prog=f"psl-flower {command}", description=description)
-    parser.add_argument("app", nargs="?", default=".", help="folder with the app's pyproject.toml (default: this one)")
-    number = f"{clients} (default: {num_supernodes})"
-    parser.add_argument("--num-supernodes", type=int, default=num_supernodes, help=number)
-    parser.add_argument("-c", "--run-config", action="append", default=[], help="overrides, as flwr run takes them")
-    parser.add_argument("--home", help="FLWR_HOME to use (default: a temporary one)")
-    return parser
-
-
 def run_app(
-    options: argparse.Namespace, superlink: Callable[[str], LocalSuperLink], num_supernodes: int | None = None
+    app: Path,
+    superlink: Callable[[Path], LocalSuperLink],
+    num_supernodes: int,
+    run_config: Sequence[str],
+    home: Path | None,
+    *,
+    simulation: bool,
 ) -> int:
-    """Run the app that the command line names on what `superlink` makes of a home; return the exit code.
+    """Run an app on what `superlink` makes of a home, a temporary one unless it is given; return the exit code.
 
-    That is 0, 1 if the run failed, 2 if a setting is refused, or 128 and the number of the signal that ended it.
+    That is 0, 1 if the run failed, or 128 and the number of the signal that ended it.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is refused; nothing is started then.
     """
-    try:
-        simulation = num_supernodes is not None
-        check_run(options.app, options.run_config, options.num_supernodes, simulation=simulation)
-    except ConfigError as error:
-        print(f"psl_flower: {error}", file=sys.stderr)
-        return 2
+    check_run(app, run_config, num_supernodes, simulation=simulation)
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="psl-flower-") as temporary:
         try:
-            with superlink(options.home or temporary) as running:
+            with superlink(home or Path(temporary)) as running:
                 if running.watchdog is not None:
                     running.watchdog.remove(temporary)
-                running.run(options.app, num_supernodes=num_supernodes, run_config=options.run_config)
+                running.run(app, num_supernodes=num_supernodes if simulation else None, run_config=run_config)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
@@ -294,14 +287,3 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
-    parser = app_parser("run", "Run a Flower app on a SuperLink of its own, stopped at the end.", "virtual clients", 16)
-    options = parser.parse_args(arguments)
-    return run_app(options, LocalSuperLink, options.num_supernodes)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from psl_flower.extras import extra
+
 _DEFAULT_CUTS = {"tiny-cnn": "stage2", "cnn": "stage2", "resnet18": "layer2", "resnet34": "layer2"}
 
 
@@ -69,7 +71,8 @@ def small_cnn(in_channels: int, num_classes: int) -> nn.Sequential:
 
 def small_image_resnet(name: str, in_channels: int, num_classes: int) -> nn.Module:
     """Build torchvision's ResNet with the stem for small images: a 3x3 convolution of stride 1 and no max-pool."""
-    from psl_flower.torchvision_compat import import_torchvision  # takes a second: only those who use it pay
+    with extra("vision", f"the model {name!r}"):
+        from psl_flower.torchvision_compat import import_torchvision  # takes a second: only those who use it pay
 
     models = import_torchvision().models
     model: nn.Module = getattr(models, name)(num_classes=num_classes)

@@ -10,6 +10,7 @@ from typing import Any
 
 from psl_flower.checks import check_choice, check_int
 from psl_flower.errors import ConfigError
+from psl_flower.extras import check_extra
 from psl_flower.temporary_folder import check_temporary_folder
 
 _SERVER_APP = "psl_flower.app.server_app:app"
@@ -34,10 +35,11 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
     ------
     ConfigError
         If the app is not there, a key is unknown, a value is refused, the model cannot be cut where it shall be, there
-        are too few clients, or TMPDIR is too long.
+        are too few clients, Ray is not installed, or TMPDIR is too long.
     """
     check_int(num_supernodes, "--num-supernodes", least=1)
     if simulation:
+        check_extra("ray", "simulation", "a simulation")
         check_temporary_folder()
     flower = _flower_table(Path(app))
     keys = _flat(flower.get("config", {}))

@@ -8,7 +8,7 @@ from typing import Any
 
 from psl_flower.callbacks.base import Callback
 from psl_flower.callbacks.names import numbers, round_metrics, step_metrics
-from psl_flower.errors import ConfigError
+from psl_flower.extras import extra
 from psl_flower.records import RoundRecord, StepRecord
 
 
@@ -27,13 +27,8 @@ class TensorBoardLogger(Callback):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        try:
+        with extra("tensorboard", "the logger 'tensorboard'"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as exc:
-            raise ConfigError(
-                "the logger 'tensorboard' needs TensorBoard, which is not installed: pip install "
-                "'psl-flower[tensorboard]'"
-            ) from exc
         self._make, self._folder = SummaryWriter, Path(folder)
         self._writer: Any = None
         self._step = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from psl_flower.callbacks.base import Callback
 from psl_flower.callbacks.names import numbers, round_metrics, step_metrics
-from psl_flower.errors import ConfigError
+from psl_flower.extras import extra
 from psl_flower.records import RoundRecord, StepRecord
 
 
@@ -32,12 +32,8 @@ class WandbLogger(Callback):
     """
 
     def __init__(self, folder: str | Path, **options: Any) -> None:
-        try:
+        with extra("wandb", "the logger 'wandb'"):
             import wandb
-        except ImportError as exc:
-            raise ConfigError(
-                "the logger 'wandb' needs Weights & Biases, which is not installed: pip install 'psl-flower[wandb]'"
-            ) from exc
         self._init, self._folder = wandb.init, Path(folder)
         self._options = {"project": "psl-flower", **options}
         self._run: Any = None

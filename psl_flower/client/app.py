@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,10 +11,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch.nn.functional import cross_entropy
 
-from psl_flower.client import label_noise as noise
-from psl_flower.client import masking
 from psl_flower.client.client import SplitClient
-from psl_flower.client.keeping import keep_own, take_own
+from psl_flower.client.defending import check_defences, check_private
+from psl_flower.client.keeping import keep, keep_own, restore, take_own
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client, method_of
@@ -25,7 +24,8 @@ from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_request, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.methods import METHODS, SplitMethod, make_method
-from psl_flower.privacy import LabelNoise, SecureAggregation, secure_options
+from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
+from psl_flower.privacy.defences import Defence
 from psl_flower.protocol import ATTACH, DESCRIBE, Config
 from psl_flower.server import Loss
 
@@ -46,6 +46,8 @@ def split_client_app(
     optimizer: Callable[..., Any] | None = None,
     secure_aggregation: SecureAggregation | bool | Callable[..., SecureAggregation | bool] = False,
     label_noise: LabelNoise | Callable[..., LabelNoise | None] | None = None,
+    defences: Sequence[Defence] | Callable[..., Sequence[Defence]] = (),
+    private: DPSGD | Callable[..., DPSGD | None] | None = None,
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -89,6 +91,11 @@ def split_client_app(
     label_noise : LabelNoise or callable, optional
         For methods that leave labels with the clients: how a client that is asked for the counts of its classes tells
         them; ``label_noise(context)``, if it is callable. None: it does not.
+    defences : sequence of Defence or callable
+        What the client does to what leaves it, one after the other: noise on activations, labels told with chance, ...,
+        see `psl_flower.privacy.defences`; ``defences(context)``, if it is callable. The server need not know.
+    private : DPSGD or callable, optional
+        Differential privacy of the model, as in `ParallelSplitLearning`; ``private(context)``, if it is callable.
     mods : list, optional
         Flower mods around every handler.
 
@@ -110,6 +117,10 @@ def split_client_app(
             f"with method {method.name!r} clients train a part of the model: pass split_client_app(..., optimizer="
             f"lambda parameters: torch.optim.SGD(parameters, lr=0.1)), got {optimizer!r:.80}"
         )
+    if not callable(defences):
+        defences = check_defences(defences, method if isinstance(method, SplitMethod) else None)
+    if not callable(private) and isinstance(method, SplitMethod):
+        check_private(private, method, () if callable(defences) else defences)
     recipe = ClientRecipe(
         model_fn,
         cut,
@@ -124,6 +135,8 @@ def split_client_app(
         optimizer,
         label_noise,
         secure_aggregation if callable(secure_aggregation) else secure_options(secure_aggregation),
+        defences,
+        private,
     )
     app = ClientApp()
 
@@ -151,11 +164,9 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
             take_own(state, context)
         return made
 
-    for kept in (masking, noise):
-        kept.restore(state, context)
+    restore(state, context)
     reply = answer(method, state, client, replace(request, nodes=(context.node_id,)))
-    for kept in (masking, noise):
-        kept.keep(state, context)
+    keep(state, context)
     stage = method.stages().get(request.stage)
     if stage is not None and (stage.own or not stage.batch):
         keep_own(state, context)

@@ -59,6 +59,9 @@ class SplitClient:
         self._permutation: tuple[_OrderKey, IntArray] | None = None
         self._by_class: tuple[_OrderKey, IntArray, IntArray] | None = None
 
+    # What is taken for the labels of some training examples, by their indices; as they are, where it is None.
+    told_labels: Callable[[IntArray, IntArray], IntArray] | None = None
+
     # --- to override -------------------------------------------------------------------------------------------------
     def batch(self, dataset: Any, indices: IntArray) -> Any:
         """Return the examples at `indices`: a `Batch`, or a pair of inputs and labels (trees of tensors).
@@ -202,6 +205,10 @@ class SplitClient:
             except BadRowsError as error:
                 self._unreadable = dict(error.rows)
                 self._labels = self.labels(self.train)
+            if self.told_labels is not None:
+                known = np.flatnonzero(self._labels >= 0)
+                self._labels = self._labels.copy()
+                self._labels[known] = self.told_labels(self._labels[known], known)
         return self._labels
 
     def _examples(self, dataset: Any) -> Examples:

@@ -1,4 +1,4 @@
-"""Clients' own parts between two messages: kept in the node's Flower state, which goes to whichever process is next.
+"""What a client must have again at its next message, kept in its node's Flower state, which stays with the node.
 
 A deployment answers each message in a new process, and the simulation in any of its actors.
 """
@@ -6,31 +6,62 @@ A deployment answers each message in a new process, and the simulation in any of
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 from flwr.app import ConfigRecord, Context
 
 from psl_flower import checkpoint
 from psl_flower.client.process import RunState
+from psl_flower.privacy import Party, Secret
 
-_RECORD = "psl_flower.own"
+_SECRET, _PARTY, _OWN = "psl_flower.secret", "psl_flower.party", "psl_flower.own"
+
+
+def restore(state: RunState, context: Context) -> None:
+    """Take up a client's secret, its key and what it has given: another process may have been last."""
+    node = context.node_id
+    if secret := _read(context, _SECRET):
+        state.secrets[node] = Secret(secret["value"])
+    if kept := _read(context, _PARTY):
+        party = state.parties.get(node)
+        if party is None or party.private != kept["private"]:
+            party = state.parties[node] = Party(kept["session"], kept["private"])
+        party.load_state_dict(kept)
+
+
+def keep(state: RunState, context: Context) -> None:
+    """Keep a client's secret, its key and what it has given for the next message."""
+    node = context.node_id
+    if node in state.secrets:
+        _write(context, _SECRET, {"value": state.secrets[node].value})
+    if node in state.parties:
+        _write(context, _PARTY, state.parties[node].state_dict())
 
 
 def take_own(state: RunState, context: Context) -> None:
-    """Let a client go on with what it keeps, if that was last changed in another process."""
-    record, node = context.state.get(_RECORD), context.node_id
-    if not isinstance(record, ConfigRecord) or record["version"] == state.own_versions.get(node):
+    """Let a client go on with its own parts of the model, if those were last changed in another process."""
+    record, node = _read(context, _OWN), context.node_id
+    if not record or record["version"] == state.own_versions.get(node):
         return
     assert state.parts is not None  # of a client that has been made
-    state.own.load_state_dict(node, checkpoint.loads(str(record["tree"]), bytes(record["tensors"])), state.parts)  # type: ignore[arg-type]
-    state.own_versions[node] = str(record["version"])
+    state.own.load_state_dict(node, checkpoint.loads(record["tree"], record["tensors"]), state.parts)
+    state.own_versions[node] = record["version"]
 
 
 def keep_own(state: RunState, context: Context) -> None:
-    """Keep what a client has of its own for the next message."""
+    """Keep a client's own parts of the model for the next message."""
     kept, node = state.own.state_dict(context.node_id), context.node_id
     if kept is None:
         return
     text, tensors = checkpoint.dumps(kept)
     state.own_versions[node] = secrets.token_hex(8)
-    record: dict[str, str | bytes] = {"version": state.own_versions[node], "tree": text, "tensors": tensors}
-    context.state[_RECORD] = ConfigRecord(record)  # type: ignore[arg-type]  # its value type is invariant
+    _write(context, _OWN, {"version": state.own_versions[node], "tree": text, "tensors": tensors})
+
+
+def _read(context: Context, name: str) -> dict[str, Any]:
+    record = context.state.get(name)
+    return dict(record) if isinstance(record, ConfigRecord) else {}
+
+
+def _write(context: Context, name: str, values: dict[str, Any]) -> None:
+    context.state[name] = ConfigRecord(values)

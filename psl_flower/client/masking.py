@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context
 from torch import Tensor
 
 from psl_flower import tree
@@ -23,14 +21,12 @@ from psl_flower.client.process import RunState
 from psl_flower.errors import ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import Stage
-from psl_flower.privacy import FACTOR, Company, OutOfRangeError, Party, encode, fingerprint
+from psl_flower.privacy import DPSGD, FACTOR, Company, OutOfRangeError, Party, encode, fingerprint
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.protocol import Leaf, Request
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
-
-_RECORD = "psl_flower.party"  # in a node's state, which stays with the node
 
 
 def describe_key(state: RunState, node: int, session: str) -> bytes:
@@ -84,7 +80,7 @@ def agree(
     if company is None:
         return None, failures
     _tell_keys(state, company)
-    return Masking(company, request, stage.name, parties), failures
+    return Masking(company, request, stage.name, parties, state.private), failures
 
 
 def _tell_keys(state: RunState, company: Company) -> None:
@@ -111,10 +107,19 @@ class Masking:
     stage : str
     parties : dict of int to Party
         Those of this process, by client id.
+    private : DPSGD, optional
+        Has the clients add noise to gradients: each its share, so that their sum has it once.
     """
 
-    def __init__(self, company: Company, request: Request, stage: str, parties: Mapping[int, Party]) -> None:
-        self._company, self._stage, self._parties = company, stage, parties
+    def __init__(
+        self,
+        company: Company,
+        request: Request,
+        stage: str,
+        parties: Mapping[int, Party],
+        private: DPSGD | None = None,
+    ) -> None:
+        self._company, self._stage, self._parties, self._private = company, stage, parties, private
         self._training = request.orders is not None and not request.orders.test
         self._parameters = {name: weights.parameters for name, weights in request.weights.items()}
 
@@ -130,6 +135,8 @@ class Masking:
         whole, numbers = {}, []
         for name, value in sums.items():
             value, scaled = self._scaled(name, value, clients)
+            if self._private is not None and self._training and name in self._parameters:
+                value = self._private.noised(value, share=len(clients) / len(self._company))
             present, filled = _filled(value, self._parameters.get(name))
             whole[name] = filled
             numbers += [present, *scaled, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
@@ -204,20 +211,3 @@ def _filled(value: tree.Tree, parameters: Mapping[str, Tensor] | None) -> tuple[
     names = sorted(parameters)
     present = np.array([value[name] is not None for name in names], dtype=np.int64)
     return present, {n: torch.zeros_like(parameters[n]) if value[n] is None else value[n] for n in names}
-
-
-# --- processes that end with each message ----------------------------------------------------------------------------
-def restore(state: RunState, context: Context) -> None:
-    """Take up a client's key and what it has given from its node's state: another process may have been last."""
-    record, party = context.state.get(_RECORD), state.parties.get(context.node_id)
-    if isinstance(record, ConfigRecord):
-        kept: dict[str, Any] = dict(record)
-        if party is None or party.private != kept["private"]:
-            party = state.parties[context.node_id] = Party(kept["session"], kept["private"])
-        party.load_state_dict(kept)
-
-
-def keep(state: RunState, context: Context) -> None:
-    """Put a client's key, and what it has given, into its node's state: the next process may be another."""
-    if context.node_id in state.parties:
-        context.state[_RECORD] = ConfigRecord(state.parties[context.node_id].state_dict())

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from psl_flower.client.part import ClientPart, parameter_gradients
+from psl_flower.client.part import ClientPart
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.failures import Kind
 from psl_flower.protocol import Orders, Weights
@@ -182,16 +182,26 @@ def _out(what: str) -> ProtocolError:
     return ProtocolError(f"{what}; it is left out for the rest of the round", Kind.LEFT_OUT)
 
 
+class Bound(Protocol):
+    """A part with the weights of the step: `psl_flower.client.context.BoundPart`."""
+
+    def __call__(self, inputs: Tree) -> Tree:
+        """Run it."""
+
+    def gradients(self, outputs: Tree, gradients: Tree) -> dict[str, Tensor | None]:
+        """Return the parameter gradients, given those of the outputs."""
+
+
 class BoundOwn:
     """A client's own part in a step, as stages call it; see `psl_flower.client.context.BoundPart`."""
 
-    def __init__(self, own: OwnPart, forward: Callable[[Tree], Tree], count: int) -> None:
-        self._own, self._forward, self._count = own, forward, count
+    def __init__(self, own: OwnPart, bound: Bound, count: int) -> None:
+        self._own, self._bound, self._count = own, bound, count
 
     def __call__(self, inputs: Tree) -> Tree:
         """Run the part on a batch."""
         self._own.run_on(self._count)
-        return self._forward(inputs)
+        return self._bound(inputs)
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -200,7 +210,7 @@ class BoundOwn:
 
     def gradients(self, outputs: Tree, gradients: Tree) -> dict[str, Tensor | None]:
         """Return the parameter gradients, given those of the outputs; None for parameters that took no part."""
-        return parameter_gradients(self._own.part.parameters, outputs, gradients)
+        return self._bound.gradients(outputs, gradients)
 
     def step(self, gradients: Mapping[str, Tensor | None], rate: float) -> None:
         """Step the part's own optimizer, with its learning rate times `rate`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,14 @@ class ClientPart:
         own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         constants = {name: t for name, t in own.items() if name not in self.parameters}
         return Weights(self.parameters, constants, version="", constants_version="")
+
+    def digest(self) -> bytes:
+        """Return a digest of the weights as they are now: equal where they are, whoever names them."""
+        found = hashlib.sha256()
+        for name, tensor in {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}.items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.digest()
 
     def copy(self) -> ClientPart:
         """Return another part of the same weights, which go their own way from here."""
@@ -213,7 +222,12 @@ class LossFn:
 
 
 def parameter_gradients(
-    parameters: Mapping[str, Tensor], outputs: Tree, gradients: Tree, *, again: bool = False
+    parameters: Mapping[str, Tensor],
+    outputs: Tree,
+    gradients: Tree,
+    *,
+    again: bool = False,
+    penalty: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
     """Return the gradients of parameters, given those of what they went into.
 
@@ -227,6 +241,8 @@ def parameter_gradients(
         Of the same form; None for tensors that have none.
     again : bool
         Whether the graph is needed again.
+    penalty : () tensor, optional
+        What comes on top of the loss.
 
     Returns
     -------
@@ -238,9 +254,28 @@ def parameter_gradients(
     ConfigError
         If the gradients do not fit the outputs.
     """
+    pairs = with_gradients(outputs, gradients)
+    roots, weights = [output for _, output, _ in pairs], [gradient for *_, gradient in pairs]
+    if penalty is not None and penalty.requires_grad:
+        roots.append(penalty)
+        weights.append(torch.ones_like(penalty))
+    if not roots or not parameters:
+        return dict.fromkeys(parameters)
+    found = torch.autograd.grad(roots, list(parameters.values()), weights, retain_graph=again, allow_unused=True)
+    return {name: None if g is None else g.cpu() for name, g in zip(parameters, found, strict=True)}
+
+
+def with_gradients(outputs: Tree, gradients: Tree) -> list[tuple[int, Tensor, Tensor]]:
+    """Return which outputs have gradients, themselves, and these.
+
+    Raises
+    ------
+    ConfigError
+        If the gradients do not fit the outputs.
+    """
     given = dict(zip(tree.paths(gradients, "output"), tree.leaves(gradients), strict=True))
-    roots, weights = [], []
-    for path, output in zip(tree.paths(outputs, "output"), tree.leaves(outputs), strict=True):
+    found = []
+    for at, (path, output) in enumerate(zip(tree.paths(outputs, "output"), tree.leaves(outputs), strict=True)):
         gradient = given.pop(path, None)
         if gradient is None or not output.requires_grad:
             continue
@@ -249,11 +284,7 @@ def parameter_gradients(
                 f"the gradient of {path} must be {output.dtype} {tuple(output.shape)}, "
                 f"got {gradient.dtype} {tuple(gradient.shape)}"
             )
-        roots.append(output)
-        weights.append(gradient.to(output.device))
+        found.append((at, output, gradient.to(output.device)))
     if given:
         raise ConfigError(f"gradients of what did not cross the cut: {', '.join(given)[:200]}")
-    if not roots or not parameters:
-        return dict.fromkeys(parameters)
-    found = torch.autograd.grad(roots, list(parameters.values()), weights, retain_graph=again, allow_unused=True)
-    return {name: None if g is None else g.cpu() for name, g in zip(parameters, found, strict=True)}
+    return found

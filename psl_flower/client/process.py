@@ -1,7 +1,7 @@
 """What a process keeps between messages. All of it can be rebuilt: losing it costs time, never a result.
 
 Clients' own parts are the exception: a client that loses them is out of the round, see ``client/own.py``. Over messages
-they are kept in the node's Flower state as well, see ``client/keeping.py``.
+they are kept in the node's Flower state as well, see ``client/keeping.py``, like the secrets and keys of clients.
 
 Note [Process state]: Flower's simulation sends the ClientApp to the Ray actor with every message and unpickles it
 afresh, so its handlers, their attributes and the globals they name are copies, and a cache there stays empty. State
@@ -19,8 +19,8 @@ from psl_flower.client.own import OwnParts
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.exchange.codec import WeightStore
 from psl_flower.methods import SplitMethod
-from psl_flower.privacy import LabelNoise, Party, SecureAggregation
-from psl_flower.typing import IntArray
+from psl_flower.privacy import DPSGD, LabelNoise, Party, Secret, SecureAggregation
+from psl_flower.privacy.defences import Defence
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
 MAX_GRAPH_BYTES = 512 * 2**20
@@ -82,8 +82,14 @@ class RunState:
         self.parties: dict[int, Party] = {}  # by node
         self.keys_told: set[bytes] = set()
         self.label_noise: LabelNoise | None = None
-        self.noises: dict[int, IntArray] = {}  # by node
+        self.defences: tuple[Defence, ...] = ()
+        self.private: DPSGD | None = None
+        self.secrets: dict[int, Secret] = {}  # by node
         self.one_at_a_time = False
+
+    def secret(self, node: int) -> Secret:
+        """Return a client's secret in the run, made when it is first needed."""
+        return self.secrets.setdefault(node, Secret())
 
 
 _runs: OrderedDict[int, RunState] = OrderedDict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 from flwr.app import Context
 
 from psl_flower.client.client import SplitClient
+from psl_flower.client.defending import changes_labels, check_defences, check_private, told_labels
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.client.process import RunState
 from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, PSLError
 from psl_flower.methods import SplitMethod, make_method
-from psl_flower.privacy import LabelNoise, SecureAggregation, secure_options
+from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
+from psl_flower.privacy.defences import Defence
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
 
@@ -40,6 +42,8 @@ class ClientRecipe:
     optimizer: Callable[..., Any] | None = None
     label_noise: LabelNoise | Callable[..., LabelNoise | None] | None = None
     secure: SecureAggregation | Callable[..., SecureAggregation | bool] | None = None
+    defences: Sequence[Defence] | Callable[..., Sequence[Defence]] = ()
+    private: DPSGD | Callable[..., DPSGD | None] | None = None
 
 
 def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitMethod:
@@ -91,6 +95,10 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
         state.label_noise = _call(noise, context=context) if callable(noise) else noise
         secure = _call(recipe.secure, context=context) if callable(recipe.secure) else recipe.secure
         state.secure = secure_options(secure)
+        defences = _call(recipe.defences, context=context) if callable(recipe.defences) else recipe.defences
+        state.defences = check_defences(defences, method)
+        state.private = _call(recipe.private, context=context) if callable(recipe.private) else recipe.private
+        check_private(state.private, method, state.defences)
         state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
         state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
     if recipe.optimizer is not None:
@@ -100,7 +108,12 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
     partition = context.node_config.get("partition-id")
     if partition is not None and type(partition) is not int:
         raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
-    return recipe.client_class(train, test, partition_id=partition, config=config)
+    client = recipe.client_class(train, test, partition_id=partition, config=config)
+    if any(map(changes_labels, state.defences)):
+        client.told_labels = lambda labels, examples: told_labels(
+            state.defences, state.secret(context.node_id), labels, examples, test=False
+        )
+    return client
 
 
 def _with_context(function: Callable[..., Any], context: Context) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ import torch
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
+from psl_flower.client.defending import Defending
 from psl_flower.client.label_noise import with_noise
 from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
@@ -92,7 +93,9 @@ def _answer(
                 described = client.describe(
                     label_counts=request.label_counts, method=method.name, model=state.signature
                 )
-                reply.descriptions[node] = with_noise(method, state, node, replace(described, key=key))
+                private = "" if state.private is None else repr(state.private)
+                described = replace(described, key=key, private=private)
+                reply.descriptions[node] = with_noise(method, state, node, described)
             except Exception as exc:
                 reply.failures[node] = replace(_failure(exc, node), partition_id=client.partition_id)
         return
@@ -217,10 +220,11 @@ class _Work:
         device = next(iter(self._parts().values())).device
         seed = zlib.crc32(self.stage.name.encode())
         with seeded(0, device):
+            run = partial(self.stage.function, self.method, context, **inputs)
             if len(clients) == 1:
                 reseed(next(orders.each()).step_seed() ^ seed, device)
-                return self.stage.function(self.method, context, **inputs)
-            return self._without_random(device, partial(self.stage.function, self.method, context, **inputs))
+                return context.defend(self.stage, run())
+            return context.defend(self.stage, self._without_random(device, run))
 
     def _without_random(self, device: torch.device, run: Callable[[], Mapping[str, Tree]]) -> Mapping[str, Tree]:
         """Run something for several clients as one, unless it draws random numbers."""
@@ -250,19 +254,28 @@ class _Work:
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
             joined = self._draw_all(clients, orders, device)
-            context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own)
+            defending = Defending()
+            if self.state.defences:
+                secrets = [self.state.secret(node) for node in request.nodes]
+                defending = Defending.of(self.state.defences, secrets, orders, [client.draw for client in clients])
+                joined = defending.labels(joined)
+            private = self.state.private
+            bound = None if private is None else private.bound(len(self.method.parts))
+            context = ClientContext(
+                clients, self._parts(), orders, joined, self.state.loss, own, defending=defending, bound=bound
+            )
             drawn = checksums(joined, orders.counts.tolist())
             if orders.checksums is None:
                 context.checksums = np.array(drawn)
             else:
                 for now, before in zip(drawn, orders.checksums.tolist(), strict=True):
                     check_drawn_again(now, before, "test data" if orders.test else "training data")
+            run = partial(stage.function, self.method, context, joined, **inputs)
             if len(clients) == 1:
-                return context, stage.function(self.method, context, joined, **inputs)
+                return context, context.defend(stage, run())
             if any(type(client).forward is not SplitClient.forward for client in clients):
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
-            run = partial(stage.function, self.method, context, joined, **inputs)
-            return context, self._without_random(device, run)
+            return context, context.defend(stage, self._without_random(device, run))
 
     def _draw_all(self, clients: Sequence[SplitClient], orders: Orders, device: torch.device) -> Batch:
         """Return the clients' batches as one; random numbers are each client's own."""

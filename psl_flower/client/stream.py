@@ -19,6 +19,7 @@ import grpc
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from psl_flower.client.client import SplitClient
+from psl_flower.client.keeping import keep, restore
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client, method_of
 from psl_flower.client.runtime import answer
@@ -61,6 +62,10 @@ def attach_stream(recipe: ClientRecipe, message: Message, context: Context) -> M
     ticket = Ticket.decode(record)
     # a server in this very process waits for the reply, so the handler must not wait for the server
     resident = ticket.process == PROCESS_ID or outlives_messages()
+    state = run_state(context.run_id)
+    restore(state, context)
+    state.secret(context.node_id)  # made before the process goes on without the context
+    keep(state, context)
     reply = ConfigRecord({"resident": resident, "failure": ""})
     try:
         if resident:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 
 from flwr.serverapp import Grid
 
@@ -12,7 +13,7 @@ from psl_flower.errors import ConfigError
 from psl_flower.exchange.base import Carrier
 from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.exchange.streams import StreamCarrier, StreamOptions
-from psl_flower.flower import is_simulation
+from psl_flower.flower import cluster_host, is_simulation
 from psl_flower.grid import InProcessGrid
 from psl_flower.protocol import Reply, Request
 from psl_flower.temporary_folder import check_temporary_folder
@@ -43,6 +44,10 @@ def open_carrier(grid: Grid, transport: str = "auto", options: StreamOptions | N
         transport = "messages"
     if transport == "messages":
         return MessageCarrier(grid)
+    options = options or StreamOptions()
+    if (options.bind, options.advertise) == (StreamOptions.bind, "") and (host := cluster_host(grid)):
+        log.info("Ray has several machines: clients connect to this one's address in it, %s", host)
+        options = replace(options, bind=f"{host}:0")
     return StreamCarrier(grid, options) if transport == "streams" else AutoCarrier(grid, options)
 
 

@@ -1,103 +1,137 @@
-"""``python -m psl_flower.experiments``: run sweeps, and report what came out."""
+"""``psl-flower experiments``: run sweeps, and report what came out."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
-import sys
 import time
 import tomllib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from psl_flower.app.task import check_model
 from psl_flower.checks import check_int
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.data import check_data
-from psl_flower.experiments.findings import SWEEP_FILE
+from psl_flower.experiments.findings import SWEEP_FILE, Findings
 from psl_flower.experiments.provenance import provenance
 from psl_flower.experiments.report import write_report
 from psl_flower.experiments.results import RESULTS_FILE, RUNS_FOLDER, read_result
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
 from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, preset_names, read_sweep
+from psl_flower.experiments.tables import make_tables
 
-_DESCRIPTION = """\
-Train every combination of methods, clients, batch sizes, seeds ... that a small TOML file names; keep all results in
-one table, and write a report with pictures. What is finished is not run again: after an interruption, give the same
-command. The presets are the tables of the paper (arXiv 2407.15738); docs/experiments.md describes the TOML.
-"""
-_EXAMPLES = """\
-examples:
-  python -m psl_flower.experiments list
-  python -m psl_flower.experiments run severe --quick
-  python -m psl_flower.experiments run severe --full --set "num-clients=[128]" --set seed=0
-  python -m psl_flower.experiments run my-sweep.toml --out results --workers 4
-  python -m psl_flower.experiments report results
-"""
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0; 1 if a training failed; 2 if an argument is refused."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(words)
+@app.callback(
+    epilog="""Examples:
+
+  psl-flower experiments list
+
+  psl-flower experiments run severe --quick
+
+  psl-flower experiments run severe --full --set "num-clients=[128]" --set seed=0
+
+  psl-flower experiments run my-sweep.toml --out results --workers 4
+
+  psl-flower experiments report results"""
+)
+def _about() -> None:
+    """Train every combination of methods, clients, batch sizes, seeds ... that a small TOML file names.
+
+    All results are kept in one table, and a report with pictures is written.
+    What is finished is not run again: after an interruption, give the same
+    command. The presets are the tables of the paper (arXiv 2407.15738);
+    docs/experiments.md describes the TOML.
+    """
+
+
+@app.command(
+    "run",
+    epilog="""Examples:
+
+  psl-flower experiments run severe --quick
+
+  psl-flower experiments run severe --set "method=['UGS', 'FLS']" --set seed=0 --dry-run""",
+)
+def _run(
+    ctx: typer.Context,
+    sweep: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Minutes on a laptop; the default, if there is such a form.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="The paper's setting: for a GPU.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; outputs/NAME-FORM.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Trainings at once; one a core, or one on a GPU.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key for all runs, as in TOML; a list makes an axis."),
+    ] = None,
+    data_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the dataset's files are; torchvision downloads them.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be run.")] = False,
+) -> None:
+    """Run a sweep, then report what came out.
+
+    PRESET_OR_TOML is a name that psl-flower experiments list shows, or a path
+    ending in .toml.
+    """
+    if quick and full:
+        raise ConfigError("--quick and --full are two forms of a sweep: leave one out")
+    overrides = dict(map(parse_set, changes or ()))
+    if data_path:
+        overrides["data-path"] = str(data_path.expanduser().resolve())
+    asked = read_sweep(sweep, "quick" if quick else "full" if full else "", overrides)
+    folder = out or Path("outputs") / "-".join(filter(None, [Path(sweep).stem, asked.form]))
     try:
-        status: int = options.command(options, words)
-    except ConfigError as error:
-        print(f"psl_flower.experiments: {error}", file=sys.stderr)
-        return 2
+        raise typer.Exit(_run_sweep(asked, folder, workers, ctx.obj, dry_run=dry_run))
     except KeyboardInterrupt:
         say("Interrupted; what is finished is kept. The same command goes on from here.")
-        return 130
-    return status
+        raise typer.Exit(130) from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m psl_flower.experiments", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run", help="run a preset or a TOML file, then report", description="Run a sweep, then report what came out."
-    )
-    run.add_argument("sweep", metavar="PRESET_OR_TOML", help=f"{', '.join(preset_names())}; or a path ending in .toml")
-    forms = run.add_mutually_exclusive_group()
-    forms.add_argument(
-        "--quick",
-        dest="form",
-        action="store_const",
-        const="quick",
-        help="minutes on a laptop (default, if there is one)",
-    )
-    forms.add_argument("--full", dest="form", action="store_const", const="full", help="the paper's setting: for a GPU")
-    run.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: outputs/NAME-FORM)")
-    run.add_argument(
-        "--workers", type=int, metavar="N", help="trainings at once (default: one a core, or one on a GPU)"
-    )
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a key for all runs, as in TOML; a list makes an axis: --set \"method=['UGS', 'FLS']\"",
-    )
-    run.add_argument(
-        "--data-path", metavar="DIR", help="where the dataset's files are (default: torchvision downloads them)"
-    )
-    run.add_argument("--dry-run", action="store_true", help="only list what would be run")
-    run.set_defaults(command=_run, form="")
-    report = commands.add_parser(
-        "report", help="write the report of a sweep anew", description="Write report.html and report.md of a sweep."
-    )
-    report.add_argument("folder", type=Path, metavar="DIR", help="the --out of a sweep, finished or not")
-    report.set_defaults(command=_report)
-    lists = commands.add_parser("list", help="list the presets", description="List the presets and their sizes.")
-    lists.set_defaults(command=_list)
-    return parser
+@app.command("report")
+def _report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    as_json: _Json = False,
+) -> None:
+    """Write report.html and report.md of a sweep anew; with --json, print its tables as well.
+
+    DIR is the --out of a sweep, finished or not.
+    """
+    files = [str(path) for path in write_report(folder)]
+    if as_json:
+        tables = [asdict(table) for table in make_tables(Findings(folder))]
+        print(json.dumps({"files": files, "tables": tables}, indent=2))
+    else:
+        print(*files, sep="\n")
+
+
+@app.command("list")
+def _list(as_json: _Json = False) -> None:
+    """List the presets and their sizes."""
+    presets = [(name, form, read_sweep(name, form)) for name in preset_names() for form in FORMS]
+    rows = [
+        {"preset": name, "form": form, "trainings": len(list(distinct(sweep.experiments()))), "title": sweep.title}
+        for name, form, sweep in presets
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print("{preset:12} --{form:6} {trainings:4} trainings   {title}".format_map(row))
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -117,26 +151,21 @@ def parse_set(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
-def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
-    overrides = dict(map(parse_set, options.set))
-    if options.data_path:
-        overrides["data-path"] = str(Path(options.data_path).expanduser().resolve())
-    sweep = read_sweep(options.sweep, options.form, overrides)
+def _run_sweep(sweep: Sweep, folder: Path, workers: int | None, words: Sequence[str], *, dry_run: bool) -> int:
+    """Run what is not finished of a sweep; return the exit code, 1 if a training failed."""
     experiments = sweep.experiments()
-    folder = options.out or Path("outputs") / "-".join(filter(None, [Path(options.sweep).stem, sweep.form]))
     form = f", {sweep.form}" if sweep.form else ""
     trainings = len(list(distinct(experiments)))
     say(f"{sweep.title}{form}: {len(experiments)} combinations, {trainings} trainings, in {folder}")
-    if options.dry_run:
+    if dry_run:
         print("\n".join(f"{experiment.label}  {experiment.name}" for experiment in experiments))
         return 0
     configs = [experiment.setting.config for experiment in experiments]
-    if options.workers is not None:
-        check_int(options.workers, "--workers", least=1)
+    if workers is not None:
+        check_int(workers, "--workers", least=1)
     runs = folder / RUNS_FOLDER
     _check(experiment for experiment in distinct(experiments) if read_result(runs / experiment.name) is None)
     threads = max(config.threads or 1 for config in configs)  # of themselves, one: trainings fill the cores
-    workers = options.workers
     if workers is None:
         workers = default_workers(threads, configs[0].device)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before the trainings' processes import numpy
@@ -194,18 +223,3 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _report(options: argparse.Namespace, words: Sequence[str]) -> int:
-    for path in write_report(options.folder):
-        print(path)
-    return 0
-
-
-def _list(options: argparse.Namespace, words: Sequence[str]) -> int:
-    for name in preset_names():
-        for form in FORMS:
-            sweep = read_sweep(name, form)
-            trainings = len(list(distinct(sweep.experiments())))
-            print(f"{name:12} --{form:6} {trainings:4} trainings   {sweep.title}")
-    return 0

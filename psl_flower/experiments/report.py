@@ -10,9 +10,12 @@ from string import Template
 
 from psl_flower.config import RunConfig
 from psl_flower.experiments.findings import Findings
-from psl_flower.experiments.pictures import Picture, draw_pictures
 from psl_flower.experiments.tables import Table, escaped, make_tables
+from psl_flower.extras import extra
 from psl_flower.strategy.progress import clock
+
+with extra("experiments", "a report of a sweep"):
+    from psl_flower.experiments.pictures import Picture, draw_pictures
 
 MARKDOWN_FILE, HTML_FILE, PICTURES_FOLDER = "report.md", "report.html", "pictures"
 

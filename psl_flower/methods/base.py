@@ -43,6 +43,8 @@ class Stage:
         Whether several clients of a process may do it as one; never where something is EACH client's.
     exact : tuple of str
         Outputs with rows that never travel in fewer bits: labels, say.
+    gradients : tuple of str
+        Outputs with rows that are gradients of the loss. The other rows, but for exact ones, are activations.
     batch : bool
         Whether it is about the examples of the orders; those before and after the steps of a round are not.
     own : bool
@@ -57,6 +59,7 @@ class Stage:
     after: str | None
     joint: bool
     exact: tuple[str, ...]
+    gradients: tuple[str, ...] = ()
     batch: bool = True
     own: bool = False
 
@@ -68,6 +71,7 @@ def stage(
     after: str | None = None,
     joint: bool = True,
     exact: tuple[str, ...] = (),
+    gradients: tuple[str, ...] = (),
     batch: bool = True,
     own: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -83,6 +87,7 @@ def stage(
             after,
             joint=joint and not own and EACH not in kinds,
             exact=exact,
+            gradients=gradients,
             batch=batch,
             own=own,
         )

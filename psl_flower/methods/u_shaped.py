@@ -1,4 +1,4 @@
-"""U-shaped split learning: both ends of the model on the clients, and with them the labels (METHOD, "U-shaped")."""
+"""U-shaped split learning: both ends of the model on the clients, and with them the labels (docs/method.md, 2)."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class UShapedSplit(SplitMethod):
     @stage(
         inputs={"outputs": ROWS, "rows": SHARED},
         outputs={"gradient": ROWS, "tail": SUM, "past": SUM, "loss": SUM, "score": SUM},
+        gradients=("gradient",),
         after="head_forward",
     )
     def tail_loss(self, client: ClientContext, outputs: Any, rows: Any) -> dict[str, Any]:

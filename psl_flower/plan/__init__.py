@@ -1,4 +1,4 @@
-"""Look before running (``python -m psl_flower.plan``): what an epoch would be like under each sampler, untrained."""
+"""Look before running (``psl-flower plan``): what an epoch would be like under each sampler, untrained."""
 
 from psl_flower.plan.measure import Epoch, Summary, plan_epoch, summarize_epochs
 from psl_flower.plan.picture import save_picture

@@ -1,15 +1,17 @@
-"""``python -m psl_flower.plan``: compare samplers on your clients before running anything."""
+"""``psl-flower plan``: compare samplers on your clients before running anything."""
 
 from __future__ import annotations
 
-import argparse
 import ast
-import sys
-from collections.abc import Sequence
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
+import click
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 from psl_flower.checks import check_choice, check_int
@@ -19,6 +21,7 @@ from psl_flower.plan.picture import save_picture
 from psl_flower.plan.population import SPLITS, balanced_labels, read_labels, read_population, split_labels
 from psl_flower.plan.table import format_table
 from psl_flower.population import Population
+from psl_flower.samplers.aligned import AlignedSampler
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
@@ -29,29 +32,70 @@ _SPLIT_STREAM = (3, 0)
 _REFERENCE = "ugs"
 _RECOMMENDED = ("aligned:targets=stratified,tilt=0.1",)
 _SEEDED_DELAYS = ("slow-fraction", "lognormal")
+_DELAYS = ", ".join(name for name in DELAY_MODELS if name != "measured")
 
-_DESCRIPTION = """\
-Build the schedules that samplers would make for your clients, without training: print what an epoch under each would
-be like (simulated time, deviation of the batches, clients a step) and draw it.
-"""
-_EXAMPLES = """\
-examples:
-  python -m psl_flower.plan --num-clients 64 --split severe
-  python -m psl_flower.plan --dataset digits --num-clients 16 --split mild --batch-size 64
-  python -m psl_flower.plan --delays lognormal:latency_sigma=0.5 --samplers ugs lds:delta=0.25 lds:delta=1
-  python -m psl_flower.plan --sizes clients.csv --delays csv:path=delays.csv --batch-size 256
-"""
+app = typer.Typer(add_completion=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0, or 2 where an argument is refused."""
-    options = _parser().parse_args(arguments)
-    try:
-        _compare(options)
-    except ConfigError as exc:
-        print(f"psl_flower.plan: {exc}", file=sys.stderr)
-        return 2
-    return 0
+def _option(what: str, metavar: str, *names: str, panel: str = "Clients and data", **more: Any) -> Any:
+    return typer.Option(*names, help=what, metavar=metavar, rich_help_panel=panel, **more)
+
+
+@app.command(
+    epilog="""Examples:
+
+  psl-flower plan --num-clients 64 --split severe
+
+  psl-flower plan --dataset digits --num-clients 16 --split mild --batch-size 64
+
+  psl-flower plan ugs lds:delta=0.25 lds:delta=1 --delays lognormal:latency_sigma=0.5
+
+  psl-flower plan --sizes clients.csv --delays csv:path=delays.csv --batch-size 256"""
+)
+def _plan(
+    samplers: Annotated[list[str] | None, typer.Argument(metavar="SAMPLER:OPTION=VALUE,...")] = None,
+    sizes: Annotated[Path | None, _option("client_id,size a line, or client_id and a column a class.", "CSV")] = None,
+    labels: Annotated[Path | None, _option(".npy, or text with a label a line; split as below.", "FILE")] = None,
+    dataset: Annotated[str, _option("The default app's: digits, fashion-mnist, cifar10, cifar100.", "NAME")] = "",
+    data_path: Annotated[str, _option("Where the dataset's files are, as in the app.", "DIR")] = "",
+    num_clients: Annotated[int, _option("How many, where no file says it.", "K")] = 64,
+    num_examples: Annotated[int, _option("Made-up labels.", "N")] = 50_000,
+    num_classes: Annotated[int, _option("Of made-up labels.", "C")] = 10,
+    split: Annotated[
+        str, _option("How they are split among clients.", "|".join(SPLITS), click_type=click.Choice(list(SPLITS)))
+    ] = "severe",
+    classes_per_client: Annotated[int | None, _option("Instead of 5 (mild) or 2 (severe).", "C")] = None,
+    alpha: Annotated[float | None, _option("Evenness of a class over its holders; 3 unless given.", "A")] = None,
+    delays: Annotated[
+        str,
+        _option(
+            f"How slow clients are: {_DELAYS}, with options. The default has a tenth of the clients take 10 s a step, "
+            "the others 1 s.",
+            "MODEL:OPTION=VALUE,...",
+            panel="Speed",
+        ),
+    ] = "slow-fraction",
+    batch_size: Annotated[int, _option("Examples a step, over all clients.", "B", panel="Schedules")] = 128,
+    epochs: Annotated[int, _option("Epochs averaged over.", "N", panel="Schedules")] = 1,
+    seeds: Annotated[int, _option("Splits, delays and schedules averaged over.", "N", panel="Schedules")] = 1,
+    seed: Annotated[int, _option("The first seed; its first epoch is drawn.", "N", panel="Schedules")] = 0,
+    bound: Annotated[
+        bool, _option("The least time possible with a sampler's class targets.", "", panel="Schedules")
+    ] = True,
+    output: Annotated[Path, _option("The picture.", "FILE", panel="Output")] = Path("plan.png"),
+    picture: Annotated[bool, _option("Whether to draw it.", "", panel="Output")] = True,
+    as_json: Annotated[bool, _option("Print JSON, for scripts.", "", "--json", panel="Output")] = False,
+) -> None:
+    """Build the schedules that samplers would make for your clients, without training.
+
+    Prints what an epoch under each would be like (simulated time, deviation of
+    the batches, clients a step), and draws it. Samplers are ugs, lds, lb,
+    aligned, fls and fpls, each with options or without. Unless some are named,
+    it takes all of them, and aligned:targets=stratified,tilt=0.1.
+    """
+    options = SimpleNamespace(**locals())
+    options.samplers = samplers or [*SAMPLERS, *_RECOMMENDED]
+    _compare(options)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -81,67 +125,17 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m psl_flower.plan",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    data = parser.add_argument_group("clients and data")
-    data.add_argument(
-        "--sizes", type=Path, metavar="CSV", help="client_id,size a line, or client_id and a column a class"
-    )
-    data.add_argument("--labels", type=Path, metavar="FILE", help=".npy, or text with a label a line; split as below")
-    data.add_argument("--dataset", metavar="NAME", help="the default app's: digits, fashion-mnist, cifar10, cifar100")
-    data.add_argument("--data-path", default="", metavar="DIR", help="where the dataset's files are, as in the app")
-    data.add_argument("--num-clients", type=int, default=64, metavar="K", help="(default: 64)")
-    data.add_argument("--num-examples", type=int, default=50_000, metavar="N", help="made-up labels (default: 50000)")
-    data.add_argument("--num-classes", type=int, default=10, metavar="C", help="made-up labels (default: 10)")
-    data.add_argument("--split", default="severe", choices=SPLITS, help="(default: severe)")
-    data.add_argument("--classes-per-client", type=int, metavar="C", help="instead of 5 (mild) or 2 (severe)")
-    data.add_argument("--alpha", type=float, help="evenness of a class over its holders (default: 3)")
-    speed = parser.add_argument_group("speed")
-    speed.add_argument(
-        "--delays",
-        default="slow-fraction",
-        metavar="MODEL[:OPTION=VALUE,...]",
-        help=f"{', '.join(name for name in DELAY_MODELS if name != 'measured')} "
-        "(default: slow-fraction, a tenth of the clients with 10 s a step instead of 1 s)",
-    )
-    plans = parser.add_argument_group("schedules")
-    plans.add_argument(
-        "--samplers",
-        nargs="+",
-        default=[*SAMPLERS, *_RECOMMENDED],
-        metavar="NAME[:OPTION=VALUE,...]",
-        help=f"{', '.join(SAMPLERS)} (default: all, and {', '.join(_RECOMMENDED)})",
-    )
-    plans.add_argument("--batch-size", type=int, default=128, metavar="B", help="(default: 128)")
-    plans.add_argument("--epochs", type=int, default=1, help="epochs averaged over (default: 1)")
-    plans.add_argument("--seeds", type=int, default=1, help="splits, delays and schedules averaged over (default: 1)")
-    plans.add_argument("--seed", type=int, default=0, help="the first seed; its first epoch is drawn (default: 0)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("plan.png"), metavar="FILE", help="picture (default: plan.png)"
-    )
-    parser.add_argument(
-        "--no-bound", action="store_true", help="skip the least time possible with a sampler's class targets"
-    )
-    parser.add_argument("--no-picture", action="store_true", help="print the table only")
-    return parser
-
-
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: SimpleNamespace) -> None:
     for name in ("epochs", "seeds"):
         check_int(getattr(options, name), f"--{name}", least=1)
     check_int(options.seed, "--seed", least=0)
     reference: list[float] = []  # UGS's epoch times
     runs: dict[str, list[Epoch]] = {}
     left_out: dict[str, None] = {}
+    about = ""
     for seed in range(options.seed, options.seed + options.seeds):
         population = _population(options, seed)
-        if seed == options.seed:
-            print(_describe(population, options))
+        about = about or _describe(population, options)
         samplers = {spec: _sampler(spec, options, seed) for spec in options.samplers}
         for epoch in range(options.epochs):
             uniform = plan_epoch(_sampler(_REFERENCE, options, seed), population, epoch)
@@ -150,26 +144,32 @@ def _compare(options: argparse.Namespace) -> None:
                 if sampler.needs_label_counts and population.label_counts is None:
                     left_out[spec] = None
                 else:
-                    bound = epoch == 0 and not options.no_bound
+                    bound = epoch == 0 and options.bound
                     runs.setdefault(spec, []).append(plan_epoch(sampler, population, epoch, bound=bound))
     if not runs:
         raise ConfigError("none of the samplers can plan without knowing the clients' classes: give counts a class")
-    print(format_table([summarize_epochs(spec, epochs, reference) for spec, epochs in runs.items()]))
-    for spec in left_out:
-        print(f"note: {spec} is left out, it needs the clients' classes")
-    for warning in _warnings(runs, options):
-        print(f"warning: {warning}")
-    if not options.no_picture:
+    if options.picture:
         save_picture(options.output, [(spec, epochs[0]) for spec, epochs in runs.items()], reference[0])
+    summaries = [summarize_epochs(spec, epochs, reference) for spec, epochs in runs.items()]
+    notes = [f"{spec} is left out, it needs the clients' classes" for spec in left_out]
+    warnings = _warnings(runs, options)
+    if options.as_json:
+        found = {"about": about, "samplers": list(map(asdict, summaries)), "notes": notes, "warnings": warnings}
+        print(json.dumps(found | {"picture": str(options.output) if options.picture else None}, indent=2))
+        return
+    print(about, format_table(summaries), *(f"note: {note}" for note in notes), sep="\n")
+    for line in [f"warning: {warning}" for warning in warnings]:
+        print(line)
+    if options.picture:
         print(f"picture: {options.output}")
 
 
-def _sampler(spec: str, options: argparse.Namespace, seed: int) -> Sampler:
+def _sampler(spec: str, options: SimpleNamespace, seed: int) -> Sampler:
     name, sampler_options = parse_spec(spec)
     return make_sampler(name, options.batch_size, **{"seed": seed, **sampler_options})
 
 
-def _population(options: argparse.Namespace, seed: int) -> Population:
+def _population(options: SimpleNamespace, seed: int) -> Population:
     """Return the clients with their delays; splits and seeded delays follow the seed."""
     sources = [f"--{name}" for name in ("sizes", "labels", "dataset") if getattr(options, name)]
     if len(sources) > 1:
@@ -194,7 +194,7 @@ def _population(options: argparse.Namespace, seed: int) -> Population:
     return Population(clients.client_ids, clients.sizes, clients.label_counts, delays)
 
 
-def _labels(options: argparse.Namespace) -> NDArray[Any]:
+def _labels(options: SimpleNamespace) -> NDArray[Any]:
     if options.labels:
         return read_labels(options.labels)
     if options.dataset:
@@ -204,7 +204,7 @@ def _labels(options: argparse.Namespace) -> NDArray[Any]:
     return balanced_labels(options.num_examples, options.num_classes)
 
 
-def _describe(population: Population, options: argparse.Namespace) -> str:
+def _describe(population: Population, options: SimpleNamespace) -> str:
     sizes = population.sizes
     classes = "" if population.label_counts is None else f", {population.label_counts.shape[1]} classes"
     split = "" if options.sizes else f", {options.split} split"
@@ -215,19 +215,16 @@ def _describe(population: Population, options: argparse.Namespace) -> str:
     )
 
 
-def _warnings(runs: dict[str, list[Epoch]], options: argparse.Namespace) -> list[str]:
+def _warnings(runs: dict[str, list[Epoch]], options: SimpleNamespace) -> list[str]:
     """Return what speaks against samplers beside the numbers."""
     found = []
     for spec, epochs in runs.items():
+        sampler = _sampler(spec, options, options.seed)
         starved = max((epoch.starved for epoch in epochs), key=len)
         if starved:
             worst = max(starved, key=lambda s: (s.longest, s.scarce))
             others = f", and so are {len(starved) - 1} more" if len(starved) > 1 else ""
-            found.append(
-                f"{spec}: {worst}{others}; a model may forget them: lower delta or tilt, shuffle the steps, or choose "
-                f"another sampler"
-            )
-        sampler = _sampler(spec, options, options.seed)
+            found.append(f"{spec}: {worst}{others}; a model may forget them: {_remedy(sampler)}")
         num_clients = len(epochs[0].plan.population)
         if isinstance(sampler, LatentDirichletSampler) and sampler.c * sampler.sample_size < num_clients:
             found.append(
@@ -235,3 +232,11 @@ def _warnings(runs: dict[str, list[Epoch]], options: argparse.Namespace) -> list
                 f"{num_clients}: most clients are left out of most steps; raise sample_size"
             )
     return found
+
+
+def _remedy(sampler: Sampler) -> str:
+    """Return what helps a sampler whose schedule keeps classes away: one of its own options, or else another one."""
+    remedies = ["lower its delta"] if isinstance(sampler, LatentDirichletSampler) and sampler.delta else []
+    remedies += ["lower its tilt"] if isinstance(sampler, AlignedSampler) and sampler.tilt else []
+    remedies += ["shuffle its steps, order=shuffled"] if getattr(sampler, "order", "") == "natural" else []
+    return ", or ".join([*remedies, f"choose another sampler, such as {_REFERENCE}"])

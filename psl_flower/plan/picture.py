@@ -1,26 +1,65 @@
-"""The planner's picture: a row a sampler, with step times, deviation and who works when along the epoch."""
+"""The planner's picture: a row a sampler, with step times, batch deviation and who works when along the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import ListedColormap, PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from psl_flower.batch_plan import BatchPlan
 from psl_flower.errors import ConfigError
+from psl_flower.extras import extra
 from psl_flower.plan.measure import Epoch
 from psl_flower.plan.table import format_seconds
-from psl_flower.typing import FloatArray
+from psl_flower.population import Population
+from psl_flower.typing import FloatArray, IndexArray
 
-_MAX_CELLS = (240, 600)  # of a heat map: clients and steps beyond that share cells
-_TIME, _DEVIATION, _MEAN = "#3b6ea5", "#b3562f", "#222222"
-_COLORS = ListedColormap(colormaps["YlGnBu"](np.linspace(0.2, 1, 256)))  # without the palest: nobody is white
+_BINS = 100  # of an epoch: steps beyond that share one
+_QUANTILES = (0.5, 0.9)  # of speed: the faster half of the clients, the slowest tenth, and those between
+# Okabe and Ito's colours, which differ for colour-blind eyes and in grey: fast, middle, slow
+_COLORS = ("#9AD1F5", "#0072B2", "#D55E00")
+_DOTS, _MEAN = "#8C8C8C", "#000000"
+
+
+@dataclass(frozen=True, eq=False)
+class SpeedGroups:
+    """Clients of about the same speed, fastest first.
+
+    Parameters
+    ----------
+    group : (K,) int64
+        Each client's, by its row in the population.
+    labels : list of str
+        What each group is, in words.
+    """
+
+    group: IndexArray
+    labels: list[str]
+
+    @classmethod
+    def of(cls, population: Population, batch_size: int) -> SpeedGroups:
+        """Divide clients by the seconds that an even share of a batch takes them; those of one speed stay together."""
+        delays = population.delays
+        seconds = np.zeros(len(population))
+        if delays is not None:
+            seconds = delays.latency + delays.per_sample * (batch_size / len(population))
+        bounds = np.unique(np.quantile(seconds, _QUANTILES, method="inverted_cdf"))
+        group = np.unique(np.searchsorted(bounds, seconds), return_inverse=True)[1]
+        labels = []
+        for number in range(group.max() + 1):
+            own = seconds[group == number]
+            least, most = format_seconds(own.min()), format_seconds(own.max())
+            told = least if least == most else f"{least} to {most}"
+            labels.append(f"{len(own)} client{'s' if len(own) > 1 else ''}, {told} a step")
+        return cls(group, labels)
+
+    @property
+    def colors(self) -> tuple[str, ...]:
+        """A colour a group; the slowest of several has the one that stands out."""
+        return {1: _COLORS[:1], 2: _COLORS[::2]}.get(len(self.labels), _COLORS)
 
 
 def save_picture(path: Path, epochs: Sequence[tuple[str, Epoch]], reference_time: float = 0.0) -> None:
@@ -38,111 +77,87 @@ def save_picture(path: Path, epochs: Sequence[tuple[str, Epoch]], reference_time
     Raises
     ------
     ConfigError
-        If the file cannot be written.
+        If the file cannot be written, or matplotlib is not installed.
     """
-    figure = Figure(figsize=(15, 0.9 + 2.1 * len(epochs)), layout="constrained")
-    axes = figure.subplots(len(epochs), 4, squeeze=False, sharex="col", width_ratios=(4, 4, 5, 1))
-    heat = [mean_quotas(epoch.plan) for _, epoch in epochs]
-    norm = PowerNorm(0.5, vmin=0, vmax=max(float(cells.max()) for cells in heat))
-    unit, name = (1e-3, "ms") if max(float(epoch.times.max()) for _, epoch in epochs) < 1 else (1.0, "s")
-    for (times, deviations, clients, delays), (heading, epoch), cells in zip(axes, epochs, heat, strict=True):
-        _along_epoch(times, epoch.times / unit, _TIME)
-        times.set_ylabel(f"step time ({name})")
+    with extra("experiments", "a picture of schedules"):
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    first = epochs[0][1].plan
+    groups = SpeedGroups.of(first.population, int(first.batch_sizes().max()))
+    times = any(epoch.times.any() for _, epoch in epochs)
+    deviations = all(epoch.deviation is not None for _, epoch in epochs)
+    # (what it shows, its values of an epoch or None for the shares); no column without anything to see
+    columns: list[tuple[str, Any]] = [("share of the batch, by speed of client", None)]
+    if deviations:
+        columns.insert(0, ("batch deviation: 0 like all data, 2 nothing alike", lambda epoch: epoch.deviation))
+    if times:
+        columns.insert(0, ("seconds a step takes", lambda epoch: epoch.times))
+    figure = Figure(figsize=(4.6 * len(columns), 1.2 + 1.55 * len(epochs)), layout="constrained")
+    axes = figure.subplots(len(epochs), len(columns), squeeze=False, sharex="col", sharey="col")
+    for row, (heading, epoch) in zip(axes, epochs, strict=True):
+        for panel, (_, values) in zip(row, columns, strict=True):
+            if values is None:
+                _draw_shares(panel, epoch.plan, groups)
+            else:
+                _draw_steps(panel, values(epoch))
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         total = float(epoch.times.sum())
-        relative = f" ({total / reference_time:.2f} x UGS)" if reference_time else ""
-        times.set_title(f"{heading}: epoch of {format_seconds(total)}{relative}", loc="left", fontsize=10)
-        if epoch.deviation is None:
-            deviations.text(0.5, 0.5, "classes not known", ha="center", va="center", transform=deviations.transAxes)
-        else:
-            _along_epoch(deviations, epoch.deviation, _DEVIATION)
-        deviations.set_ylabel("batch deviation (L1)")
-        image = _draw_clients(clients, delays, epoch.plan, cells, norm)
-    for column, top in (
-        (0, max(float(epoch.times.max()) for _, epoch in epochs) / unit),
-        (1, _largest_deviation(epochs)),
-    ):
-        for row in axes[:, column]:
-            row.set_ylim(0, 1.08 * top if top else 1)
-    longest = max(len(epoch.plan) for _, epoch in epochs)
-    for row in axes[:, :3].flat:
-        row.set_xlim(0, longest)
-        row.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    for bottom, label in zip(
-        axes[-1],
-        ("step (line: running mean)", "step (line: running mean)", "step", "seconds at\nan even share"),
-        strict=True,
-    ):
-        bottom.set_xlabel(label)
-    axes[0, 2].set_title("who works when: examples a step", loc="left", fontsize=10)
-    figure.colorbar(image, ax=axes[:, 3], label="examples a step", fraction=0.5, pad=0.1, aspect=14 * len(epochs))
+        relative = f", {total / reference_time:.2f} x UGS" if reference_time else ""
+        told = f": epoch of {format_seconds(total)}{relative}" if times else ""
+        row[0].set_title(heading + told, loc="left", fontsize=11, fontweight="bold")
+    for column, (title, values) in enumerate(columns):
+        axes[0, column].annotate(
+            title, (0.5, 1), xytext=(0, 26), xycoords="axes fraction", textcoords="offset points", ha="center",
+            fontsize=12,
+        )  # fmt: skip
+        axes[0, column].set_ylim(0, None if values else 1)
+        axes[0, column].set_xlim(0, max(len(epoch.plan) for _, epoch in epochs))
+        axes[-1, column].set_xlabel("step of the epoch" + " (line: running mean)" * bool(values), fontsize=11)
+    axes[0, -1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    handles, labels = axes[0, -1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=11)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"the picture {path} cannot be written: {exc}") from exc
 
 
-def mean_quotas(plan: BatchPlan) -> FloatArray:
-    """Return the mean quota of each cell of a grid of clients, fastest first, and steps; cells hold one or several.
+def speed_shares(plan: BatchPlan, groups: SpeedGroups) -> FloatArray:
+    """Return which share of the examples each group gives, along the epoch.
 
     Returns
     -------
-    (clients, steps) float64
-        At most as many as a picture can show.
+    (G, bins) float64
+        Columns sum to 1; a bin is one step, or several of a long epoch.
     """
-    rank = np.empty(len(plan.population), dtype=np.int64)
-    rank[np.argsort(_typical_seconds(plan), kind="stable")] = np.arange(len(rank))
-    shape = min(_MAX_CELLS[0], len(rank)), min(_MAX_CELLS[1], len(plan))
-    rows = rank[plan.rows()] * shape[0] // len(rank)
-    columns = plan.steps() * shape[1] // len(plan)
-    total = np.bincount(rows * shape[1] + columns, plan.quotas, shape[0] * shape[1]).reshape(shape)
-    clients = np.bincount(np.arange(len(rank)) * shape[0] // len(rank), minlength=shape[0])
-    steps = np.bincount(np.arange(len(plan)) * shape[1] // len(plan), minlength=shape[1])
-    cells: FloatArray = total / np.outer(clients, steps)
-    return cells
+    bins = min(_BINS, len(plan))
+    column = plan.steps() * bins // len(plan)
+    cells = groups.group[plan.rows()] * bins + column
+    count = len(groups.labels)
+    total = np.bincount(cells, plan.quotas, count * bins).reshape(count, bins)
+    shares: FloatArray = total / total.sum(axis=0)
+    return shares
 
 
-def _typical_seconds(plan: BatchPlan) -> FloatArray:
-    """Return the seconds each client would take for an even share of the largest batch, (K,)."""
-    delays = plan.population.delays
-    if delays is None:
-        return np.zeros(len(plan.population))
-    seconds: FloatArray = delays.latency + delays.per_sample * (plan.batch_sizes().max() / len(delays))
-    return seconds
-
-
-def _along_epoch(axes: Any, values: FloatArray, color: str) -> None:
+def _draw_steps(axes: Any, values: FloatArray) -> None:
+    """Draw a dot a step, and their running mean."""
     steps = np.arange(len(values)) + 0.5
-    axes.plot(steps, values, ".", ms=2.5, color=color, alpha=0.6, rasterized=True)
+    axes.plot(steps, values, ".", ms=3, color=_DOTS, alpha=0.6, rasterized=True)
     width = max(1, len(values) // 20)
     ones = np.ones(width)
     mean = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
-    axes.plot(steps, mean, lw=1.3, color=_MEAN)
+    axes.plot(steps, mean, lw=1.6, color=_MEAN)
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_clients(clients: Any, delays: Any, plan: BatchPlan, cells: FloatArray, norm: PowerNorm) -> Any:
-    num_clients = len(plan.population)
-    image = clients.imshow(
-        np.ma.masked_equal(cells, 0),
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-        cmap=_COLORS,
-        norm=norm,
-        extent=(0, len(plan), 0, num_clients),
-    )
-    clients.set_ylabel("clients, slow on top")
-    clients.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    seconds = np.sort(_typical_seconds(plan))
-    delays.fill_betweenx(np.arange(num_clients + 1), np.append(seconds, seconds[-1]), step="post", color=_TIME, lw=0)
-    delays.set_ylim(0, num_clients)
-    delays.set_xlim(0, seconds[-1] * 1.05 if seconds[-1] else 1)
-    delays.set_yticks([])
-    delays.xaxis.set_major_locator(MaxNLocator(2))
-    delays.spines[["top", "right"]].set_visible(False)
-    return image
-
-
-def _largest_deviation(epochs: Sequence[tuple[str, Epoch]]) -> float:
-    return max((float(epoch.deviation.max()) for _, epoch in epochs if epoch.deviation is not None), default=0.0)
+def _draw_shares(axes: Any, plan: BatchPlan, groups: SpeedGroups) -> None:
+    """Draw the groups' shares on top of each other, the slowest at the bottom, where its height can be read."""
+    shares = speed_shares(plan, groups)
+    edges = np.linspace(0, len(plan), shares.shape[1] + 1)
+    lower = np.zeros(len(edges))
+    for share, label, color in reversed(list(zip(shares, groups.labels, groups.colors, strict=True))):
+        upper = lower + np.append(share, share[-1])
+        axes.fill_between(edges, lower, upper, step="post", color=color, label=label, lw=0)
+        lower = upper

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import secrets
 from dataclasses import dataclass
 
 import numpy as np
 
 from psl_flower.checks import check_float, check_int
+from psl_flower.privacy.secret import Secret
 from psl_flower.typing import IntArray
 
 
@@ -39,9 +39,9 @@ class LabelNoise:
         check_float(self.epsilon, "epsilon", above=0)
         check_int(self.classes, "classes", least=2)
 
-    def draw(self) -> IntArray:
+    def draw(self, secret: Secret) -> IntArray:
         """Return the noise of one client in one run, (C,)."""
-        rng = np.random.default_rng(secrets.randbits(128))  # not from the run's seed, which the server knows
+        rng = np.random.default_rng(int.from_bytes(secret.key(b"class counts"), "little"))
         # another label changes two counts by one each
         p = -math.expm1(-self.epsilon / 2)
         return np.asarray(rng.geometric(p, self.classes) - rng.geometric(p, self.classes), dtype=np.int64)

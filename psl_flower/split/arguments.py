@@ -70,6 +70,32 @@ class Arguments:
         needed = tuple(p.name for p in named if p.default is p.empty) or (inputs[0],)
         return cls(signature.replace(parameters=named), tuple(inputs), needed, fixed)
 
+    @classmethod
+    def given(cls, model: nn.Module, names: Collection[str], reason: str) -> Arguments:
+        """Return the arguments of a model that is always called with the same ones.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Its forward may take some of them as ``**kwargs``.
+        names : collection of str
+            Those it is called with.
+        reason : str
+            Why the others keep their default.
+        """
+        signature = inspect.signature(model.forward)
+        own = [p for p in signature.parameters.values() if p.kind in _NAMED]
+        others = [name for name in names if name not in signature.parameters]
+        if others and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            raise CutError(
+                f"forward{signature} of {type(model).__name__} takes no {', '.join(map(repr, others))}: the example's "
+                "names must be those of its arguments"
+            )
+        own += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in others]
+        inputs = tuple(p.name for p in own if p.name in names)
+        fixed = {p.name: reason for p in own if p.name not in inputs}
+        return cls(signature.replace(parameters=own), inputs, inputs, fixed)
+
     def without(self, names: Collection[str], reason: str = _BRANCHES) -> Arguments:
         """Let arguments keep their default."""
         inputs = tuple(name for name in self.inputs if name not in names)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import difflib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import overload
 
 from torch import nn
 
 from psl_flower.errors import CutError
+from psl_flower.split.exported import export
 from psl_flower.split.half import CutNames, TracedHalf, copy_model
 from psl_flower.split.partition import divide, without_raw_inputs
-from psl_flower.split.trace import trace
+from psl_flower.split.place import NEEDS_EXAMPLE, example_of, share_of
+from psl_flower.split.trace import Trace, trace
+
+log = logging.getLogger("flwr.psl_flower")
 
 
 @overload
@@ -72,14 +77,35 @@ def split_module(model: nn.Module, cut: str, tail: str | None = None) -> tuple[n
     names = [_first_name(root, name) for name in cuts]
     where = f"cut {cut!r}" + ("" if tail is None else f", tail {tail!r}")
     try:
-        recorded = without_raw_inputs(root, trace(root, names), names)
+        recorded = without_raw_inputs(root, _record(root, names, cut), names)
         graphs = divide(root, recorded, names)
     except CutError as error:
         raise CutError(f"{where}: {error}{_suggestions(model, cut)}") from error.__cause__
     parts = [TracedHalf(root, programs, recorded, CutNames(cut, tail)) for programs in graphs]
-    parts[0].arguments = recorded.arguments
+    parts[0].arguments, parts[-1].returns = recorded.arguments, recorded.returns
     _separate(parts)
     return tuple(parts)
+
+
+def _record(root: nn.Module, names: Sequence[str], cut: str) -> Trace:
+    """Record a model with torch.fx, which looks at the code around the cuts only, else with torch.export."""
+    example, share = example_of(root, cut), share_of(cut)
+    try:
+        recorded = trace(root, names, share)
+        left_out = [name for name in example or () if name not in recorded.arguments.inputs]
+        if not left_out:
+            return recorded
+        error = CutError(f"torch.fx would leave out {listing(left_out)}, which forward does without.")
+    except CutError as exc:
+        error = exc
+    if example is None:
+        raise CutError(f"{error} Or let torch.export record it: it {NEEDS_EXAMPLE}.") from error.__cause__
+    try:
+        recorded = export(root, example, share)
+    except CutError as other:
+        raise CutError(f"{error} Nor does torch.export do: {other}") from other.__cause__
+    log.info("%s is cut with torch.export: %s", type(root).__name__, error)
+    return recorded
 
 
 def _separate(parts: Sequence[nn.Module]) -> None:
@@ -109,7 +135,7 @@ def cut_candidates(model: nn.Module, depth: int | None = None) -> list[str]:
         Names that `split_module` accepts.
     """
     root = copy_model(model)
-    return list(_candidates(root, "", depth))
+    return list(_candidates(root, "", depth, None))
 
 
 def listing(names: Sequence[object], most: int = 8) -> str:
@@ -118,13 +144,14 @@ def listing(names: Sequence[object], most: int = 8) -> str:
     return ", ".join(map(repr, names[:most])) + more
 
 
-def _candidates(root: nn.Module, parent: str, depth: int | None) -> Iterator[str]:
+def _candidates(root: nn.Module, parent: str, depth: int | None, whole: Trace | None) -> Iterator[str]:
+    """Yield the names inside a module; `whole` is what torch.export has recorded, which holds for all of them."""
     children = [(f"{parent}.{name}" if parent else name) for name, _ in root.get_submodule(parent).named_children()]
     children = [child for child in children if _first_name(root, child) == child]
     if not children or depth == 0:
         return
     try:
-        recorded = trace(root, children[:1])
+        recorded = whole or _record(root, children[:1], children[0])
     except CutError:
         return  # nor can anything deeper be cut, for that needs the same code traced
     for child in children:
@@ -134,7 +161,8 @@ def _candidates(root: nn.Module, parent: str, depth: int | None) -> Iterator[str
             pass
         else:
             yield child
-        yield from _candidates(root, child, None if depth is None else depth - 1)
+        deeper = None if depth is None else depth - 1
+        yield from _candidates(root, child, deeper, recorded if recorded.returns else None)
 
 
 def _check_name(model: nn.Module, kind: str, name: str) -> None:

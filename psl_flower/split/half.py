@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from psl_flower.errors import ConfigError, CutError
 from psl_flower.split.arguments import Arguments
-from psl_flower.split.trace import Trace
+from psl_flower.split.trace import Form, Trace
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,6 +82,8 @@ class TracedHalf(Part):
 
     # how the model is called, in the part that takes its inputs
     arguments: Arguments | None = None
+    # the form of what the model returns, in the part that returns it, where the program has it flat
+    returns: Form | None = None
 
     def __init__(self, root: nn.Module, graphs: Mapping[bool, fx.Graph], trace: Trace, cut: CutNames) -> None:
         super().__init__(cut)
@@ -105,7 +107,8 @@ class TracedHalf(Part):
         """Run the program for the present mode."""
         if self.arguments is not None:
             inputs, named = tuple(self.arguments.bind(inputs, named)), {}
-        return self._psl_programs[self.training](self, *inputs, **named)
+        output = self._psl_programs[self.training](self, *inputs, **named)
+        return output if self.returns is None else self.returns.of(output, self.training)
 
     def _graft(self, root: nn.Module, name: str) -> None:
         """Put the module, parameter, buffer or constant of `root` called `name` into this half, unless it is there."""

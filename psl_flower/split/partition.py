@@ -8,8 +8,8 @@ to the next one; what is needed again two pieces later, which is on the same sid
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ _BY_HAND = "SplitModel(client=..., server=...)"
 _FACTS = frozenset({"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_sparse"})
 _FACT_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "get_device", "element_size"})
 _FACT_METHODS |= {"is_floating_point", "is_complex", "is_contiguous", "item", "tolist", "len"}
+_FACT_METHODS |= {"sym_size", "sym_numel", "sym_stride"}  # as torch.export calls them
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ def divide(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> list[dict[b
     CutError
         If it cannot be divided so.
     """
-    divided = {graph: _divide(root, graph, cuts) for graph in recorded.graphs.values()}
+    divided = {graph: _divide(root, graph, cuts, recorded.shared) for graph in recorded.graphs.values()}
     _check_disjoint(root, divided.values(), len(cuts) + 1)
     return [{mode: divided[graph][i] for mode, graph in recorded.graphs.items()} for i in range(len(cuts) + 1)]
 
@@ -74,9 +75,10 @@ def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) ->
     raw: set[str] = set()
     for graph in recorded.graphs.values():
         nodes = list(graph.nodes)
-        pieces = _assign(root, nodes, _starts(nodes, cuts), *_classify(nodes))
+        pieces = _assign(root, nodes, _starts(nodes, cuts), recorded.shared)
         raw |= {str(node.target) for sent in pieces.sent for node in sent if _is_input(node)}
-    optional = [name for name in arguments.inputs if name in raw and name not in arguments.needed]
+    private = raw - recorded.shared
+    optional = [name for name in arguments.inputs if name in private and name not in arguments.needed]
     if not optional:
         return recorded
     reason = (
@@ -84,10 +86,10 @@ def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) ->
         f"cut by hand if that is intended: {_BY_HAND}"
     )
     graphs = {graph: _without(graph, optional) for graph in recorded.graphs.values()}
-    return Trace(
-        {mode: graphs[graph] for mode, graph in recorded.graphs.items()},
-        recorded.pinned,
-        arguments.without(optional, reason),
+    return replace(
+        recorded,
+        graphs={mode: graphs[graph] for mode, graph in recorded.graphs.items()},
+        arguments=arguments.without(optional, reason),
     )
 
 
@@ -99,18 +101,19 @@ def _without(graph: fx.Graph, names: Iterable[str]) -> fx.Graph:
     return copy
 
 
-def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str]) -> list[fx.Graph]:
+def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> list[fx.Graph]:
     nodes = list(graph.nodes)
-    pieces = _assign(root, nodes, _starts(nodes, cuts), *_classify(nodes))
+    pieces = _assign(root, nodes, _starts(nodes, cuts), shared)
     _check_parameters(root, pieces)
     for piece, sent in enumerate(pieces.sent):
         for node in sent:
-            if _is_raw(node):
+            if _is_raw(node) and _input_name(node) not in shared:
+                name = _input_name(node)
                 raise CutError(
-                    f"the input {_input_name(node)!r} is used after the cut, so raw examples would be sent to the "
-                    f"server: cut later, or cut by hand if that is intended: {_BY_HAND}."
+                    f"the input {name!r} is used after the cut, so raw examples would be sent to the server: cut "
+                    f"later, or if that is intended, say so, Cut(name, share=({name!r},)), or cut by hand: {_BY_HAND}."
                 )
-        if not sent:
+        if not any(not _is_raw(node) for node in sent):
             what = "it" if piece == 0 else f"the tail {cuts[1]!r}"
             raise CutError(f"nothing computed before {what} is used after it, so no tensor would cross the cut.")
     return [_piece_graph(pieces, piece) for piece in range(len(cuts) + 1)]
@@ -120,7 +123,7 @@ def _starts(nodes: Sequence[fx.Node], cuts: Sequence[str]) -> list[int]:
     """Return where each cut, or a module inside it, is first called."""
     starts: list[int] = []
     for cut in cuts:
-        calls = [node.op == "call_module" and f"{node.target}.".startswith(f"{cut}.") for node in nodes]
+        calls = [any(f"{name}.".startswith(f"{cut}.") for name in _modules_of(node)) for node in nodes]
         if True not in calls:
             raise CutError(f"the model never calls {'it' if cut == cuts[0] else repr(cut)}.")
         starts.append(calls.index(True))
@@ -129,28 +132,71 @@ def _starts(nodes: Sequence[fx.Node], cuts: Sequence[str]) -> list[int]:
     return starts
 
 
-def _classify(nodes: Iterable[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """Return the nodes that are facts (sizes, dtypes, numbers) and the nodes computed from the examples' values."""
+def _modules_of(node: fx.Node) -> list[str]:
+    """Return the modules that a step is, or is within, as far as the recording went through them."""
+    if node.op == "call_module":
+        return [str(node.target)]
+    if node.op != "call_function":
+        return []
+    # torch.export names the second call of a module layer@1
+    return [str(path).partition("@")[0] for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def _classify(root: nn.Module, nodes: Iterable[fx.Node], shared: Collection[str]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Return the nodes that are facts (sizes, dtypes, numbers) and the nodes computed from the examples' values.
+
+    What is computed of shared inputs alone, without parameters, is neither: it is computed where it is used, as
+    constants are.
+    """
     facts: set[fx.Node] = set()
-    from_data: set[fx.Node] = set()
+    from_data = _changed_in_place(nodes)
+    of_shared: set[fx.Node] = set()
     for node in nodes:
         sources = node.all_input_nodes
         if node.op == "placeholder":
-            from_data.add(node)
+            (of_shared if node.target in shared else from_data).add(node)
+        elif node in from_data:
+            continue
         elif node.op in ("call_function", "call_method") and (
             _asks_for_fact(node) or (sources and facts.issuperset(sources))
         ):
             facts.add(node)
         elif not from_data.isdisjoint(sources):
             from_data.add(node)
+        elif not of_shared.isdisjoint(sources):
+            (from_data if any(_state(root, used) for used in (node, *sources)) else of_shared).add(node)
     return facts, from_data
 
 
-def _assign(
-    root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], facts: set[fx.Node], from_data: set[fx.Node]
-) -> _Pieces:
+def _changed_in_place(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the operations of torch.export that change what they are given, and what that is a view of.
+
+    They cannot be done over again elsewhere, as what does not come from the examples is: what they change, others read.
+    """
+    found: set[fx.Node] = set()
+    for node in nodes:
+        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+        if schema is None or not schema.is_mutable:
+            continue
+        found.add(node)
+        changed = [
+            argument
+            for argument, declared in zip(node.args, schema.arguments, strict=False)
+            if declared.alias_info is not None and declared.alias_info.is_write and isinstance(argument, fx.Node)
+        ]
+        while changed:
+            base = changed.pop()
+            if base.op == "call_function" and base not in found:
+                found.add(base)
+                changed += base.all_input_nodes[:1]
+    return found
+
+
+def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], shared: Collection[str]) -> _Pieces:
     """Say which piece runs a node, and what the pieces hand to one another."""
     last = len(starts)
+    facts, from_data = _classify(root, nodes, shared)
+    given = {node for node in nodes if _is_input(node)}
     own = {
         node: 0 if _is_raw(node) else sum(start <= position for start in starts) for position, node in enumerate(nodes)
     }
@@ -158,7 +204,7 @@ def _assign(
         own.update(dict.fromkeys(_joins(root, nodes, own, piece, facts, from_data), piece))
     runs: dict[fx.Node, set[int]] = {}
     for node in reversed(nodes):
-        if node in from_data or not node.users or own[node] == last:
+        if node in from_data or node in given or not node.users or own[node] == last:
             runs[node] = {own[node]}
         else:  # what does not come from the examples runs where it is used
             runs[node] = set().union(*(runs[user] for user in node.users))
@@ -170,7 +216,7 @@ def _assign(
             for node in running[piece]
             if node not in facts
             for source in node.all_input_nodes
-            if source in from_data and own[source] < piece
+            if (source in from_data or source in given) and own[source] < piece
         }
         for node in running[piece]:
             # a number known two pieces back is known on the same side: its tensor is kept, and asked again
@@ -247,6 +293,8 @@ def _piece_graph(pieces: _Pieces, piece: int) -> fx.Graph:
     for node in pieces.runs[piece]:
         if all(source in copies for source in node.all_input_nodes):
             copies[node] = graph.node_copy(node, copies.__getitem__)
+        elif (size := _size_in(node, received)) is not None:
+            copies[node] = graph.call_method("size", (given[size[0]], size[1]))
         elif _is_batch_size(node):
             shape = graph.call_function(getattr, (given[0], "shape"))
             copies[node] = graph.call_function(operator.getitem, (shape, 0))
@@ -276,7 +324,7 @@ def _asks_for_fact(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in _FACTS
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _FACT_METHODS
+    return name.partition(".")[0] in _FACT_METHODS  # torch.export has sym_size.int
 
 
 def _is_input(node: Any) -> bool:
@@ -311,6 +359,16 @@ def _is_batch_size(node: fx.Node) -> bool:
         return _is_shape_of_input(node.args[0]) and node.args[1:] == (0,)
     asked = [*node.args[1:], *node.kwargs.values()]
     return node.target == "size" and _is_raw(node.args[0]) and asked == [0]
+
+
+def _size_in(node: fx.Node, tensors: Sequence[fx.Node]) -> tuple[int, int] | None:
+    """Return which of some tensors, and which of its dimensions, has the size that torch.export knows a node as."""
+    wanted: Any = node.meta.get("val")
+    for i, tensor in enumerate(tensors) if isinstance(wanted, torch.SymInt) else ():
+        for dimension, size in enumerate(tensor.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and size.node.expr == wanted.node.expr:
+                return i, dimension
+    return None
 
 
 def _is_device_of_input(node: fx.Node) -> bool:

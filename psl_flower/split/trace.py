@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,16 +15,41 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from psl_flower.errors import CutError
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
 # traces apart, and the tracer lets modules that other threads call meanwhile run as ever.
-_FX_LOCK = threading.Lock()
+TRACING = threading.Lock()
+
+# What names begin with that recordings add to a model.
+RECORDED = "_psl_"
+
+_BY_HAND = "or cut by hand: SplitModel(client=..., server=...)."
 
 # From inputs by name to what a model is called with.
 Call = Callable[[dict[str, Any]], tuple[list[Any], dict[str, Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The form of what a model returns (a dict, a ``ModelOutput``) in each mode, of which a graph returns the tensors.
+
+    Parameters
+    ----------
+    specs : dict[bool, TreeSpec]
+    """
+
+    specs: dict[bool, TreeSpec]
+
+    def of(self, tensors: Sequence[torch.Tensor], mode: bool) -> Any:
+        """Return tensors as the model returns them."""
+        return tree_unflatten(tensors, self.specs[mode])
+
+    def __deepcopy__(self, memo: object) -> Form:
+        return self  # it never changes, and torch warns of copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +64,20 @@ class Trace:
         See `pinned_modules`.
     arguments : Arguments
         Which arguments the graphs take.
+    shared : frozenset of str
+        Inputs that may cross a cut as they are.
+    returns : Form, optional
+        Where the graphs return a tuple of tensors and the model something else.
     """
 
     graphs: dict[bool, fx.Graph]
     pinned: dict[bool, frozenset[str]]
     arguments: Arguments
+    shared: frozenset[str] = frozenset()
+    returns: Form | None = None
 
 
-def trace(root: nn.Module, cuts: Sequence[str]) -> Trace:
+def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> Trace:
     """Record what `root` does around the submodules `cuts`.
 
     Only `root` and the modules that contain a cut are traced through; every other module is called as it is. So a
@@ -57,6 +89,8 @@ def trace(root: nn.Module, cuts: Sequence[str]) -> Trace:
         Constants that its forward makes are stored on it; otherwise it is left as it was.
     cuts : sequence of str
         Qualified names of submodules, the first ones ``root.named_modules()`` gives them.
+    share : collection of str
+        Inputs that may cross a cut as they are.
 
     Raises
     ------
@@ -81,13 +115,13 @@ def trace(root: nn.Module, cuts: Sequence[str]) -> Trace:
     except Exception as error:  # symbolic execution runs the user's code: anything may come
         raise CutError(
             f"torch.fx cannot trace {_class_names(root, opened)}, which a cut there needs "
-            f"({type(error).__name__}: {_first_line(error)}). Cut at a module outside the code that cannot be traced, "
+            f"({type(error).__name__}: {first_line(error)}). Cut at a module outside the code that cannot be traced, "
             f"or cut by hand: SplitModel(client=..., server=...)."
         ) from error
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return Trace(graphs, pinned_modules(root), arguments)
+    return Trace(graphs, pinned_modules(root), arguments, frozenset(share) & set(arguments.inputs))
 
 
 def pinned_modules(root: nn.Module) -> dict[bool, frozenset[str]]:
@@ -107,27 +141,21 @@ def pinned_modules(root: nn.Module) -> dict[bool, frozenset[str]]:
 
 def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
     """Trace `root` in its present mode, refusing what would happen now, once, instead of at every call."""
-    remedy = "or cut by hand: SplitModel(client=..., server=...)."
-    attributes = _attributes(root)
+    with unchanged(root):
+        return _trace_steps(root, opened, call, inputs)
+
+
+def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
     for _ in range(3):  # more than once, for these generators are global: it may have been another thread that drew
         states = _random_states()
-        with _FX_LOCK, _RefuseRandomTensors():  # type: ignore[no-untyped-call]
+        with TRACING, _RefuseRandomTensors():  # type: ignore[no-untyped-call]
             graph = _PathTracer(opened, call, inputs).trace(root)
         if _random_states() == states:
-            break
-    else:
-        raise CutError(
-            f"{type(root).__name__} draws random numbers in Python, and torch.fx would record one draw for ever: use "
-            f"torch (nn.Dropout, or a function of a tensor such as torch.rand_like), {remedy}"
-        )
-    after = _attributes(root)
-    changed = [name for name, version in attributes.items() if after.get(name) != version]
-    if changed:
-        raise CutError(
-            f"the model's forward changes {changed[0]!r}, which is neither parameter nor buffer, and torch.fx would "
-            f"not record that: register it as a buffer, move it into a submodule of its own, {remedy}"
-        )
-    return graph
+            return graph
+    raise CutError(
+        f"{type(root).__name__} draws random numbers in Python, and torch.fx would record one draw for ever: use "
+        f"torch (nn.Dropout, or a function of a tensor such as torch.rand_like), {_BY_HAND}"
+    )
 
 
 class _PathTracer(fx.Tracer):
@@ -213,6 +241,38 @@ def _random_states() -> tuple[bytes, ...]:
     return pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())  # noqa: NPY002
 
 
+@contextmanager
+def unchanged(root: nn.Module) -> Iterator[None]:
+    """Refuse code that is recorded within if it changes what modules keep; they are as before then.
+
+    Raises
+    ------
+    CutError
+        If an attribute is another one afterwards that is neither parameter nor buffer.
+    """
+    before, held = _attributes(root), [(module, dict(vars(module))) for module in root.modules()]
+
+    def restore() -> None:
+        for module, attributes in held:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+    after = _attributes(root)
+    changed = [name for name, version in before.items() if after.get(name) != version]
+    changed = [name for name in changed if not name.startswith(RECORDED)]
+    if changed:
+        restore()
+        raise CutError(
+            f"the model's forward changes {changed[0]!r}, which is neither parameter nor buffer, and that would not be "
+            f"recorded: register it as a buffer, move it into a submodule of its own, {_BY_HAND}"
+        )
+
+
 def _attributes(root: nn.Module) -> dict[str, tuple[int, int]]:
     """Return what tells whether a module's own attribute was set, or changed in place."""
     return {
@@ -226,5 +286,6 @@ def _class_names(root: nn.Module, names: frozenset[str]) -> str:
     return " or ".join(type(root.get_submodule(name)).__name__ for name in sorted(names))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
     return next(iter(str(error).splitlines()), "")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from psl_flower.extras import extra
 from psl_flower.records import RoundRecord, StepRecord
 
 
@@ -21,7 +21,15 @@ def save_curves(path: Path, steps: Sequence[StepRecord], rounds: Sequence[RoundR
         A PNG file.
     steps, rounds : sequence
         In order; at least one of each.
+
+    Raises
+    ------
+    ConfigError
+        If matplotlib is not installed.
     """
+    with extra("simulation", "a picture of the curves"):
+        from matplotlib.figure import Figure  # half a second, and of no use to clients
+
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     loss, accuracy, deviation = figure.subplots(1, 3)
     x = np.arange(1, len(steps) + 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.callbacks.csv_logger import ROUNDS_FILE, STEPS_FILE, CsvLogger
 from psl_flower.callbacks.jsonl import JsonlLogger
+from psl_flower.errors import ConfigError
 from psl_flower.records import RoundRecord, StepRecord, read_metrics
 from psl_flower.strategy.curves import save_curves
 
@@ -109,7 +110,10 @@ class RunRecorder:
         # tensors that share memory, or are not contiguous, cannot be written as they are
         save_file({name: t.detach().cpu().clone().contiguous() for name, t in state.items()}, self._folder / MODEL_FILE)
         if self.rounds:
-            save_curves(self._folder / CURVES_FILE, self.steps, self.rounds)
+            try:
+                save_curves(self._folder / CURVES_FILE, self.steps, self.rounds)
+            except ConfigError as exc:
+                log.warning("%s is not drawn: %s", CURVES_FILE, exc)
 
     def _tell(self, record: StepRecord | RoundRecord) -> None:
         if isinstance(record, StepRecord):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def launched(home):
     """Start a long run of the default app."""
-    command = [sys.executable, "-m", "psl_flower.app.local", str(ROOT), "--num-supernodes", "2", "--home", str(home)]
+    command = [sys.executable, "-m", "psl_flower", "run", str(ROOT), "--num-supernodes", "2", "--home", str(home)]
     settings = f"num-server-rounds=100000 output-dir='{home / 'out'}'"
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([*command, "-c", settings], cwd=home.parent, **quiet)

@@ -14,7 +14,7 @@ from psl_flower import (
 )
 from psl_flower.client.process import forget_runs
 from psl_flower.errors import ConfigError, MembershipError
-from psl_flower.privacy import LabelNoise
+from psl_flower.privacy import LabelNoise, Secret
 
 TRUE = {k: np.bincount(client_data(k, K).tensors[1].numpy(), minlength=NUM_CLASSES).tolist() for k in range(K)}
 NOISE = LabelNoise(epsilon=1.0, classes=NUM_CLASSES)
@@ -114,7 +114,7 @@ def test_what_does_not_go_together_is_told(make, error, message):
 def test_the_noise_is_that_of_its_epsilon():
     """Likelihoods of any value differ by at most exp(epsilon / 2) for counts that differ by one, in two counts."""
     epsilon = 0.8
-    drawn = np.concatenate([LabelNoise(epsilon=epsilon, classes=1000).draw() for _ in range(400)])
+    drawn = np.concatenate([LabelNoise(epsilon=epsilon, classes=1000).draw(Secret()) for _ in range(400)])
     values, counts = np.unique(drawn, return_counts=True)
     frequency = dict(zip(values.tolist(), (counts / counts.sum()).tolist(), strict=True))
     for value in range(-5, 5):
@@ -128,6 +128,6 @@ def test_the_noise_is_that_of_its_epsilon():
 def test_noisy_counts_keep_their_sum_and_are_not_negative(counts):
     noise = LabelNoise(epsilon=0.1, classes=3)
     for _ in range(50):
-        told = noise.add(np.array(counts), noise.draw())
+        told = noise.add(np.array(counts), noise.draw(Secret()))
         assert told.min() >= 0
         assert told.sum() == sum(counts)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, RecordDict
 
+from psl_flower.cli import main
 from psl_flower.experiments import trial
-from psl_flower.experiments.command import main
 from psl_flower.experiments.results import summarise
 from psl_flower.experiments.sweep import read_sweep
 from psl_flower.grid import InProcessGrid
@@ -50,13 +50,13 @@ def arguments(folder, engine):
     """Write a sweep and return the words that run it."""
     path = folder / f"{engine}.toml"
     path.write_text(SWEEP.format(engine=engine))
-    return ["run", str(path), "--out", str(folder / engine), "--workers", "1"]
+    return ["experiments", "run", str(path), "--out", str(folder / engine), "--workers", "1"]
 
 
 def start(words, folder):
     """Start the command as a process of its own, with its temporary files in `folder`."""
     return subprocess.Popen(
-        [sys.executable, "-m", "psl_flower.experiments", *words],
+        [sys.executable, "-m", "psl_flower", *words],
         env={**os.environ, "TMPDIR": str(folder)},
         stderr=subprocess.PIPE,
         text=True,

@@ -8,7 +8,7 @@ from flwr.common.config import parse_config_args
 from ray._private.utils import validate_socket_filepath
 
 from psl_flower import cli, temporary_folder
-from psl_flower.app import deployment, local
+from psl_flower.app import local
 from psl_flower.app.preflight import check_run, read_overrides
 from psl_flower.errors import ConfigError
 from psl_flower.temporary_folder import check_temporary_folder
@@ -43,14 +43,14 @@ def test_a_wrong_setting_ends_the_launcher_with_one_line(command, words, message
     assert cli.main([command, str(ROOT), *words]) == 2
     said = capsys.readouterr()
     (line,) = said.err.splitlines()
-    assert line.startswith(f"psl_flower: {message}")
+    assert line.startswith(f"psl-flower: {message}")
     assert said.out == ""
 
 
-@pytest.mark.parametrize("main", [local.main, deployment.main])
-def test_right_settings_are_let_through(main):
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_right_settings_are_let_through(command):
     with pytest.raises(AssertionError, match="it was started"):
-        main([str(ROOT), "--num-supernodes", "2", "-c", "sampler='fls' batch-size=8", "-c", "seed=1"])
+        cli.main([command, str(ROOT), "--num-supernodes", "2", "-c", "sampler='fls' batch-size=8", "-c", "seed=1"])
 
 
 def test_of_another_app_the_keys_are_known(tmp_path):

@@ -1,5 +1,7 @@
 """One command hands over to the others."""
 
+import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -7,30 +9,88 @@ from pathlib import Path
 
 import pytest
 
-from psl_flower import cli
+from psl_flower import __version__, cli, info
+
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("command", ["run", "deploy", "plan", "experiments"])
-def test_each_command_has_its_own_help_and_is_listed(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"])
-    assert end.value.code == 0
-    assert "usage: " in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    assert f"\n  {command} " in capsys.readouterr().out
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_each_command_is_listed_and_has_help_with_examples(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"Usage: psl-flower {command}" in told
+    assert f"psl-flower {command}" in told.split("Examples:")[1]
+    assert cli.main(["--help"]) == 0
+    assert f" {command} " in capsys.readouterr().out
 
 
 def test_words_and_exit_codes_are_passed_on(capsys):
     assert cli.main(["experiments", "list"]) == 0
     assert "severe" in capsys.readouterr().out
-    assert cli.main(["plan", "--samplers", "usg"]) == 2
+    assert cli.main(["plan", "usg"]) == 2
     assert "did you mean 'ugs'" in capsys.readouterr().err
+    assert cli.main(["plan", "--batch-sise", "3"]) == 2
+    assert "No such option" in capsys.readouterr().err
 
 
 def test_the_script_the_module_and_an_unknown_command():
-    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert pyproject["project"]["scripts"] == {"psl-flower": "psl_flower.cli:main"}
-    done = subprocess.run([sys.executable, "-m", "psl_flower", "trian"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "psl_flower", "experimets"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
-    assert "invalid choice: 'trian'" in done.stderr
+    assert "No such command 'experimets'" in done.stderr
+    assert "Did you mean 'experiments'?" in done.stderr
+
+
+def test_help_and_completion_load_none_of_the_parts():
+    """Those take seconds, each."""
+    program = (
+        "import sys; from psl_flower import cli; code = cli.main(['--help']);"
+        "print(code, [m for m in ('torch', 'flwr', 'numpy') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "0 []\n"
+    words = {"_PSL_FLOWER_COMPLETE": "complete_bash", "COMP_WORDS": "psl-flower ex", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "psl_flower"], env=os.environ | words, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["experiments"]
+
+
+def test_the_version_is_told(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+# --- info ------------------------------------------------------------------------------------------------------------
+def test_info_says_what_is_here_as_lines_and_as_json(capsys, monkeypatch, tmp_path):
+    (tmp_path / "config.toml").write_text('[superlink.lab]\naddress = "127.0.0.1:9093"\npassword = "do not show"\n')
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    assert cli.main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["versions"].keys() >= {"torch", "flwr", "numpy"}
+    assert told["superlinks"] == {"lab": "127.0.0.1:9093"}
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "do not show" not in text
+    for name, version in told["versions"].items():
+        assert any(line.split() == [name, version] for line in text.splitlines())
+
+
+def test_info_names_the_packages_that_an_extra_lacks(monkeypatch):
+    needs = [
+        "flwr",
+        "matplotlib; extra == 'plots'",
+        "no-such-thing>=2; extra == 'plots'",
+        "flwr[simulation]; extra == 's'",
+    ]
+    monkeypatch.setattr(info, "requires", lambda name: needs)
+    monkeypatch.setattr(info, "metadata", lambda name: _Metadata())
+    assert info.missing_packages() == {"plots": ["no-such-thing"], "s": []}
+
+
+class _Metadata:
+    def get_all(self, name):
+        return ["plots", "s", "dev"] if name == "Provides-Extra" else None

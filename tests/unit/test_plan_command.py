@@ -1,5 +1,6 @@
 """Look before running: the command's table, picture, warnings and refusals, and the parts it is made of."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from psl_flower import cli
 from psl_flower.errors import ConfigError
 from psl_flower.metrics import schedule_lower_bound
 from psl_flower.plan import (
@@ -19,8 +21,8 @@ from psl_flower.plan import (
     split_labels,
     summarize_epochs,
 )
-from psl_flower.plan.command import main, parse_spec
-from psl_flower.plan.picture import mean_quotas
+from psl_flower.plan.command import parse_spec
+from psl_flower.plan.picture import SpeedGroups, speed_shares
 from psl_flower.plan.table import format_seconds
 from psl_flower.samplers import AlignedSampler, BatchPlan, Delays, FixedLocalSampler, Population, UniformGlobalSampler
 
@@ -29,7 +31,7 @@ SMALL = ["--num-clients", "8", "--num-examples", "2000", "--batch-size", "32", "
 
 def run(capsys, *arguments):
     """Return exit status, output and errors of the command."""
-    status = main([*map(str, arguments)])
+    status = cli.main(["plan", *map(str, arguments)])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -44,7 +46,7 @@ def rows_of(output):
 
 class TestCommand:
     def test_compares_samplers_in_an_aligned_table(self, capsys):
-        status, output, errors = run(capsys, *SMALL, "--samplers", "ugs", "fls", "lds:delta=0.5")
+        status, output, errors = run(capsys, *SMALL, "ugs", "fls", "lds:delta=0.5")
         assert (status, errors) == (0, "")
         assert output.startswith("8 clients with ")
         rows = rows_of(output)
@@ -61,25 +63,25 @@ class TestCommand:
         (tmp_path / "delays.csv").write_text("client_id,latency,per_sample\n4,1,0\n7,2,0.5\n", encoding="utf-8")
         _, output, _ = run(
             capsys, "--sizes", tmp_path / "sizes.csv", "--delays", f"csv:path={tmp_path / 'delays.csv'}",
-            "--batch-size", 8, "--samplers", "fpls", "--no-picture",
+            "--batch-size", 8, "fpls", "--no-picture",
         )  # fmt: skip
         # quotas 2 and 6 in each of 5 steps: 2 + 0.5 * 6 = 5 s a step, batches exactly as the whole
         assert rows_of(output)["fpls"][:3] == ["5", "8-8", "25.0 s"]
         assert rows_of(output)["fpls"][4:10] == ["-", "0.000", "0.000", "0.000", "0.000", "2.0"]
 
     def test_tells_the_least_time_possible_with_a_sampler_s_class_targets(self, capsys):
-        _, output, _ = run(capsys, *SMALL, "--samplers", "ugs", "lb", "aligned")
+        _, output, _ = run(capsys, *SMALL, "ugs", "lb", "aligned")
         rows = rows_of(output)
         assert rows["ugs"][4] == "-"
         for name in ("lb", "aligned"):
             assert 0.1 < float(rows[name][4]) <= float(rows[name][3])
-        _, output, _ = run(capsys, *SMALL, "--samplers", "lb", "--no-bound")
+        _, output, _ = run(capsys, *SMALL, "lb", "--no-bound")
         assert rows_of(output)["lb"][4] == "-"
 
     def test_average_over_seeds_and_epochs_is_theirs(self, capsys):
         ratios = []
         for arguments in (["--seeds", 3], *(["--seed", seed] for seed in range(3))):
-            _, output, _ = run(capsys, *SMALL, "--samplers", "lds", *arguments)
+            _, output, _ = run(capsys, *SMALL, "lds", *arguments)
             ratios.append(float(rows_of(output)["lds"][3]))
         assert len(set(ratios[1:])) > 1
         assert ratios[0] == pytest.approx(np.mean(ratios[1:]), abs=0.001)
@@ -87,17 +89,18 @@ class TestCommand:
     def test_writes_a_picture(self, capsys, tmp_path):
         path = tmp_path / "plan.png"
         arguments = [a for a in SMALL if a != "--no-picture"]
-        status, output, _ = run(capsys, *arguments, "--samplers", "ugs", "lds", "--output", path)
+        status, output, _ = run(capsys, *arguments, "ugs", "lds", "--output", path)
         assert status == 0
         assert f"picture: {path}" in output
         assert path.read_bytes().startswith(b"\x89PNG")
 
     def test_warns_where_classes_are_starved(self, capsys):
-        _, output, _ = run(capsys, "--num-clients", 64, "--samplers", "fls", "ugs", "--no-picture")
+        _, output, _ = run(capsys, "--num-clients", 64, "fls", "ugs", "--no-picture")
         warnings = [line for line in output.splitlines() if line.startswith("warning:")]
         assert len(warnings) == 1
         assert warnings[0].startswith("warning: fls: class ")
         assert "in a row" in warnings[0]
+        assert warnings[0].endswith("may forget them: choose another sampler, such as ugs")
 
     def test_warns_where_a_delta_starves_the_stragglers_classes(self, capsys, tmp_path):
         """The worst case: stragglers hold all of two classes, 40 % of the data."""
@@ -108,7 +111,7 @@ class TestCommand:
         _, output, _ = run(
             capsys, "--sizes", tmp_path / "sizes.csv", "--delays", f"csv:path={tmp_path / 'delays.csv'}",
             "--batch-size", 64, "--no-picture",
-            "--samplers", "lds:delta=2", "lds:delta=2,order=natural", "lds:delta=0.1",
+            "lds:delta=2", "lds:delta=2,order=natural", "lds:delta=0.1",
             "aligned:targets=stratified,tilt=0.5", "aligned:targets=stratified,tilt=0.1", "aligned", "lb",
         )  # fmt: skip
         warnings = [line for line in output.splitlines() if line.startswith("warning:")]
@@ -116,26 +119,30 @@ class TestCommand:
         assert [line.split(": ")[1] for line in warnings] == starving
         assert "of the steps" in warnings[0]
         assert "in a row" in warnings[1]
-        assert "lower delta or tilt" in warnings[0]
+        remedies = [line.split("forget them: ")[1] for line in warnings]
+        other = "choose another sampler, such as ugs"
+        assert remedies[0] == f"lower its delta, or {other}"
+        assert remedies[1] == f"lower its delta, or shuffle its steps, order=shuffled, or {other}"
+        assert remedies[2] == f"lower its tilt, or {other}"
 
     def test_warns_where_lds_would_leave_clients_out(self, capsys):
-        _, output, _ = run(capsys, *SMALL, "--samplers", "lds:sample_size=5", "lds")
+        _, output, _ = run(capsys, *SMALL, "lds:sample_size=5", "lds")
         assert output.count("warning: lds:sample_size=5: c * sample_size is below the number of clients, 5 for 8") == 1
         assert "warning: lds: c *" not in output
 
     def test_without_delays_there_is_nothing_to_compare_times_with(self, capsys):
-        _, output, _ = run(capsys, *SMALL, "--delays", "none", "--samplers", "ugs")
+        _, output, _ = run(capsys, *SMALL, "--delays", "none", "ugs")
         assert rows_of(output)["ugs"][2:4] == ["0 ms", "-"]
 
     def test_sizes_alone_leave_out_samplers_that_go_by_class(self, capsys, tmp_path):
         path = tmp_path / "sizes.csv"
         path.write_text("client_id,size\n1,10\n2,30\n", encoding="utf-8")
         arguments = ["--sizes", path, "--batch-size", 8, "--no-picture"]
-        status, output, _ = run(capsys, *arguments, "--samplers", "ugs", "lds")
+        status, output, _ = run(capsys, *arguments, "ugs", "lds")
         assert status == 0
         assert list(rows_of(output)) == ["ugs"]
         assert "note: lds is left out, it needs the clients' classes" in output
-        status, _, errors = run(capsys, *arguments, "--samplers", "lds")
+        status, _, errors = run(capsys, *arguments, "lds")
         assert status == 2
         assert "none of the samplers can plan without knowing the clients' classes" in errors
 
@@ -143,7 +150,7 @@ class TestCommand:
         np.save(tmp_path / "labels.npy", np.repeat(["cat", "dog", "eel"], 200))
         status, output, _ = run(
             capsys, "--labels", tmp_path / "labels.npy", "--num-clients", 5, "--split", "iid", "--batch-size", 16,
-            "--samplers", "ugs", "--no-picture",
+            "ugs", "--no-picture",
         )  # fmt: skip
         assert status == 0
         assert output.startswith("5 clients with 120-120 of 600 examples, 3 classes, iid split")
@@ -153,7 +160,7 @@ class TestCommand:
         from psl_flower.config import RunConfig
 
         arguments = ["--dataset", "digits", "--num-clients", 6, "--split", "severe", "--seed", 3, "--batch-size", 32]
-        status, output, _ = run(capsys, *arguments, "--samplers", "ugs", "--no-picture")
+        status, output, _ = run(capsys, *arguments, "ugs", "--no-picture")
         assert status == 0
         sizes = [len(part) for part in split_indices(RunConfig(partition="severe", seed=3), "train", 6)]
         first = f"6 clients with {min(sizes)}-{max(sizes)} of 1437 examples, 10 classes, severe split of digits;"
@@ -165,9 +172,9 @@ class TestCommand:
             (["--dataset", "digit"], "--dataset must be one of 'digits'"),
             (["--dataset", "digits", "--data-path", "/nowhere"], "takes no data-path"),
             (["--dataset", "digits", "--sizes", "a.csv"], "got --sizes and --dataset: leave one out"),
-            (["--samplers", "usg"], "sampler must be one of"),
-            (["--samplers", "lds:dleta=1"], "did you mean 'delta'"),
-            (["--samplers", "lds:delta"], "options are written name:option=value"),
+            (["usg"], "sampler must be one of"),
+            (["lds:dleta=1"], "did you mean 'delta'"),
+            (["lds:delta"], "options are written name:option=value"),
             (["--delays", "slow"], "delays must be one of"),
             (["--delays", "measured"], "measured delays come from a run"),
             (["--delays", "csv:path=/nowhere.csv"], "cannot be read"),
@@ -186,13 +193,22 @@ class TestCommand:
     def test_refuses_with_a_sentence_and_status_2(self, capsys, arguments, message):
         status, _, errors = run(capsys, *SMALL, *arguments)
         assert status == 2
-        assert errors.startswith("psl_flower.plan: ")
+        assert errors.startswith("psl-flower: ")
         assert message in errors
         assert errors.count("\n") == 1
 
+    def test_json_has_the_numbers_of_the_table(self, capsys):
+        status, output, _ = run(capsys, *SMALL, "ugs", "fls", "--json")
+        assert status == 0
+        told = json.loads(output)
+        assert told["about"].startswith("8 clients with ")
+        assert [(row["label"], row["steps"] > 60) for row in told["samplers"]] == [("ugs", True), ("fls", True)]
+        assert told["samplers"][1]["relative_time"] > 0
+        assert told["picture"] is None
+
     def test_runs_as_a_module(self):
         done = subprocess.run(
-            [sys.executable, "-m", "psl_flower.plan", *SMALL, "--samplers", "ugs"],
+            [sys.executable, "-m", "psl_flower", "plan", *SMALL, "ugs"],
             capture_output=True,
             text=True,
             check=True,
@@ -338,17 +354,23 @@ def test_durations_have_a_suitable_unit(seconds, text):
 
 
 class TestPicture:
-    def test_cells_are_mean_quotas_fastest_client_first(self):
+    def test_shares_are_those_of_the_groups_fastest_first(self):
         population = Population([3, 5], [3, 4], delays=Delays([9, 1], [0, 0]))
-        plan = BatchPlan(population, [0, 2, 3, 4], [3, 5, 3, 5], [2, 1, 1, 3])
-        assert mean_quotas(plan).tolist() == [[1, 0, 3], [2, 1, 0]]
+        plan = BatchPlan(population, [0, 2, 3, 4], [3, 5, 3, 5], [2, 2, 1, 2])
+        groups = SpeedGroups.of(population, batch_size=4)
+        assert groups.labels == ["1 client, 1.0 s a step", "1 client, 9.0 s a step"]
+        assert speed_shares(plan, groups).tolist() == [[0.5, 0, 1], [0.5, 1, 0]]
 
-    def test_many_clients_and_steps_share_cells(self):
-        population = Population(np.arange(1000), np.full(1000, 10), delays=Delays(np.zeros(1000), np.zeros(1000)))
-        plan = UniformGlobalSampler(10).plan(population)
-        cells = mean_quotas(plan)
-        assert cells.shape == (240, 600)
-        assert cells.mean() == pytest.approx(10_000 / (1000 * 1000), rel=0.02)
+    def test_clients_of_one_speed_are_one_group_and_many_speeds_are_three(self):
+        seconds = np.full(1000, 1.0)
+        for latency, counts in ((seconds, [1000]), (seconds + np.arange(1000), [500, 400, 100])):
+            population = Population(np.arange(1000), np.full(1000, 10), delays=Delays(latency, 0 * latency))
+            groups = SpeedGroups.of(population, batch_size=10)
+            assert np.bincount(groups.group).tolist() == counts
+            assert len(set(groups.colors)) == len(groups.labels) == len(counts)
+            shares = speed_shares(UniformGlobalSampler(10).plan(population), groups)
+            assert shares.shape == (len(counts), 100)
+            assert shares.mean(axis=1) == pytest.approx(np.array(counts) / 1000, abs=0.02)
 
     @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
     def test_draws_populations_without_classes_or_delays(self, tmp_path, suffix):

@@ -45,7 +45,7 @@ def a_sweep(folder, *, axes=None, missing=(), simulated=True, form="quick", pape
         "methods": METHODS,
         "paper": paper or {},
     }
-    made = {"command": "python -m psl_flower.experiments run x", "workers": 2, "processor": "P", "cores": 2, "gpu": ""}
+    made = {"command": "psl-flower experiments run x", "workers": 2, "processor": "P", "cores": 2, "gpu": ""}
     made |= {"python": "3.11", "system": "Linux", "versions": {"torch": "2.13"}}
     record = {"sweep": sweep, "provenance": made, "failures": {}, "seconds": [61.0, 5.0]}
     (folder / "sweep.json").write_text(json.dumps(record))
@@ -159,7 +159,7 @@ def test_a_mean_of_fewer_seeds_says_so_and_a_label_may_hold_what_markdown_uses(t
 def test_the_page_is_one_file_that_says_all(tmp_path):
     markdown, page = (path.read_text() for path in write_report(a_sweep(tmp_path)))
     assert "<title>T &lt;1&gt; (quick)</title>" in page
-    for text in ("QUICK: a smaller model", "What it is about", "python -m psl_flower.experiments run x", "1:01 + 0:05"):
+    for text in ("QUICK: a smaller model", "What it is about", "psl-flower experiments run x", "1:01 + 0:05"):
         assert text in page
         assert text in markdown
     for title in ("epochs", "steps", "simulated time", "real time"):

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
+from psl_flower.cli import main
 from psl_flower.errors import ConfigError
-from psl_flower.experiments.command import main
 from psl_flower.experiments.results import summarise, write_results
 from psl_flower.experiments.runner import alone_in
 from psl_flower.experiments.sweep import read_sweep
@@ -63,7 +63,7 @@ def table(folder):
 
 def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsys):
     folder = tmp_path / "out"
-    command = ["run", sweep, "--out", str(folder), "--workers", "2"]
+    command = ["experiments", "run", sweep, "--out", str(folder), "--workers", "2"]
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "8 combinations, 7 trainings" in said
@@ -98,7 +98,7 @@ def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsy
     # nor is what somebody has damaged taken for finished
     shutil.rmtree(folder / "runs" / rows[2]["run"])
     (folder / "runs" / rows[0]["run"] / "result.json").write_text('{"accuracy_last": 0.')
-    assert main(["report", str(folder)]) == 0
+    assert main(["experiments", "report", str(folder)]) == 0
     assert "Not finished yet: 1 of 4" in (folder / "report.md").read_text()
     assert main([*command, "--set", "method=UGS", "--set", "num-clients=2"]) == 0
     (again,) = table(folder)
@@ -120,7 +120,7 @@ def test_what_any_training_would_refuse_ends_the_command_before_the_first(sweep,
     folder = tmp_path / "out"
     with open(sweep, "a") as file:
         file.write(f"{methods}\n")
-    assert main(["run", sweep, "--out", str(folder)]) == 2
+    assert main(["experiments", "run", sweep, "--out", str(folder)]) == 2
     assert f"bad, num-clients 2, seed 0: {message}" in capsys.readouterr().err.splitlines()[-1]
     assert not folder.exists()
 
@@ -151,7 +151,7 @@ def test_nothing_of_an_earlier_sweep_in_the_folder_is_reported(sweep, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_refused(sweep, capsys):
-    assert main(["run", sweep, "--out", f"{sweep}/out"]) == 2
+    assert main(["experiments", "run", sweep, "--out", f"{sweep}/out"]) == 2
     assert "cannot be written to" in capsys.readouterr().err
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from psl_flower.cli import main
 from psl_flower.errors import ConfigError
-from psl_flower.experiments.command import main, parse_set
+from psl_flower.experiments.command import parse_set
 from psl_flower.experiments.sweep import distinct, preset_names, read_sweep
 
 SWEEP = """
@@ -189,9 +190,9 @@ def test_values_to_set_are_toml_or_text():
 
 def test_the_command_lists_presets_and_combinations_and_runs_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["list"]) == 0
+    assert main(["experiments", "list"]) == 0
     assert "severe       --quick    39 trainings" in capsys.readouterr().out
-    assert main(["run", "severe", "--dry-run", "--set", "num-clients=128", "--set", "seed=0"]) == 0
+    assert main(["experiments", "run", "severe", "--dry-run", "--set", "num-clients=128", "--set", "seed=0"]) == 0
     out, err = capsys.readouterr()
     assert [line.split(",")[0] for line in out.splitlines()] == ["UGS", "FPLS", "FLS", "centralised"]
     assert "quick: 4 combinations, 4 trainings" in err
@@ -199,14 +200,14 @@ def test_the_command_lists_presets_and_combinations_and_runs_nothing(capsys, tmp
 
 
 def test_the_command_refuses_with_status_2(capsys, tmp_path):
-    assert main(["run", "severe", "--set", "sampler=usg"]) == 2
+    assert main(["experiments", "run", "severe", "--set", "sampler=usg"]) == 2
     assert "did you mean 'ugs'" in capsys.readouterr().err
-    assert main(["report", str(tmp_path)]) == 2
+    assert main(["experiments", "report", str(tmp_path)]) == 2
     assert "has no results of a sweep" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_cut_there_is_refused_before_anything_is_trained(capsys, tmp_path):
     out = tmp_path / "out"
-    assert main(["run", "severe", "--set", "cut=stage9", "--out", str(out)]) == 2
+    assert main(["experiments", "run", "severe", "--set", "cut=stage9", "--out", str(out)]) == 2
     assert "has no such submodule" in capsys.readouterr().err
     assert not out.exists()

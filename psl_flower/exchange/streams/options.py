@@ -20,7 +20,8 @@ class StreamOptions:
     ----------
     bind : str
         ``host:port`` that the ServerApp listens on; port 0 takes a free one. The default is reached from this machine
-        only, as a simulation needs; ``0.0.0.0:9095`` is reached from anywhere.
+        only, as a simulation on one machine needs; on a Ray cluster of several, the default is a free port of this
+        machine's address in it. ``0.0.0.0:9095`` is reached from anywhere.
     advertise : str
         ``host`` or ``host:port`` that clients connect to, if it is not `bind`: the server's public name, or a proxy's.
     wire_dtype : str

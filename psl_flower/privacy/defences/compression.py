@@ -1,0 +1,64 @@
+"""Activations of which less is told: few levels, or few entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psl_flower.checks import check_int
+from psl_flower.privacy.defences.base import Defence, Leaving
+
+
+@dataclass(frozen=True)
+class Quantize(Defence):
+    """Rounds each example's activations to few levels, evenly spaced from minus to plus its largest magnitude.
+
+    The gradient comes back as if nothing had been rounded (straight through). What leaves tells `bits` bits an entry,
+    and travels as the floats that it is: with ``wire_dtype="int8"`` a byte an entry, which rounds 8 bits no further.
+
+    Parameters
+    ----------
+    bits : int
+        2 to 16: there are 2^bits - 1 levels.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_int(self.bits, "bits", least=2, most=16)
+
+    def rows(self, rows: Tensor, of: Leaving) -> Tensor:
+        """Round."""
+        flat = rows.detach().reshape(len(rows), -1)
+        step = flat.abs().amax(dim=1, keepdim=True) / (2 ** (self.bits - 1) - 1) if flat.numel() else flat
+        rounded = (flat / step.clamp(min=torch.finfo(flat.dtype).tiny)).round() * step
+        return rows - rows.detach() + rounded.reshape(rows.shape)
+
+
+@dataclass(frozen=True)
+class TopK(Defence):
+    """Keeps the k largest magnitudes of each example's activations, the rest are zero.
+
+    The gradient comes back through those that are kept only. What leaves has k numbers and their places an example, and
+    travels with its zeros: the wire gets no smaller.
+
+    Parameters
+    ----------
+    k : int
+        At least 1; all are kept where there are no more.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_int(self.k, "k", least=1)
+
+    def rows(self, rows: Tensor, of: Leaving) -> Tensor:
+        """Drop what is small."""
+        flat = rows.detach().reshape(len(rows), -1)
+        if self.k >= flat.shape[1]:
+            return rows
+        kept = torch.zeros_like(flat).scatter_(1, flat.abs().topk(self.k, dim=1).indices, 1.0)
+        return rows * kept.reshape(rows.shape)

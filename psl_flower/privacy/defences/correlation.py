@@ -1,0 +1,80 @@
+"""Distance correlation: how much of what goes into the client half shows in what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psl_flower import tree
+from psl_flower.checks import check_float
+from psl_flower.errors import ConfigError
+from psl_flower.privacy.defences.base import Defence, Leaving
+from psl_flower.tree import Tree
+
+
+def distance_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Return the distance correlation of two samples, row by row (Szekely et al. 2007, definition 5).
+
+    Parameters
+    ----------
+    one, other : (n, ...) floating
+        The same n examples.
+
+    Returns
+    -------
+    () tensor
+        From 0 to 1; 0 where all rows of one of them are equal. Differentiable. With few rows it is near 1 whatever they
+        are: it says something from some dozens on.
+    """
+    a, b = _centred(one), _centred(other)
+    product, variances = (a * b).mean(), (a * a).mean() * (b * b).mean()
+    if not float(variances.detach()) > 0 or not float(product.detach()) > 0:
+        return (product * 0).sum()
+    return (product / variances.sqrt()).sqrt()
+
+
+def _centred(sample: Tensor) -> Tensor:
+    """Return the distances of all pairs of rows, less the means of their row and column, plus the mean of all."""
+    flat = sample.reshape(len(sample), -1)
+    # not by way of a matrix product, whose rounding is as large as small distances
+    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    means = distances.mean(dim=0, keepdim=True)
+    return distances - means - means.T + means.mean()
+
+
+@dataclass(frozen=True)
+class DistanceCorrelation(Defence):
+    """Adds the distance correlation of inputs and activations to the client's loss (NoPeek, arXiv 2008.09161).
+
+    The client half is trained with the gradient of the loss plus `weight` times the sum, over the clients of a step, of
+    the distance correlation of each one's own batch. Clients compute their term themselves and need nothing from
+    others; where they have few examples in a step, it says little, see `distance_correlation`.
+
+    Parameters
+    ----------
+    weight : float
+        0: none.
+    """
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        check_float(self.weight, "weight", least=0)
+
+    def penalty(self, inputs: Tree, rows: Tree, of: Leaving) -> Tensor | None:
+        """Return the term."""
+        if not self.weight:
+            return None
+        parts = []
+        for what, value in (("inputs", inputs), ("activations", rows)):
+            floats = [leaf for leaf in tree.leaves(value) if leaf.is_floating_point()]
+            if not floats:
+                raise ConfigError(f"DistanceCorrelation needs {what} that are numbers, not indices: leave it out")
+            parts.append(torch.cat([leaf.reshape(len(leaf), -1) for leaf in floats], dim=1))
+        given, made = parts
+        given = given.to(made.device, made.dtype)
+        counts = of.counts.tolist()
+        pairs = zip(torch.split(given, counts), torch.split(made, counts), strict=True)
+        return self.weight * torch.stack([distance_correlation(x, z) for x, z in pairs]).sum()

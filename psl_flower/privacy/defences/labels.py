@@ -1,0 +1,60 @@
+"""Labels that are told with chance: differential privacy for each of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from psl_flower.checks import check_float, check_int
+from psl_flower.errors import ConfigError
+from psl_flower.privacy.defences.base import Defence
+from psl_flower.privacy.secret import Secret
+from psl_flower.typing import IntArray
+
+
+@dataclass(frozen=True)
+class RandomizedResponse(Defence):
+    """Replaces the label of each example by chance: epsilon-differential privacy for the label (label DP).
+
+    A label stays with probability e^epsilon / (e^epsilon + C - 1), else it is any of the other C - 1, each as likely as
+    the next (Warner 1965 for C = 2; Kairouz et al., arXiv 1602.07387, for more). It is drawn once an example and run:
+    whatever is computed from labels (what is sent, losses and gradients, counts of classes, scores on test data) is
+    computed from this one draw, so epsilon covers all of it, however many rounds there are. Runs add up: two with
+    epsilon 1 are as one with epsilon 2. Inputs are not protected, and may well tell the label.
+
+    Parameters
+    ----------
+    epsilon : float
+        How much of a label may show.
+    classes : int
+        C.
+    """
+
+    epsilon: float
+    classes: int
+
+    def __post_init__(self) -> None:
+        check_float(self.epsilon, "epsilon", above=0)
+        check_int(self.classes, "classes", least=2)
+
+    @property
+    def keeps(self) -> float:
+        """The probability that a label stays."""
+        return 1 / (1 + (self.classes - 1) * math.exp(-self.epsilon))
+
+    def labels(self, labels: IntArray, examples: IntArray, secret: Secret, purpose: bytes) -> IntArray:
+        """Draw them."""
+        if labels.ndim != 1 or labels.dtype != np.int64:
+            raise ConfigError(
+                f"RandomizedResponse is for one class an example, int64 (n,), got {labels.dtype} {labels.shape}: leave "
+                "it out"
+            )
+        if labels.size and (labels.min() < 0 or labels.max() >= self.classes):
+            raise ConfigError(f"RandomizedResponse is for the classes 0 to {self.classes - 1}: there are other labels")
+        drawn = secret.uniform(purpose, examples, 1)[:, 0]
+        # what is left of a number that is no less than `keeps` is uniform again: it says which of the others
+        left = np.maximum(drawn - self.keeps, 0) / max(1 - self.keeps, np.finfo(np.float64).tiny)
+        other = np.minimum((left * (self.classes - 1)).astype(np.int64), self.classes - 2)
+        return np.asarray(np.where(drawn < self.keeps, labels, (labels + 1 + other) % self.classes))

@@ -1,0 +1,60 @@
+"""Defences as they are written in a configuration: ``"GaussianNoise(0.1), DistanceCorrelation(0.5)"``."""
+
+from __future__ import annotations
+
+import ast
+
+from psl_flower.checks import check_choice
+from psl_flower.errors import ConfigError
+from psl_flower.privacy.defences.base import Defence
+from psl_flower.privacy.defences.compression import Quantize, TopK
+from psl_flower.privacy.defences.correlation import DistanceCorrelation
+from psl_flower.privacy.defences.cut_gradient import ClipCutGradient
+from psl_flower.privacy.defences.labels import RandomizedResponse
+from psl_flower.privacy.defences.noise import GaussianNoise, LaplaceNoise
+
+DEFENCES: dict[str, type[Defence]] = {
+    each.__name__: each
+    for each in (
+        ClipCutGradient,
+        DistanceCorrelation,
+        GaussianNoise,
+        LaplaceNoise,
+        Quantize,
+        RandomizedResponse,
+        TopK,
+    )
+}
+
+
+def parse_defences(text: str) -> tuple[Defence, ...]:
+    """Return the defences that a text names, in its order; none for an empty one. Nothing of it is evaluated.
+
+    Raises
+    ------
+    ConfigError
+        If it is written wrongly, or names what there is not.
+    """
+    rule = f"defences are written as 'GaussianNoise(0.1), Quantize(bits=8)', got {text!r:.200}"
+    try:
+        found = ast.parse(f"({text},)" if text.strip() else "()", mode="eval").body
+    except (SyntaxError, ValueError) as exc:
+        raise ConfigError(rule) from exc
+    if not isinstance(found, ast.Tuple):
+        raise ConfigError(rule)
+    made = []
+    for call in found.elts:
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ConfigError(rule)
+        if not all(each.arg for each in call.keywords):
+            raise ConfigError(rule)
+        name = check_choice(call.func.id, "a defence", DEFENCES)
+        try:
+            values = [ast.literal_eval(value) for value in call.args]
+            named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+            made.append(DEFENCES[name](*values, **named))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(f"{rule}: {name} takes numbers, {exc}") from exc
+    return tuple(made)

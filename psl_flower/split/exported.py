@@ -1,0 +1,186 @@
+"""Recording a model with `torch.export`, for code that torch.fx cannot trace: today's transformers, above all.
+
+What is recorded is the whole model, operation by operation. Every operation names the module it came from, and
+parameters keep their names, so that the recording is divided where it enters a submodule, as that of torch.fx is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec
+
+from psl_flower.errors import CutError
+from psl_flower.split.arguments import Arguments
+from psl_flower.split.place import is_text
+from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, first_line, pinned_modules
+
+_LEFT_OUT = "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients"
+_REMEDY = "cut by hand: SplitModel(client=..., server=...)"
+
+# What torch.export puts in to check that later calls are like the example; the parts check what they are given.
+_CHECKS = ("_assert", "sym_constrain_range")
+
+
+def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str]) -> Trace:
+    """Record what `root` does, in training and in evaluation, for batches of any size and texts of any length.
+
+    Parameters
+    ----------
+    root : nn.Module
+        Constants of its code are stored on it, and a cache of keys and values that its configuration asks for is
+        switched off; otherwise it is left as it was.
+    example : dict of str to Tensor
+        Inputs by name, batch first.
+    share : collection of str
+        Inputs that may cross a cut as they are.
+
+    Raises
+    ------
+    CutError
+        If `torch.export` cannot record it, or only for batches of one size.
+    """
+    if not hasattr(torch.export.Dim, "DYNAMIC"):
+        raise CutError(f"a cut with torch.export needs torch 2.6 or later, this is {torch.__version__}")
+    arguments = Arguments.given(root, list(example), _LEFT_OUT)
+    inputs = {name: example[name] for name in arguments.inputs}
+    _without_cache(root)
+    flags = {module: module.training for module in root.modules()}
+    graphs: dict[bool, fx.Graph] = {}
+    returns: dict[bool, TreeSpec] = {}
+    try:
+        for mode in (True, False):
+            root.train(mode)
+            made = _export_once(root, arguments, inputs)
+            graphs[root.training], returns[root.training] = _as_graph(root, made, arguments.inputs)
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    return Trace(graphs, pinned_modules(root), arguments, frozenset(share) & set(arguments.inputs), Form(returns))
+
+
+def _export_once(root: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor]) -> fx.GraphModule:
+    sizes = torch.export.Dim
+    dynamic = {
+        name: {0: sizes.DYNAMIC, 1: sizes.AUTO} if is_text(value) else {0: sizes.DYNAMIC}
+        for name, value in inputs.items()
+    }
+    try:
+        with TRACING, _called_by(root, arguments.signature), _own_gradients_refused(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*assigned during export")  # a state, which would be left out
+            exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
+            return exported.module(check_guards=False)
+    except Exception as error:  # the user's code, run with tensors that hold no values
+        raise CutError(
+            f"torch.export cannot record {type(root).__name__} ({type(error).__name__}: {first_line(error)}). What it "
+            f"cannot see is code that depends on the values of tensors, keeps a state between calls, or is an autograd "
+            f"function of one's own: change that, or {_REMEDY}"
+        ) from error
+
+
+@contextmanager
+def _called_by(root: nn.Module, signature: inspect.Signature) -> Iterator[None]:
+    """Have `root` tell this signature of its forward: torch.export cannot do with sizes of what is in ``**kwargs``."""
+    own, before = root.__dict__.get("forward"), root.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return before(*args, **kwargs)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    root.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del root.__dict__["forward"]
+        if own is not None:
+            root.__dict__["forward"] = own
+
+
+@contextmanager
+def _own_gradients_refused() -> Iterator[None]:
+    """Refuse autograd functions of one's own: torch.export records their forward, and their backward is lost."""
+    apply, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+
+    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise CutError(f"its backward would be lost: {cls.__module__}.{cls.__qualname__}")
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+def _without_cache(root: nn.Module) -> None:
+    """Have a language model keep no keys and values of a call for the next: training has no use for them."""
+    for module in root.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            config.use_cache = False
+
+
+def _as_graph(root: nn.Module, made: fx.GraphModule, inputs: Collection[str]) -> tuple[fx.Graph, TreeSpec]:
+    """Return a recording as a graph whose attributes are those of `root`, and the form of what it returns.
+
+    Constants and regions of code under another autograd mode become attributes of `root`. Devices that are written
+    into the code, those of the machine that records, become that of the inputs.
+    """
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    placeholders = {str(node.target): node for node in made.graph.nodes if node.op == "placeholder"}
+    for name in inputs:
+        values[placeholders[name]] = _copied(graph.placeholder(name), placeholders[name])
+    device = graph.call_function(getattr, (values[placeholders[next(iter(inputs))]], "device"))
+    own = {*dict(root.named_parameters(remove_duplicate=False)), *dict(root.named_buffers(remove_duplicate=False))}
+
+    def here(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return values[argument]
+        return device if isinstance(argument, torch.device) else argument
+
+    for node in made.graph.nodes:
+        if node.op == "get_attr":
+            name = str(node.target)
+            if name not in own:
+                name = _store(root, name, getattr(made, name))
+            values[node] = _copied(graph.get_attr(name), node)
+        elif node.op == "output":
+            graph.output(tuple(fx.node.map_aggregate(node.args[0], here)))
+        elif node.op != "placeholder" and not _name(node).startswith(_CHECKS):
+            new = graph.create_node(
+                node.op, node.target, fx.node.map_aggregate(node.args, here), fx.node.map_aggregate(node.kwargs, here)
+            )
+            values[node] = _copied(new, node)
+    for node in reversed(list(graph.nodes)):  # what only the checks asked for
+        number = isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | bool)
+        if not node.users and (node is device or node.op == "get_attr" or number):
+            graph.erase_node(node)
+    codegen: Any = made.graph._codegen
+    return graph, codegen.pytree_info.out_spec
+
+
+def _copied(node: fx.Node, source: fx.Node) -> fx.Node:
+    node.meta = dict(source.meta)
+    return node
+
+
+def _store(root: nn.Module, name: str, value: Any) -> str:
+    """Keep a constant of the recorded code on the model, under a name that is free; return it."""
+    free = next(f"{RECORDED}{i}_{name}" for i in itertools.count() if not hasattr(root, f"{RECORDED}{i}_{name}"))
+    setattr(root, free, value)
+    return free
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,103 @@
+"""Small transformers, made from a configuration: what several tests cut and train."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from psl_flower.torchvision_compat import import_torchvision
+
+import_torchvision()  # transformers' models import it
+
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+TOKENS = 50
+
+
+def llama(dropout: float = 0.0) -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=TOKENS,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
+    )
+    return seeded(LlamaForCausalLM, config)
+
+
+def gpt2(dropout: float = 0.0) -> nn.Module:
+    config = GPT2Config(
+        vocab_size=TOKENS,
+        n_positions=32,
+        n_embd=16,
+        n_layer=3,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return seeded(GPT2LMHeadModel, config)
+
+
+def bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=TOKENS,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=3,
+    )
+    return seeded(BertForSequenceClassification, config)
+
+
+def vit() -> nn.Module:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
+    return seeded(ViTForImageClassification, config)
+
+
+def lora_llama(dropout: float = 0.1) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, init_lora_weights=False)
+        return get_peft_model(llama(), config)
+
+
+def seeded(kind: type[nn.Module], config: object) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(config)
+
+
+def texts(rows: int, length: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """Return token ids and a mask, texts of all lengths from half to the whole of it padded at their end."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, TOKENS, (rows, length), generator=generator)
+    lengths = torch.randint(length // 2, length + 1, (rows, 1), generator=generator)
+    mask = (torch.arange(length) < lengths).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
