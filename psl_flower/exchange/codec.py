@@ -47,6 +47,7 @@ REPLY = "reply"
 _MAX_PARTS = 64  # of the model, and leaves of a stage
 _MAX_TEXT = 2000  # characters of a failure
 _MAX_ROWS = 10_000  # unreadable rows told at once
+_MAX_DELAY = 24 * 3600.0  # seconds that a simulated straggler waits
 
 # The weights a client process has been sent: by part and kind ("parameters", "constants"), their version.
 Sent = dict[tuple[str, str], str]
@@ -60,7 +61,10 @@ class WeightStore:
 
     def put(self, part: str, kind: str, version: str, tensors: Mapping[str, Any]) -> None:
         """Keep weights in place of their last version."""
+        self._kept.pop((part, kind), None)
         self._kept[part, kind] = (version, tensors)
+        while len(self._kept) > 2 * _MAX_PARTS:  # more than a model has: the oldest go
+            del self._kept[next(iter(self._kept))]
 
     def get(self, part: str, kind: str, version: str) -> Mapping[str, Any]:
         """Return weights, or raise ProtocolError if that version was not the last to be sent."""
@@ -122,7 +126,7 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
         orders = decode_orders(field(header, "orders", dict), len(nodes), unpacker)
     elif field(header, "stage", str) != DESCRIBE:
         raise ProtocolError(f"stage {header['stage']!r:.80} needs orders")
-    delays = tuple(seconds_of(delay) for delay in field(header, "delays", list))
+    delays = tuple(seconds_of(delay, _MAX_DELAY) for delay in field(header, "delays", list))
     if delays and len(delays) != len(nodes):
         raise ProtocolError(f"expected {len(nodes)} delays, got {len(delays)}")
     weights = {

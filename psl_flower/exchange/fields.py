@@ -42,10 +42,12 @@ def limited(values: Any, most: int) -> Any:
     return values
 
 
-def seconds_of(value: Any) -> float:
+def seconds_of(value: Any, most: float = 2**53) -> float:
     """Return a time."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**53:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise ProtocolError(f"expected seconds, finite and not negative, got {value!r:.80}")
+    if value > most:
+        raise ProtocolError(f"expected at most {most:g} seconds, got {value!r:.80}")
     return float(value)
 
 

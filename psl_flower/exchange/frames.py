@@ -40,7 +40,7 @@ _MAGIC = b"PSLF"
 _VERSION = 1
 _ALIGNMENT = 64
 _PADDING = bytes(_ALIGNMENT)
-_MAX_BUFFERS = 2**16
+MAX_BUFFERS = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,11 +217,18 @@ class _Open:
             raise ProtocolError(f"a frame of {self._length} bytes has {self._filled} or more")
 
 
-def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None, bool]:
+def parse_header(text: bytes) -> Any:
+    """Return what a header says, or raise ProtocolError if it is too long, or not JSON."""
+    if len(text) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(text)} bytes is too long, the most is {MAX_HEADER_BYTES}")
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"the header is not JSON: {exc!s:.80}") from exc
+
+
+def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None, bool]:
+    content = parse_header(text)
     if isinstance(content, list) and len(content) == 2:
         content += [None, False]
     if not isinstance(content, list) or len(content) != 4 or not isinstance(content[1], dict):
@@ -229,8 +236,8 @@ def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None, bool]:
     lengths, header, taken, shared = content
     if not (taken is None or type(taken) is int) or type(shared) is not bool:
         raise ProtocolError("what the header says of shared memory must be a whole number, and true or false")
-    if not isinstance(lengths, list) or len(lengths) > _MAX_BUFFERS:
-        raise ProtocolError(f"the header must name the lengths of at most {_MAX_BUFFERS} buffers")
+    if not isinstance(lengths, list) or len(lengths) > MAX_BUFFERS:
+        raise ProtocolError(f"the header must name the lengths of at most {MAX_BUFFERS} buffers")
     if any(type(n) is not int or not 0 <= n <= 2**62 for n in lengths):
         raise ProtocolError("lengths of buffers must be whole numbers, not negative")
     return lengths, header, taken, shared

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -27,6 +27,7 @@ from psl_flower.exchange.streams.event_loop import run
 from psl_flower.exchange.streams.open_files import most_connections
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
+from psl_flower.refusals import Refusals
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -59,7 +60,6 @@ _SERVER_OPTIONS = [
 _MAX_WAITING = 16  # frames on their way to one process
 _MAX_UNASKED = 16  # replies of one process that nobody asked for
 _CLOSE_SECONDS = 2.0
-_LOGGED_REFUSALS = 20  # then only every thousandth: who keeps knocking shall not fill the disk
 
 
 # --- what happens on the streams -------------------------------------------------------------------------------------
@@ -183,18 +183,6 @@ class Connection:
                 await changed.wait()
 
 
-@dataclass
-class _Refusals:
-    count: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, peer: str, reason: str) -> None:
-        with self.lock:
-            self.count += 1
-            if self.count <= _LOGGED_REFUSALS or self.count % 1000 == 0:
-                log.warning("Refused a stream from %s: %s (%d so far).", peer, reason, self.count)
-
-
 class Endpoint:
     """Listens for client processes; what happens is told through `events`.
 
@@ -213,7 +201,7 @@ class Endpoint:
     def __init__(self, options: StreamOptions, tokens: Tokens) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._options, self._tokens = options, tokens
-        self._refusals = _Refusals()
+        self._refusals = Refusals("a stream from {}")
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         identity = make_identity()
