@@ -7,7 +7,8 @@ import json
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from psl_flower.errors import ProtocolError
-from psl_flower.exchange.frames import MAX_BUFFERS, Frame, parse_header
+from psl_flower.exchange.frames import Frame, parse_header
+from psl_flower.exchange.limits import MAX_BUFFERS
 
 # ``Array.stype`` of ours: the bytes of a buffer, without a header.
 RAW = "psl_flower.raw"

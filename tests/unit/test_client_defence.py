@@ -15,7 +15,8 @@ from psl_flower import InProcessGrid, split_client_app, split_module
 from psl_flower.client.process import forget_runs, run_state
 from psl_flower.exchange import MessageCarrier
 from psl_flower.exchange.codec import encode_request
-from psl_flower.exchange.frames import MAX_HEADER_BYTES, Frame
+from psl_flower.exchange.frames import Frame
+from psl_flower.exchange.limits import MAX_HEADER_BYTES
 from psl_flower.exchange.records import RAW, content_to_frame, frame_to_content
 from psl_flower.exchange.streams import StreamCarrier
 from psl_flower.flower import ERROR_CLIENT_APP

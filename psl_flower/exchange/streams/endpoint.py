@@ -22,6 +22,7 @@ import grpc.aio
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.codec import REPLY, Sent
 from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
+from psl_flower.exchange.limits import MAX_HEADER_BYTES, MAX_UNASKED_HEADER
 from psl_flower.exchange.shared_memory import Offer, SharedMemory, whereabouts
 from psl_flower.exchange.streams.event_loop import run
 from psl_flower.exchange.streams.open_files import most_connections
@@ -37,6 +38,7 @@ METHOD = f"/{SERVICE}/Open"
 SESSION, NODE, TOKEN, WHEREABOUTS = "psl-session", "psl-node", "psl-token", "psl-whereabouts"
 
 OFFER, ACCEPTED = "offer", "accepted"  # kinds of frames about shared memory
+REFUSED = "refused: "  # begins why a stream was closed that carried what it must not
 
 # Both ends look after this time without a word whether the other is still there: a machine that was switched off or a
 # process that was stopped does not close its connections.
@@ -143,12 +145,24 @@ class Connection:
             if self._unanswered < -_MAX_UNASKED:
                 raise ProtocolError(f"it sent {_MAX_UNASKED} replies that nobody asked for")
 
-    def send(self, job: Job) -> bool:
-        """Have a frame sent after those before; False if the stream is closing, or the process does not read."""
+    @property
+    def is_asked(self) -> bool:
+        """Whether a reply is to come."""
+        return self._unanswered > 0
+
+    def send(self, job: Job, *, asks: bool = False) -> bool:
+        """Have a frame sent after those before; False if the stream is closing, or the process does not read.
+
+        Parameters
+        ----------
+        job : callable
+        asks : bool
+            Whether it is to be replied to.
+        """
         with self._lock:
             if self._closing is not None or len(self._jobs) >= _MAX_WAITING:
                 return False
-            self._unanswered += 1
+            self._unanswered += asks
             self._jobs.append(job)
         self._wake()
         return True
@@ -255,7 +269,7 @@ class Endpoint:
             if offer is not None:
                 offer.close()
             self._ended(connection, connection.closing or "its connection broke")
-        if connection.closing and connection.closing.startswith(_REFUSED):
+        if connection.closing and connection.closing.startswith(REFUSED):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, connection.closing)
 
     def _refusal(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> str | None:
@@ -283,6 +297,7 @@ class Endpoint:
         reason = "it closed its stream"
         try:
             async for chunk in chunks:
+                decoder.max_header = MAX_HEADER_BYTES if connection.is_asked else MAX_UNASKED_HEADER
                 frame = decoder.feed(chunk)
                 if frame is None:
                     continue
@@ -298,7 +313,7 @@ class Endpoint:
                 else:
                     raise ProtocolError(f"a client sends joins and replies, got a frame of kind {kind!r:.80}")
         except ProtocolError as error:
-            reason = f"{_REFUSED}{error}"
+            reason = f"{REFUSED}{error}"
             self._refusals.add(connection.peer, str(error))
         except Exception as exc:  # gRPC's iterator raises more than it documents; a task that dies would go unseen
             reason = f"its connection broke ({exc!s:.200})" if str(exc) else "its connection broke"
@@ -324,9 +339,6 @@ class Endpoint:
                 return
             self._connections.remove(connection)
         self.events.put(Closed(connection, connection.closing or reason))
-
-
-_REFUSED = "refused: "
 
 
 def _metadata(context: grpc.aio.ServicerContext[bytes, bytes]) -> dict[str, str | bytes]:
