@@ -20,6 +20,7 @@ from psl_flower.methods.base import Stage
 from psl_flower.origin import place, where
 from psl_flower.protocol import Orders
 from psl_flower.server import WeightedLoss
+from psl_flower.split import text_length
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 
@@ -36,6 +37,8 @@ class BoundPart:
     loss : LossFn, optional
     defending : Defending
         What leaves in place of the outputs.
+    length : int, optional
+        Of the batch's texts: what the server gives back is as long as the longest of the step.
     """
 
     def __init__(
@@ -46,9 +49,10 @@ class BoundPart:
         client: SplitClient | None = None,
         loss: LossFn | None = None,
         defending: Defending,
+        length: int | None = None,
     ) -> None:
         self._part, self._client, self._training, self._loss = part, client, training, loss
-        self._defending = defending
+        self._defending, self._length = defending, length
 
     def __call__(self, inputs: Tree) -> Tree:
         """Run the part on a batch, in training or evaluation mode as the request has it.
@@ -58,7 +62,7 @@ class BoundPart:
         return self._defending.apart(tree.as_tree(self._run(inputs), f"what the {self._part.name} returns"))
 
     def _run(self, inputs: Tree) -> Any:
-        moved = tree.to_device(inputs, self._part.device)
+        moved = self._part.shortened(tree.to_device(inputs, self._part.device), self._length)
         with self._part.running(training=self._training) as module:
             run = partial(_run if self._client is None else self._client.forward, module)
             try:
@@ -125,6 +129,7 @@ class BoundPart:
             Whether another stage goes back through the same graph.
         """
         left, penalty = self._defending.in_place_of(outputs)
+        gradients = self._part.shortened(gradients, self._length, given=True)
         return parameter_gradients(self._part.parameters, left, gradients, again=again, penalty=penalty)
 
 
@@ -174,6 +179,7 @@ class ClientContext:
         self._own, self._keep = own or {}, keep
         self.defending = defending or Defending()
         first = next(iter(parts))
+        self._length = None if batch is None else text_length(batch.inputs)
         self._parts = {
             name: BoundPart(
                 part,
@@ -181,6 +187,7 @@ class ClientContext:
                 client=clients[0] if name == first else None,
                 loss=loss,
                 defending=self.defending,
+                length=self._length,
             )
             for name, part in parts.items()
         }
@@ -206,7 +213,9 @@ class ClientContext:
     def own(self, name: str) -> BoundOwn:
         """Return the client's own copy of a part."""
         kept = self._own[name]
-        run = BoundPart(kept.part, training=self.training, client=self._client, defending=self.defending)
+        run = BoundPart(
+            kept.part, training=self.training, client=self._client, defending=self.defending, length=self._length
+        )
         return BoundOwn(kept, run, int(self.counts.sum()))
 
     def defend(self, stage: Stage, outputs: Mapping[str, Tree]) -> Mapping[str, Tree]:

@@ -1,6 +1,7 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
 from psl_flower.server.additive import REFUSED, Additivity, adds_up
+from psl_flower.server.language import causal_lm_loss
 from psl_flower.server.local import LocalBackend
 from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
@@ -29,6 +30,7 @@ __all__ = [
     "ServerPass",
     "WeightedLoss",
     "adds_up",
+    "causal_lm_loss",
     "check_metrics",
     "classes_of",
     "loss_target",

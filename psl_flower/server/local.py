@@ -20,6 +20,7 @@ from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
 from psl_flower.server.reduction import Reduction
+from psl_flower.split import takes_lengths
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -61,6 +62,7 @@ class LocalBackend:
         self.parts = {name: part.to(device) for name, part in parts.items()}
         self.device, self.loss, self.classification = device, loss, classification
         self.reduction = Reduction()
+        self.texts = any(map(takes_lengths, parts.values()))  # rows may differ in length
         self._on_clients = [name for name in parts if places[name] == CLIENT]
         # all names of tied parameters: a part may know one by another name first than the whole model does
         named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}

@@ -99,6 +99,8 @@ class Asking:
         Where clients mask their sums.
     keys : callable
         Returns the clients' public keys, by client.
+    texts : bool
+        Whether rows may differ in length.
     """
 
     exchange: Exchange
@@ -109,6 +111,7 @@ class Asking:
     refuse: Callable[[Mapping[int, Failure], int, str], None]
     secure: SecureSums | None = None
     keys: Callable[[], Mapping[int, bytes]] = dict
+    texts: bool = False
 
 
 class CallContext:
@@ -212,7 +215,7 @@ class CallContext:
         return checked.parts, checked.failures
 
     def _gather(self, stage: Stage, request: Request | None, parts: list[Part], asked: Orders, clip: Any) -> Any:
-        sent = gather(stage, parts, self.orders, asked, clip)
+        sent = gather(stage, parts, self.orders, asked, clip, texts=self._asking.texts)
         secure, company = self._asking.secure, None if request is None else request.company
         if secure is not None and company is not None:
             for name in [name for name, kind in stage.outputs.items() if kind is LeafKind.SUM]:
