@@ -139,7 +139,7 @@ class BatchPlan(Sequence[PlanStep]):
         return table
 
     def shuffled(self, rng: np.random.Generator) -> BatchPlan:
-        """Return the same steps in a random order (METHOD: an epoch's time is a sum, so the order is free)."""
+        """Return the same steps in a random order: an epoch's time is a sum, so it stays (docs/method.md, 1)."""
         return self.take(rng.permutation(len(self)))
 
     def take(self, steps: IndexArray) -> BatchPlan:

@@ -1,4 +1,4 @@
-"""What tests of schedules share: the severe split, delays of METHOD's table, and the best schedule by enumeration."""
+"""What tests of schedules share: the severe split, delays of the tables, and the best schedule by enumeration."""
 
 import itertools
 from functools import cache

@@ -127,7 +127,7 @@ def crop_flip(images: Tensor, padding: int = 1) -> Tensor:
     images : (b, C, H, W)
         Any dtype.
     padding : int
-        Pixels added at every side before the crop (METHOD section 6: 1).
+        Pixels added at every side before the crop (docs/method.md, 6: 1).
 
     Returns
     -------

@@ -60,7 +60,8 @@ def main(grid: Grid, context: Context) -> None:
         if Path(sys.argv[0]).stem == "flwr-simulation":
             check_temporary_folder()  # Ray, which fails in it, is being started meanwhile
         config = RunConfig.read(context.run_config)
-        log.info("The server half computes on %d threads.", set_threads(config.threads))
+        threads = set_threads(config.threads)
+        log.info("The server half computes on %d thread%s.", threads, "s" * (threads > 1))
         make_strategy(config).start(
             grid,
             ArrayRecord(make_model(config).state_dict()),

@@ -20,6 +20,7 @@ from psl_flower.exchange.streams.options import WIRE_DTYPES, StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS
 from psl_flower.faults import JOIN, NON_FINITE_LOSS, FaultPolicy
 from psl_flower.methods import METHODS
+from psl_flower.privacy.defences import DEFENCES, parse_defences
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
 from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
@@ -31,7 +32,7 @@ OPTIMIZERS = ("sgd", "adam")
 PARTITIONS = ("iid", "mild", "severe")
 SIMULATED_DELAYS = tuple(name for name in DELAY_MODELS if name != "measured")
 
-# (classes a client, Dirichlet concentration) of the label-skewed splits, METHOD section 5
+# (classes a client, Dirichlet concentration) of the label-skewed splits, docs/method.md, 5
 _LABEL_SKEW = {"mild": (5, 3.0), "severe": (2, 3.0)}
 
 
@@ -74,7 +75,7 @@ class RunConfig:
         "", "Augmentation of training images; empty: crop-flip for cifar10 and cifar100, none for the others"
     )
     partition: Annotated[str, OneOf(PARTITIONS)] = key(
-        "iid", "How training data is split among clients: evenly, or skewed by label, METHOD section 5"
+        "iid", "How training data is split among clients: evenly, or skewed by label"
     )
     classes_per_client: int = key(0, "How many a client has, with mild and severe; 0: 5 and 2", unit="classes", ge=0)
     dirichlet_alpha: float = key(
@@ -96,6 +97,9 @@ class RunConfig:
         0.0,
         "With a tail and sampler lds, lb or aligned: privacy of the noisy class counts that clients tell; 0: none",
         ge=0,
+    )
+    defences: str = key(
+        "", f"What clients do to what leaves them, 'GaussianNoise(0.1), TopK(64)', say, of {', '.join(DEFENCES)}"
     )
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = key("sgd", "The optimizer over both halves")
     learning_rate: float = key(0.02, "Step size of the optimizer", gt=0)
@@ -195,6 +199,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.fault_policy()
         self.stream_options()  # refuses addresses without a port
+        parse_defences(self.defences)
         if self.partition == "iid" and (self.classes_per_client or self.dirichlet_alpha):
             raise ConfigError(
                 "classes-per-client and dirichlet-alpha shape the partitions 'mild' and 'severe', got "

@@ -1,4 +1,4 @@
-"""Parallel split learning: all clients at once, one global batch, one shared server half (METHOD section 2)."""
+"""Parallel split learning: all clients at once, one global batch, one shared server half (docs/method.md, 2)."""
 
 from __future__ import annotations
 

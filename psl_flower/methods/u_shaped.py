@@ -1,4 +1,4 @@
-"""U-shaped split learning: both ends of the model on the clients, and with them the labels (METHOD, "U-shaped")."""
+"""U-shaped split learning: both ends of the model on the clients, and with them the labels (docs/method.md, 2)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def serfling_bound(batch: int, population: int, confidence: float = 0.95) -> flo
         P(|p_batch - p| >= eps) <= 2 exp(-2 b eps^2 / (1 - (b - 1) / N))
 
     This is the eps that makes the right side ``1 - confidence``. It holds for the batches of `UniformGlobalSampler`,
-    and it is loose: at 95 %, a class of a tenth of the data is off by less than half of it (METHOD section 4).
+    and it is loose: at 95 %, a class of a tenth of the data is off by less than half of it (docs/method.md, 4).
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def serfling_bound(batch: int, population: int, confidence: float = 0.95) -> flo
 
 
 def schedule_lower_bound(population: Population, targets: ArrayLike, *, max_groups: int = 32) -> float:
-    """Return seconds that no schedule with these class targets can beat, by a linear program (METHOD section 3).
+    """Return seconds that no schedule with these class targets can beat, by a linear program (docs/method.md, 3).
 
     Steps are grouped by their slowest participant; group g has those whose slowest takes ``l_g`` seconds for a single
     example. ``u_tg`` is the share of step t in group g, ``w_g`` the group's number of steps, ``y_gkc`` what client k

@@ -14,7 +14,7 @@ from psl_flower.typing import FloatArray
 
 
 def batch_deviation(batch_counts: ArrayLike, population_counts: ArrayLike) -> FloatArray:
-    """Return the L1 distance between each batch's class distribution and the population's (METHOD section 1).
+    """Return the L1 distance between each batch's class distribution and the population's (docs/method.md, 1).
 
     Parameters
     ----------

@@ -6,6 +6,7 @@ their classes must be shuffled first (``FederatedDataset`` does so by default, `
 
 from typing import TYPE_CHECKING, Any
 
+from psl_flower.extras import extra
 from psl_flower.partition.split import extended_dirichlet_split, iid_split
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ __all__ = ["ExtendedDirichletPartitioner", "IidPartitioner", "extended_dirichlet
 def __getattr__(name: str) -> Any:
     """Import the partitioners when they are first used: the dataset library takes seconds, splits need only numpy."""
     if name == "ExtendedDirichletPartitioner":
-        from psl_flower.partition.extended_dirichlet import ExtendedDirichletPartitioner
+        with extra("vision", name):
+            from psl_flower.partition.extended_dirichlet import ExtendedDirichletPartitioner
 
         return ExtendedDirichletPartitioner
     if name == "IidPartitioner":
-        from flwr_datasets.partitioner import IidPartitioner
+        with extra("vision", name):
+            from flwr_datasets.partitioner import IidPartitioner
 
         return IidPartitioner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from psl_flower.partition.split import extended_dirichlet_split, iid_split
 from psl_flower.population import Population
 from psl_flower.typing import IntArray
 
-# (classes a client, Dirichlet alpha) of the label-skewed splits, METHOD section 5
+# (classes a client, Dirichlet alpha) of the label-skewed splits, docs/method.md, 5
 SPLITS: dict[str, tuple[int, float] | None] = {"iid": None, "mild": (5, 3.0), "severe": (2, 3.0)}
 
 

@@ -1,5 +1,10 @@
 """What keeps a client's own from the server: sums that are masked, counts with noise, and defences of what leaves."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 from psl_flower.privacy.company import FACTOR, Company
 from psl_flower.privacy.defences import (
     ClipCutGradient,
@@ -43,3 +48,9 @@ __all__ = [
     "places_for",
     "secure_options",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "audit":  # it stands far above this package, and needs all of it
+        return import_module("psl_flower.audit").audit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import numpy as np
 
 from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice, check_float, check_int
+from psl_flower.extras import check_extra
 from psl_flower.population import Delays, Population
 from psl_flower.samplers.base import ORDERS, Sampler
 from psl_flower.typing import FloatArray, IntArray
@@ -76,6 +77,7 @@ class LatentDirichletSampler(Sampler):
         tolerance: float = 1e-3,
         order: str = "shuffled",
     ) -> None:
+        check_extra("scipy", "samplers", "the sampler lds")
         super().__init__(batch_size, seed=seed)
         self.delta = check_float(delta, "delta", least=0)
         self.c = check_float(c, "c", above=0)

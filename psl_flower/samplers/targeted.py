@@ -8,6 +8,7 @@ import numpy as np
 
 from psl_flower.batch_plan import BatchPlan
 from psl_flower.checks import check_choice
+from psl_flower.extras import check_extra
 from psl_flower.population import Population
 from psl_flower.samplers.base import ORDERS, Sampler
 from psl_flower.samplers.suppliers import Suppliers
@@ -42,6 +43,7 @@ class TargetedSampler(Sampler):
     needs_delays = True
 
     def __init__(self, batch_size: int, *, seed: int, targets: str, order: str) -> None:
+        check_extra("scipy", "samplers", "a sampler that plans by class")
         super().__init__(batch_size, seed=seed)
         self.targets = check_choice(targets, "targets", TARGETS)
         self.order = check_choice(order, "order", ORDERS)

@@ -19,7 +19,7 @@ def step_times(
     server_latency: float = 0.0,
     server_per_sample: float = 0.0,
 ) -> FloatArray:
-    """Return how long every step of a plan takes (METHOD section 1).
+    """Return how long every step of a plan takes (docs/method.md, 1).
 
     A step of b examples takes ``max_k(latency_k + per_sample_k * b_k)`` over its participants, plus the server's share
     ``server_latency + server_per_sample * b``.

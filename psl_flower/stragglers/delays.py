@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from psl_flower.checks import as_int64, check_choice, check_float, check_int, check_options
 from psl_flower.errors import ConfigError
+from psl_flower.extras import check_extra
 from psl_flower.population import Delays
 from psl_flower.stragglers.estimate import DelayEstimator
 from psl_flower.typing import FloatArray, IntArray
@@ -49,7 +50,7 @@ class SlowFractionDelays:
     """All clients are equally fast, but for a fraction that is slower by a factor ("slow-fraction").
 
     Who is slow depends on the seed and the set of client ids alone: it stays the same between epochs, and clients that
-    come or go change it as little as the fraction allows. The defaults are METHOD's "latency 10 % x10"; its
+    come or go change it as little as the fraction allows. The defaults are the paper's "latency 10 % x10"; its
     "per-sample 10 % x10" is ``latency=0, per_sample=1``.
 
     Parameters
@@ -99,7 +100,7 @@ class SlowFractionDelays:
 class LognormalDelays:
     """Latency and per-example time are lognormal and independent ("lognormal"): a crowd near the median, a long tail.
 
-    A client's delays depend on the seed and its own id alone. The defaults reproduce METHOD's "lognormal both".
+    A client's delays depend on the seed and its own id alone.
 
     Parameters
     ----------
@@ -124,6 +125,7 @@ class LognormalDelays:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_extra("scipy", "samplers", "the delays 'lognormal'")
         for name in ("latency", "per_sample", "latency_sigma", "per_sample_sigma"):
             check_float(getattr(self, name), name, least=0)
         check_int(self.seed, "seed", least=0)

@@ -103,7 +103,7 @@ class Run:
             self.membership.clients.describe_again(others, self.policy.step_timeout or self.timeout)
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
-        what = "is redone, for want of" if nothing else "goes on without"
+        what = "is redone without" if nothing else "goes on without"
         for line in told({c: f for c, f in attempt.lost.items() if not self._was_told(f)}, self.membership.name):
             log.warning("step %d %s %s", orders.step, what, line)
         if attempt.skipped:

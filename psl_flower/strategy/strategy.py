@@ -380,7 +380,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 summary.ignored.update(carrier.ignored)
                 recorder.summary(summary.report())
             summary.log(membership.name)
-        log.info("Finished %d rounds in %s.", num_rounds, clock(time.monotonic() - begin))
+        log.info("Finished %d round%s in %s.", num_rounds, "s" * (num_rounds > 1), clock(time.monotonic() - begin))
         return result
 
     def _evaluates(self, server_round: int) -> bool:

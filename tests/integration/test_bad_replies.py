@@ -186,7 +186,7 @@ class Warnings(logging.Handler):
 
     def emit(self, record):
         said = re.fullmatch(
-            rf"step \d+ (?:goes on without|is redone, for want of) client {CULPRIT} \(node \d+\): (.*)",
+            rf"step \d+ (?:goes on without|is redone without) client {CULPRIT} \(node \d+\): (.*)",
             record.getMessage(),
             re.DOTALL,
         )

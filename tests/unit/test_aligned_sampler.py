@@ -100,7 +100,7 @@ def test_long_steps_lean_by_no_more_than_the_tilt(kind):
 
 
 def stragglers_hold_two_classes(seed, num_clients=64):
-    """METHOD's worst case: the slow clients are all the holders of classes 0 and 1."""
+    """The worst case: the slow clients are all the holders of classes 0 and 1."""
     population = severe_population(num_clients, "latency 10 %", seed)
     slow = population.label_counts[:, :2].any(axis=1)
     delays = Delays(np.where(slow, 10.0, 1.0), np.zeros(num_clients))

@@ -29,7 +29,7 @@ class TestBatchDeviation:
         assert batch_deviation(np.zeros((0, 3)), [1, 1, 1]).shape == (0,)
 
     def test_uniform_sampling_matches_the_figure_of_the_method(self):
-        # METHOD section 3: mean deviation .21 at B = 128 with 10 balanced classes
+        # docs/method.md, 3: mean deviation .21 at B = 128 with 10 balanced classes
         rng = np.random.default_rng(0)
         labels = rng.permutation(np.repeat(np.arange(10), 1280)).reshape(100, 128)
         counts = (labels[:, :, None] == np.arange(10)).sum(axis=1)

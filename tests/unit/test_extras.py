@@ -7,6 +7,8 @@ import pytest
 
 from psl_flower.errors import ConfigError
 from psl_flower.extras import check_extra, extra
+from psl_flower.samplers import AlignedSampler, LatentDirichletSampler
+from psl_flower.stragglers.delays import delay_model
 
 
 def test_a_missing_package_names_its_extra():
@@ -18,6 +20,20 @@ def test_a_missing_package_names_its_extra():
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
     with pytest.raises(ConfigError, match=r"^a run needs no_such, .* 'psl-flower\[simulation\]'$"):
         check_extra("no_such", "simulation", "a run")
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: LatentDirichletSampler(8), "the sampler lds"),
+        (lambda: AlignedSampler(8), "a sampler that plans by class"),
+        (lambda: delay_model("lognormal"), "the delays 'lognormal'"),
+    ],
+)
+def test_what_plans_with_scipy_is_refused_when_it_is_made(make, what, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ConfigError, match=rf"^{what} needs scipy, .* 'psl-flower\[samplers\]'$"):
+        make()
 
 
 def test_a_mistake_within_a_package_that_is_there_stays_what_it_is():
@@ -49,7 +65,7 @@ def test_a_deployment_trains_where_no_extra_is_installed(tmp_path):
     """A run with both ends, its curves aside, in a process where the extras' packages cannot be imported."""
     program = f"""
 import sys
-sys.modules.update(dict.fromkeys({[name for name in HEAVY if name != "scipy"]}))
+sys.modules.update(dict.fromkeys({HEAVY}))
 import torch
 from flwr.app import ArrayRecord
 from torch.utils.data import TensorDataset

@@ -51,7 +51,7 @@ def test_memory_is_of_the_data_not_of_steps_times_clients(sampler):
     assert peak < 200 * population.num_examples
 
 
-# METHOD section 3. The figures are means over a few splits. Over 200 splits the standard deviation of a step count is
+# docs/method.md, 3. The figures are means over a few splits. Over 200 splits the standard deviation of a step count is
 # 10 to 13 % of the mean for FLS (its largest client decides) and 1.4 to 3 % for FPLS; over five splits the standard
 # errors are 5 and 1 %, and the tolerances a little more.
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Algorithm(ABC):
         """Return the simulated seconds of every step, (T,), and of the round; None where they are not defined.
 
         Unless an algorithm says otherwise, each step waits for the one before and takes as long as its slowest
-        participant (METHOD section 1): a round is the sum.
+        participant (docs/method.md, 1): a round is the sum.
         """
         if self.delays is None:
             return None, None

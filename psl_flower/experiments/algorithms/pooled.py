@@ -15,7 +15,7 @@ class ParallelSplit(Algorithm):
     """Parallel split learning (arXiv 2407.15738), all clients of a step in one pass through the uncut model.
 
     With per-example layers in the client half, the activations' gradients flow through the cut unchanged and the
-    clients' parameter gradients add up to those of the union of their batches (METHOD section 2). So the weights are
+    clients' parameter gradients add up to those of the union of their batches (docs/method.md, 2). So the weights are
     those of `ParallelSplitLearning` but for rounding, the server half's batch statistics included. A step is a global
     batch.
     """
