@@ -2,7 +2,7 @@
 
 from psl_flower.server.additive import REFUSED, Additivity, adds_up
 from psl_flower.server.language import causal_lm_loss
-from psl_flower.server.local import LocalBackend
+from psl_flower.server.local import LocalBackend, load_known
 from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, Scheduler, make_optimizer, make_scheduler
@@ -33,6 +33,7 @@ __all__ = [
     "causal_lm_loss",
     "check_metrics",
     "classes_of",
+    "load_known",
     "loss_target",
     "make_optimizer",
     "make_scheduler",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,8 @@ class StepContext(CallContext):
             If clients fail; not for the method to catch.
         """
         stage: Stage = function.stage
+        if self._begun and self._nothing_to_give(stage):
+            return SimpleNamespace(**{name: {} for name in stage.outputs})
         parts, request = self._first_parts(stage) if not self._begun and not inputs else None, None
         if parts is None:
             request = self._request(stage, self.orders, inputs)
@@ -317,6 +320,11 @@ class StepContext(CallContext):
         if "labels" in stage.outputs and not self.orders.test:
             self._attempt.labels = sent.labels
         return sent
+
+    def _nothing_to_give(self, stage: Stage) -> bool:
+        """Whether all that a stage gives are gradients of parts of which nothing trains: nobody needs to be asked."""
+        parts = [self._weights.get(name) for name, kind in stage.outputs.items() if kind is LeafKind.SUM]
+        return 0 < len(parts) == len(stage.outputs) and all(part and not part.parameters for part in parts)
 
     def _first_parts(self, stage: Stage) -> list[Part] | None:
         return self._first.get(stage.name)
