@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,8 @@ class Asking:
         Where clients mask their sums.
     keys : callable
         Returns the clients' public keys, by client.
+    texts : bool
+        Whether rows may differ in length.
     """
 
     exchange: Exchange
@@ -109,6 +112,7 @@ class Asking:
     refuse: Callable[[Mapping[int, Failure], int, str], None]
     secure: SecureSums | None = None
     keys: Callable[[], Mapping[int, bytes]] = dict
+    texts: bool = False
 
 
 class CallContext:
@@ -212,7 +216,7 @@ class CallContext:
         return checked.parts, checked.failures
 
     def _gather(self, stage: Stage, request: Request | None, parts: list[Part], asked: Orders, clip: Any) -> Any:
-        sent = gather(stage, parts, self.orders, asked, clip)
+        sent = gather(stage, parts, self.orders, asked, clip, texts=self._asking.texts)
         secure, company = self._asking.secure, None if request is None else request.company
         if secure is not None and company is not None:
             for name in [name for name, kind in stage.outputs.items() if kind is LeafKind.SUM]:
@@ -289,6 +293,8 @@ class StepContext(CallContext):
             If clients fail; not for the method to catch.
         """
         stage: Stage = function.stage
+        if self._begun and self._nothing_to_give(stage):
+            return SimpleNamespace(**{name: {} for name in stage.outputs})
         parts, request = self._first_parts(stage) if not self._begun and not inputs else None, None
         if parts is None:
             request = self._request(stage, self.orders, inputs)
@@ -314,6 +320,11 @@ class StepContext(CallContext):
         if "labels" in stage.outputs and not self.orders.test:
             self._attempt.labels = sent.labels
         return sent
+
+    def _nothing_to_give(self, stage: Stage) -> bool:
+        """Whether all that a stage gives are gradients of parts of which nothing trains: nobody needs to be asked."""
+        parts = [self._weights.get(name) for name, kind in stage.outputs.items() if kind is LeafKind.SUM]
+        return 0 < len(parts) == len(stage.outputs) and all(part and not part.parameters for part in parts)
 
     def _first_parts(self, stage: Stage) -> list[Part] | None:
         return self._first.get(stage.name)
