@@ -191,12 +191,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
-        if self.sampler.needs_delays and delays is None:
-            raise ConfigError(
-                f"{type(self.sampler).__name__} plans with delays: pass delays=..., a model of psl_flower.stragglers, "
-                "or DelayEstimator() to measure them"
-            )
-        self._stragglers = Stragglers(delays, simulated_delays, sleep)
+        self._stragglers = Stragglers(self.sampler, delays, simulated_delays, sleep)
         self.transport = check_choice(transport, "transport", TRANSPORTS)
         self.stream_options = streams = stream_options or StreamOptions()
         self.faults = faults or (FaultPolicy() if private is None else FaultPolicy(outlier_bound=None))
