@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from psl_flower import tree
 from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
@@ -24,6 +25,8 @@ from psl_flower.strategy.secure import SecureSums, check_given_alike
 from psl_flower.tree import Tree
 
 Exchange = Callable[[Request], Reply]
+
+_MOST_SEPARATE = 2**26  # bytes of sums that are asked for client by client to learn how large they usually are
 
 
 class LostClientsError(PSLError):
@@ -188,6 +191,8 @@ class CallContext:
             )
         clients = tuple(orders.clients.tolist())
         first, secure, company = stage.after is None, self._asking.secure, None
+        each = secure is None and not self.orders.test and self._asking.validator.wants_each(stage)
+        size = sum(tree.num_bytes(dict(part.parameters)) for part in self._weights.values())
         if secure is not None and LeafKind.SUM in stage.outputs.values():
             if len(orders) < secure.options.least:
                 raise TooFewError
@@ -201,7 +206,7 @@ class CallContext:
             weights={} if stage.own else self._weights,
             inputs={name: Leaf(kind, inputs[name]) for name, kind in stage.inputs.items()},
             delays=tuple(self._delays.get(c, 0.0) for c in clients) if first and self._delays else (),
-            separate=self._asking.separate,
+            separate=self._asking.separate or (each and size * len(orders) <= _MOST_SEPARATE),
             company=company,
             config=self._asking.config,
             evaluate_config=self._asking.evaluate_config if orders.test else {},
@@ -300,10 +305,11 @@ class StepContext(CallContext):
             request = self._request(stage, self.orders, inputs)
             parts, failures = self._ask(stage, request)
             if failures:
-                self._asking.refuse(_own(failures) if self._begun else failures, len(request.nodes), stage.name)
-                again = self._begun and request.company is None
-                more, failures = self._once_more(stage, request, failures) if again else ([], failures)
+                again = {} if request.company is not None else failures if self._begun else _joint(failures)
+                self._asking.refuse(_own(failures) if again else failures, len(request.nodes), stage.name)
+                more, still = self._once_more(stage, request, again) if again else ([], {})
                 parts += more
+                failures = {client: why for client, why in failures.items() if client not in again} | still
             if failures and self.given:
                 self._attempt.lost |= failures
                 raise TooFewError
@@ -433,6 +439,11 @@ def _apart(failures: Mapping[int, Failure]) -> list[list[int]]:
 def _own(failures: Mapping[int, Failure]) -> dict[int, Failure]:
     """Return those that are known to be their client's own."""
     return {client: failure for client, failure in failures.items() if not failure.joint}
+
+
+def _joint(failures: Mapping[int, Failure]) -> dict[int, Failure]:
+    """Return those that may be another client's, whose reply came with theirs."""
+    return {client: failure for client, failure in failures.items() if failure.joint}
 
 
 __all__ = [
