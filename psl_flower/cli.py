@@ -19,6 +19,7 @@ _COMMANDS = {
     "run": ("psl_flower.app.command:run", "Train a Flower app in a simulation of its own, stopped at the end."),
     "deploy": ("psl_flower.app.command:deploy", "The same with a SuperLink and SuperNodes on this machine."),
     "plan": ("psl_flower.plan.command:app", "Compare samplers on your clients before running anything."),
+    "audit": ("psl_flower.audit.command:app", "Attack what the server receives, and report what leaks."),
     "experiments": ("psl_flower.experiments.command:app", "Run sweeps, and report what came out."),
     "info": ("psl_flower.info:app", "Say what is installed here, and on which machine: for reports of bugs."),
 }

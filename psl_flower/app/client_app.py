@@ -12,7 +12,7 @@ from psl_flower.app.datasets import SPECS
 from psl_flower.app.task import cut_of, load_partition, make_model, make_optimizer, method_of
 from psl_flower.client import split_client_app
 from psl_flower.config import RunConfig
-from psl_flower.privacy import LabelNoise
+from psl_flower.privacy import DPSGD, Defence, LabelNoise, parse_defences
 
 
 def model_fn(context: Context) -> nn.Module:
@@ -52,6 +52,16 @@ def noise_fn(context: Context) -> LabelNoise | None:
     return LabelNoise(epsilon=config.label_epsilon, classes=classes) if config.label_epsilon else None
 
 
+def defences_fn(context: Context) -> tuple[Defence, ...]:
+    """Return what clients do to what leaves them."""
+    return parse_defences(RunConfig.read(context.run_config).defences)
+
+
+def private_fn(context: Context) -> DPSGD | None:
+    """Return how the model is trained with differential privacy."""
+    return RunConfig.read(context.run_config).private()
+
+
 app = split_client_app(
     model_fn,
     cut=cut_fn,
@@ -61,4 +71,6 @@ app = split_client_app(
     optimizer=optimizer_fn,
     secure_aggregation=secure_fn,
     label_noise=noise_fn,
+    defences=defences_fn,
+    private=private_fn,
 )

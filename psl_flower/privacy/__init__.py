@@ -1,4 +1,9 @@
-"""What keeps a client's own from the server: sums that are masked, counts with noise, and defences of what leaves."""
+"""What keeps a client's own with it: masked sums, noisy counts, defences of what leaves, training with DP-SGD."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 from psl_flower.privacy.company import FACTOR, Company
 from psl_flower.privacy.defences import (
@@ -13,6 +18,7 @@ from psl_flower.privacy.defences import (
     distance_correlation,
     parse_defences,
 )
+from psl_flower.privacy.dp_sgd import DPSGD
 from psl_flower.privacy.fixed_point import OutOfRangeError, decode, encode, places_for
 from psl_flower.privacy.label_noise import LabelNoise
 from psl_flower.privacy.options import SecureAggregation, secure_options
@@ -20,6 +26,7 @@ from psl_flower.privacy.party import Party, fingerprint
 from psl_flower.privacy.secret import Secret
 
 __all__ = [
+    "DPSGD",
     "FACTOR",
     "ClipCutGradient",
     "Company",
@@ -43,3 +50,9 @@ __all__ = [
     "places_for",
     "secure_options",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "audit":  # it stands far above this package, and needs all of it
+        return import_module("psl_flower.audit").audit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

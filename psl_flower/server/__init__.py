@@ -2,7 +2,7 @@
 
 from psl_flower.server.additive import REFUSED, Additivity, adds_up
 from psl_flower.server.local import LocalBackend
-from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
+from psl_flower.server.loss import Loss, WeightedLoss, check_plain_mean, loss_target, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, Scheduler, make_optimizer, make_scheduler
 from psl_flower.server.outcome import Outcome
@@ -30,6 +30,7 @@ __all__ = [
     "WeightedLoss",
     "adds_up",
     "check_metrics",
+    "check_plain_mean",
     "classes_of",
     "loss_target",
     "make_optimizer",

@@ -5,11 +5,13 @@ from psl_flower.split.cut import cut_candidates, split_module
 from psl_flower.split.half import input_names
 from psl_flower.split.model import Halves, SplitModel, cut_model
 from psl_flower.split.norm import batch_statistics_layers, check_client_half, replace_batch_norm
+from psl_flower.split.place import Cut
 from psl_flower.split.rowwise import find_mixing
 from psl_flower.split.signature import difference, signature
 
 __all__ = [
     "CannotTellError",
+    "Cut",
     "Halves",
     "SplitModel",
     "batch_statistics_layers",

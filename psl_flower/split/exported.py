@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.utils._pytree import TreeSpec
 from psl_flower.errors import CutError
 from psl_flower.split.arguments import Arguments
 from psl_flower.split.place import is_text
-from psl_flower.split.trace import TRACING, Form, Trace, first_line, pinned_modules
+from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, first_line, pinned_modules
 
 _LEFT_OUT = "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients"
 _REMEDY = "cut by hand: SplitModel(client=..., server=...)"
@@ -73,8 +74,9 @@ def _export_once(root: nn.Module, arguments: Arguments, inputs: Mapping[str, Ten
         for name, value in inputs.items()
     }
     try:
-        with TRACING, _called_by(root, arguments.signature), warnings.catch_warnings():
+        with TRACING, _called_by(root, arguments.signature), _own_gradients_refused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*assigned during export")  # a state, which would be left out
             exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
             return exported.module(check_guards=False)
     except Exception as error:  # the user's code, run with tensors that hold no values
@@ -101,6 +103,23 @@ def _called_by(root: nn.Module, signature: inspect.Signature) -> Iterator[None]:
         del root.__dict__["forward"]
         if own is not None:
             root.__dict__["forward"] = own
+
+
+@contextmanager
+def _own_gradients_refused() -> Iterator[None]:
+    """Refuse autograd functions of one's own: torch.export records their forward, and their backward is lost."""
+    apply, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+
+    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise CutError(f"its backward would be lost: {cls.__module__}.{cls.__qualname__}")
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 def _without_cache(root: nn.Module) -> None:
@@ -144,7 +163,8 @@ def _as_graph(root: nn.Module, made: fx.GraphModule, inputs: Collection[str]) ->
             )
             values[node] = _copied(new, node)
     for node in reversed(list(graph.nodes)):  # what only the checks asked for
-        if not node.users and (node is device or isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | bool)):
+        number = isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | bool)
+        if not node.users and (node is device or node.op == "get_attr" or number):
             graph.erase_node(node)
     codegen: Any = made.graph._codegen
     return graph, codegen.pytree_info.out_spec
@@ -157,7 +177,7 @@ def _copied(node: fx.Node, source: fx.Node) -> fx.Node:
 
 def _store(root: nn.Module, name: str, value: Any) -> str:
     """Keep a constant of the recorded code on the model, under a name that is free; return it."""
-    free = next(f"_psl_{i}_{name}" for i in itertools.count() if not hasattr(root, f"_psl_{i}_{name}"))
+    free = next(f"{RECORDED}{i}_{name}" for i in itertools.count() if not hasattr(root, f"{RECORDED}{i}_{name}"))
     setattr(root, free, value)
     return free
 

@@ -142,18 +142,19 @@ def _modules_of(node: fx.Node) -> list[str]:
     return [str(path).partition("@")[0] for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
-def _classify(nodes: Iterable[fx.Node], shared: Collection[str]) -> tuple[set[fx.Node], set[fx.Node]]:
+def _classify(root: nn.Module, nodes: Iterable[fx.Node], shared: Collection[str]) -> tuple[set[fx.Node], set[fx.Node]]:
     """Return the nodes that are facts (sizes, dtypes, numbers) and the nodes computed from the examples' values.
 
-    What is computed of shared inputs alone is neither: it is computed where it is used, as constants are.
+    What is computed of shared inputs alone, without parameters, is neither: it is computed where it is used, as
+    constants are.
     """
     facts: set[fx.Node] = set()
     from_data = _changed_in_place(nodes)
+    of_shared: set[fx.Node] = set()
     for node in nodes:
         sources = node.all_input_nodes
         if node.op == "placeholder":
-            if node.target not in shared:
-                from_data.add(node)
+            (of_shared if node.target in shared else from_data).add(node)
         elif node in from_data:
             continue
         elif node.op in ("call_function", "call_method") and (
@@ -162,6 +163,8 @@ def _classify(nodes: Iterable[fx.Node], shared: Collection[str]) -> tuple[set[fx
             facts.add(node)
         elif not from_data.isdisjoint(sources):
             from_data.add(node)
+        elif not of_shared.isdisjoint(sources):
+            (from_data if any(_state(root, used) for used in (node, *sources)) else of_shared).add(node)
     return facts, from_data
 
 
@@ -192,7 +195,7 @@ def _changed_in_place(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], shared: Collection[str]) -> _Pieces:
     """Say which piece runs a node, and what the pieces hand to one another."""
     last = len(starts)
-    facts, from_data = _classify(nodes, shared)
+    facts, from_data = _classify(root, nodes, shared)
     given = {node for node in nodes if _is_input(node)}
     own = {
         node: 0 if _is_raw(node) else sum(start <= position for start in starts) for position, node in enumerate(nodes)

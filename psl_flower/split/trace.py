@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import random
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,11 @@ from psl_flower.split.arguments import Arguments, alike, choose_inputs
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
 # traces apart, and the tracer lets modules that other threads call meanwhile run as ever.
 TRACING = threading.Lock()
+
+# What names begin with that recordings add to a model.
+RECORDED = "_psl_"
+
+_BY_HAND = "or cut by hand: SplitModel(client=..., server=...)."
 
 # From inputs by name to what a model is called with.
 Call = Callable[[dict[str, Any]], tuple[list[Any], dict[str, Any]]]
@@ -135,27 +141,21 @@ def pinned_modules(root: nn.Module) -> dict[bool, frozenset[str]]:
 
 def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
     """Trace `root` in its present mode, refusing what would happen now, once, instead of at every call."""
-    remedy = "or cut by hand: SplitModel(client=..., server=...)."
-    attributes = _attributes(root)
+    with unchanged(root):
+        return _trace_steps(root, opened, call, inputs)
+
+
+def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
     for _ in range(3):  # more than once, for these generators are global: it may have been another thread that drew
         states = _random_states()
         with TRACING, _RefuseRandomTensors():  # type: ignore[no-untyped-call]
             graph = _PathTracer(opened, call, inputs).trace(root)
         if _random_states() == states:
-            break
-    else:
-        raise CutError(
-            f"{type(root).__name__} draws random numbers in Python, and torch.fx would record one draw for ever: use "
-            f"torch (nn.Dropout, or a function of a tensor such as torch.rand_like), {remedy}"
-        )
-    after = _attributes(root)
-    changed = [name for name, version in attributes.items() if after.get(name) != version]
-    if changed:
-        raise CutError(
-            f"the model's forward changes {changed[0]!r}, which is neither parameter nor buffer, and torch.fx would "
-            f"not record that: register it as a buffer, move it into a submodule of its own, {remedy}"
-        )
-    return graph
+            return graph
+    raise CutError(
+        f"{type(root).__name__} draws random numbers in Python, and torch.fx would record one draw for ever: use "
+        f"torch (nn.Dropout, or a function of a tensor such as torch.rand_like), {_BY_HAND}"
+    )
 
 
 class _PathTracer(fx.Tracer):
@@ -239,6 +239,38 @@ class _RefuseRandomTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _random_states() -> tuple[bytes, ...]:
     """Return the states of Python's and numpy's global generators, only to compare them."""
     return pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())  # noqa: NPY002
+
+
+@contextmanager
+def unchanged(root: nn.Module) -> Iterator[None]:
+    """Refuse code that is recorded within if it changes what modules keep; they are as before then.
+
+    Raises
+    ------
+    CutError
+        If an attribute is another one afterwards that is neither parameter nor buffer.
+    """
+    before, held = _attributes(root), [(module, dict(vars(module))) for module in root.modules()]
+
+    def restore() -> None:
+        for module, attributes in held:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+    after = _attributes(root)
+    changed = [name for name, version in before.items() if after.get(name) != version]
+    changed = [name for name in changed if not name.startswith(RECORDED)]
+    if changed:
+        restore()
+        raise CutError(
+            f"the model's forward changes {changed[0]!r}, which is neither parameter nor buffer, and that would not be "
+            f"recorded: register it as a buffer, move it into a submodule of its own, {_BY_HAND}"
+        )
 
 
 def _attributes(root: nn.Module) -> dict[str, tuple[int, int]]:

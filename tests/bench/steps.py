@@ -17,7 +17,7 @@ PARTS = ("server", "clients", "wire", "planning", "records", "other")
 COLUMNS = (
     *("clients", "carrier", "steps", "step ms", "central ms, 1 thread", "central ms, all threads", "ratio"),
     *(f"{part} ms" for part in PARTS),
-    *("ServerApp s", "connected s", "first step s"),
+    *("ServerApp s", "connected s", "first step s", "ServerApp MB", "clients MB"),
 )
 
 
@@ -37,6 +37,7 @@ def measure(link, num_clients, *, num_supernodes=None, transport="streams", shar
     row = [num_clients, carrier, found["steps"], *(f"{1e3 * t:.1f}" for t in times), f"{ratio:.2f}"]
     row += [f"{1e3 * found['spent'][part]:.1f}" for part in PARTS]
     row += [f"{found[moment] - begin:.1f}" for moment in ("main", "connected", "first_step")]
+    row += [f"{each:.0f}" for each in found["megabytes"]]
     return dict(zip(COLUMNS, map(str, row), strict=True))
 
 

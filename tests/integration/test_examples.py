@@ -192,7 +192,7 @@ def test_apps_run_on_the_simulation_as_their_readme_says(example, folder):
         [sys.executable, "-m", "psl_flower", "run", *words], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Finished 1 rounds" in done.stdout
+    assert "Finished 1 round in" in done.stdout
     assert 0.2 <= score_of(f"examples/{example}", folder) <= 0.8
     if example == "custom-model":
         assert (folder / "outputs" / "curves.png").stat().st_size > 10_000

@@ -52,8 +52,7 @@ class Leaving:
 
     def normal(self, rows: Tensor) -> Tensor:
         """Return standard normal numbers of the shape, dtype and device of rows, drawn in the same way."""
-        numbers: Tensor = torch.special.ndtri(torch.from_numpy(self.uniform(rows)))
-        return numbers.to(rows).reshape(rows.shape)
+        return like(torch.special.ndtri(torch.from_numpy(self.uniform(rows))).numpy(), rows)
 
 
 class Defence:

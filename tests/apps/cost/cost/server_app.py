@@ -1,5 +1,6 @@
 """Takes a centralised step after every split one, so that both see the same machine, and says what each cost."""
 
+import contextlib
 import cProfile
 import json
 import logging
@@ -116,8 +117,25 @@ def main(grid, context):
         "main": begin,
         "connected": connected[0] if connected else begin,
         "first_step": optimizers[0].first,
+        "megabytes": [sum(map(_peak, pids)) for pids in (["self"], _actors())],
     }
     Path(str(config["out"])).write_text(json.dumps(result))
+
+
+def _peak(pid):
+    """Return the most memory that a process had so far, MB; 0 where the system does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.exists() else []
+    return int(lines[0].split()[1]) / 1e3 if lines else 0.0
+
+
+def _actors():
+    """Return the ids of the processes that the clients are in, of all simulations on this machine."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            pids += [path.parent.name] if path.read_bytes().startswith(b"ray::ClientAppActor") else []
+    return pids
 
 
 def _note(connected, record):

@@ -1,0 +1,11 @@
+"""What a curious server learns from what crosses a cut, measured by attacks on a real training."""
+
+from psl_flower.audit.finding import Finding
+from psl_flower.extras import extra
+
+with extra("experiments", "an audit"):
+    from psl_flower.audit.attacks import ATTACKS
+    from psl_flower.audit.auditing import audit
+from psl_flower.audit.result import AuditResult, Case
+
+__all__ = ["ATTACKS", "AuditResult", "Case", "Finding", "audit"]

@@ -1,0 +1,124 @@
+"""Reconstruction by a decoder: learned from clients whose inputs the attacker knows, used on all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from psl_flower.audit.attacks.base import SERVER, reconstruction
+from psl_flower.audit.finding import Found
+from psl_flower.audit.scene import Scene
+
+NAME = "decoder"
+_PARTY = f"{SERVER}, with shadow data"
+_HELD_OUT = 0.2  # share of the shadow rows that chooses the decoder
+_ROWS = 1024  # of the clients, that are reconstructed
+_STEPS, _BATCH, _WIDTH = 600, 64, 48
+_RIDGES = (1e-3, 1e-1, 1e1)
+
+Decoder = Callable[[Tensor], Tensor]
+
+
+def decode_inputs(scene: Scene) -> Found:
+    """Reconstruct inputs from activations.
+
+    Three kinds of decoders are learned, a linear one, a network with a hidden layer, and a convolutional one where
+    activations and inputs are images; the attacker takes whichever does best on shadow data it has not learned from.
+    What the clients do to their activations is in the shadow data too, so a defence is attacked by one who knows it.
+    """
+    rows = scene.rows("activations")
+    if rows is None:
+        return Found()
+    known, wanted = (torch.from_numpy(np.flatnonzero(of)) for of in (rows.shadow, ~rows.shadow))
+    wanted = wanted[:_ROWS]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scene.seed)
+        learned = learn_decoder(rows.values[known], rows.inputs[known].float())
+    guesses = learned(rows.values[wanted])
+    return reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[wanted].float(), scene.data_range)
+
+
+def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
+    """Return the best of several decoders.
+
+    Parameters
+    ----------
+    values : (N, ...) float32
+        What crossed.
+    inputs : (N, ...) float32
+        What it was made of.
+
+    Returns
+    -------
+    callable
+        Takes values, (n, ...), and returns inputs, (n, ...).
+    """
+    held = max(1, round(_HELD_OUT * len(values)))
+    mean, std = values[held:].mean(dim=0), values[held:].std(dim=0)
+    std = torch.where(std > 1e-6 * std.max().clamp_min(1e-12), std, torch.ones_like(std))
+
+    def scaled(of: Tensor) -> Tensor:
+        return (of - mean) / std
+
+    x, y = scaled(values), inputs
+    kinds = [_ridge(x[held:], y[held:], penalty) for penalty in _RIDGES] + [_hidden(x[held:], y[held:])]
+    if values.ndim == inputs.ndim == 4:
+        kinds.append(_convolutional(x[held:], y[held:]))
+    errors = [float(functional.mse_loss(each(x[:held]), y[:held])) for each in kinds]
+    best = kinds[int(np.argmin(errors))]
+    return lambda of: best(scaled(of))
+
+
+def _ridge(values: Tensor, inputs: Tensor, penalty: float) -> Decoder:
+    """Return ridge regression, solved with as many unknowns as there are examples or values, whichever is less."""
+    x, y, shape = values.flatten(1).double(), inputs.flatten(1).double(), inputs.shape[1:]
+    mean = y.mean(dim=0)
+    few = x.shape[0] < x.shape[1]
+    gram = x @ x.T if few else x.T @ x
+    gram.diagonal().add_(penalty * len(x))
+    weights = x.T @ torch.linalg.solve(gram, y - mean) if few else torch.linalg.solve(gram, x.T @ (y - mean))
+    return lambda of: (of.flatten(1).double() @ weights + mean).float().unflatten(1, shape)
+
+
+def _hidden(values: Tensor, inputs: Tensor) -> Decoder:
+    width, shape = values[0].numel(), inputs.shape[1:]
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, prod(shape)), nn.Unflatten(1, shape)
+    )
+    return _learned(network, values, inputs)
+
+
+def _convolutional(values: Tensor, inputs: Tensor) -> Decoder:
+    size = tuple(inputs.shape[-2:])
+    network = nn.Sequential(
+        nn.Conv2d(values.shape[1], _WIDTH, 3, padding=1),
+        nn.ReLU(),
+        nn.Upsample(size=size, mode="bilinear"),
+        nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(_WIDTH, inputs.shape[1], 3, padding=1),
+    )
+    return _learned(network, values, inputs)
+
+
+def _learned(network: nn.Module, values: Tensor, inputs: Tensor) -> Decoder:
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    for _ in range(_STEPS):
+        chosen = torch.randint(len(values), (_BATCH,))
+        optimizer.zero_grad()
+        loss = functional.mse_loss(network(values[chosen]), inputs[chosen])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+    def decode(of: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([network(some) for some in torch.split(of, 256)])
+
+    return decode

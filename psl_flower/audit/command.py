@@ -1,0 +1,112 @@
+"""``psl-flower audit``: attack what the server receives of the default app's models and data, and report what leaks."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from torch import nn
+
+from psl_flower.app.datasets import SPECS
+from psl_flower.app.models import build_model
+from psl_flower.app.task import load_images, make_optimizer
+from psl_flower.audit.attacks import ATTACKS
+from psl_flower.audit.auditing import audit
+from psl_flower.audit.presets import PRESETS
+from psl_flower.audit.report import save_report
+from psl_flower.checks import check_int
+from psl_flower.config import RunConfig
+from psl_flower.machine import machine
+from psl_flower.privacy import parse_defences
+
+app = typer.Typer(add_completion=False)
+
+
+def _option(what: str, metavar: str, *names: str, panel: str = "Training", **more: Any) -> Any:
+    return typer.Option(*names, help=what, metavar=metavar, rich_help_panel=panel, **more)
+
+
+@app.command(
+    epilog="""Examples:
+
+  psl-flower audit
+
+  psl-flower audit --cut stage2 --cut head --defences none --defences "GaussianNoise(0.5)" --seeds 3
+
+  psl-flower audit --cut stage2 --tail head --secure-aggregation
+
+  psl-flower audit cifar10 --data-path ~/data/cifar10"""
+)
+def _audit(
+    ctx: typer.Context,
+    preset: Annotated[str, typer.Argument(metavar="PRESET", click_type=click.Choice(list(PRESETS)))] = "digits",
+    data_path: Annotated[str, _option("Where the dataset's files are, as in the app.", "DIR")] = "",
+    examples: Annotated[int | None, _option("Training examples used, at most; the preset's.", "N")] = None,
+    model: Annotated[str, _option("The default app's; the preset's.", "NAME")] = "",
+    cuts: Annotated[list[str] | None, _option("First module on the server; the preset's.", "NAME", "--cut")] = None,
+    tail: Annotated[str, _option("First module that is back on the clients, where labels stay then.", "NAME")] = "",
+    secure_aggregation: Annotated[bool, _option("Clients mask their sums.", "", "--secure-aggregation")] = False,
+    defences: Annotated[
+        list[str] | None,
+        _option("Of the clients, as the key of the default app takes them; none: none.", "DEFENCES", "--defences"),
+    ] = None,
+    num_clients: Annotated[int, _option("How many; half are the attacker's.", "K")] = 8,
+    rounds: Annotated[int | None, _option("Of training; the last is attacked. The preset's.", "N")] = None,
+    batch_size: Annotated[int, _option("Examples a step, over all clients.", "B")] = 64,
+    learning_rate: Annotated[float, _option("Of SGD with momentum 0.9.", "RATE")] = 0.02,
+    attacks: Annotated[
+        list[str] | None,
+        _option("One of them; all unless some are named.", "|".join(ATTACKS), "--attack", panel="Attacks"),
+    ] = None,
+    seeds: Annotated[int, _option("Trainings of each cut with each of the defences.", "N", panel="Attacks")] = 1,
+    output: Annotated[Path, _option("Where the report goes.", "DIR", panel="Output")] = Path("outputs/audit"),
+) -> None:
+    """Measure what a curious server learns from what crosses a cut.
+
+    Trains a model split at each cut, with and without defences, records what
+    the server sends and receives, and attacks it: how well are inputs
+    reconstructed, labels inferred, members recognised? Options that are named
+    twice are compared. docs/audit.md says how to read the report, and what not
+    to conclude from it.
+    """
+    given = PRESETS[preset]
+    check_int(seeds, "--seeds", least=1)
+    config = RunConfig(
+        dataset=given.dataset,
+        data_path=str(Path(data_path).expanduser().resolve()) if data_path else "",
+        model=model or given.model,
+        learning_rate=learning_rate,
+        augment="none",  # what is reconstructed is compared with what is in the data
+    )
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # the runs' own log
+    found = audit(
+        partial(_model, config),
+        load_images(config, "train"),
+        load_images(config, "test"),
+        cuts=cuts or given.cuts,
+        tail=tail or None,
+        defences={spec: () if spec == "none" else parse_defences(spec) for spec in defences or ("none",)},
+        attacks=attacks,
+        num_clients=num_clients,
+        num_rounds=given.rounds if rounds is None else rounds,
+        batch_size=batch_size,
+        optimizer=partial(make_optimizer, config),
+        secure_aggregation=secure_aggregation,
+        examples=given.examples if examples is None else examples,
+        seeds=range(seeds),
+    )
+    found.settings.update(model=config.model, dataset=config.dataset, command=shlex.join(["psl-flower", *ctx.obj]))
+    found.settings.update(machine())
+    paths = save_report(found, output)
+    print(found.markdown())
+    print(*paths, sep="\n")
+
+
+def _model(config: RunConfig, seed: int) -> nn.Module:
+    spec = SPECS[config.dataset]
+    return build_model(config.model, in_channels=spec.shape[0], num_classes=spec.num_classes, seed=seed)

@@ -1,0 +1,165 @@
+"""A real training to be attacked: clients, strategy and carrier of the package, and a recording of what crosses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Context
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from psl_flower.audit.recording import Recording, RecordingGrid, witness
+from psl_flower.audit.scene import Scene
+from psl_flower.client import split_client_app
+from psl_flower.methods import SplitMethod
+from psl_flower.privacy import Defence
+from psl_flower.samplers.uniform import UniformGlobalSampler
+from psl_flower.split import replace_batch_norm
+from psl_flower.split.model import cut_model
+from psl_flower.strategy import ParallelSplitLearning
+
+Data = tuple[Tensor, Tensor]  # (N, ...) inputs, (N,) int64 labels
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Setting:
+    """What is trained.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With its first weights.
+    cut, tail : str, optional
+    train, test : Data
+    num_classes : int
+    num_clients : int
+        K; training data is dealt out to them at random, evenly.
+    num_shadow : int
+        How many of them are in league with the server.
+    num_rounds, batch_size : int
+    optimizer : callable
+    secure_aggregation : bool
+    defences : sequence
+        Of the clients.
+    seed : int
+    """
+
+    model: nn.Module
+    cut: str | None
+    tail: str | None = None
+    train: Data
+    test: Data
+    num_classes: int
+    num_clients: int = 8
+    num_shadow: int = 4
+    num_rounds: int = 3
+    batch_size: int = 64
+    optimizer: Callable[[Any], torch.optim.Optimizer]
+    secure_aggregation: bool = False
+    defences: Sequence[Defence] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rehearsal:
+    """What came of a training.
+
+    Parameters
+    ----------
+    scene : Scene
+        For attackers.
+    accuracy : float
+        On the clients' test data, through the real method: with all that the clients do to what they send.
+    bytes_a_round : int
+        Of tensors, both ways.
+    seconds : float
+        Of the training, wall clock, recording included.
+    """
+
+    scene: Scene
+    accuracy: float
+    bytes_a_round: int
+    seconds: float
+
+
+def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from_round: int | None = None) -> Rehearsal:
+    """Train, and record the last round.
+
+    Parameters
+    ----------
+    setting : Setting
+    server_method : SplitMethod, optional
+        The server's end, where it does not follow the protocol; the clients have the honest one.
+    from_round : int, optional
+        The first round that is recorded, from 1; by default the last.
+    """
+    model = replace_batch_norm(setting.model, before=setting.cut, tail=setting.tail) if setting.cut else setting.model
+    recording = Recording()
+    app = split_client_app(
+        lambda: model,
+        cut=setting.cut,
+        tail=setting.tail,
+        data_fn=_dealt(setting),
+        client_class=witness(recording),
+        secure_aggregation=setting.secure_aggregation,
+        defences=setting.defences,
+        device="cpu",
+    )
+    strategy = ParallelSplitLearning(
+        model,
+        cut=setting.cut,
+        tail=setting.tail,
+        method=server_method,
+        sampler=UniformGlobalSampler(batch_size=setting.batch_size, seed=setting.seed),
+        optimizer=setting.optimizer,
+        secure_aggregation=setting.secure_aggregation,
+        transport="messages",
+        evaluate_every=setting.num_rounds,
+        min_available_nodes=setting.num_clients,
+        device="cpu",
+    )
+    rounds, begin = setting.num_rounds, time.monotonic()
+    grid = RecordingGrid(app, setting.num_clients, recording, (from_round or rounds) - 1)
+    result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=rounds)
+    seconds = time.monotonic() - begin
+    halves = cut_model(model, setting.cut, setting.tail)
+    halves.load(result.arrays.to_torch_state_dict())
+    told = result.train_metrics_clientapp[rounds]
+    scene = Scene(
+        recording=recording,
+        halves=halves,
+        test=setting.test,
+        shadow=frozenset(range(setting.num_shadow)),
+        num_classes=setting.num_classes,
+        seed=setting.seed,
+    )
+    return Rehearsal(
+        scene=scene,
+        accuracy=float(result.evaluate_metrics_clientapp[rounds]["accuracy"]),  # type: ignore[arg-type]
+        bytes_a_round=int(told["bytes_sent"]) + int(told["bytes_received"]),  # type: ignore[arg-type]
+        seconds=seconds,
+    )
+
+
+def _dealt(setting: Setting) -> Callable[[Context], tuple[TensorDataset, TensorDataset]]:
+    """Return a `data_fn` that deals examples out to clients at random, evenly."""
+    rng = np.random.default_rng(setting.seed)
+    shares = [
+        [torch.from_numpy(rows) for rows in np.array_split(rng.permutation(len(labels)), setting.num_clients)]
+        for _, labels in (setting.train, setting.test)
+    ]
+
+    def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
+        client = int(context.node_config["partition-id"])
+        train, test = (
+            TensorDataset(inputs[share[client]], labels[share[client]])
+            for (inputs, labels), share in zip((setting.train, setting.test), shares, strict=True)
+        )
+        return train, test
+
+    return data

@@ -1,0 +1,257 @@
+"""Attacks find what is there, where nothing defends, and nothing where nothing is to be found."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from psl_flower.app.datasets import load_arrays
+from psl_flower.audit import ATTACKS, audit
+from psl_flower.audit.attacks import decoder
+from psl_flower.audit.recording import Recording
+from psl_flower.audit.rehearsal import Setting, rehearse
+from psl_flower.audit.scene import crossing, with_weights
+from psl_flower.errors import ConfigError
+from psl_flower.privacy import audit as audit_of_privacy
+from psl_flower.protocol import Kind, Leaf
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU())
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(8 * 64, 32), nn.ReLU())
+        self.tail = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.tail(self.body(self.head(x)))
+
+
+def digits(split, size):
+    images, labels = load_arrays("digits", split)
+    return torch.from_numpy(images[:size]).float() / 128 - 0.6, torch.from_numpy(labels[:size])
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def recorded(tail=None, **options):
+    torch.manual_seed(0)
+    setting = Setting(
+        model=Net(),
+        cut="body",
+        tail=tail,
+        train=digits("train", 640),
+        test=digits("test", 200),
+        num_classes=10,
+        num_clients=4,
+        num_shadow=2,
+        num_rounds=3,
+        optimizer=sgd,
+        **options,
+    )
+    return rehearse(setting)
+
+
+@pytest.fixture(autouse=True)
+def _learn_less(monkeypatch):
+    monkeypatch.setattr(decoder, "_STEPS", 200)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return recorded()
+
+
+@pytest.fixture(scope="module")
+def u_shaped():
+    return recorded("tail")
+
+
+def scrambled(scene):
+    """Return the same with noise in place of all rows that crossed."""
+    generator = torch.Generator().manual_seed(2)
+
+    def noise(leaf):
+        if leaf.kind is not Kind.ROWS or leaf.value is None:
+            return leaf
+        tensors = leaf.value if isinstance(leaf.value, tuple) else (leaf.value,)
+        made = tuple(
+            torch.randn(t.shape, generator=generator)
+            if t.is_floating_point()
+            else torch.randint(10, t.shape, generator=generator)
+            for t in tensors
+        )
+        return Leaf(leaf.kind, made if isinstance(leaf.value, tuple) else made[0])
+
+    exchanges = [
+        replace(
+            each,
+            sent={name: noise(leaf) for name, leaf in each.sent.items()},
+            received={name: noise(leaf) for name, leaf in each.received.items()},
+        )
+        for each in scene.recording.exchanges
+    ]
+    return replace(scene, recording=Recording(exchanges, scene.recording.truth))
+
+
+def figures(scene, attack):
+    return {(f.attack, f.measure): f for f in ATTACKS[attack](scene).findings}
+
+
+# --- what is recorded ------------------------------------------------------------------------------------------------
+def test_what_is_recorded_is_what_crossed(plain):
+    scene = plain.scene
+    assert {each.stage for each in scene.training} == {"forward", "backward"}
+    assert {each.order.epoch for each in scene.training} == {2}  # the last round
+    rows = scene.rows("activations")
+    assert len(rows) == 640
+    assert rows.shadow.sum() == 320
+    for exchange in rows.exchanges[:5]:
+        head = with_weights(scene.halves.client, exchange.head)
+        made = crossing(head, scene.recording.inputs(exchange.order))
+        (sent,) = exchange.received["activations"].value
+        assert torch.allclose(made, sent, atol=1e-6)
+        assert torch.equal(exchange.received["labels"].value, scene.recording.labels(exchange.order))
+    assert plain.accuracy > 0.8
+    assert plain.bytes_a_round > 640 * 8 * 64 * 4
+
+
+# --- planted ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("attack", "above"), [("decoder", 0.4), ("inversion", 0.3)])
+def test_inputs_are_reconstructed_behind_one_layer(plain, attack, above):
+    found = ATTACKS[attack](plain.scene)
+    ssim, error = (next(f for f in found.findings if f.measure == name) for name in ("SSIM", "MSE"))
+    assert ssim.leaks
+    assert ssim.value > ssim.floor + above
+    assert error.leaks
+    assert error.value < error.floor / 5
+    assert found.gallery.originals.shape == found.gallery.reconstructions.shape == found.gallery.floor.shape
+
+
+def test_activations_depend_on_inputs(plain):
+    (finding,) = ATTACKS["dependence"](plain.scene).findings
+    assert finding.leaks
+    assert finding.value > 0.8
+
+
+def test_labels_are_read_where_they_are_sent_and_solved_for_where_they_stay(plain, u_shaped):
+    assert figures(plain.scene, "labels")["labels", "as they are sent, share that is right"].value == 1.0
+    assert not figures(plain.scene, "tail-labels")
+    assert ("labels", "as they are sent, share that is right") not in figures(u_shaped.scene, "labels")
+    assert figures(u_shaped.scene, "labels")["labels", "the model's own answers, share that is right"].value > 0.8
+    assert figures(u_shaped.scene, "tail-labels")["labels by trying each", "share that is right"].value == 1.0
+
+
+def test_gradients_at_both_cuts_show_labels(u_shaped):
+    found = figures(u_shaped.scene, "gradients")
+    assert {attack for attack, _ in found} == {
+        "labels from gradients (tail_loss)",
+        "labels from gradients (head_backward)",
+    }
+    direction = found["labels from gradients (tail_loss)", "direction AUC"]
+    assert direction.value > 0.95
+    assert direction.leaks
+    assert found["labels from gradients (tail_loss)", "k-means, share named right"].value > 0.9
+    assert found["labels from gradients (head_backward)", "classifier AUC"].value > 0.7
+    (named,) = figures(u_shaped.scene, "outputs").values()
+    assert named.leaks
+    assert named.value > 0.6
+
+
+def test_class_counts_are_read_from_the_tail_unless_sums_are_masked(u_shaped):
+    (alone,) = figures(u_shaped.scene, "tail-counts").values()
+    assert alone.value < 1e-3
+    masked = recorded("tail", secure_aggregation=True)
+    (together,) = figures(masked.scene, "tail-counts").values()
+    assert together.value > 0.1
+    assert (
+        figures(masked.scene, "tail-labels")["labels by trying each", "share that is right"].value == 1.0
+    )  # rows are rows
+
+
+def test_members_are_recognised(plain):
+    match = figures(plain.scene, "membership")["membership", "match AUC"]
+    assert match.value > 0.99
+    assert match.low > 0.9
+
+
+# --- nothing to be found ---------------------------------------------------------------------------------------------
+def test_nothing_is_found_in_noise(u_shaped, plain):
+    outside, intervals = [], 0
+    for scene in (scrambled(plain.scene), scrambled(u_shaped.scene)):
+        for attack in ATTACKS:
+            for finding in ATTACKS[attack](scene).findings:
+                if finding.attack == "class counts from the tail" or finding.measure == "loss AUC":
+                    continue  # of sums and of the final weights, which are no rows
+                assert not finding.leaks, finding
+                if finding.measure.endswith("AUC"):
+                    intervals += 1
+                    outside += [] if finding.low <= 0.5 <= finding.high else [finding]
+    assert intervals == 11
+    assert len(outside) <= 2  # they are intervals of 95 %, some of the same numbers
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+class Set(torch.utils.data.Dataset):
+    def __init__(self, inputs, labels):
+        self.rows = list(zip(inputs, labels.tolist(), strict=True))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def test_an_audit_leaves_a_report(tmp_path):
+    lines = []
+    result = audit_of_privacy(
+        lambda seed: Net(),
+        Set(*digits("train", 200)),
+        Set(*digits("test", 60)),
+        cuts=["body", "tail"],
+        attacks=["dependence", "labels", "inversion"],
+        num_clients=2,
+        num_rounds=1,
+        optimizer=sgd,
+        seeds=(0, 1),
+        output_dir=tmp_path,
+        say=lines.append,
+    )
+    assert len(result.cases) == 4
+    assert len(lines) == 4 * 4
+    assert "ETA" in lines[-1]
+    content = json.loads((tmp_path / "audit.json").read_text())
+    assert [(c["cut"], c["seed"]) for c in content["cases"]] == [("body", 0), ("body", 1), ("tail", 0), ("tail", 1)]
+    assert content["cases"][0]["findings"][0]["leaks"] is True
+    table = (tmp_path / "audit.md").read_text()
+    assert "| labels | server | as they are sent, share that is right | 1.000 | ± 0.000 |" in table
+    for name in ("images-body-none", "images-tail-none", "cuts"):
+        assert f"![{name}]({name}.png)" in table
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    near, far = (result.value("inversion", "SSIM", cut=cut) for cut in ("body", "tail"))
+    assert near > far + 0.3
+    with pytest.raises(KeyError, match="no 'SSIM' of 'decoder'"):
+        result.value("decoder", "SSIM")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attacks": ["decodr"]}, "did you mean 'decoder'"),
+        ({"cuts": []}, "at least one cut"),
+        ({"num_clients": 100}, "at least 16 training examples a client, got 200 for 100 clients"),
+        (
+            {"train": Set(digits("train", 200)[0].long(), digits("train", 200)[1])},
+            "inputs that are one tensor of floats",
+        ),
+    ],
+)
+def test_what_cannot_be_audited_is_refused_before_anything_runs(options, message):
+    given = {"train": Set(*digits("train", 200)), "test": Set(*digits("test", 60)), "cuts": "body", **options}
+    with pytest.raises(ConfigError, match=message):
+        audit(Net(), given.pop("train"), given.pop("test"), say=lambda line: pytest.fail(line), **given)

@@ -1,0 +1,255 @@
+"""What torch.fx cannot trace is cut with torch.export: transformers, and what of them crosses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformer_models import bert, gpt2, lora_llama, texts, vit
+
+from psl_flower.errors import CutError
+from psl_flower.split import Cut, cut_candidates, cut_model, input_names, split_module
+
+
+def leaves(tensors):
+    return [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def gradients_through(parts, batch):
+    """Return the output of the parts in turn, and all their parameters' gradients, none of which crosses unseen."""
+    parts = [part.train() for part in parts]
+    torch.manual_seed(0)
+    sent, kept = parts[0](**batch) if len(parts) == 3 else (parts[0](**batch), ())
+    received, at_tail = leaves(sent), leaves(kept)
+    if len(parts) == 3:
+        back = parts[1](*received)
+        arrived = leaves(back)
+        output = parts[2](*arrived, *at_tail)
+        score(output).backward()
+        go_back([*back, *kept], [*arrived, *at_tail])
+        go_back(sent, received, keep=bool(kept))
+    else:
+        output = parts[1](*received)
+        score(output).backward()
+        go_back(sent, received)
+    found = {}
+    for part in parts:
+        for name, parameter in part.named_parameters(remove_duplicate=False):
+            found[name] = parameter.grad
+    return output, found
+
+
+def go_back(sent, received, keep=False):
+    pairs = [(s, r.grad) for s, r in zip(sent, received, strict=True) if r.grad is not None and s.requires_grad]
+    torch.autograd.backward([s for s, _ in pairs], [gradient for _, gradient in pairs], retain_graph=keep)
+
+
+def score(output):
+    return output.logits.square().sum()
+
+
+CASES = [
+    (gpt2, "transformer.h.1", "lm_head", [(3, 7), (3, 7, 16)]),
+    (bert, "bert.encoder.layer.1", None, [(3, 7), (3, 7, 16)]),
+    (vit, "vit.layers.1", None, [(3, 5, 16)]),
+]
+
+
+@pytest.mark.parametrize(("make", "cut", "tail", "shapes"), CASES, ids=lambda value: getattr(value, "__name__", ""))
+def test_parts_are_the_whole_model(make, cut, tail, shapes):
+    model = make().double()
+    parts = split_module(model, cut, tail) if tail else split_module(model, cut)
+    for mode in (True, False):
+        for part in (model, *parts):
+            part.train(mode)
+        for rows, length in ((3, 7), (1, 4), (6, 2)):
+            batch = inputs(make, rows, length)
+            torch.manual_seed(0)
+            expected = model(**batch)
+            torch.manual_seed(0)
+            sent, kept = parts[0](**batch) if tail else (parts[0](**batch), ())
+            output = parts[2](*parts[1](*sent), *kept) if tail else parts[1](*sent)
+            assert type(output) is type(expected)
+            assert torch.equal(output.logits, expected.logits)
+    batch = inputs(make, 3, 7)
+    sent = parts[0](**batch)
+    assert [tuple(tensor.shape) for tensor in (sent[0] if tail else sent)] == shapes
+    model.train()
+    output, found = gradients_through(parts, batch)
+    torch.manual_seed(0)
+    score(model(**batch)).backward()
+    reference = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+    assert found.keys() <= reference.keys()
+    left_out = reference.keys() - found.keys()
+    assert all(reference[name] is None for name in left_out)
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, reference[name], rtol=1e-9, atol=1e-12), name
+
+
+def inputs(make, rows, length):
+    if make is vit:
+        return {"pixel_values": torch.randn(rows, 3, 8, 8, dtype=torch.float64)}
+    return texts(rows, length)
+
+
+@pytest.mark.slow
+def test_adapters_with_dropout_train_as_in_the_whole_model():
+    model = lora_llama()
+    halves = cut_model(model, "base_model.model.model.layers.1", "base_model.model.model.norm")
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    trainable = [{n for n, p in part.named_parameters() if p.requires_grad} for part in halves.parts]
+    assert set.union(*trainable) == names
+    assert [len(some) for some in trainable] == [4, 8, 0]
+    batch = texts(3, 7)
+    _, found = gradients_through(pickle.loads(pickle.dumps(halves.parts)), batch)
+    model.train()
+    torch.manual_seed(0)
+    score(model(**batch)).backward()
+    for name, parameter in model.named_parameters():
+        assert (found[name] is None) == (parameter.grad is None) == (name not in names)
+        if name in names:
+            assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-6), name
+
+
+# --- code of one's own -----------------------------------------------------------------------------------------------
+class Base(nn.Module):
+    """What torch.fx refuses: something computed without gradient beside the way that is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0, 4.0]), persistent=False)
+        self.seen = None
+
+    def forward(self, x, shift=None):
+        with torch.no_grad():
+            size = x.abs().mean(1, keepdim=True)
+        if shift is not None:
+            x = x + shift
+        mask = torch.zeros(x.shape[0], 4)
+        mask[:, 1:] = 1.0
+        h = torch.nn.functional.dropout(self.inner(self.a(x)), 0.5, self.training)
+        return {"y": self.c(self.norm(self.b(h * self.scale * mask)) * mask + size)}
+
+    def inner(self, h):
+        return h
+
+
+EXAMPLE = {"x": torch.randn(3, 4), "shift": torch.randn(3, 4)}
+
+
+def test_code_of_ones_own():
+    model = Base()
+    halves = cut_model(model, Cut("b", example=EXAMPLE))
+    assert input_names(halves.client) == ("x", "shift")
+    halves = copy.deepcopy(halves)
+    batch = {"x": torch.randn(5, 4), "shift": torch.randn(5, 4)}
+    for mode in (True, True, False):  # the second time, batch norm must have seen the first
+        for part in (model, *halves.parts):
+            part.train(mode)
+        torch.manual_seed(1)
+        expected = model(**batch)
+        torch.manual_seed(1)
+        assert torch.equal(halves.server(*halves.client(**batch))["y"], expected["y"])
+    assert torch.equal(halves.server.get_buffer("norm.running_mean"), model.norm.running_mean)
+    assert list(halves.merge(model.state_dict())) == list(model.state_dict())
+    with pytest.raises(CutError, match="'shift' is None or left out, but the model was cut with it"):
+        halves.client(batch["x"])
+
+
+def test_without_an_argument_the_example_leaves_out():
+    halves = cut_model(Base(), Cut("b", example={"x": EXAMPLE["x"]}))
+    with pytest.raises(CutError, match=r"'shift' was given, but the model was cut without it: put it into the example"):
+        halves.client(**EXAMPLE)
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Reversed(Base):
+    def inner(self, h):
+        return Reverse.apply(h)
+
+
+class Remembering(Base):
+    def inner(self, h):
+        h = h if self.seen is None else h + self.seen.mean()
+        self.seen = h.detach()
+        return h
+
+
+class Deciding(Base):
+    def inner(self, h):
+        return h * 2 if h.sum() > 0 else h
+
+
+class OneSize(Base):
+    def inner(self, h):
+        return h.view(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Reversed, r"its backward would be lost: .*Reverse\)"),
+        (Remembering, "assigned during export.*keeps a state between calls"),
+        (Deciding, "depends on the values of tensors"),
+        (OneSize, r"Constraints violated"),
+    ],
+)
+def test_what_torch_export_cannot_see_is_told(model, said):
+    before = dict(vars(model := model()))
+    with pytest.raises(CutError, match=said) as told:
+        split_module(model, Cut("b", example=EXAMPLE))
+    assert "cut by hand: SplitModel(client=..., server=...)" in str(told.value)
+    assert vars(model) == before
+
+
+def test_no_example():
+    with pytest.raises(CutError, match=r"torch.no_grad.* Or let torch.export record it: it needs an example batch"):
+        split_module(Base(), "b")
+    with pytest.raises(CutError, match=r"'x' must have at least two rows"):
+        split_module(Base(), Cut("b", example={"x": torch.randn(1, 4)}))
+    with pytest.raises(CutError, match=r"takes no 'z': the example's names must be those of its arguments"):
+        split_module(Base(), Cut("b", example={"x": torch.randn(3, 4), "z": torch.randn(3, 4)}))
+
+
+class Reuses(nn.Module):
+    """Token ids that are needed behind the cut, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.out = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+
+    def forward(self, input_ids):
+        h = self.body(self.embed(input_ids))
+        return self.out(h.masked_fill(input_ids.eq(0)[..., None], 0.0))
+
+
+def test_raw_inputs_cross_only_if_told():
+    model, ids = Reuses(), torch.randint(0, 9, (2, 5))
+    with pytest.raises(CutError, match=r"'input_ids' is used after the cut.*Cut\(name, share=\('input_ids',\)\)"):
+        split_module(model, "body")
+    client, server = split_module(model, Cut("body", share=("input_ids",)))
+    assert torch.equal(server(*client(ids)), model(ids))
+
+
+def test_tied_weights_over_a_cut():
+    with pytest.raises(CutError, match=r"needed on the client and on the server.*by naming a tail") as told:
+        split_module(gpt2(), "transformer.h.1")
+    assert "GPT2LMHeadModel can be cut at" not in str(told.value)
+
+
+def test_names_that_can_be_cut_at():
+    names = cut_candidates(bert())
+    assert "bert.encoder.layer.1" in names
+    assert "bert.encoder.layer.1.attention.output" in names
+    assert "bert.embeddings.word_embeddings" not in names
