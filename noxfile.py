@@ -39,7 +39,7 @@ def python(session: nox.Session) -> None:
 @nox.session(python="3.11")
 @nox.parametrize("flwr", list(OF_THEIR_TIME), ids=list(OF_THEIR_TIME))
 def flower(session: nox.Session, flwr: str) -> None:
-    """The oldest and the newest Flower: tests, and a simulation by ``flwr run``."""
+    """Test with the oldest and the newest Flower, and simulate by ``flwr run``."""
     install(session, f"flwr[simulation]=={flwr}", *OF_THEIR_TIME[flwr])
     test(session)
     home = session.create_tmp()
@@ -52,6 +52,6 @@ def flower(session: nox.Session, flwr: str) -> None:
 @nox.session(python="3.11")
 @nox.parametrize("torch", ["torch==2.6.0 torchvision==0.21.0", "torch torchvision"], ids=["oldest", "newest"])
 def torch(session: nox.Session, torch: str) -> None:
-    """The oldest and the newest torch: tests in this process."""
+    """Test in this process with the oldest and the newest torch."""
     install(session, *torch.split())
     test(session, "tests/unit", "tests/property")

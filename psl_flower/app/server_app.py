@@ -32,6 +32,7 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         tail=config.tail or None,
         method=method_of(config),
         secure_aggregation=config.secure_aggregation,
+        private=config.private(),
         label_counts="noisy" if config.label_epsilon else None,
         sampler=config.make_sampler(),
         optimizer=partial(make_optimizer, config),

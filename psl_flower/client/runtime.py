@@ -94,7 +94,9 @@ def _answer(
                 described = client.describe(
                     label_counts=request.label_counts, method=method.name, model=state.signature
                 )
-                reply.descriptions[node] = with_noise(method, state, node, replace(described, key=key))
+                private = "" if state.private is None else repr(state.private)
+                described = replace(described, key=key, private=private)
+                reply.descriptions[node] = with_noise(method, state, node, described)
             except Exception as exc:
                 reply.failures[node] = replace(_failure(exc, node), partition_id=client.partition_id)
         return
@@ -258,7 +260,11 @@ class _Work:
                 secrets = [self.state.secret(node) for node in request.nodes]
                 defending = Defending.of(self.state.defences, secrets, orders, [client.draw for client in clients])
                 joined = defending.labels(joined)
-            context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own, defending=defending)
+            private = self.state.private
+            bound = None if private is None else private.bound(len(self.method.parts))
+            context = ClientContext(
+                clients, self._parts(), orders, joined, self.state.loss, own, defending=defending, bound=bound
+            )
             if orders.checksums is None:
                 context.checksums = np.array(drawn)
             else:

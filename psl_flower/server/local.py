@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from psl_flower import tree
 from psl_flower.errors import ConfigError
 from psl_flower.origin import where
+from psl_flower.privacy import DPSGD
 from psl_flower.protocol import Weights
 from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
@@ -46,6 +47,10 @@ class LocalBackend:
         Whether labels are class indices: they are checked, and accuracy is computed.
     order : iterable of str
         The whole model's parameter names, in order.
+    private : DPSGD, optional
+        Differential privacy of the model.
+    noise_on_clients : bool
+        Whether clients add its noise to their sums themselves.
     """
 
     def __init__(
@@ -58,10 +63,14 @@ class LocalBackend:
         device: torch.device,
         classification: bool,
         order: Iterable[str],
+        private: DPSGD | None = None,
+        noise_on_clients: bool = False,
     ) -> None:
         self.parts = {name: part.to(device) for name, part in parts.items()}
         self.device, self.loss, self.classification = device, loss, classification
         self.reduction = Reduction()
+        self._private = private
+        self.bound = None if private is None else private.bound(len(parts))
         self.texts = any(map(takes_lengths, parts.values()))  # rows may differ in length
         self._on_clients = [name for name in parts if places[name] == CLIENT]
         # all names of tied parameters: a part may know one by another name first than the whole model does
@@ -69,6 +78,7 @@ class LocalBackend:
         parameters = {name: named[name] for name in order if name in named and named[name].requires_grad}
         if not parameters:
             raise ConfigError("the model has no parameter to train: set requires_grad on some")
+        self._noised = [name for name in parts if not (noise_on_clients and places[name] == CLIENT)]
         self.optimizer = make_optimizer(optimizer, parameters)
         self._make_optimizer, self._order = optimizer, list(parameters)
         self._first_rate = _rate(self.optimizer)
@@ -166,6 +176,8 @@ class LocalBackend:
         found: dict[nn.Parameter, Tensor | None] = {}  # a parameter that two parts share has the gradients of both
         for part, tensors in gradients.items():
             parameters = dict(self.parts[part].named_parameters())
+            if self._private is not None and part in self._noised and tensors:
+                tensors = self._private.noised(tensors)
             for name, gradient in (tensors or {}).items():
                 moved = None if gradient is None else gradient.to(self.device)
                 found[parameters[name]] = tree.add(found.get(parameters[name]), moved)

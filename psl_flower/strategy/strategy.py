@@ -28,7 +28,7 @@ from psl_flower.flower import is_deployment, stopped_by_flower
 from psl_flower.last_word import last_word
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.monitor import round_values
-from psl_flower.privacy import SecureAggregation
+from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, load_known, make_scheduler
@@ -43,6 +43,7 @@ from psl_flower.strategy.folder import FolderLock, set_aside
 from psl_flower.strategy.labels import LabelCounts, check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.membership import Membership
+from psl_flower.strategy.private import check_private, with_epsilon
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import FILES, RunRecorder
 from psl_flower.strategy.run import Run
@@ -57,7 +58,7 @@ log = logging.getLogger("flwr.psl_flower")
 # Attributes that are settings of a run, as they are called.
 _SETTINGS = (
     *("cut", "tail", "sampler", "transport", "stream_options", "min_available_nodes", "evaluate_every", "label_counts"),
-    *("evaluate_batch_size", "faults", "checkpoint_every", "keep_checkpoints", "secure_aggregation"),
+    *("evaluate_batch_size", "faults", "checkpoint_every", "keep_checkpoints", "secure_aggregation", "private"),
 )
 
 
@@ -114,6 +115,8 @@ class ParallelSplitLearning(ExchangingStrategy):
     secure_aggregation : bool or SecureAggregation
         Whether clients mask their sums (parameter gradients, and in a U shape loss and score), so that the server sees
         them of all clients together only. The clients need the same.
+    private : DPSGD, optional
+        Differential privacy of the model for each example, told after every round. The clients need the same.
     label_counts : "noisy" or dict of int to sequence of int, optional
         What a sampler that plans by class knows where labels stay with the clients: noisy counts of theirs, or yours.
     state : str
@@ -165,6 +168,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         device: str = "auto",
         min_available_nodes: int = 2,
         secure_aggregation: SecureAggregation | bool = False,
+        private: DPSGD | None = None,
         label_counts: LabelCounts = None,
         state: str = "all",
         evaluate_every: int = 1,
@@ -187,15 +191,10 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
-        if self.sampler.needs_delays and delays is None:
-            raise ConfigError(
-                f"{type(self.sampler).__name__} plans with delays: pass delays=..., a model of psl_flower.stragglers, "
-                "or DelayEstimator() to measure them"
-            )
-        self._stragglers = Stragglers(delays, simulated_delays, sleep)
+        self._stragglers = Stragglers(self.sampler, delays, simulated_delays, sleep)
         self.transport = check_choice(transport, "transport", TRANSPORTS)
         self.stream_options = streams = stream_options or StreamOptions()
-        self.faults = faults or FaultPolicy()
+        self.faults = faults or (FaultPolicy() if private is None else FaultPolicy(outlier_bound=None))
         self.secure_aggregation = check_secure(secure_aggregation, self.method, self.sampler, streams)
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", least=0)
         self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
@@ -211,7 +210,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.label_counts = label_counts
         check_labels_stay(self.method, self.sampler, loss, classification, self._metrics, label_counts)
         self._halves = cut_model(model, cut, tail)
-        self.method.assign(self._halves.parts)  # refuses another number of them
+        parts = self.method.assign(self._halves.parts)  # refuses another number of them
+        self.private = check_private(private, self.method, parts, self.sampler, self.faults, resume_from)
         for part in self._client_parts():
             check_client_half(part)
         self._template = kept_state(model, state)
@@ -312,6 +312,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     tolerate_mistakes=policy.mistakes != "stop",
                     may_grow=deployment,
                     method=self.method.name,
+                    private="" if self.private is None else repr(self.private),
                     model=signature(self._halves),
                     session="" if secure is None else secure.session,
                 )
@@ -366,7 +367,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     saver.restore(run, saved, self._stragglers.planned)
                 stop = recorder.stopped
                 for server_round in range(first_round, num_rounds + 1) if stop is None else ():
-                    record = loop.train(server_round)
+                    record = with_epsilon(self.private, loop.train(server_round))
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
                     in_clients = self._evaluate_in_clients(run, server_round, result)
@@ -418,6 +419,8 @@ class ParallelSplitLearning(ExchangingStrategy):
             device=self._device,
             classification=self._classification,
             order=self._parameter_order,
+            private=self.private,
+            noise_on_clients=self.secure_aggregation is not None,
         )
 
     def _settings(self, num_rounds: int) -> dict[str, Any]:
