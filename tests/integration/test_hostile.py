@@ -159,3 +159,44 @@ def test_a_claim_of_test_examples_without_end_costs_that_client_the_evaluation(c
     assert 0 < found < 1000
     assert f"evaluation goes on without client {LIAR}" in caplog.text
     assert "it claims 1000000000 test examples" in caplog.text
+
+
+@pytest.mark.parametrize("transport", ["messages", "streams"])
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [([0.0, -100.0, 0.0, 0.0], "malformed"), ([8.0, 8.0, 0.0, 1.0], "far out of bounds")],
+    ids=["negative counts", "a loss that is not finite"],
+)
+def test_what_one_member_counts_neither_turns_the_gradients_round_nor_ends_the_run(
+    tmp_path, monkeypatch, transport, what, kind
+):
+    """The server divides by the sum of what clients count, and ends the run where the loss is not finite."""
+
+    def lying(work, request, clients):
+        part = HONEST(work, request, clients)
+        if request.stage != "tail_loss" or LIAR not in request.orders.clients:
+            return part
+        counts = torch.tensor(what, dtype=torch.float64)
+        if len(clients) > 1:  # one sum
+            counts += part.outputs["counts"].value
+        return replace(part, outputs={**part.outputs, "counts": Leaf(part.outputs["counts"].kind, counts)})
+
+    monkeypatch.setattr(runtime._Work, "do", lying)
+    strategy = ParallelSplitLearning(
+        tiny_resnet(),
+        cut=CUT,
+        tail="head",
+        sampler=UniformGlobalSampler(32, seed=3),
+        optimizer=sgd,
+        transport=transport,
+        min_available_nodes=K,
+        evaluate_every=0,
+        faults=FaultPolicy(mistakes="exclude"),
+        output_dir=tmp_path,
+    )
+    app = split_client_app(tiny_resnet, cut=CUT, tail="head", data_fn=lambda c: load_partition_with_test(c)[0])
+    result = strategy.start(InProcessGrid(app, K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=1)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["excluded"]) == [str(LIAR)]
+    assert list(summary["refused"]) == [kind]
+    assert size_of(result) < 100
