@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from faulty import RecordingRunner, assert_each_used_once, recording_app
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Context, RecordDict
 from support import CUT, DELAYS, load_partition_with_test, sgd, tiny_resnet
 
 from psl_flower import (
@@ -200,3 +200,29 @@ def test_what_one_member_counts_neither_turns_the_gradients_round_nor_ends_the_r
     assert list(summary["excluded"]) == [str(LIAR)]
     assert list(summary["refused"]) == [kind]
     assert size_of(result) < 100
+
+
+def test_a_newcomer_that_is_refused_reads_in_its_own_log_why(caplog):
+    """It comes with the partition of another in round 1; it is told once, and the run goes on."""
+
+    class Second(InProcessGrid):
+        def push_messages(self, messages):
+            old = self._contexts[3]
+            options = {"node_config": dict(old.node_config), "state": RecordDict(), "run_config": {}}
+            self._contexts.setdefault(99, Context(run_id=old.run_id, node_id=99, **options))
+            return super().push_messages(messages)
+
+    strategy = ParallelSplitLearning(
+        tiny_resnet(),
+        cut=CUT,
+        sampler=UniformGlobalSampler(64, seed=3),
+        optimizer=sgd,
+        transport="messages",
+        min_available_nodes=K,
+        evaluate_every=0,
+    )
+    result = strategy.start(Second(recording_app(), K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=3)
+    assert result.train_metrics_clientapp[3]["num_clients"] == K - 1  # one has no data
+    why = "partition-id must be unique, 1 is that of node 3"
+    assert caplog.text.count(f"node 99 is refused: {why}") == 1
+    assert caplog.text.count(f"The server does not let node 99 in: {why}") == 1
