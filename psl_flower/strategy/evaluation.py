@@ -69,12 +69,13 @@ class Evaluator:
         self._batch_size, self._summary, self._policy, self._metrics = batch_size, summary, policy, metrics
         self._asking = Asking(
             exchange=lambda request: membership.clients.exchange(request, timeout),
-            validator=Validator(),
+            validator=Validator(texts=backend.texts),
             config=config,
             evaluate_config=evaluate_config,
             refuse=lambda failures, of, stage: None,
             secure=secure,
             keys=membership.clients.keys,
+            texts=backend.texts,
         )
 
     def evaluate(self) -> MetricRecord | None:

@@ -47,7 +47,7 @@ class Run:
     summary: RunSummary
     policy: FaultPolicy
     saved: dict[str, Any] | None
-    state: dict[str, torch.Tensor]  # of the whole model
+    state: dict[str, torch.Tensor]  # of the whole model, or of what trains
     result: Result
     timeout: float
 
@@ -58,8 +58,8 @@ class Run:
         self._pooled: tuple[Population, IntArray] | None = None
 
     def current_state(self) -> dict[str, torch.Tensor]:
-        """Return the whole model's state dict as it is now."""
-        self.state |= self.backend.state()
+        """Return the model's state dict as it is now, as far as the run keeps it."""
+        self.state |= self.backend.state(self.state)
         return self.state
 
     def take_saved(self) -> dict[str, Any] | None:
