@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from psl_flower import tree
-from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
+from psl_flower.errors import ConfigError, DivergenceError, StepError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights, step_seed
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.server import SUMMED, LocalBackend, NothingCountsError, Outcome, PartCopy, ServerPart
+from psl_flower.strategy.attempt import Attempt, LostClientsError, TooFewError
 from psl_flower.strategy.gathering import gather
 from psl_flower.strategy.secure import SecureSums, check_given_alike
 from psl_flower.tree import Tree
@@ -27,61 +28,6 @@ from psl_flower.tree import Tree
 Exchange = Callable[[Request], Reply]
 
 _MOST_SEPARATE = 2**26  # bytes of sums that are asked for client by client to learn how large they usually are
-
-
-class LostClientsError(PSLError):
-    """Clients were lost after they had contributed to a step: it is to be made again without them."""
-
-    def __init__(self, failures: Mapping[int, Failure]) -> None:
-        super().__init__(f"lost {len(failures)} clients")
-        self.failures = dict(failures)
-
-
-class TooFewError(PSLError):
-    """Too little arrived for a step to be worth making."""
-
-
-@dataclass(eq=False)
-class Attempt:
-    """What came of an attempt at a step.
-
-    Parameters
-    ----------
-    orders : Orders
-        Of all clients that were asked.
-    record : Outcome or None
-        What the method returned; None: nothing was applied.
-    clients : tuple of int
-        Whose examples were applied.
-    labels : tree or None
-        Theirs, in the same order, where the server knows them.
-    skipped : str
-        Why their examples were not applied after all: "not finite" (the loss or gradients), "nothing counts"; or "".
-    lost : dict of int to Failure
-        Clients that are not in it, and why.
-    given : bool
-        Whether clients have given masked sums, which they do once: nothing came of it, the examples must rest.
-    seconds : dict of int to list of float
-        How long each client worked, request by request.
-    bytes_sent, bytes_received : int
-        Of tensors.
-    """
-
-    orders: Orders
-    record: Any = None
-    clients: tuple[int, ...] = ()
-    labels: Tree = None
-    skipped: str = ""
-    lost: dict[int, Failure] = field(default_factory=dict)
-    given: bool = False
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-    def counts(self) -> dict[int, int]:
-        """Return the examples of each client that were applied."""
-        counts = dict(zip(self.orders.clients.tolist(), self.orders.counts.tolist(), strict=True))
-        return {client: counts[client] for client in self.clients}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -448,11 +394,8 @@ def _joint(failures: Mapping[int, Failure]) -> dict[int, Failure]:
 
 __all__ = [
     "Asking",
-    "Attempt",
     "CallContext",
     "EvaluationContext",
-    "LostClientsError",
     "RoundContext",
     "StepContext",
-    "TooFewError",
 ]
