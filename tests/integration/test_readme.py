@@ -1,12 +1,15 @@
 """What README and docs/ show works: Python blocks run, in order, in one namespace a file; links lead somewhere."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import psl_flower
 from psl_flower.config import RunConfig
 from psl_flower.experiments.sweep import read_sweep
 from psl_flower.methods import METHODS, ParallelSplit
@@ -117,3 +120,13 @@ def test_linked_files_exist(path):
 def test_no_doc_is_left_out_here():
     tested = Path(__file__).read_text(encoding="utf-8")
     assert [path.name for path in DOCS if blocks(path) and path.name not in tested] == []
+
+
+@pytest.mark.slow
+def test_the_docs_make_a_site_without_a_warning(tmp_path):
+    words = ["-m", "sphinx", "-W", "--keep-going", "-b", "html", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api.html").read_text(encoding="utf-8")
+    for name in psl_flower.__all__:
+        assert f'id="psl_flower.{name}"' in page or f'id="psl_flower.errors.{name}"' in page, name
