@@ -95,6 +95,16 @@ def test_the_methods_of_the_docs_train_as_called(capsys):
         assert RunConfig.read(keys).method in METHODS
 
 
+@pytest.mark.slow
+def test_the_transformers_of_the_docs_are_split_and_trained():
+    namespace = run_blocks(ROOT / "docs" / "transformers.md")
+    assert namespace["losses"][-1] < 4
+    model = namespace["model"]
+    optimizer = namespace["optimizer"]([(name, p) for name, p in model.named_parameters() if p.requires_grad])
+    assert namespace["averaged"].keys() == namespace["adapters"].keys()
+    assert namespace["scheduler"](optimizer)["scheduler"].get_last_lr() == pytest.approx([1e-4, 1e-4])
+
+
 def test_the_deployment_guide_begins_with_a_training_that_works():
     result = run_blocks(ROOT / "docs" / "deployment.md")["result"]
     assert result.train_metrics_clientapp[1]["num_examples"] == 1437
