@@ -67,12 +67,13 @@ def test_the_method_of_the_docs_is_that_of_the_package():
 
 def test_the_cuts_of_the_docs_are_as_they_say(capsys):
     run_blocks(ROOT / "docs" / "cutting.md")
-    candidates, shape, first, second, by_hand = capsys.readouterr().out.splitlines()
+    candidates, shape, first, second, by_hand, crossing = capsys.readouterr().out.splitlines()
     text = (ROOT / "docs" / "cutting.md").read_text(encoding="utf-8")
     assert f"# {candidates}\n" in text
     assert f"what each example sends: {shape}\n" in text
     assert (first[:9], second[:9]) == ("GroupNorm", "BatchNorm")
     assert by_hand == "torch.Size([2, 10]) client.0.weight"
+    assert "'dtype': 'float32', 'shape': ['batch', " in crossing
 
 
 def test_what_the_docs_bring_trains():
