@@ -106,6 +106,11 @@ class Validator:
             self._votes.setdefault(stage.name, {}).update(sent)
         return Checked(parts, dict(sorted(failures.items())))
 
+    def wants_each(self, stage: Stage) -> bool:
+        """Return whether a stage's sums must come client by client: no sum of several can be compared with anything."""
+        sums = [name for name, kind in stage.outputs.items() if kind is Kind.SUM]
+        return self._bounds is not None and not all(map(self._bounds.knows, sums))
+
     def forget(self, clients: Iterable[int]) -> None:
         """Take their votes from clients that turned out to send what the server's part cannot use."""
         for name, votes in self._votes.items():

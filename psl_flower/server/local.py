@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
 from psl_flower.server.reduction import Reduction
-from psl_flower.split import most_positions
+from psl_flower.split import CannotTellError, find_mixing, most_positions
+from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -86,6 +87,7 @@ class LocalBackend:
         if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
             log.warning("the loss, %s, has parameters, which do not train: make them the model's", type(loss).__name__)
         self._told: set[str] = set()
+        self._seen_apart = False
         self._session = secrets.token_hex(8)
         self._version = 0
         self._constants_version = 0
@@ -250,6 +252,24 @@ class LocalBackend:
         if sentence not in self._told:
             self._told.add(sentence)
             log.warning("%s", sentence)
+
+    def check_rows(self, run: Callable[[Tree], Any], inputs: Tree, module: nn.Module) -> None:
+        """Refuse a part in which examples have to do with each other, as soon as a batch can show it.
+
+        Raises
+        ------
+        ConfigError
+            If it is one: with differential privacy an example's gradient must be its own.
+        """
+        if self._seen_apart:
+            return
+        try:
+            mixing = find_mixing(run, inputs, module=module, who="the server half")
+        except CannotTellError:
+            return  # another batch may tell
+        if mixing:
+            raise ConfigError(f"with private, {mixing}")
+        self._seen_apart = True
 
     def clear_gradients(self) -> None:
         """Forget all gradients, also of parameters that the optimizer leaves out."""

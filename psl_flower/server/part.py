@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,9 @@ class Backend(Protocol):
 
     def tell_once(self, sentence: str) -> None:
         """Warn of something that holds for every batch."""
+
+    def check_rows(self, run: Callable[[Tree], Any], inputs: Tree, module: nn.Module) -> None:
+        """Refuse a part in which examples have to do with each other, as soon as a batch can show it."""
 
 
 class NothingCountsError(StepError):
@@ -194,6 +198,7 @@ class ServerPart:
         if self._backend.bound is not None:
             given = {at: leaf.grad for at, leaf in enumerate(attached) if leaf.grad is not None}
             bound = self._backend.bound
+            self._backend.check_rows(partial(_run, self.module), received, self.module)
             clipped = clipped_sum(_run, self.module, received, given, bound, who="the server half")
             return Gradients(gradient, dict(clipped))
         return Gradients(gradient, {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad})

@@ -17,7 +17,8 @@ from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
 from psl_flower.server import LocalBackend, Outcome, Scores
-from psl_flower.strategy.context import Asking, EvaluationContext, LostClientsError, TooFewError
+from psl_flower.strategy.attempt import LostClientsError, TooFewError
+from psl_flower.strategy.context import Asking, EvaluationContext
 from psl_flower.strategy.gathering import by_client
 from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.secure import SecureSums

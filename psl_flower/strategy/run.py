@@ -18,7 +18,8 @@ from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
 from psl_flower.server import LocalBackend, Scheduler
-from psl_flower.strategy.context import Attempt, RoundContext
+from psl_flower.strategy.attempt import Attempt
+from psl_flower.strategy.context import RoundContext
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.ledger import EpochLedger

@@ -16,13 +16,11 @@ from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, step_seed
 from psl_flower.server import LocalBackend, NothingCountsError
+from psl_flower.strategy.attempt import Attempt, LostClientsError, TooFewError
 from psl_flower.strategy.context import (
     Asking,
-    Attempt,
-    LostClientsError,
     RoundContext,
     StepContext,
-    TooFewError,
 )
 from psl_flower.strategy.gathering import by_client
 from psl_flower.strategy.secure import SecureSums

@@ -9,7 +9,7 @@ from psl_flower.errors import ConfigError
 from psl_flower.population import Population
 from psl_flower.samplers.base import Sampler
 from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
-from psl_flower.strategy.context import Attempt
+from psl_flower.strategy.attempt import Attempt
 
 
 @dataclass

@@ -186,6 +186,23 @@ def skipping():
     return Skipping().double()
 
 
+class Centring(nn.Module):
+    def forward(self, x):
+        return x - x.mean(dim=0)
+
+
+def centred():
+    model = resnet()
+    model.layer2 = nn.Sequential(model.layer2, Centring())
+    return model
+
+
+def run_centred():
+    grid = grid_of("parallel", CLIP, model_fn=centred)
+    split = strategy_of("parallel", CLIP, model_fn=centred)
+    split.start(grid, ArrayRecord(centred().state_dict()), 1)
+
+
 def weighted_loss(outputs, target):
     return nn.functional.cross_entropy(outputs, target, weight=torch.tensor([1.0, 2.0, 1.0, 1.0]).double())
 
@@ -250,6 +267,7 @@ def run_skipping():
             MembershipError,
             "the server's model is private=None",
         ),
+        (run_centred, ConfigError, "with private, the server half must treat examples one by one"),
         (run_skipping, StepError, "not where something skips the body"),
         (
             lambda: trained("parallel", CLIP, loss=weighted_loss),
