@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: help run test slow lint types check bench matrix format clean
+.PHONY: help run test slow lint types check bench chaos matrix format clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -30,6 +30,11 @@ check: lint types test ## all of the above
 
 bench: $(READY) ## run the benchmarks, which print ratios
 	@set -e; for file in tests/bench/bench_*.py; do echo "== $$file"; OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python $$file; done
+
+SEED ?= 0
+EPOCHS ?= 300
+chaos: $(READY) ## train while everything fails: SEED=0 EPOCHS=300
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_chaos.py --seed $(SEED) --epochs $(EPOCHS)
 
 matrix: ## run the tests with the oldest and newest Python, Flower and torch: gigabytes, hours
 	@test -x .nox/tool/bin/nox || ($(PYTHON) -m venv .nox/tool && .nox/tool/bin/python -m pip install --quiet nox)

@@ -21,6 +21,7 @@ from psl_flower.origin import place, where
 from psl_flower.privacy.per_example import clipped_sum
 from psl_flower.protocol import Orders
 from psl_flower.server import WeightedLoss, check_plain_mean
+from psl_flower.split import text_length
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 
@@ -39,6 +40,8 @@ class BoundPart:
         What leaves in place of the outputs.
     bound : float, optional
         Largest norm of one example's gradient of the part; each is scaled down to it.
+    length : int, optional
+        Of the batch's texts: what the server gives back is as long as the longest of the step.
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class BoundPart:
         loss: LossFn | None = None,
         defending: Defending,
         bound: float | None = None,
+        length: int | None = None,
     ) -> None:
         self._part, self._client, self._training, self._loss = part, client, training, loss
-        self._defending, self._bound = defending, bound
+        self._defending, self._bound, self._length = defending, bound, length
         self._ran: tuple[Tree, Any] = (None, None)  # inputs and outputs
 
     def __call__(self, inputs: Tree) -> Tree:
@@ -63,7 +67,7 @@ class BoundPart:
         return self._defending.apart(tree.as_tree(self._run(inputs), f"what the {self._part.name} returns"))
 
     def _run(self, inputs: Tree) -> Any:
-        moved = tree.to_device(inputs, self._part.device)
+        moved = self._part.shortened(tree.to_device(inputs, self._part.device), self._length)
         with self._part.running(training=self._training) as module:
             run = partial(self._forward, module)
             try:
@@ -145,6 +149,7 @@ class BoundPart:
             Whether another stage goes back through the same graph.
         """
         left, penalty = self._defending.in_place_of(outputs)
+        gradients = self._part.shortened(gradients, self._length, given=True)
         if self._bound is not None:
             if again:
                 raise ConfigError(
@@ -208,6 +213,7 @@ class ClientContext:
         self._own, self._keep = own or {}, keep
         self.defending = defending or Defending()
         first = next(iter(parts))
+        self._length = None if batch is None else text_length(batch.inputs)
         self._parts = {
             name: BoundPart(
                 part,
@@ -216,6 +222,7 @@ class ClientContext:
                 loss=loss,
                 defending=self.defending,
                 bound=bound,
+                length=self._length,
             )
             for name, part in parts.items()
         }
@@ -241,7 +248,9 @@ class ClientContext:
     def own(self, name: str) -> BoundOwn:
         """Return the client's own copy of a part."""
         kept = self._own[name]
-        run = BoundPart(kept.part, training=self.training, client=self._client, defending=self.defending)
+        run = BoundPart(
+            kept.part, training=self.training, client=self._client, defending=self.defending, length=self._length
+        )
         return BoundOwn(kept, run, int(self.counts.sum()))
 
     def defend(self, stage: Stage, outputs: Mapping[str, Tree]) -> Mapping[str, Tree]:

@@ -18,7 +18,7 @@ from psl_flower.errors import ConfigError, PSLError
 from psl_flower.origin import where
 from psl_flower.protocol import Weights
 from psl_flower.server import REFUSED, Additivity, Loss, Reduction, WeightedLoss, loss_target, weighted
-from psl_flower.split import CannotTellError, find_mixing
+from psl_flower.split import CannotTellError, find_mixing, shortened
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -134,6 +134,19 @@ class ClientPart:
                 f"{self.called}'s forward pass changes its {kind} {name!r}, but clients keep no state between "
                 "steps: replace that layer (see replace_batch_norm), or cut the model before it"
             )
+
+    def shortened(self, tensors: Tree, length: int | None, *, given: bool = False) -> Tree:
+        """Return what the server has padded to the length of the step's longest text at the length it was sent.
+
+        Parameters
+        ----------
+        tensors : tree
+            What the part takes; if `given`, the gradients of what it gives.
+        length : int or None
+            Of the texts here; None: there are none.
+        given : bool
+        """
+        return shortened(tensors, getattr(self.module, "gives" if given else "takes", ()), length)
 
     def check_rows(self, run: Callable[[Any], Any], inputs: Tree) -> None:
         """Refuse a part that does not treat each example by itself, as soon as a batch can show it.

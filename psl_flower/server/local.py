@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
 from psl_flower.server.reduction import Reduction
-from psl_flower.split import CannotTellError, find_mixing
+from psl_flower.split import CannotTellError, find_mixing, takes_lengths
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -72,6 +72,7 @@ class LocalBackend:
         self.reduction = Reduction()
         self._private = private
         self.bound = None if private is None else private.bound(len(parts))
+        self.texts = any(map(takes_lengths, parts.values()))  # rows may differ in length
         self._on_clients = [name for name in parts if places[name] == CLIENT]
         # all names of tied parameters: a part may know one by another name first than the whole model does
         named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}
@@ -109,14 +110,14 @@ class LocalBackend:
             f"{self._session}.constants.{self._constants_version}",
         )
 
-    def state(self) -> dict[str, Tensor]:
-        """Return a copy of all parts' state, on the CPU."""
+    def state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return a copy of all parts' state, on the CPU; only of these names, if they are given."""
         held = {name: t for part in self.parts.values() for name, t in part.state_dict().items()}
-        return {name: t.detach().to("cpu", copy=True) for name, t in held.items()}
+        return {name: t.detach().to("cpu", copy=True) for name, t in held.items() if names is None or name in names}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on from here."""
-        state = self.state()
+    def state_dict(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on from here; the others are not to change, if names are given."""
+        state = self.state(names)
         held = {name: t for part in self.parts.values() for name, t in part.named_buffers()}
         passing = {name: t for name, t in held.items() if name not in state}  # not persistent
         return {"state": state, "buffers": passing, "optimizer": self.optimizer.state_dict()}
@@ -124,7 +125,7 @@ class LocalBackend:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         for part in self.parts.values():
-            part.load_state_dict({name: saved["state"][name] for name in part.state_dict()})
+            load_known(part, saved["state"])
         buffers = {name: t for part in self.parts.values() for name, t in part.named_buffers()}
         with torch.no_grad():
             for name, t in saved["buffers"].items():
@@ -274,6 +275,11 @@ class LocalBackend:
         """Forget all gradients, also of parameters that the optimizer leaves out."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
+
+
+def load_known(part: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what a state dict has of a part; the rest keeps its values."""
+    part.load_state_dict({name: state[name] for name in part.state_dict() if name in state}, strict=False)
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

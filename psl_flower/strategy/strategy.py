@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -32,11 +31,11 @@ from psl_flower.monitor import round_values
 from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
-from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, make_scheduler
+from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, load_known, make_scheduler
 from psl_flower.server.optimizer import check_optimizer_fn, sgd
 from psl_flower.split import check_client_half, cut_model, signature
 from psl_flower.stragglers import DelayModel
-from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
+from psl_flower.strategy.arrays import arrays_to_state, kept_state, state_to_arrays
 from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server, shown
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.exchanging import ExchangingStrategy
@@ -85,10 +84,11 @@ class ParallelSplitLearning(ExchangingStrategy):
     sampler : Sampler, optional
         Decides the quotas. Default: ``UniformGlobalSampler(batch_size=128)``.
     optimizer : callable, optional
-        Takes the trainable parameters of both halves, in the model's order, and returns a torch optimizer. Default: SGD
-        with learning rate 0.01.
+        Takes the trainable parameters of both halves, in the model's order, and returns a torch optimizer; those with
+        their names, where its argument is called ``named_parameters``. Default: SGD with learning rate 0.01.
     scheduler : callable, optional
-        Takes the optimizer and returns a torch learning-rate scheduler, stepped after every round.
+        Takes the optimizer and returns a torch learning-rate scheduler, stepped after every round; or a dict,
+        ``{"scheduler": ..., "interval": "step"}``.
     loss : callable
         Takes (outputs, labels) and returns the mean over the batch. Where labels stay with the clients, so does it.
     classification : bool
@@ -119,6 +119,9 @@ class ParallelSplitLearning(ExchangingStrategy):
         Differential privacy of the model for each example, told after every round. The clients need the same.
     label_counts : "noisy" or dict of int to sequence of int, optional
         What a sampler that plans by class knows where labels stay with the clients: noisy counts of theirs, or yours.
+    state : str
+        "all", or "trainable": `start` takes and returns, and checkpoints hold, all but the frozen parameters, which are
+        those of `model`.
     evaluate_every : int
         Rounds between two split evaluations on the clients' test data; 0 for none.
     evaluate_batch_size : int
@@ -167,6 +170,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         secure_aggregation: SecureAggregation | bool = False,
         private: DPSGD | None = None,
         label_counts: LabelCounts = None,
+        state: str = "all",
         evaluate_every: int = 1,
         evaluate_batch_size: int = 1024,
         faults: FaultPolicy | None = None,
@@ -187,12 +191,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
-        if self.sampler.needs_delays and delays is None:
-            raise ConfigError(
-                f"{type(self.sampler).__name__} plans with delays: pass delays=..., a model of psl_flower.stragglers, "
-                "or DelayEstimator() to measure them"
-            )
-        self._stragglers = Stragglers(delays, simulated_delays, sleep)
+        self._stragglers = Stragglers(self.sampler, delays, simulated_delays, sleep)
         self.transport = check_choice(transport, "transport", TRANSPORTS)
         self.stream_options = streams = stream_options or StreamOptions()
         self.faults = faults or (FaultPolicy() if private is None else FaultPolicy(outlier_bound=None))
@@ -215,7 +214,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.private = check_private(private, self.method, parts, self.sampler, self.faults, resume_from)
         for part in self._client_parts():
             check_client_half(part)
-        self._template = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        self._template = kept_state(model, state)
         self._parameter_order = [name for name, _ in model.named_parameters()]
 
     # --- the run -----------------------------------------------------------------------------------------------------
@@ -409,9 +408,9 @@ class ParallelSplitLearning(ExchangingStrategy):
         return [parts[name] for name in self.method.client_parts()]
 
     def _backend(self, state: Mapping[str, torch.Tensor]) -> LocalBackend:
-        parts = self.method.assign(copy.deepcopy(self._halves.parts))  # `start` may be called again
+        parts = self.method.assign(self._halves.copied_parts())  # `start` may be called again
         for part in parts.values():
-            part.load_state_dict({name: state[name] for name in part.state_dict()})
+            load_known(part, state)
         return LocalBackend(
             parts,
             self.method.parts,
