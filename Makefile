@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: help run test slow lint types check bench format clean
+.PHONY: help run test slow lint types check bench chaos matrix format clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -31,15 +31,26 @@ check: lint types test ## all of the above
 bench: $(READY) ## run the benchmarks, which print ratios
 	@set -e; for file in tests/bench/bench_*.py; do echo "== $$file"; OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python $$file; done
 
+SEED ?= 0
+EPOCHS ?= 300
+chaos: $(READY) ## train while everything fails: SEED=0 EPOCHS=300
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_chaos.py --seed $(SEED) --epochs $(EPOCHS)
+
+matrix: ## run the tests with the oldest and newest Python, Flower and torch: gigabytes, hours
+	@test -x .nox/tool/bin/nox || ($(PYTHON) -m venv .nox/tool && .nox/tool/bin/python -m pip install --quiet nox)
+	.nox/tool/bin/nox
+
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the commands above made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs build dist
+	rm -rf .venv .nox .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs build dist
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "Installing psl_flower and what it is tested with into .venv: about 2 GB in two minutes, only this once."
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $(READY)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psl_flower.callbacks import BestModel, Callback, EarlyStopping
     from psl_flower.client import SplitClient, split_client_app
+    from psl_flower.data import PadTexts
     from psl_flower.errors import (
         BadRowsError,
         ConfigError,
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
         Sampler,
         UniformGlobalSampler,
     )
-    from psl_flower.split import SplitModel, replace_batch_norm, split_module
+    from psl_flower.server import causal_lm_loss
+    from psl_flower.split import Cut, SplitModel, replace_batch_norm, split_module
     from psl_flower.strategy import ParallelSplitLearning
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ __version__ = "0.1.0"
 _HOME = {
     "callbacks": ["BestModel", "Callback", "EarlyStopping"],
     "client": ["SplitClient", "split_client_app"],
+    "data": ["PadTexts"],
     "errors": [
         "BadRowsError",
         "ConfigError",
@@ -80,7 +83,8 @@ _HOME = {
         "Sampler",
         "UniformGlobalSampler",
     ],
-    "split": ["SplitModel", "replace_batch_norm", "split_module"],
+    "server": ["causal_lm_loss"],
+    "split": ["Cut", "SplitModel", "replace_batch_norm", "split_module"],
     "strategy": ["ParallelSplitLearning"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -92,6 +96,7 @@ __all__ = [
     "BestModel",
     "Callback",
     "ConfigError",
+    "Cut",
     "CutError",
     "Delays",
     "DivergenceError",
@@ -106,6 +111,7 @@ __all__ = [
     "LatentDirichletSampler",
     "MembershipError",
     "PSLError",
+    "PadTexts",
     "ParallelSplitLearning",
     "PlanStep",
     "Population",
@@ -118,6 +124,7 @@ __all__ = [
     "StopTraining",
     "StreamOptions",
     "UniformGlobalSampler",
+    "causal_lm_loss",
     "replace_batch_norm",
     "split_client_app",
     "split_module",

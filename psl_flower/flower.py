@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 from flwr.common.constant import ErrorCode
+from packaging.version import Version
 
 from psl_flower.failures import Kind
 
@@ -41,6 +43,15 @@ _MISTAKES = (
     getattr(ErrorCode, "MOD_FAILED_PRECONDITION", None),
     getattr(ErrorCode, "INVALID_FAB", None),
 )
+
+
+# since this release a SuperLink has one address for all of its APIs; before, options and ports changed each time
+FIRST_WITH_ONE_ADDRESS = "1.40"
+
+
+def has_one_address() -> bool:
+    """Return whether the installed Flower's SuperLink has one address, at which our launchers start it."""
+    return Version(version("flwr")) >= Version(FIRST_WITH_ONE_ADDRESS)
 
 
 def error_kind(code: int) -> Kind:

@@ -180,6 +180,8 @@ class Description:
         The parts of its model, as `psl_flower.split` describes them.
     key : bytes
         Its public key; empty without secure aggregation.
+    private : str
+        Its options of DP-SGD; empty without.
     """
 
     partition_id: int | None
@@ -191,6 +193,7 @@ class Description:
     method: str = ""
     model: str = ""
     key: bytes = b""
+    private: str = ""
 
     def same_data(self, other: Description) -> bool:
         """Return whether `other` speaks of as many training examples, of the same classes."""

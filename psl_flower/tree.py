@@ -191,7 +191,7 @@ def rows(tree: Tree, name: str) -> int:
     return int(found[0].shape[0])
 
 
-def join(trees: Sequence[Tree], name: str, of: Sequence[str] | None = None) -> Tree:
+def join(trees: Sequence[Tree], name: str, of: Sequence[str] | None = None, *, fill: int | None = None) -> Tree:
     """Return one tree with the rows of all, one after the other; that of a single tree is the tree itself.
 
     Parameters
@@ -202,12 +202,14 @@ def join(trees: Sequence[Tree], name: str, of: Sequence[str] | None = None) -> T
         What they are, for messages.
     of : sequence of str, optional
         Whose each of them is, for messages: "client 3".
+    fill : int, optional
+        Where rows are not equally long (they differ in the second size), pad them with this at their end.
 
     Raises
     ------
     ConfigError
-        If two trees differ in structure, or a leaf in its dtype or its shape beyond the rows; the message names the
-        leaf and both owners.
+        If two trees differ in structure, or a leaf in its dtype or its shape beyond the rows (and their length); the
+        message names the leaf and both owners.
     """
     if not trees:
         raise ConfigError(f"there must be at least one tree of {name} to join, got none")
@@ -223,14 +225,31 @@ def join(trees: Sequence[Tree], name: str, of: Sequence[str] | None = None) -> T
                 f"{', '.join(paths(trees[0], name))}; {owner} has {', '.join(paths(tree, name))}"
             )
         for i, leaf in enumerate(leaves(tree)):
-            if leaf.shape[1:] != first[i].shape[1:] or leaf.dtype != first[i].dtype:
+            alike = leaf.shape[1:] == first[i].shape[1:] or (fill is not None and _but_for_length(leaf, first[i], fill))
+            if not alike or leaf.dtype != first[i].dtype:
                 raise ConfigError(
                     f"{paths(tree, name)[i]} must be alike everywhere but for the number of rows: "
                     f"{whose[0]} has {_spec(first[i])}, {owner} has {_spec(leaf)}; "
                     "where lengths vary, pad them all to one"
                 )
             columns[i].append(leaf)
-    return build(shape, [torch.cat(column) for column in columns])
+    return build(shape, [torch.cat(column if fill is None else _padded(column, fill)) for column in columns])
+
+
+def _but_for_length(one: Tensor, other: Tensor, fill: int) -> bool:
+    """Return whether two leaves are alike but for rows and length, and may be padded with a number."""
+    lengths = one.ndim == other.ndim > 1 and one.shape[2:] == other.shape[2:]
+    return lengths and not (fill and (one.is_floating_point() or one.dtype == torch.bool))
+
+
+def _padded(column: Sequence[Tensor], fill: int) -> list[Tensor]:
+    """Return leaves that are equally long."""
+    longest = max((leaf.shape[1] for leaf in column if leaf.ndim > 1), default=0)
+    short = [(leaf, longest - leaf.shape[1] if leaf.ndim > 1 else 0) for leaf in column]
+    return [
+        torch.cat([leaf, leaf.new_full((len(leaf), missing, *leaf.shape[2:]), fill)], 1) if missing else leaf
+        for leaf, missing in short
+    ]
 
 
 def split(tree: Tree, counts: Sequence[int], name: str) -> list[Tree]:

@@ -12,7 +12,7 @@ from psl_flower import InProcessGrid, SplitClient, split_client_app, tree
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.flower import ERROR_CLIENT_APP
-from psl_flower.protocol import Leaf
+from psl_flower.protocol import ATTACH, Leaf
 from psl_flower.strategy.step import StepRunner
 
 FORWARD, BACKWARD, EVALUATE = "train.forward", "train.backward", "evaluate.forward"  # types of messages
@@ -163,7 +163,7 @@ class FaultyGrid(InProcessGrid):
 
 
 def is_training(message):
-    return message.metadata.message_type in (FORWARD, BACKWARD)
+    return message.metadata.message_type.startswith("train.") and message.metadata.message_type != ATTACH
 
 
 # --- replies that are not what was asked for -------------------------------------------------------------------------

@@ -23,16 +23,15 @@ from transformers import (  # noqa: E402
 TOKENS = 50
 
 
-def llama(dropout: float = 0.0) -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     config = LlamaConfig(
         vocab_size=TOKENS,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,
-        attention_dropout=dropout,
     )
     return seeded(LlamaForCausalLM, config)
 
@@ -42,7 +41,7 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
         vocab_size=TOKENS,
         n_positions=32,
         n_embd=16,
-        n_layer=3,
+        n_layer=2,
         n_head=2,
         resid_pdrop=dropout,
         embd_pdrop=dropout,

@@ -12,7 +12,7 @@ from psl_flower.app.datasets import SPECS
 from psl_flower.app.task import cut_of, load_partition, make_model, make_optimizer, method_of
 from psl_flower.client import split_client_app
 from psl_flower.config import RunConfig
-from psl_flower.privacy import Defence, LabelNoise, parse_defences
+from psl_flower.privacy import DPSGD, Defence, LabelNoise, parse_defences
 
 
 def model_fn(context: Context) -> nn.Module:
@@ -57,6 +57,11 @@ def defences_fn(context: Context) -> tuple[Defence, ...]:
     return parse_defences(RunConfig.read(context.run_config).defences)
 
 
+def private_fn(context: Context) -> DPSGD | None:
+    """Return how the model is trained with differential privacy."""
+    return RunConfig.read(context.run_config).private()
+
+
 app = split_client_app(
     model_fn,
     cut=cut_fn,
@@ -67,4 +72,5 @@ app = split_client_app(
     secure_aggregation=secure_fn,
     label_noise=noise_fn,
     defences=defences_fn,
+    private=private_fn,
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from psl_flower.checks import check_choice, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.extras import check_extra
+from psl_flower.flower import FIRST_WITH_ONE_ADDRESS, has_one_address
 from psl_flower.temporary_folder import check_temporary_folder
 
 _SERVER_APP = "psl_flower.app.server_app:app"
@@ -34,10 +36,15 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
     Raises
     ------
     ConfigError
-        If the app is not there, a key is unknown, a value is refused, the model cannot be cut where it shall be, there
-        are too few clients, Ray is not installed, or TMPDIR is too long.
+        If Flower is too old, the app is not there, a key is unknown, a value is refused, the model cannot be cut where
+        it shall be, there are too few clients, Ray is not installed, or TMPDIR is too long.
     """
     check_int(num_supernodes, "--num-supernodes", least=1)
+    if not has_one_address():
+        raise ConfigError(
+            f"psl-flower run and deploy need flwr {FIRST_WITH_ONE_ADDRESS} or newer, got {version('flwr')}: upgrade "
+            "it, or start the app with flwr run"
+        )
     if simulation:
         check_extra("ray", "simulation", "a simulation")
         check_temporary_folder()

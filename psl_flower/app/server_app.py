@@ -32,6 +32,7 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         tail=config.tail or None,
         method=method_of(config),
         secure_aggregation=config.secure_aggregation,
+        private=config.private(),
         label_counts="noisy" if config.label_epsilon else None,
         sampler=config.make_sampler(),
         optimizer=partial(make_optimizer, config),
@@ -60,7 +61,8 @@ def main(grid: Grid, context: Context) -> None:
         if Path(sys.argv[0]).stem == "flwr-simulation":
             check_temporary_folder()  # Ray, which fails in it, is being started meanwhile
         config = RunConfig.read(context.run_config)
-        log.info("The server half computes on %d threads.", set_threads(config.threads))
+        threads = set_threads(config.threads)
+        log.info("The server half computes on %d thread%s.", threads, "s" * (threads > 1))
         make_strategy(config).start(
             grid,
             ArrayRecord(make_model(config).state_dict()),

@@ -39,10 +39,13 @@ def cut_of(config: RunConfig) -> str:
 def make_model(config: RunConfig) -> nn.Module:
     """Build the whole model of a run; server and clients build the same one.
 
-    Layers with batch statistics are replaced in the client half, where each client sees only its own examples.
+    Layers with batch statistics are replaced in the client half, where each client sees only its own examples, and with
+    differential privacy everywhere, for an example's gradient must be its own.
     """
     spec = SPECS[config.dataset]
     model = build_model(config.model, in_channels=spec.shape[0], num_classes=spec.num_classes, seed=config.seed)
+    if config.target_epsilon:
+        return replace_batch_norm(model)
     return replace_batch_norm(model, before=cut_of(config), tail=config.tail or None)
 
 

@@ -18,7 +18,7 @@ from psl_flower.app.task import load_images, make_optimizer
 from psl_flower.audit.attacks import ACTIVE, ATTACKS
 from psl_flower.audit.auditing import audit
 from psl_flower.audit.presets import PRESETS
-from psl_flower.audit.report import save_report
+from psl_flower.audit.report import JSON_FILE, save_report
 from psl_flower.checks import check_int
 from psl_flower.config import RunConfig
 from psl_flower.machine import machine
@@ -67,6 +67,7 @@ def _audit(
         int | None, _option("Trainings of each cut with each of the defences; the preset's.", "N", panel="Attacks")
     ] = None,
     output: Annotated[Path, _option("Where the report goes.", "DIR", panel="Output")] = Path("outputs/audit"),
+    as_json: Annotated[bool, _option("Print JSON, for scripts.", "", "--json", panel="Output")] = False,
 ) -> None:
     """Measure what a curious server learns from what crosses a cut.
 
@@ -105,8 +106,10 @@ def _audit(
     found.settings.update(model=config.model, dataset=config.dataset, command=shlex.join(["psl-flower", *ctx.obj]))
     found.settings.update(machine())
     paths = save_report(found, output)
-    print(found.markdown())
-    print(*paths, sep="\n")
+    if as_json:
+        print((output / JSON_FILE).read_text(encoding="utf-8"), end="")
+    else:
+        print(found.markdown(), *paths, sep="\n")
 
 
 def _model(config: RunConfig, seed: int) -> nn.Module:

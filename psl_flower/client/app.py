@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from torch.nn.functional import cross_entropy
 
 from psl_flower.client.client import SplitClient
-from psl_flower.client.defending import check_defences
+from psl_flower.client.defending import check_defences, check_private
 from psl_flower.client.keeping import keep, keep_own, restore, take_own
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
@@ -24,7 +24,7 @@ from psl_flower.errors import ConfigError
 from psl_flower.exchange.codec import decode_request, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.methods import METHODS, SplitMethod, make_method
-from psl_flower.privacy import LabelNoise, SecureAggregation, secure_options
+from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
 from psl_flower.privacy.defences import Defence
 from psl_flower.protocol import ATTACH, DESCRIBE, Config
 from psl_flower.server import Loss
@@ -47,6 +47,7 @@ def split_client_app(
     secure_aggregation: SecureAggregation | bool | Callable[..., SecureAggregation | bool] = False,
     label_noise: LabelNoise | Callable[..., LabelNoise | None] | None = None,
     defences: Sequence[Defence] | Callable[..., Sequence[Defence]] = (),
+    private: DPSGD | Callable[..., DPSGD | None] | None = None,
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -93,6 +94,8 @@ def split_client_app(
     defences : sequence of Defence or callable
         What the client does to what leaves it, one after the other: noise on activations, labels told with chance, ...,
         see `psl_flower.privacy.defences`; ``defences(context)``, if it is callable. The server need not know.
+    private : DPSGD or callable, optional
+        Differential privacy of the model, as in `ParallelSplitLearning`; ``private(context)``, if it is callable.
     mods : list, optional
         Flower mods around every handler.
 
@@ -116,6 +119,8 @@ def split_client_app(
         )
     if not callable(defences):
         defences = check_defences(defences, method if isinstance(method, SplitMethod) else None)
+    if not callable(private) and isinstance(method, SplitMethod):
+        check_private(private, method, () if callable(defences) else defences)
     recipe = ClientRecipe(
         model_fn,
         cut,
@@ -131,6 +136,7 @@ def split_client_app(
         label_noise,
         secure_aggregation if callable(secure_aggregation) else secure_options(secure_aggregation),
         defences,
+        private,
     )
     app = ClientApp()
 

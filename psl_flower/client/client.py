@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from psl_flower.data import Batch, Examples, bind_inputs, forward_signature, read_together
+from psl_flower.data import Batch, Examples, PadTexts, bind_inputs, forward_signature, read_together
 from psl_flower.errors import BadRowsError, ConfigError
 from psl_flower.failures import Failure, Kind
 from psl_flower.protocol import Config, Description, Orders, WorkOrder
@@ -127,6 +127,12 @@ class SplitClient:
         chosen = [client._chosen(order) for client, order in zip(clients, orders.each(), strict=True)]
         examples = [client._examples(dataset) for client, (dataset, _) in zip(clients, chosen, strict=True)]
         return read_together(examples, [indices for _, indices in chosen], seed)
+
+    @property
+    def padding(self) -> PadTexts | None:
+        """What pads this client's texts; None if its batches are collated otherwise."""
+        collate_fn = self._known[0].collate_fn
+        return collate_fn if isinstance(collate_fn, PadTexts) else None
 
     def _chosen(self, order: WorkOrder) -> tuple[Any, IntArray]:
         """Return the dataset that an order is about, and the indices of its examples there."""

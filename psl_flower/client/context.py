@@ -13,13 +13,15 @@ from psl_flower import tree
 from psl_flower.client.client import SplitClient
 from psl_flower.client.defending import Defending
 from psl_flower.client.own import BoundOwn, OwnPart
-from psl_flower.client.part import ClientPart, LossFn, parameter_gradients
+from psl_flower.client.part import ClientPart, LossFn, parameter_gradients, with_gradients
 from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
 from psl_flower.methods.base import Stage
 from psl_flower.origin import place, where
+from psl_flower.privacy.per_example import clipped_sum
 from psl_flower.protocol import Orders
-from psl_flower.server import WeightedLoss
+from psl_flower.server import WeightedLoss, check_plain_mean
+from psl_flower.split import text_length
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 
@@ -36,6 +38,10 @@ class BoundPart:
     loss : LossFn, optional
     defending : Defending
         What leaves in place of the outputs.
+    bound : float, optional
+        Largest norm of one example's gradient of the part; each is scaled down to it.
+    length : int, optional
+        Of the batch's texts: what the server gives back is as long as the longest of the step.
     """
 
     def __init__(
@@ -46,9 +52,12 @@ class BoundPart:
         client: SplitClient | None = None,
         loss: LossFn | None = None,
         defending: Defending,
+        bound: float | None = None,
+        length: int | None = None,
     ) -> None:
         self._part, self._client, self._training, self._loss = part, client, training, loss
-        self._defending = defending
+        self._defending, self._bound, self._length = defending, bound, length
+        self._ran: tuple[Tree, Any] = (None, None)  # inputs and outputs
 
     def __call__(self, inputs: Tree) -> Tree:
         """Run the part on a batch, in training or evaluation mode as the request has it.
@@ -58,9 +67,9 @@ class BoundPart:
         return self._defending.apart(tree.as_tree(self._run(inputs), f"what the {self._part.name} returns"))
 
     def _run(self, inputs: Tree) -> Any:
-        moved = tree.to_device(inputs, self._part.device)
+        moved = self._part.shortened(tree.to_device(inputs, self._part.device), self._length)
         with self._part.running(training=self._training) as module:
-            run = partial(_run if self._client is None else self._client.forward, module)
+            run = partial(self._forward, module)
             try:
                 outputs = run(moved)
             except RuntimeError as exc:
@@ -70,7 +79,12 @@ class BoundPart:
                 raise ConfigError(f"{self._part.called} failed on rows of {shown}: {where(exc)}") from exc
         if self._training:  # only now: a module that keeps a state was refused for that
             self._part.check_rows(run, moved)
+            self._ran = (moved, outputs)
         return outputs
+
+    @property
+    def _forward(self) -> Callable[[Any, Tree], Any]:
+        return _run if self._client is None else self._client.forward
 
     def loss(self, inputs: Tree, target: Tree) -> WeightedLoss:
         """Run the model's last part, and return the loss of its outputs: the mean, and what it is the mean over."""
@@ -103,14 +117,24 @@ class BoundPart:
             return no_gradient(inputs), dict.fromkeys(self.parameters)
         loss.check_gradient()
         roots = [leaf for leaf in tree.leaves(inputs) if leaf.requires_grad]
-        wanted = [*roots, *self.parameters.values()]
+        outputs = [] if self._bound is None else tree.leaves(tree.as_tree(self._ran[1], "what the tail returns"))
+        wanted = [*roots, *(self.parameters.values() if self._bound is None else outputs)]
         found = torch.autograd.grad(loss.mean, wanted, torch.full_like(loss.mean, share), allow_unused=True)
         moved = [None if gradient is None else gradient.cpu() for gradient in found]
-        of_roots, of_parameters = iter(moved[: len(roots)]), moved[len(roots) :]
-        return (
-            tree.map_leaves(lambda leaf: next(of_roots) if leaf.requires_grad else None, inputs),
-            dict(zip(self.parameters, of_parameters, strict=True)),
-        )
+        of_roots, others = iter(moved[: len(roots)]), moved[len(roots) :]
+        of_parameters: Mapping[str, Tensor | None] = dict(zip(self.parameters, others, strict=self._bound is None))
+        if self._bound is not None:
+            check_plain_mean(loss, tree.rows(inputs, "outputs"))
+            of_parameters = self._clipped({at: g for at, g in enumerate(found[len(roots) :]) if g is not None})
+        back = tree.map_leaves(lambda leaf: next(of_roots) if leaf.requires_grad else None, inputs)
+        return back, dict(of_parameters)
+
+    def _clipped(self, gradients: Mapping[int, Tensor]) -> dict[str, Tensor | None]:
+        """Return the sum of the examples' parameter gradients, clipped one by one; those of the outputs by position."""
+        assert self._bound is not None, "gradients are clipped where there is a bound"
+        with self._part.running(training=True) as module:
+            found = clipped_sum(self._forward, module, self._ran[0], gradients, self._bound, who=self._part.called)
+        return {name: t.cpu() for name, t in found.items()}
 
     def gradients(self, outputs: Tree, gradients: Tree, *, again: bool = False) -> dict[str, Tensor | None]:
         """Return the parameter gradients, given those of the outputs; None for parameters that took no part.
@@ -125,6 +149,18 @@ class BoundPart:
             Whether another stage goes back through the same graph.
         """
         left, penalty = self._defending.in_place_of(outputs)
+        gradients = self._part.shortened(gradients, self._length, given=True)
+        if self._bound is not None:
+            if again:
+                raise ConfigError(
+                    "DP-SGD clips an example's gradient as a whole: not where something skips the body, and its "
+                    "gradient comes in two pieces. Cut the model elsewhere"
+                )
+            pairs, given = with_gradients(left, gradients), tree.leaves(outputs)
+            back = torch.autograd.grad(
+                [t for _, t, _ in pairs], [given[at] for at, *_ in pairs], [g for *_, g in pairs]
+            )
+            return self._clipped({at: g for (at, *_), g in zip(pairs, back, strict=True)})
         return parameter_gradients(self._part.parameters, left, gradients, again=again, penalty=penalty)
 
 
@@ -147,6 +183,8 @@ class ClientContext:
         Takes a `ClientPart`, and has the client keep a copy of it.
     defending : Defending, optional
         What the clients do to what leaves them.
+    bound : float, optional
+        Largest norm of one example's gradient of one part.
 
     Attributes
     ----------
@@ -169,11 +207,13 @@ class ClientContext:
         own: Mapping[str, OwnPart] | None = None,
         keep: Callable[[ClientPart], None] | None = None,
         defending: Defending | None = None,
+        bound: float | None = None,
     ) -> None:
         self._client, self._shared = clients[0], parts
         self._own, self._keep = own or {}, keep
         self.defending = defending or Defending()
         first = next(iter(parts))
+        self._length = None if batch is None else text_length(batch.inputs)
         self._parts = {
             name: BoundPart(
                 part,
@@ -181,6 +221,8 @@ class ClientContext:
                 client=clients[0] if name == first else None,
                 loss=loss,
                 defending=self.defending,
+                bound=bound,
+                length=self._length,
             )
             for name, part in parts.items()
         }
@@ -206,7 +248,9 @@ class ClientContext:
     def own(self, name: str) -> BoundOwn:
         """Return the client's own copy of a part."""
         kept = self._own[name]
-        run = BoundPart(kept.part, training=self.training, client=self._client, defending=self.defending)
+        run = BoundPart(
+            kept.part, training=self.training, client=self._client, defending=self.defending, length=self._length
+        )
         return BoundOwn(kept, run, int(self.counts.sum()))
 
     def defend(self, stage: Stage, outputs: Mapping[str, Tree]) -> Mapping[str, Tree]:

@@ -21,7 +21,7 @@ from psl_flower.client.process import RunState
 from psl_flower.errors import ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import Stage
-from psl_flower.privacy import FACTOR, Company, OutOfRangeError, Party, encode, fingerprint
+from psl_flower.privacy import DPSGD, FACTOR, Company, OutOfRangeError, Party, encode, fingerprint
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.protocol import Leaf, Request
 from psl_flower.typing import IntArray
@@ -80,7 +80,7 @@ def agree(
     if company is None:
         return None, failures
     _tell_keys(state, company)
-    return Masking(company, request, stage.name, parties), failures
+    return Masking(company, request, stage.name, parties, state.private), failures
 
 
 def _tell_keys(state: RunState, company: Company) -> None:
@@ -107,10 +107,19 @@ class Masking:
     stage : str
     parties : dict of int to Party
         Those of this process, by client id.
+    private : DPSGD, optional
+        Has the clients add noise to gradients: each its share, so that their sum has it once.
     """
 
-    def __init__(self, company: Company, request: Request, stage: str, parties: Mapping[int, Party]) -> None:
-        self._company, self._stage, self._parties = company, stage, parties
+    def __init__(
+        self,
+        company: Company,
+        request: Request,
+        stage: str,
+        parties: Mapping[int, Party],
+        private: DPSGD | None = None,
+    ) -> None:
+        self._company, self._stage, self._parties, self._private = company, stage, parties, private
         self._training = request.orders is not None and not request.orders.test
         self._parameters = {name: weights.parameters for name, weights in request.weights.items()}
 
@@ -126,6 +135,8 @@ class Masking:
         whole, numbers = {}, []
         for name, value in sums.items():
             value, scaled = self._scaled(name, value, clients)
+            if self._private is not None and self._training and name in self._parameters:
+                value = self._private.noised(value, share=len(clients) / len(self._company))
             present, filled = _filled(value, self._parameters.get(name))
             whole[name] = filled
             numbers += [present, *scaled, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]

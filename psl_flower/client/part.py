@@ -18,7 +18,7 @@ from psl_flower.errors import ConfigError, PSLError
 from psl_flower.origin import where
 from psl_flower.protocol import Weights
 from psl_flower.server import REFUSED, Additivity, Loss, Reduction, WeightedLoss, loss_target, weighted
-from psl_flower.split import CannotTellError, find_mixing
+from psl_flower.split import CannotTellError, find_mixing, shortened
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -134,6 +134,19 @@ class ClientPart:
                 f"{self.called}'s forward pass changes its {kind} {name!r}, but clients keep no state between "
                 "steps: replace that layer (see replace_batch_norm), or cut the model before it"
             )
+
+    def shortened(self, tensors: Tree, length: int | None, *, given: bool = False) -> Tree:
+        """Return what the server has padded to the length of the step's longest text at the length it was sent.
+
+        Parameters
+        ----------
+        tensors : tree
+            What the part takes; if `given`, the gradients of what it gives.
+        length : int or None
+            Of the texts here; None: there are none.
+        given : bool
+        """
+        return shortened(tensors, getattr(self.module, "gives" if given else "takes", ()), length)
 
     def check_rows(self, run: Callable[[Any], Any], inputs: Tree) -> None:
         """Refuse a part that does not treat each example by itself, as soon as a batch can show it.
@@ -254,9 +267,28 @@ def parameter_gradients(
     ConfigError
         If the gradients do not fit the outputs.
     """
+    pairs = with_gradients(outputs, gradients)
+    roots, weights = [output for _, output, _ in pairs], [gradient for *_, gradient in pairs]
+    if penalty is not None and penalty.requires_grad:
+        roots.append(penalty)
+        weights.append(torch.ones_like(penalty))
+    if not roots or not parameters:
+        return dict.fromkeys(parameters)
+    found = torch.autograd.grad(roots, list(parameters.values()), weights, retain_graph=again, allow_unused=True)
+    return {name: None if g is None else g.cpu() for name, g in zip(parameters, found, strict=True)}
+
+
+def with_gradients(outputs: Tree, gradients: Tree) -> list[tuple[int, Tensor, Tensor]]:
+    """Return which outputs have gradients, themselves, and these.
+
+    Raises
+    ------
+    ConfigError
+        If the gradients do not fit the outputs.
+    """
     given = dict(zip(tree.paths(gradients, "output"), tree.leaves(gradients), strict=True))
-    roots, weights = [], []
-    for path, output in zip(tree.paths(outputs, "output"), tree.leaves(outputs), strict=True):
+    found = []
+    for at, (path, output) in enumerate(zip(tree.paths(outputs, "output"), tree.leaves(outputs), strict=True)):
         gradient = given.pop(path, None)
         if gradient is None or not output.requires_grad:
             continue
@@ -265,14 +297,7 @@ def parameter_gradients(
                 f"the gradient of {path} must be {output.dtype} {tuple(output.shape)}, "
                 f"got {gradient.dtype} {tuple(gradient.shape)}"
             )
-        roots.append(output)
-        weights.append(gradient.to(output.device))
+        found.append((at, output, gradient.to(output.device)))
     if given:
         raise ConfigError(f"gradients of what did not cross the cut: {', '.join(given)[:200]}")
-    if penalty is not None and penalty.requires_grad:
-        roots.append(penalty)
-        weights.append(torch.ones_like(penalty))
-    if not roots or not parameters:
-        return dict.fromkeys(parameters)
-    found = torch.autograd.grad(roots, list(parameters.values()), weights, retain_graph=again, allow_unused=True)
-    return {name: None if g is None else g.cpu() for name, g in zip(parameters, found, strict=True)}
+    return found

@@ -19,7 +19,7 @@ from psl_flower.client.own import OwnParts
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.exchange.codec import WeightStore
 from psl_flower.methods import SplitMethod
-from psl_flower.privacy import LabelNoise, Party, Secret, SecureAggregation
+from psl_flower.privacy import DPSGD, LabelNoise, Party, Secret, SecureAggregation
 from psl_flower.privacy.defences import Defence
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
@@ -83,6 +83,7 @@ class RunState:
         self.keys_told: set[bytes] = set()
         self.label_noise: LabelNoise | None = None
         self.defences: tuple[Defence, ...] = ()
+        self.private: DPSGD | None = None
         self.secrets: dict[int, Secret] = {}  # by node
         self.one_at_a_time = False
 

@@ -12,14 +12,14 @@ from typing import Any
 from flwr.app import Context
 
 from psl_flower.client.client import SplitClient
-from psl_flower.client.defending import changes_labels, check_defences, told_labels
+from psl_flower.client.defending import changes_labels, check_defences, check_private, told_labels
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.client.process import RunState
 from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, PSLError
 from psl_flower.methods import SplitMethod, make_method
-from psl_flower.privacy import LabelNoise, SecureAggregation, secure_options
+from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
 from psl_flower.privacy.defences import Defence
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
@@ -43,6 +43,7 @@ class ClientRecipe:
     label_noise: LabelNoise | Callable[..., LabelNoise | None] | None = None
     secure: SecureAggregation | Callable[..., SecureAggregation | bool] | None = None
     defences: Sequence[Defence] | Callable[..., Sequence[Defence]] = ()
+    private: DPSGD | Callable[..., DPSGD | None] | None = None
 
 
 def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitMethod:
@@ -96,6 +97,8 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
         state.secure = secure_options(secure)
         defences = _call(recipe.defences, context=context) if callable(recipe.defences) else recipe.defences
         state.defences = check_defences(defences, method)
+        state.private = _call(recipe.private, context=context) if callable(recipe.private) else recipe.private
+        check_private(state.private, method, state.defences)
         state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
         state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
     if recipe.optimizer is not None:

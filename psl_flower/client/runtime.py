@@ -28,7 +28,8 @@ from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.client.recipe import NotBuiltError
-from psl_flower.data.batch import Batch, check_drawn_again, checksums
+from psl_flower.data import PadTexts, join_batches
+from psl_flower.data.batch import Batch, check_drawn_again, checksum, checksums
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind, without_values
@@ -93,7 +94,9 @@ def _answer(
                 described = client.describe(
                     label_counts=request.label_counts, method=method.name, model=state.signature
                 )
-                reply.descriptions[node] = with_noise(method, state, node, replace(described, key=key))
+                private = "" if state.private is None else repr(state.private)
+                described = replace(described, key=key, private=private)
+                reply.descriptions[node] = with_noise(method, state, node, described)
             except Exception as exc:
                 reply.failures[node] = replace(_failure(exc, node), partition_id=client.partition_id)
         return
@@ -251,14 +254,17 @@ class _Work:
             return context, stage.function(self.method, context, **inputs)
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
-            joined = self._draw_all(clients, orders, device)
+            joined, drawn = self._draw_all(clients, orders, device)
             defending = Defending()
             if self.state.defences:
                 secrets = [self.state.secret(node) for node in request.nodes]
                 defending = Defending.of(self.state.defences, secrets, orders, [client.draw for client in clients])
                 joined = defending.labels(joined)
-            context = ClientContext(clients, self._parts(), orders, joined, self.state.loss, own, defending=defending)
-            drawn = checksums(joined, orders.counts.tolist())
+            private = self.state.private
+            bound = None if private is None else private.bound(len(self.method.parts))
+            context = ClientContext(
+                clients, self._parts(), orders, joined, self.state.loss, own, defending=defending, bound=bound
+            )
             if orders.checksums is None:
                 context.checksums = np.array(drawn)
             else:
@@ -271,8 +277,10 @@ class _Work:
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
             return context, context.defend(stage, self._without_random(device, run))
 
-    def _draw_all(self, clients: Sequence[SplitClient], orders: Orders, device: torch.device) -> Batch:
-        """Return the clients' batches as one; random numbers are each client's own."""
+    def _draw_all(
+        self, clients: Sequence[SplitClient], orders: Orders, device: torch.device
+    ) -> tuple[Batch, list[int]]:
+        """Return the clients' batches as one, and the checksum of each; random numbers are each client's own."""
         each = list(orders.each())
         if len(clients) > 1:
             try:
@@ -281,12 +289,13 @@ class _Work:
                 log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
                 found = None
             if found is not None:
-                return found
+                return found, checksums(found, orders.counts.tolist())
         batches = []
         for client, order in zip(clients, each, strict=True):
             reseed(order.step_seed(), device)
             batches.append(self._draw(client, order))
-        return _join(batches)
+        drawn = [checksum(batch) for batch in batches]  # before padding, which depends on the company
+        return _join(batches, clients[0].padding), drawn
 
     def _draw(self, client: SplitClient, order: WorkOrder) -> Batch:
         """Return the batch of a client; where labels stay with it, so do errors that may show them."""
@@ -333,11 +342,9 @@ def _key(request: Request, orders: Orders, own: tuple[int, ...]) -> tuple[Hashab
     return (step, request.nodes, orders.starts.tobytes(), orders.counts.tobytes(), classes, order, own)
 
 
-def _join(batches: Sequence[Batch]) -> Batch:
+def _join(batches: Sequence[Batch], padding: PadTexts | None) -> Batch:
     try:
-        inputs, target = ([getattr(b, name) for b in batches] for name in ("inputs", "target"))
-        size = sum(b.size for b in batches)
-        return Batch(tree.join(inputs, "inputs"), tree.join(target, "target"), size)
+        return join_batches(batches, padding)
     except (ConfigError, RuntimeError, TypeError) as exc:
         raise CannotJoinError(f"the clients' batches differ: {exc}", lasting=False) from exc
 

@@ -264,12 +264,19 @@ def _connect(ticket: Ticket) -> grpc.Channel:
     options = [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", SERVER_NAME), ("grpc.enable_retries", 0)]
     options.append(("grpc.use_local_subchannel_pool", 1))  # another run's connection has another certificate
     channel = grpc.secure_channel(ticket.address, grpc.ssl_channel_credentials(ticket.certificate), options)
-    try:
-        grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
-    except grpc.FutureTimeoutError as exc:
+    ready = threading.Event()  # grpc's own future looks at the wall clock, which may be set meanwhile
+
+    def changed(state: grpc.ChannelConnectivity) -> None:
+        if state is grpc.ChannelConnectivity.READY:
+            ready.set()
+
+    channel.subscribe(changed, try_to_connect=True)
+    connected = ready.wait(CONNECT_SECONDS)
+    channel.unsubscribe(changed)
+    if not connected:
         channel.close()
         raise StreamError(
             f"cannot connect to {ticket.address} within {CONNECT_SECONDS:g} s: is it reachable from this machine? "
             "(a firewall, or the server advertises an address of its own network)"
-        ) from exc
+        )
     return channel

@@ -20,6 +20,7 @@ from psl_flower.exchange.streams.options import WIRE_DTYPES, StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS
 from psl_flower.faults import JOIN, NON_FINITE_LOSS, FaultPolicy
 from psl_flower.methods import METHODS
+from psl_flower.privacy import DPSGD
 from psl_flower.privacy.defences import DEFENCES, parse_defences
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
@@ -101,6 +102,11 @@ class RunConfig:
     defences: str = key(
         "", f"What clients do to what leaves them, 'GaussianNoise(0.1), TopK(64)', say, of {', '.join(DEFENCES)}"
     )
+    target_epsilon: float = key(
+        0.0, "Differential privacy of the model: epsilon after num-server-rounds, by DP-SGD; 0: none", ge=0
+    )
+    dp_delta: float = key(1e-5, "With target-epsilon: delta", gt=0, lt=1)
+    dp_clip: float = key(1.0, "With target-epsilon: largest norm of one example's gradient", gt=0)
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = key("sgd", "The optimizer over both halves")
     learning_rate: float = key(0.02, "Step size of the optimizer", gt=0)
     momentum: float = key(0.9, "Momentum of sgd; adam has its own", ge=0, lt=1)
@@ -171,7 +177,10 @@ class RunConfig:
         0.0, "Largest norm of a client's mean gradient, others are scaled down to it; 0: no limit", ge=0
     )
     outlier_bound: float = key(
-        10.0, "Robust deviations above the median that norms of what clients send may lie, in logarithms; 0: any", ge=0
+        10.0,
+        "Robust deviations above the median that norms of what clients send may lie, in logarithms; 0, or with "
+        "target-epsilon: any",
+        ge=0,
     )
 
     checkpoint_every: int = key(
@@ -236,10 +245,22 @@ class RunConfig:
                 join=self.join,
                 non_finite_loss=self.non_finite_loss,
                 max_gradient_norm=None if self.max_gradient_norm == 0 else self.max_gradient_norm,
-                outlier_bound=None if self.outlier_bound == 0 else self.outlier_bound,
+                outlier_bound=None if self.outlier_bound == 0 or self.target_epsilon else self.outlier_bound,
             )
         except ConfigError as exc:
             raise ConfigError(dashed(str(exc))) from exc
+
+    def private(self) -> DPSGD | None:
+        """Return how the model is trained with differential privacy; None where it is not."""
+        if not self.target_epsilon:
+            return None
+        return DPSGD.for_epsilon(
+            self.target_epsilon,
+            rounds=self.num_server_rounds,
+            clip=self.dp_clip,
+            batch_size=self.batch_size,
+            delta=self.dp_delta,
+        )
 
     def stream_options(self) -> StreamOptions:
         """Return how streams are configured."""

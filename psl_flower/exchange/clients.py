@@ -75,6 +75,7 @@ class Clients:
         tolerate_mistakes: bool = True,
         may_grow: bool = True,
         method: str = "",
+        private: str = "",
         model: Mapping[str, Any] | None = None,
         given_counts: Mapping[int, Sequence[int]] | str | None = None,
         session: str = "",
@@ -87,7 +88,7 @@ class Clients:
         self._members: dict[int, Member] = {}  # by client id, ascending
         self._tolerate, self._may_grow = tolerate, may_grow
         self._tolerate_mistakes = tolerate_mistakes
-        self._method, self._model = method, model
+        self._method, self._model, self._private = method, model, private
         self._keys_told: dict[int, bytes] = {}
         self._silent: set[int] = set()  # nodes whose last answer was a failure
         self._looks = 0
@@ -234,6 +235,11 @@ class Clients:
         if self._method and described.method and described.method != self._method:
             raise ProtocolError(
                 f"the server's method is {self._method!r}, that of {who} is {described.method!r}: give both the same"
+            )
+        if self._private != described.private:
+            raise ProtocolError(
+                f"the server's model is private={self._private or None}, that of {who} "
+                f"private={described.private or None}: give both the same"
             )
         if self._session and not described.key:
             raise ProtocolError(

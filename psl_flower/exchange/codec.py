@@ -326,6 +326,7 @@ def _encode_description(each: Description) -> dict[str, Any]:
         "method": each.method,
         "model": each.model,
         "key": each.key.hex(),
+        "private": each.private,
     }
     if each.labels is not None and each.counts is not None:
         header |= {"labels": each.labels.tolist(), "counts": each.counts.tolist()}
@@ -352,6 +353,7 @@ def _decode_description(header: Any) -> Description:
         method=field(header, "method", str)[:_MAX_TEXT],
         model=field(header, "model", str)[: 2**20],
         key=_key(field(header, "key", str)),
+        private=field(header, "private", str)[:_MAX_TEXT],
     )
 
 

@@ -8,7 +8,7 @@ of Iglewicz and Hoaglin 1993). What most clients of a step do at once is the mod
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 import numpy as np
@@ -39,6 +39,7 @@ class NormBounds:
     def __init__(self, bound: float) -> None:
         self._bound = bound
         self._seen: dict[str, deque[FloatArray]] = {}
+        self._met: Counter[str] = Counter()
 
     def outliers(self, name: str, norms: FloatArray, senders: IntArray, spread: float) -> dict[int, str]:
         """Return whose norms are out of bounds, with the reason; remember the others.
@@ -54,6 +55,7 @@ class NormBounds:
         spread : float
             The least standard deviation of their logarithms.
         """
+        self._met[name] += len(norms)
         active = norms > 0  # an example may well activate nothing
         logs, senders = np.log(norms[active]), senders[active]
         seen = self._seen.setdefault(name, deque(maxlen=_HISTORY))
@@ -77,6 +79,10 @@ class NormBounds:
         if rest.any():
             seen.append(logs[rest][:: math.ceil(rest.sum() / _MOST_KEPT)])
         return found
+
+    def knows(self, name: str) -> bool:
+        """Return whether enough was sent of it to compare a sum with, whatever that is of."""
+        return self._met[name] >= _FEWEST
 
     def _limit(self, logs: list[FloatArray], spread: float) -> float:
         known = np.concatenate(logs) if logs else np.empty(0)

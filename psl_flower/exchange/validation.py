@@ -43,9 +43,12 @@ class Validator:
     ----------
     outlier_bound : float, optional
         Of norms in training, see `NormBounds`; None: any finite value passes.
+    texts : bool
+        Whether rows may differ in length, the second size of a tensor.
     """
 
-    def __init__(self, outlier_bound: float | None = None) -> None:
+    def __init__(self, outlier_bound: float | None = None, *, texts: bool = False) -> None:
+        self._texts = texts
         self._bounds = None if outlier_bound is None else NormBounds(outlier_bound)
         self._everyone: set[int] = set()  # who has ever been asked: one alone has nobody to be compared with
         self._specs: dict[str, Spec] = {}
@@ -74,7 +77,7 @@ class Validator:
                 _check_form(part, stage, step)
                 if request.company is not None:
                     _check_masked(part, expected, scaled=request.company.max_norm is not None)
-                specs[id(part)] = _spec(part, expected)
+                specs[id(part)] = _spec(part, expected, texts=self._texts)
                 passed.append(part)
             except ProtocolError as error:
                 failures |= _of_all(part, error.failure())
@@ -102,6 +105,11 @@ class Validator:
                 self._specs[stage.name] = spec
             self._votes.setdefault(stage.name, {}).update(sent)
         return Checked(parts, dict(sorted(failures.items())))
+
+    def wants_each(self, stage: Stage) -> bool:
+        """Return whether a stage's sums must come client by client: no sum of several can be compared with anything."""
+        sums = [name for name, kind in stage.outputs.items() if kind is Kind.SUM]
+        return self._bounds is not None and not all(map(self._bounds.knows, sums))
 
     def forget(self, clients: Iterable[int]) -> None:
         """Take their votes from clients that turned out to send what the server's part cannot use."""
@@ -249,20 +257,27 @@ def _check_form(part: Part, stage: Stage, step: int | None) -> None:
         raise ProtocolError(f"{stage.name} gives {shown[0]}, got {shown[1]}")
 
 
-def _spec(part: Part, expected: Mapping[str, Any]) -> Spec:
+def _spec(part: Part, expected: Mapping[str, Any], *, texts: bool) -> Spec:
     found: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, leaf in part.outputs.items():
         if leaf.kind is Kind.SUM and name in expected:
             continue
         values = leaf.value if leaf.kind is Kind.EACH else [leaf.value]
         each = {
-            tuple((path, t.dtype, tuple(t.shape[leaf.kind is Kind.ROWS :])) for path, t in named_leaves(value, name))
+            tuple((path, t.dtype, _shape(t, leaf.kind, texts=texts)) for path, t in named_leaves(value, name))
             for value in values
         }
         if len(each) > 1:
             raise ProtocolError(f"{name}: expected tensors alike for each of {len(values)} clients", FailureKind.SHAPE)
         found += each.pop()
     return tuple(found)
+
+
+def _shape(tensor: Tensor, kind: Kind, *, texts: bool) -> tuple[int, ...]:
+    """Return the shape of a row, or of all; -1 for a length that may be any."""
+    if kind is not Kind.ROWS:
+        return tuple(tensor.shape)
+    return (-1, *tensor.shape[2:]) if texts and tensor.ndim > 1 else tuple(tensor.shape[1:])
 
 
 def _difference(spec: Spec, expected: Spec) -> Failure | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import time
 import tomllib
@@ -21,12 +20,12 @@ from psl_flower.checks import check_int
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.data import check_data
 from psl_flower.experiments.findings import SWEEP_FILE, Findings
+from psl_flower.experiments.provenance import provenance
 from psl_flower.experiments.report import write_report
 from psl_flower.experiments.results import RESULTS_FILE, RUNS_FOLDER, read_result
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
 from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, preset_names, read_sweep
 from psl_flower.experiments.tables import make_tables
-from psl_flower.machine import machine
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -198,7 +197,7 @@ def _train(sweep: Sweep, experiments: Sequence[Experiment], folder: Path, worker
     begin, before = time.monotonic(), list[float]()
     with suppress(OSError, ValueError, KeyError):  # of an earlier, interrupted call
         before = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))["seconds"]
-    made = {"command": shlex.join(["psl-flower", *words]), "workers": workers, **machine()}
+    made = provenance(words, workers)
     record = {"sweep": sweep.to_dict(), "provenance": made, "failures": {}, "seconds": before}
     _write(folder, record)
     failures: dict[str, str] = {}

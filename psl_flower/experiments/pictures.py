@@ -19,6 +19,7 @@ _DPI = 110
 _PANEL = (3.5, 2.7)  # inches
 _MOST_COLUMNS = 4  # of small multiples
 _ACCURACY = "accuracy_last3"
+_SHIFTED = 0.12  # between the first and the last method at one place of the x axis, whose places are 1 apart
 
 # Okabe and Ito's colours, which differ for colour-blind eyes too; markers and dashes differ as well
 _STYLES: dict[str, dict[str, Any]] = {
@@ -160,15 +161,16 @@ def _final(findings: Findings, part: Part, styles: dict[str, dict[str, Any]]) ->
     axes = figure.subplots()
     for number, method in enumerate(findings.methods):
         known = [(i, part.values(method, column, _ACCURACY)) for i, column in enumerate(part.columns)]
-        # beside one another, where they are equal
-        shift = min(0.06, 0.5 / len(findings.methods)) * (number - (len(findings.methods) - 1) / 2)
+        # hardly beside its place: only so far that equal ones are seen beside one another
+        shift = _SHIFTED * ((number + 0.5) / len(findings.methods) - 0.5)
         x = [i + shift for i, values in known if len(values)]
         both = [spread(100 * values) for _, values in known if len(values)]
         mean, std = [m for m, _ in both], [s or 0.0 for _, s in both]
         axes.errorbar(x, mean, std, label=method, ms=6, lw=1.4, capsize=3, elinewidth=1.2, **styles[method])
         for i, values in known:
-            axes.plot(np.full(len(values), i + shift + 0.03), 100 * values, ".", color=styles[method]["color"], ms=3)
+            axes.plot(np.full(len(values), i + shift), 100 * values, ".", color=styles[method]["color"], ms=6)
     axes.set_xticks(range(len(part.columns)), part.columns)
+    axes.set_xlim(-0.3, len(part.columns) - 0.7)
     axes.set_xlabel({"num-clients": "clients", "batch-size": "batch size (examples)"}.get(part.axis, part.axis))
     axes.set_ylabel("test accuracy (%)")
     _tidy(axes)

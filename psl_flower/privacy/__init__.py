@@ -1,4 +1,4 @@
-"""What keeps a client's own from the server: sums that are masked, counts with noise, and defences of what leaves."""
+"""What keeps a client's own with it: masked sums, noisy counts, defences of what leaves, training with DP-SGD."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from psl_flower.privacy.defences import (
     distance_correlation,
     parse_defences,
 )
+from psl_flower.privacy.dp_sgd import DPSGD
 from psl_flower.privacy.fixed_point import OutOfRangeError, decode, encode, places_for
 from psl_flower.privacy.label_noise import LabelNoise
 from psl_flower.privacy.options import SecureAggregation, secure_options
@@ -26,6 +27,7 @@ from psl_flower.privacy.party import Party, fingerprint
 from psl_flower.privacy.secret import Secret
 
 __all__ = [
+    "DPSGD",
     "FACTOR",
     "ClipCutGradient",
     "Company",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from psl_flower import tree
 from psl_flower.errors import ConfigError
 from psl_flower.origin import where
+from psl_flower.privacy import DPSGD
 from psl_flower.protocol import Weights
 from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
 from psl_flower.server.reduction import Reduction
+from psl_flower.split import CannotTellError, find_mixing, takes_lengths
+from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -45,6 +48,10 @@ class LocalBackend:
         Whether labels are class indices: they are checked, and accuracy is computed.
     order : iterable of str
         The whole model's parameter names, in order.
+    private : DPSGD, optional
+        Differential privacy of the model.
+    noise_on_clients : bool
+        Whether clients add its noise to their sums themselves.
     """
 
     def __init__(
@@ -57,16 +64,22 @@ class LocalBackend:
         device: torch.device,
         classification: bool,
         order: Iterable[str],
+        private: DPSGD | None = None,
+        noise_on_clients: bool = False,
     ) -> None:
         self.parts = {name: part.to(device) for name, part in parts.items()}
         self.device, self.loss, self.classification = device, loss, classification
         self.reduction = Reduction()
+        self._private = private
+        self.bound = None if private is None else private.bound(len(parts))
+        self.texts = any(map(takes_lengths, parts.values()))  # rows may differ in length
         self._on_clients = [name for name in parts if places[name] == CLIENT]
         # all names of tied parameters: a part may know one by another name first than the whole model does
         named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}
         parameters = {name: named[name] for name in order if name in named and named[name].requires_grad}
         if not parameters:
             raise ConfigError("the model has no parameter to train: set requires_grad on some")
+        self._noised = [name for name in parts if not (noise_on_clients and places[name] == CLIENT)]
         self.optimizer = make_optimizer(optimizer, parameters)
         self._make_optimizer, self._order = optimizer, list(parameters)
         self._first_rate = _rate(self.optimizer)
@@ -74,6 +87,7 @@ class LocalBackend:
         if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
             log.warning("the loss, %s, has parameters, which do not train: make them the model's", type(loss).__name__)
         self._told: set[str] = set()
+        self._seen_apart = False
         self._session = secrets.token_hex(8)
         self._version = 0
         self._constants_version = 0
@@ -96,14 +110,14 @@ class LocalBackend:
             f"{self._session}.constants.{self._constants_version}",
         )
 
-    def state(self) -> dict[str, Tensor]:
-        """Return a copy of all parts' state, on the CPU."""
+    def state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return a copy of all parts' state, on the CPU; only of these names, if they are given."""
         held = {name: t for part in self.parts.values() for name, t in part.state_dict().items()}
-        return {name: t.detach().to("cpu", copy=True) for name, t in held.items()}
+        return {name: t.detach().to("cpu", copy=True) for name, t in held.items() if names is None or name in names}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on from here."""
-        state = self.state()
+    def state_dict(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on from here; the others are not to change, if names are given."""
+        state = self.state(names)
         held = {name: t for part in self.parts.values() for name, t in part.named_buffers()}
         passing = {name: t for name, t in held.items() if name not in state}  # not persistent
         return {"state": state, "buffers": passing, "optimizer": self.optimizer.state_dict()}
@@ -111,7 +125,7 @@ class LocalBackend:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         for part in self.parts.values():
-            part.load_state_dict({name: saved["state"][name] for name in part.state_dict()})
+            load_known(part, saved["state"])
         buffers = {name: t for part in self.parts.values() for name, t in part.named_buffers()}
         with torch.no_grad():
             for name, t in saved["buffers"].items():
@@ -164,6 +178,8 @@ class LocalBackend:
         found: dict[nn.Parameter, Tensor | None] = {}  # a parameter that two parts share has the gradients of both
         for part, tensors in gradients.items():
             parameters = dict(self.parts[part].named_parameters())
+            if self._private is not None and part in self._noised and tensors:
+                tensors = self._private.noised(tensors)
             for name, gradient in (tensors or {}).items():
                 moved = None if gradient is None else gradient.to(self.device)
                 found[parameters[name]] = tree.add(found.get(parameters[name]), moved)
@@ -237,10 +253,33 @@ class LocalBackend:
             self._told.add(sentence)
             log.warning("%s", sentence)
 
+    def check_rows(self, run: Callable[[Tree], Any], inputs: Tree, module: nn.Module) -> None:
+        """Refuse a part in which examples have to do with each other, as soon as a batch can show it.
+
+        Raises
+        ------
+        ConfigError
+            If it is one: with differential privacy an example's gradient must be its own.
+        """
+        if self._seen_apart:
+            return
+        try:
+            mixing = find_mixing(run, inputs, module=module, who="the server half")
+        except CannotTellError:
+            return  # another batch may tell
+        if mixing:
+            raise ConfigError(f"with private, {mixing}")
+        self._seen_apart = True
+
     def clear_gradients(self) -> None:
         """Forget all gradients, also of parameters that the optimizer leaves out."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
+
+
+def load_known(part: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what a state dict has of a part; the rest keeps its values."""
+    part.load_state_dict({name: state[name] for name in part.state_dict() if name in state}, strict=False)
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:

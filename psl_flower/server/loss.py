@@ -141,6 +141,21 @@ def weighted(
     return WeightedLoss(mean, rows if summed else weight, predictions, watch.broadcast, summed)
 
 
+def check_plain_mean(loss: WeightedLoss, rows: int) -> None:
+    """Refuse a loss in which examples count differently, or that is a sum: DP-SGD takes them to count alike.
+
+    Raises
+    ------
+    ConfigError
+        If it is none.
+    """
+    if loss.summed or loss.weight != rows:
+        what = "the sum" if loss.summed else f"a mean over {loss.weight:g} targets of {rows} examples"
+        raise ConfigError(
+            f"DP-SGD needs a loss that is the mean over the examples, got {what}: no weights, none ignored"
+        )
+
+
 def loss_target(target: Tree, device: torch.device, *, classify: bool) -> Any:
     """Return a batch's target as a loss takes it: on its device, and class indices as int64 only."""
     labels = tree.to_device(target, device)

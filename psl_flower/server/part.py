@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,8 @@ from psl_flower import tree
 from psl_flower.devices import seeded
 from psl_flower.errors import DivergenceError, LabelError, PSLError, StepError
 from psl_flower.origin import where
-from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
+from psl_flower.privacy.per_example import clipped_sum
+from psl_flower.server.loss import Loss, WeightedLoss, check_plain_mean, loss_target, weighted
 from psl_flower.server.metrics import why_no_accuracy
 from psl_flower.server.optimizer import RatedOptimizer
 from psl_flower.server.outcome import Outcome
@@ -36,6 +38,7 @@ class Backend(Protocol):
     loss: Loss
     classification: bool
     reduction: Reduction
+    bound: float | None  # largest norm of one example's gradient of a part
 
     @property
     def rate(self) -> float:
@@ -46,6 +49,9 @@ class Backend(Protocol):
 
     def tell_once(self, sentence: str) -> None:
         """Warn of something that holds for every batch."""
+
+    def check_rows(self, run: Callable[[Tree], Any], inputs: Tree, module: nn.Module) -> None:
+        """Refuse a part in which examples have to do with each other, as soon as a batch can show it."""
 
 
 class NothingCountsError(StepError):
@@ -141,7 +147,9 @@ class ServerPart:
             value = found.mean.item()
             if not math.isfinite(value):
                 raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")
-            back = self._backward([found.mean], None, leaves)
+            if backend.bound is not None:
+                check_plain_mean(found, tree.rows(leaves, "activations"))
+            back = self._backward([found.mean], None, leaves, outputs)
         return Outcome(
             **self._told_of(outputs, labels, found),
             class_counts=None if found.predictions is None else found.predictions.class_counts(),
@@ -177,13 +185,22 @@ class ServerPart:
     def _target(self, target: Tree) -> Any:
         return loss_target(target, self._backend.device, classify=self._backend.classification)
 
-    def _backward(self, roots: list[Tensor], weights: list[Tensor] | None, received: Tree) -> Gradients:
+    def _backward(self, roots: list[Tensor], weights: list[Tensor] | None, received: Tree, outputs: Tree) -> Gradients:
+        attached = [] if self._backend.bound is None else tree.leaves(tree.as_tree(outputs, "outputs"))
+        for leaf in attached:
+            leaf.retain_grad()
         self._backend.clear_gradients()
         self.module.zero_grad(set_to_none=True)  # a copy is none of the backend's parts
         torch.autograd.backward(roots, weights)
         gradient = tree.map_leaves(lambda leaf: leaf.grad, received)
         if not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
             raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
+        if self._backend.bound is not None:
+            given = {at: leaf.grad for at, leaf in enumerate(attached) if leaf.grad is not None}
+            bound = self._backend.bound
+            self._backend.check_rows(partial(_run, self.module), received, self.module)
+            clipped = clipped_sum(_run, self.module, received, given, bound, who="the server half")
+            return Gradients(gradient, dict(clipped))
         return Gradients(gradient, {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad})
 
     def _run(self, inputs: Tree, rows: int) -> Any:
@@ -253,7 +270,12 @@ class ServerPass:
         given = dict(zip(tree.paths(gradient, "output"), tree.leaves(gradient), strict=True))
         attached = zip(tree.paths(self._attached, "output"), tree.leaves(self._attached), strict=True)
         pairs = [(leaf, given[path].to(leaf.device)) for path, leaf in attached if path in given and leaf.requires_grad]
-        return self._part._backward([leaf for leaf, _ in pairs], [each for _, each in pairs], self._received)
+        roots, weights = [leaf for leaf, _ in pairs], [each for _, each in pairs]
+        return self._part._backward(roots, weights, self._received, self._attached)
+
+
+def _run(module: nn.Module, inputs: Tree) -> Any:
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
 class PartCopy(ServerPart):

@@ -3,6 +3,7 @@
 from psl_flower.split.compare import CannotTellError
 from psl_flower.split.cut import cut_candidates, split_module
 from psl_flower.split.half import input_names
+from psl_flower.split.lengths import shortened, takes_lengths, text_length
 from psl_flower.split.model import Halves, SplitModel, cut_model
 from psl_flower.split.norm import batch_statistics_layers, check_client_half, replace_batch_norm
 from psl_flower.split.place import Cut
@@ -22,6 +23,9 @@ __all__ = [
     "find_mixing",
     "input_names",
     "replace_batch_norm",
+    "shortened",
     "signature",
     "split_module",
+    "takes_lengths",
+    "text_length",
 ]

@@ -13,6 +13,7 @@ from torch import nn
 from psl_flower.errors import CutError
 from psl_flower.split.exported import export
 from psl_flower.split.half import CutNames, TracedHalf, copy_model
+from psl_flower.split.lengths import mark_lengths
 from psl_flower.split.partition import divide, without_raw_inputs
 from psl_flower.split.place import NEEDS_EXAMPLE, example_of, share_of
 from psl_flower.split.trace import Trace, trace
@@ -83,6 +84,7 @@ def split_module(model: nn.Module, cut: str, tail: str | None = None) -> tuple[n
         raise CutError(f"{where}: {error}{_suggestions(model, cut)}") from error.__cause__
     parts = [TracedHalf(root, programs, recorded, CutNames(cut, tail)) for programs in graphs]
     parts[0].arguments, parts[-1].returns = recorded.arguments, recorded.returns
+    mark_lengths(parts, root, recorded, names)
     _separate(parts)
     return tuple(parts)
 
@@ -104,7 +106,7 @@ def _record(root: nn.Module, names: Sequence[str], cut: str) -> Trace:
         recorded = export(root, example, share)
     except CutError as other:
         raise CutError(f"{error} Nor does torch.export do: {other}") from other.__cause__
-    log.info("%s is cut with torch.export: %s", type(root).__name__, error)
+    log.info("%s is cut with torch.export: %s", type(root).__name__, str(error).partition(". ")[0])
     return recorded
 
 

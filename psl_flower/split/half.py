@@ -39,7 +39,15 @@ class Part(nn.Module):
     Parameters
     ----------
     cut : CutNames
+
+    Attributes
+    ----------
+    takes, gives : tuple of bool
+        For each tensor that it is given and gives at a cut, whether it is as long as the texts, see `lengths`.
     """
+
+    takes: tuple[bool, ...] = ()
+    gives: tuple[bool, ...] = ()
 
     def __init__(self, cut: CutNames) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ class Halves:
     def parts(self) -> tuple[nn.Module, ...]:
         """The parts in the order in which they run."""
         return (self.client, self.server) if self.tail is None else (self.client, self.server, self.tail)
+
+    def copied_parts(self) -> tuple[nn.Module, ...]:
+        """Return copies of the parts, to be trained; frozen parameters are the same, so that there is one of them."""
+        frozen = {id(p): p for part in self.parts for p in part.parameters() if not p.requires_grad}
+        return copy.deepcopy(self.parts, frozen)
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy a whole model's state dict into the parts; what is unused may be absent.

@@ -31,7 +31,7 @@ _FACT_METHODS |= {"sym_size", "sym_numel", "sym_stride"}  # as torch.export call
 
 
 @dataclass(frozen=True, eq=False)
-class _Pieces:
+class Pieces:
     """The nodes of a graph by piece.
 
     Parameters
@@ -74,8 +74,7 @@ def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) ->
     arguments = recorded.arguments
     raw: set[str] = set()
     for graph in recorded.graphs.values():
-        nodes = list(graph.nodes)
-        pieces = _assign(root, nodes, _starts(nodes, cuts), recorded.shared)
+        pieces = pieces_of(root, graph, cuts, recorded.shared)
         raw |= {str(node.target) for sent in pieces.sent for node in sent if _is_input(node)}
     private = raw - recorded.shared
     optional = [name for name in arguments.inputs if name in private and name not in arguments.needed]
@@ -101,9 +100,20 @@ def _without(graph: fx.Graph, names: Iterable[str]) -> fx.Graph:
     return copy
 
 
-def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> list[fx.Graph]:
+def pieces_of(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> Pieces:
+    """Return the nodes of a graph by piece.
+
+    Raises
+    ------
+    CutError
+        If the model never enters a cut, or in another order.
+    """
     nodes = list(graph.nodes)
-    pieces = _assign(root, nodes, _starts(nodes, cuts), shared)
+    return _assign(root, nodes, _starts(nodes, cuts), shared)
+
+
+def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> list[fx.Graph]:
+    pieces = pieces_of(root, graph, cuts, shared)
     _check_parameters(root, pieces)
     for piece, sent in enumerate(pieces.sent):
         for node in sent:
@@ -192,7 +202,7 @@ def _changed_in_place(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], shared: Collection[str]) -> _Pieces:
+def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], shared: Collection[str]) -> Pieces:
     """Say which piece runs a node, and what the pieces hand to one another."""
     last = len(starts)
     facts, from_data = _classify(root, nodes, shared)
@@ -229,7 +239,7 @@ def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], sh
             [node for node in nodes if own[node] == i and node in wanted] for i, wanted in enumerate(needed[steps:])
         ]
 
-    return _Pieces(running, sent=handed(1), kept=handed(2))
+    return Pieces(running, sent=handed(1), kept=handed(2))
 
 
 def _joins(
@@ -283,7 +293,7 @@ def _tensors_of(node: fx.Node, facts: set[fx.Node]) -> Iterator[fx.Node]:
             yield from _tensors_of(source, facts)
 
 
-def _piece_graph(pieces: _Pieces, piece: int) -> fx.Graph:
+def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
     graph = fx.Graph()
     last = len(pieces.runs) - 1
     received = [*pieces.sent[piece - 1], *(pieces.kept[piece - 2] if piece > 1 else [])] if piece else []
@@ -394,7 +404,7 @@ def _state(root: nn.Module, node: fx.Node) -> dict[str, torch.Tensor]:
     return {}
 
 
-def _check_parameters(root: nn.Module, pieces: _Pieces) -> None:
+def _check_parameters(root: nn.Module, pieces: Pieces) -> None:
     """Refuse a piece with nothing to train; a tail may be just that, for it is there to keep labels on the client."""
     names = NAMES[len(pieces.runs)]
     remedies = ("cut later", "cut earlier" if len(names) == 2 else "cut earlier, or let the tail begin later")

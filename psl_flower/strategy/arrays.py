@@ -1,4 +1,4 @@
-"""The whole model's state dict as Flower arrays, and back."""
+"""A model's state dict as Flower arrays, and back."""
 
 from __future__ import annotations
 
@@ -6,9 +6,25 @@ from collections.abc import Mapping
 
 import torch
 from flwr.app import ArrayRecord
-from torch import Tensor
+from torch import Tensor, nn
 
+from psl_flower.checks import check_choice
 from psl_flower.errors import ConfigError
+
+
+def kept_state(model: nn.Module, state: str) -> dict[str, Tensor]:
+    """Return a model's state dict, as far as a run takes, keeps and returns it; without values.
+
+    Parameters
+    ----------
+    model : nn.Module
+    state : str
+        "all", or "trainable": all but the frozen parameters.
+    """
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    trainable = check_choice(state, "state", ("all", "trainable")) == "trainable"
+    held = model.state_dict(keep_vars=True)
+    return {name: t.detach().to("meta") for name, t in held.items() if not (trainable and id(t) in frozen)}
 
 
 def arrays_to_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,8 +38,8 @@ def arrays_to_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict
     if different := sorted(set(arrays) ^ set(template)):
         where = "missing from the arrays" if different[0] in template else "not in the model"
         raise ConfigError(
-            f"initial_arrays must be the whole model's state dict, {len(different)} names differ: {different[0]!r} is "
-            f"{where}; pass ArrayRecord(model.state_dict())"
+            f"initial_arrays must be the model's state dict, {len(different)} names differ: {different[0]!r} is "
+            f"{where}; pass ArrayRecord(model.state_dict()), with state='trainable' only what is not frozen"
         )
     state = {}
     for name, tensor in template.items():

@@ -5,79 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from psl_flower.errors import ConfigError, DivergenceError, PSLError, StepError
+from psl_flower import tree
+from psl_flower.errors import ConfigError, DivergenceError, StepError
 from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, Weights, step_seed
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.server import SUMMED, LocalBackend, NothingCountsError, Outcome, PartCopy, ServerPart
+from psl_flower.strategy.attempt import Attempt, LostClientsError, TooFewError
 from psl_flower.strategy.gathering import gather
 from psl_flower.strategy.secure import SecureSums, check_given_alike
 from psl_flower.tree import Tree
 
 Exchange = Callable[[Request], Reply]
 
-
-class LostClientsError(PSLError):
-    """Clients were lost after they had contributed to a step: it is to be made again without them."""
-
-    def __init__(self, failures: Mapping[int, Failure]) -> None:
-        super().__init__(f"lost {len(failures)} clients")
-        self.failures = dict(failures)
-
-
-class TooFewError(PSLError):
-    """Too little arrived for a step to be worth making."""
-
-
-@dataclass(eq=False)
-class Attempt:
-    """What came of an attempt at a step.
-
-    Parameters
-    ----------
-    orders : Orders
-        Of all clients that were asked.
-    record : Outcome or None
-        What the method returned; None: nothing was applied.
-    clients : tuple of int
-        Whose examples were applied.
-    labels : tree or None
-        Theirs, in the same order, where the server knows them.
-    skipped : str
-        Why their examples were not applied after all: "not finite" (the loss or gradients), "nothing counts"; or "".
-    lost : dict of int to Failure
-        Clients that are not in it, and why.
-    given : bool
-        Whether clients have given masked sums, which they do once: nothing came of it, the examples must rest.
-    seconds : dict of int to list of float
-        How long each client worked, request by request.
-    bytes_sent, bytes_received : int
-        Of tensors.
-    """
-
-    orders: Orders
-    record: Any = None
-    clients: tuple[int, ...] = ()
-    labels: Tree = None
-    skipped: str = ""
-    lost: dict[int, Failure] = field(default_factory=dict)
-    given: bool = False
-    seconds: dict[int, list[float]] = field(default_factory=dict)
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-    def counts(self) -> dict[int, int]:
-        """Return the examples of each client that were applied."""
-        counts = dict(zip(self.orders.clients.tolist(), self.orders.counts.tolist(), strict=True))
-        return {client: counts[client] for client in self.clients}
+_MOST_SEPARATE = 2**26  # bytes of sums that are asked for client by client to learn how large they usually are
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,6 +49,8 @@ class Asking:
         Where clients mask their sums.
     keys : callable
         Returns the clients' public keys, by client.
+    texts : bool
+        Whether rows may differ in length.
     """
 
     exchange: Exchange
@@ -109,6 +61,7 @@ class Asking:
     refuse: Callable[[Mapping[int, Failure], int, str], None]
     secure: SecureSums | None = None
     keys: Callable[[], Mapping[int, bytes]] = dict
+    texts: bool = False
 
 
 class CallContext:
@@ -184,6 +137,8 @@ class CallContext:
             )
         clients = tuple(orders.clients.tolist())
         first, secure, company = stage.after is None, self._asking.secure, None
+        each = secure is None and not self.orders.test and self._asking.validator.wants_each(stage)
+        size = sum(tree.num_bytes(dict(part.parameters)) for part in self._weights.values())
         if secure is not None and LeafKind.SUM in stage.outputs.values():
             if len(orders) < secure.options.least:
                 raise TooFewError
@@ -197,7 +152,7 @@ class CallContext:
             weights={} if stage.own else self._weights,
             inputs={name: Leaf(kind, inputs[name]) for name, kind in stage.inputs.items()},
             delays=tuple(self._delays.get(c, 0.0) for c in clients) if first and self._delays else (),
-            separate=self._asking.separate,
+            separate=self._asking.separate or (each and size * len(orders) <= _MOST_SEPARATE),
             company=company,
             config=self._asking.config,
             evaluate_config=self._asking.evaluate_config if orders.test else {},
@@ -212,7 +167,7 @@ class CallContext:
         return checked.parts, checked.failures
 
     def _gather(self, stage: Stage, request: Request | None, parts: list[Part], asked: Orders, clip: Any) -> Any:
-        sent = gather(stage, parts, self.orders, asked, clip)
+        sent = gather(stage, parts, self.orders, asked, clip, texts=self._asking.texts)
         secure, company = self._asking.secure, None if request is None else request.company
         if secure is not None and company is not None:
             for name in [name for name, kind in stage.outputs.items() if kind is LeafKind.SUM]:
@@ -289,15 +244,18 @@ class StepContext(CallContext):
             If clients fail; not for the method to catch.
         """
         stage: Stage = function.stage
+        if self._begun and self._nothing_to_give(stage):
+            return SimpleNamespace(**{name: {} for name in stage.outputs})
         parts, request = self._first_parts(stage) if not self._begun and not inputs else None, None
         if parts is None:
             request = self._request(stage, self.orders, inputs)
             parts, failures = self._ask(stage, request)
             if failures:
-                self._asking.refuse(_own(failures) if self._begun else failures, len(request.nodes), stage.name)
-                again = self._begun and request.company is None
-                more, failures = self._once_more(stage, request, failures) if again else ([], failures)
+                again = {} if request.company is not None else failures if self._begun else _joint(failures)
+                self._asking.refuse(_own(failures) if again else failures, len(request.nodes), stage.name)
+                more, still = self._once_more(stage, request, again) if again else ([], {})
                 parts += more
+                failures = {client: why for client, why in failures.items() if client not in again} | still
             if failures and self.given:
                 self._attempt.lost |= failures
                 raise TooFewError
@@ -314,6 +272,11 @@ class StepContext(CallContext):
         if "labels" in stage.outputs and not self.orders.test:
             self._attempt.labels = sent.labels
         return sent
+
+    def _nothing_to_give(self, stage: Stage) -> bool:
+        """Whether all that a stage gives are gradients of parts of which nothing trains: nobody needs to be asked."""
+        parts = [self._weights.get(name) for name, kind in stage.outputs.items() if kind is LeafKind.SUM]
+        return 0 < len(parts) == len(stage.outputs) and all(part and not part.parameters for part in parts)
 
     def _first_parts(self, stage: Stage) -> list[Part] | None:
         return self._first.get(stage.name)
@@ -424,13 +387,15 @@ def _own(failures: Mapping[int, Failure]) -> dict[int, Failure]:
     return {client: failure for client, failure in failures.items() if not failure.joint}
 
 
+def _joint(failures: Mapping[int, Failure]) -> dict[int, Failure]:
+    """Return those that may be another client's, whose reply came with theirs."""
+    return {client: failure for client, failure in failures.items() if failure.joint}
+
+
 __all__ = [
     "Asking",
-    "Attempt",
     "CallContext",
     "EvaluationContext",
-    "LostClientsError",
     "RoundContext",
     "StepContext",
-    "TooFewError",
 ]

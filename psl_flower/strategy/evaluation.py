@@ -17,7 +17,8 @@ from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
 from psl_flower.server import LocalBackend, Outcome, Scores
-from psl_flower.strategy.context import Asking, EvaluationContext, LostClientsError, TooFewError
+from psl_flower.strategy.attempt import LostClientsError, TooFewError
+from psl_flower.strategy.context import Asking, EvaluationContext
 from psl_flower.strategy.gathering import by_client
 from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.secure import SecureSums
@@ -69,12 +70,13 @@ class Evaluator:
         self._batch_size, self._summary, self._policy, self._metrics = batch_size, summary, policy, metrics
         self._asking = Asking(
             exchange=lambda request: membership.clients.exchange(request, timeout),
-            validator=Validator(),
+            validator=Validator(texts=backend.texts),
             config=config,
             evaluate_config=evaluate_config,
             refuse=lambda failures, of, stage: None,
             secure=secure,
             keys=membership.clients.keys,
+            texts=backend.texts,
         )
 
     def evaluate(self) -> MetricRecord | None:

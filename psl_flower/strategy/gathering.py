@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from psl_flower import tree
+from psl_flower.data import IGNORED
 from psl_flower.errors import LabelError, StepError
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import Stage
@@ -17,7 +18,9 @@ from psl_flower.protocol import Orders, Part
 from psl_flower.tree import Tree
 
 
-def gather(stage: Stage, parts: list[Part], orders: Orders, asked: Orders, clip: Any) -> SimpleNamespace:
+def gather(
+    stage: Stage, parts: list[Part], orders: Orders, asked: Orders, clip: Any, *, texts: bool = False
+) -> SimpleNamespace:
     """Return what clients sent as the method sees it, in ascending client id whoever sent it with whom.
 
     Parameters
@@ -26,6 +29,8 @@ def gather(stage: Stage, parts: list[Part], orders: Orders, asked: Orders, clip:
         Of the clients whose rows are wanted.
     asked : Orders
         Of all whose rows may be in the parts.
+    texts : bool
+        Whether rows may differ in length: they are padded to the longest, see `psl_flower.split.lengths`.
     """
     parts = sorted(parts, key=lambda part: min(part.nodes))
     nodes = [node for part in parts for node in part.nodes]
@@ -39,7 +44,8 @@ def gather(stage: Stage, parts: list[Part], orders: Orders, asked: Orders, clip:
     found: dict[str, Any] = {}
     for name, kind in stage.outputs.items():
         if kind is LeafKind.ROWS:
-            joined = tree.join([part.outputs[name].value for part in parts], name)
+            fill = IGNORED if name in stage.exact else 0
+            joined = tree.join([part.outputs[name].value for part in parts], name, fill=fill if texts else None)
             found[name] = joined if chosen is None else tree.take(joined, chosen)
         elif kind is LeafKind.SUM:
             total: Tree = None

@@ -13,7 +13,7 @@ from psl_flower.errors import StepError
 from psl_flower.records import RoundRecord, StepRecord
 from psl_flower.samplers.base import Sampler
 from psl_flower.stragglers import VirtualClock
-from psl_flower.strategy.context import Attempt
+from psl_flower.strategy.attempt import Attempt
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.ledger import EpochLedger, part, saved_population
 from psl_flower.strategy.run import Run

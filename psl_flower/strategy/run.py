@@ -18,7 +18,8 @@ from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
 from psl_flower.server import LocalBackend, Scheduler
-from psl_flower.strategy.context import Attempt, RoundContext
+from psl_flower.strategy.attempt import Attempt
+from psl_flower.strategy.context import RoundContext
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.ledger import EpochLedger
@@ -47,7 +48,7 @@ class Run:
     summary: RunSummary
     policy: FaultPolicy
     saved: dict[str, Any] | None
-    state: dict[str, torch.Tensor]  # of the whole model
+    state: dict[str, torch.Tensor]  # of the whole model, or of what trains
     result: Result
     timeout: float
 
@@ -58,8 +59,8 @@ class Run:
         self._pooled: tuple[Population, IntArray] | None = None
 
     def current_state(self) -> dict[str, torch.Tensor]:
-        """Return the whole model's state dict as it is now."""
-        self.state |= self.backend.state()
+        """Return the model's state dict as it is now, as far as the run keeps it."""
+        self.state |= self.backend.state(self.state)
         return self.state
 
     def take_saved(self) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ class Saver:
     backend : LocalBackend
     scheduler : Scheduler
     template : dict of str to Tensor
-        The whole model's state dict.
+        The model's state dict, as far as the run keeps it.
     options : dict
         The other settings of the run, by the names of the strategy's arguments: plain values or objects.
     run_config : dict
@@ -137,7 +137,7 @@ class Saver:
             "settings": self._settings,
             "changes": self._history,
             "round": server_round,
-            "trainer": {**run.backend.state_dict(), "state": run.current_state()},
+            "trainer": {**run.backend.state_dict(run.state), "state": run.current_state()},
             "membership": run.membership.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "ledger": ledger.state_dict(),

@@ -16,13 +16,11 @@ from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, step_seed
 from psl_flower.server import LocalBackend, NothingCountsError
+from psl_flower.strategy.attempt import Attempt, LostClientsError, TooFewError
 from psl_flower.strategy.context import (
     Asking,
-    Attempt,
-    LostClientsError,
     RoundContext,
     StepContext,
-    TooFewError,
 )
 from psl_flower.strategy.gathering import by_client
 from psl_flower.strategy.secure import SecureSums
@@ -70,12 +68,13 @@ class StepRunner:
         self._attempt: Attempt | None = None
         self._asking = Asking(
             exchange=self._exchange,
-            validator=Validator(policy.outlier_bound),
+            validator=Validator(policy.outlier_bound, texts=backend.texts),
             separate=separate or (policy.max_gradient_norm is not None and secure is None),
             config=config,
             refuse=self._refuse,
             secure=secure,
             keys=clients.keys,
+            texts=backend.texts,
         )
         self._committed = False  # a step, in this process
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from psl_flower.batch_plan import PlanStep
 from psl_flower.errors import ConfigError
 from psl_flower.population import Population
+from psl_flower.samplers.base import Sampler
 from psl_flower.stragglers import DelayEstimator, DelayModel, VirtualClock
-from psl_flower.strategy.context import Attempt
+from psl_flower.strategy.attempt import Attempt
 
 
 @dataclass
@@ -17,8 +18,9 @@ class Stragglers:
 
     Parameters
     ----------
+    sampler : Sampler
     planned : DelayModel, optional
-        What a sampler plans with; a `DelayEstimator` measures.
+        What it plans with; a `DelayEstimator` measures.
     simulated : DelayModel, optional
         How slow clients are made to look.
     sleep : bool
@@ -27,9 +29,10 @@ class Stragglers:
     Raises
     ------
     ConfigError
-        If a model is none, or there is nothing to wait for.
+        If a model is none, the sampler has none to plan with, or there is nothing to wait for.
     """
 
+    sampler: Sampler
     planned: DelayModel | None = None
     simulated: DelayModel | None = None
     sleep: bool = False
@@ -38,6 +41,11 @@ class Stragglers:
         for name, model in (("delays", self.planned), ("simulated_delays", self.simulated)):
             if model is not None and not callable(getattr(model, "delays", None)):
                 raise ConfigError(f"{name} must be a delay model of psl_flower.stragglers, got {model!r:.80}")
+        if self.sampler.needs_delays and self.planned is None:
+            raise ConfigError(
+                f"{type(self.sampler).__name__} plans with delays: pass delays=..., a model of psl_flower.stragglers, "
+                "or DelayEstimator() to measure them"
+            )
         if self.simulated is None and not isinstance(self.planned, DelayEstimator):
             self.simulated = self.planned
         if self.sleep and self.simulated is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,14 +28,14 @@ from psl_flower.flower import is_deployment, stopped_by_flower
 from psl_flower.last_word import last_word
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.monitor import round_values
-from psl_flower.privacy import SecureAggregation
+from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
-from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, make_scheduler
+from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, load_known, make_scheduler
 from psl_flower.server.optimizer import check_optimizer_fn, sgd
 from psl_flower.split import check_client_half, cut_model, signature
 from psl_flower.stragglers import DelayModel
-from psl_flower.strategy.arrays import arrays_to_state, state_to_arrays
+from psl_flower.strategy.arrays import arrays_to_state, kept_state, state_to_arrays
 from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server, shown
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.exchanging import ExchangingStrategy
@@ -44,6 +43,7 @@ from psl_flower.strategy.folder import FolderLock, set_aside
 from psl_flower.strategy.labels import LabelCounts, check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.membership import Membership
+from psl_flower.strategy.private import check_private, with_epsilon
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import FILES, RunRecorder
 from psl_flower.strategy.run import Run
@@ -58,7 +58,7 @@ log = logging.getLogger("flwr.psl_flower")
 # Attributes that are settings of a run, as they are called.
 _SETTINGS = (
     *("cut", "tail", "sampler", "transport", "stream_options", "min_available_nodes", "evaluate_every", "label_counts"),
-    *("evaluate_batch_size", "faults", "checkpoint_every", "keep_checkpoints", "secure_aggregation"),
+    *("evaluate_batch_size", "faults", "checkpoint_every", "keep_checkpoints", "secure_aggregation", "private"),
 )
 
 
@@ -84,10 +84,11 @@ class ParallelSplitLearning(ExchangingStrategy):
     sampler : Sampler, optional
         Decides the quotas. Default: ``UniformGlobalSampler(batch_size=128)``.
     optimizer : callable, optional
-        Takes the trainable parameters of both halves, in the model's order, and returns a torch optimizer. Default: SGD
-        with learning rate 0.01.
+        Takes the trainable parameters of both halves, in the model's order, and returns a torch optimizer; those with
+        their names, where its argument is called ``named_parameters``. Default: SGD with learning rate 0.01.
     scheduler : callable, optional
-        Takes the optimizer and returns a torch learning-rate scheduler, stepped after every round.
+        Takes the optimizer and returns a torch learning-rate scheduler, stepped after every round; or a dict,
+        ``{"scheduler": ..., "interval": "step"}``.
     loss : callable
         Takes (outputs, labels) and returns the mean over the batch. Where labels stay with the clients, so does it.
     classification : bool
@@ -114,8 +115,13 @@ class ParallelSplitLearning(ExchangingStrategy):
     secure_aggregation : bool or SecureAggregation
         Whether clients mask their sums (parameter gradients, and in a U shape loss and score), so that the server sees
         them of all clients together only. The clients need the same.
+    private : DPSGD, optional
+        Differential privacy of the model for each example, told after every round. The clients need the same.
     label_counts : "noisy" or dict of int to sequence of int, optional
         What a sampler that plans by class knows where labels stay with the clients: noisy counts of theirs, or yours.
+    state : str
+        "all", or "trainable": `start` takes and returns, and checkpoints hold, all but the frozen parameters, which are
+        those of `model`.
     evaluate_every : int
         Rounds between two split evaluations on the clients' test data; 0 for none.
     evaluate_batch_size : int
@@ -162,7 +168,9 @@ class ParallelSplitLearning(ExchangingStrategy):
         device: str = "auto",
         min_available_nodes: int = 2,
         secure_aggregation: SecureAggregation | bool = False,
+        private: DPSGD | None = None,
         label_counts: LabelCounts = None,
+        state: str = "all",
         evaluate_every: int = 1,
         evaluate_batch_size: int = 1024,
         faults: FaultPolicy | None = None,
@@ -183,15 +191,10 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
         self.evaluate_every = check_int(evaluate_every, "evaluate_every", least=0)
         self.evaluate_batch_size = check_int(evaluate_batch_size, "evaluate_batch_size", least=1)
-        if self.sampler.needs_delays and delays is None:
-            raise ConfigError(
-                f"{type(self.sampler).__name__} plans with delays: pass delays=..., a model of psl_flower.stragglers, "
-                "or DelayEstimator() to measure them"
-            )
-        self._stragglers = Stragglers(delays, simulated_delays, sleep)
+        self._stragglers = Stragglers(self.sampler, delays, simulated_delays, sleep)
         self.transport = check_choice(transport, "transport", TRANSPORTS)
         self.stream_options = streams = stream_options or StreamOptions()
-        self.faults = faults or FaultPolicy()
+        self.faults = faults or (FaultPolicy() if private is None else FaultPolicy(outlier_bound=None))
         self.secure_aggregation = check_secure(secure_aggregation, self.method, self.sampler, streams)
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", least=0)
         self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
@@ -207,10 +210,11 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.label_counts = label_counts
         check_labels_stay(self.method, self.sampler, loss, classification, self._metrics, label_counts)
         self._halves = cut_model(model, cut, tail)
-        self.method.assign(self._halves.parts)  # refuses another number of them
+        parts = self.method.assign(self._halves.parts)  # refuses another number of them
+        self.private = check_private(private, self.method, parts, self.sampler, self.faults, resume_from)
         for part in self._client_parts():
             check_client_half(part)
-        self._template = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        self._template = kept_state(model, state)
         self._parameter_order = [name for name, _ in model.named_parameters()]
 
     # --- the run -----------------------------------------------------------------------------------------------------
@@ -308,6 +312,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     tolerate_mistakes=policy.mistakes != "stop",
                     may_grow=deployment,
                     method=self.method.name,
+                    private="" if self.private is None else repr(self.private),
                     model=signature(self._halves),
                     session="" if secure is None else secure.session,
                 )
@@ -362,7 +367,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     saver.restore(run, saved, self._stragglers.planned)
                 stop = recorder.stopped
                 for server_round in range(first_round, num_rounds + 1) if stop is None else ():
-                    record = loop.train(server_round)
+                    record = with_epsilon(self.private, loop.train(server_round))
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
                     in_clients = self._evaluate_in_clients(run, server_round, result)
@@ -380,7 +385,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 summary.ignored.update(carrier.ignored)
                 recorder.summary(summary.report())
             summary.log(membership.name)
-        log.info("Finished %d rounds in %s.", num_rounds, clock(time.monotonic() - begin))
+        log.info("Finished %d round%s in %s.", num_rounds, "s" * (num_rounds > 1), clock(time.monotonic() - begin))
         return result
 
     def _evaluates(self, server_round: int) -> bool:
@@ -403,9 +408,9 @@ class ParallelSplitLearning(ExchangingStrategy):
         return [parts[name] for name in self.method.client_parts()]
 
     def _backend(self, state: Mapping[str, torch.Tensor]) -> LocalBackend:
-        parts = self.method.assign(copy.deepcopy(self._halves.parts))  # `start` may be called again
+        parts = self.method.assign(self._halves.copied_parts())  # `start` may be called again
         for part in parts.values():
-            part.load_state_dict({name: state[name] for name in part.state_dict()})
+            load_known(part, state)
         return LocalBackend(
             parts,
             self.method.parts,
@@ -414,6 +419,8 @@ class ParallelSplitLearning(ExchangingStrategy):
             device=self._device,
             classification=self._classification,
             order=self._parameter_order,
+            private=self.private,
+            noise_on_clients=self.secure_aggregation is not None,
         )
 
     def _settings(self, num_rounds: int) -> dict[str, Any]:

@@ -1,65 +1,55 @@
-"""Chaos at length: every sampler under many seeds, in one process; then deployments whose nodes are killed and frozen.
+"""Chaos at length: runs drawn from seeds (tests/mayhem); then deployments whose nodes are killed and frozen.
 
-    python tests/bench/bench_chaos.py --seeds 20                in one process
+    python tests/bench/bench_chaos.py --seed 0 --epochs 1000    in one process; `make chaos SEED=0 EPOCHS=1000`
     python tests/bench/bench_chaos.py --deployment 4            SuperLink and 4 SuperNodes
     python tests/bench/bench_chaos.py --deployment 2 --transport messages
 
 What must hold is asserted: the run ends, every example of every client is used exactly once an epoch, what is refused
-is what was injected. Prints what happened.
+is what was injected, the model is that of the committed steps. Prints what happened, and whether memory, threads and
+open files are as they were.
 """
 
 import argparse
 import json
+import logging
+import os
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "integration")]
 
-
-def _shown(counts):
-    return ", ".join(f"{kind} {n}" for kind, n in counts.most_common())
+WARM_UP = 60  # epochs, after which nothing more should be taken
 
 
-def in_one_process(seeds):
-    """Return how many faults there were, by kind."""
-    import test_faults as chaos
-    from faulty import FakeTime, RecordingRunner, assert_each_used_once
+def held():
+    """Return what this process holds: memory in MB, threads, open files."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, threading.active_count(), len(os.listdir("/proc/self/fd"))
 
-    from psl_flower.exchange import clients, messages
-    from psl_flower.samplers.registry import SAMPLERS
-    from psl_flower.strategy import run, tolerance
-    from psl_flower.strategy import strategy as strategy_module
 
-    clock = FakeTime()
-    for module in (messages, clients, run, tolerance):
-        module.time = clock
-    strategy_module.StepRunner = RecordingRunner
-    injected, ignored, replans, runs = Counter(), Counter(), 0, 0
-    for seed in seeds:
-        for name in SAMPLERS:
-            with tempfile.TemporaryDirectory() as folder:
-                grid = chaos.Flaky(seed, share=0.03 + 0.05 * (seed % 3))
-                strategy = chaos.make(**chaos.options_for(name), output_dir=folder, patience=100.0)
-                try:
-                    chaos.start(strategy, grid, num_rounds=3)
-                    assert_each_used_once(RecordingRunner.latest, chaos.K, 3)
-                    summary = json.loads((Path(folder) / "summary.json").read_text())
-                    assert summary["refused"] == +grid.injected, (summary["refused"], grid.injected)
-                    assert summary["ignored"] == +grid.ignorable, (summary["ignored"], grid.ignorable)
-                    assert summary["examples_unseen"] == {}
-                except Exception:
-                    print(f"sampler {name}, seed {seed}:", file=sys.stderr)
-                    raise
-            injected += grid.injected
-            ignored += grid.ignorable
-            replans, runs = replans + summary["replans"], runs + 1
-    print(f"{runs} runs of 3 epochs: {injected.total()} faults refused {_shown(injected)}")
-    print(f"ignored {_shown(ignored)}; {replans} plans made anew; every example used once in every epoch")
+def in_one_process(seed, epochs):
+    """Play the scenarios from a seed on until there were so many epochs, and print what happened in them."""
+    from mayhem import play_until
+
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    seeds, begin = count(seed), time.monotonic()
+    done, runs, found = play_until(seeds, min(WARM_UP, epochs))
+    before = held()
+    if done < epochs:
+        more = play_until(seeds, epochs - done)
+        done, runs, found = (one + other for one, other in zip((done, runs, found), more, strict=True))
+    print(f"{done} epochs, seeds {seed} to {next(seeds) - 1}, in {time.monotonic() - begin:.0f} s; all survived")
+    print("epochs:", ", ".join(f"{what} {n}" for what, n in sorted(runs.items())))
+    print("what happened:", ", ".join(f"{what} {n}" for what, n in sorted(found.items()) if n))
+    print("MB, threads, open files after {} epochs: {:.0f}, {}, {}".format(min(WARM_UP, epochs), *before), end="; ")
+    print("at the end: {:.0f}, {}, {}".format(*held()))
 
 
 def in_deployment(num_nodes, transport, seed, seconds):
@@ -109,13 +99,13 @@ def _reached(folder, number):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--seeds", type=int, default=5)
-parser.add_argument("--first", type=int, default=0, help="the first seed")
+parser.add_argument("--seed", type=int, default=0, help="the first")
+parser.add_argument("--epochs", type=int, default=60)
 parser.add_argument("--deployment", type=int, default=0, help="number of SuperNodes")
 parser.add_argument("--transport", default="streams", choices=("streams", "messages"))
 parser.add_argument("--step-timeout", type=float, default=20.0)
 options = parser.parse_args()
 if options.deployment:
-    in_deployment(options.deployment, options.transport, options.first, options.step_timeout)
+    in_deployment(options.deployment, options.transport, options.seed, options.step_timeout)
 else:
-    in_one_process(range(options.first, options.first + options.seeds))
+    in_one_process(options.seed, options.epochs)

@@ -57,7 +57,7 @@ def test_there_are_no_commands_in_the_readmes_but_those_tested_here():
     assert len(APPS) >= 7
     assert len(SCRIPTS) >= 9
     tested = {RUN + command for _, command in APPS} | {PYTHON + command for _, command in SCRIPTS}
-    for example in ("quickstart", "custom-model", "labels-stay", "compare-samplers", "stragglers"):
+    for example in ("quickstart", "custom-model", "labels-stay", "llm-lora", "compare-samplers", "stragglers"):
         lines = shell_lines(example)
         assert lines
         assert [line for line in lines if line not in tested and not FLWR.fullmatch(line)] == []
@@ -148,7 +148,7 @@ def score_of(place, folder):
 
 @pytest.mark.parametrize(
     ("example", "command"),
-    [pytest.param(*app, marks=pytest.mark.slow if LONG.search(app[1]) else ()) for app in APPS],
+    [pytest.param(*app, marks=pytest.mark.slow if LONG.search(app[1]) else ()) for app in APPS if app[0] != "llm-lora"],
 )
 def test_apps_reach_what_their_readme_says(example, command, folder):
     place, partition = run_in_process(command)
@@ -182,6 +182,22 @@ def test_labels_stay_tells_what_the_registry_has_received(folder, capfd):
                 assert not any(row.numpy().tobytes() in received for row in measurements)
 
 
+@pytest.mark.slow
+def test_llm_lora_says_what_the_adapters_are_good_for(folder, capfd):
+    """Perplexities in descending order, and the same one again of what peft has loaded."""
+    (command,) = (command for name, command in APPS if name == "llm-lora")
+    run_in_process(command)
+    told = capfd.readouterr().out
+    counted, base, adapted, loaded = map(float, re.findall(r"(\d+\.\d) (?:by the|with|once)", told))
+    assert counted == 31.0
+    assert 10 < base < 16
+    assert 2.2 < adapted < 3.2
+    assert loaded == adapted
+    adapters = load_file(folder / "outputs" / "adapters" / "adapter_model.safetensors")
+    assert all(".lora_A." in name or ".lora_B." in name for name in adapters)
+    assert len(load_file(folder / "outputs" / "model.safetensors")) == len(adapters) == 2 * 7 * 4
+
+
 @pytest.mark.flower
 @pytest.mark.slow  # in one process above; the default app is run on the simulation in test_default_app
 @pytest.mark.parametrize("example", ["quickstart", "custom-model"])
@@ -192,7 +208,7 @@ def test_apps_run_on_the_simulation_as_their_readme_says(example, folder):
         [sys.executable, "-m", "psl_flower", "run", *words], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Finished 1 rounds" in done.stdout
+    assert "Finished 1 round in" in done.stdout
     assert 0.2 <= score_of(f"examples/{example}", folder) <= 0.8
     if example == "custom-model":
         assert (folder / "outputs" / "curves.png").stat().st_size > 10_000

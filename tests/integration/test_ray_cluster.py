@@ -58,7 +58,7 @@ def test_clients_of_both_machines_train_over_streams(machines, tmp_path):
     ):
         command = [*machines[address], RAY, "start", *words, *ray, address]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
-    command = [*machines[HEAD], sys.executable, "-m", "psl_flower.app.local", str(ROOT), "--num-supernodes", str(K)]
+    command = [*machines[HEAD], sys.executable, "-m", "psl_flower", "run", str(ROOT), "--num-supernodes", str(K)]
     settings = f"num-server-rounds=1 output-dir='{tmp_path}' transport='streams'"
     log = tmp_path / "log"
     with log.open("w") as output:

@@ -7,7 +7,7 @@ import pytest
 from flwr.common.config import parse_config_args
 from ray._private.utils import validate_socket_filepath
 
-from psl_flower import cli, temporary_folder
+from psl_flower import cli, flower, temporary_folder
 from psl_flower.app import local
 from psl_flower.app.preflight import check_run, read_overrides
 from psl_flower.errors import ConfigError
@@ -106,3 +106,13 @@ def test_a_folder_too_long_for_the_paths_of_rays_sockets_is_refused(monkeypatch,
     with pytest.raises(ConfigError, match=rf"{name} must have at most {len(longest)} bytes.*: set {name}=/tmp before"):
         check_run(ROOT, [], 2, simulation=True)
     check_run(ROOT, [], 2, simulation=False)  # a deployment has no Ray
+
+
+@pytest.mark.parametrize("command", ["run", "deploy"])
+def test_a_flower_whose_addresses_are_given_otherwise_is_refused(command, monkeypatch, capsys):
+    monkeypatch.setattr(flower, "version", lambda name: "1.39.2")
+    assert cli.main([command, str(ROOT)]) == 2
+    assert capsys.readouterr().err.startswith("psl-flower: psl-flower run and deploy need flwr 1.40 or newer, got ")
+    monkeypatch.setattr(flower, "version", lambda name: "1.40.0")
+    with pytest.raises(AssertionError, match="it was started"):
+        cli.main([command, str(ROOT)])

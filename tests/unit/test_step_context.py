@@ -11,13 +11,11 @@ from psl_flower.exchange.validation import Validator
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods import EACH, ROWS, SUM, SplitMethod, stage
 from psl_flower.protocol import Leaf, Orders, Part, Reply, Weights
+from psl_flower.strategy.attempt import Attempt, LostClientsError, TooFewError
 from psl_flower.strategy.context import (
     Asking,
-    Attempt,
     EvaluationContext,
-    LostClientsError,
     StepContext,
-    TooFewError,
 )
 from psl_flower.strategy.gathering import by_client, gather
 

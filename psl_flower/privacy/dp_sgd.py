@@ -1,0 +1,83 @@
+"""Training with differential privacy of what is released, the model (DP-SGD, Abadi et al. 2016, arXiv 1607.00133)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psl_flower.checks import check_float, check_int
+from psl_flower.privacy import accounting
+from psl_flower.privacy.secret import Secret
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGD:
+    """Each example's gradient is clipped, and noise is added to the sums: nobody can tell from the model who was in it.
+
+    Server and clients need the same. It protects the *model*, after every step, against those who get it: other
+    clients, and whoever it is handed to. It does not keep anything from the server, which has activations, gradients at
+    the cut and, but for a U shape, labels; and it says nothing of losses and accuracies, which are told without noise.
+
+    Parameters
+    ----------
+    clip : float
+        Largest L2 norm of an example's gradient, of its own loss, over all parts of the model: each of P parts is
+        clipped to ``clip / sqrt(P)``.
+    noise : float
+        Standard deviation of the noise in a step's sum, over `clip`.
+    batch_size : int
+        The sampler's B. A step's loss is the mean over its examples, so that the gradients of one are clipped to
+        ``clip / batch_size``, whatever the step's size.
+    delta : float
+        For the epsilon that is told: well below one over the number of examples.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    clip: float
+    noise: float
+    batch_size: int
+    delta: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_float(self.clip, "clip", above=0)
+        check_int(self.batch_size, "batch_size", least=1)
+        accounting.epsilon(self.noise, 1, self.delta)  # refuses both
+
+    @classmethod
+    def for_epsilon(
+        cls, target_epsilon: float, *, rounds: int, clip: float, batch_size: int, delta: float = 1e-5
+    ) -> DPSGD:
+        """Return the options with the least noise that stays within (target_epsilon, delta) after some rounds."""
+        noise = accounting.noise_for(target_epsilon, rounds, delta)
+        return cls(clip=clip, noise=noise, batch_size=batch_size, delta=delta)
+
+    def epsilon(self, rounds: int) -> float:
+        """Return what so many rounds give away; see `psl_flower.privacy.accounting`."""
+        return accounting.epsilon(self.noise, rounds, self.delta)
+
+    def bound(self, parts: int) -> float:
+        """Return the largest norm of an example's gradient of one of so many parts, as it is added up."""
+        return self.clip / self.batch_size / math.sqrt(parts)
+
+    def noised(self, gradients: Mapping[str, Tensor | None], share: float = 1.0) -> dict[str, Tensor | None]:
+        """Return the sum of a part's gradients with noise, or with a share of its variance."""
+        deviation = self.noise * self.clip / self.batch_size * math.sqrt(share)
+        if not deviation:
+            return dict(gradients)
+        return {n: None if g is None else g + deviation * _normal(g) for n, g in gradients.items()}
+
+
+def _normal(like: Tensor) -> Tensor:
+    """Return standard normal numbers that nobody can draw again."""
+    drawn = Secret().uniform(b"", np.zeros(1, dtype=np.int64), like.numel())
+    numbers: Tensor = torch.special.ndtri(torch.from_numpy(drawn))
+    return numbers.to(like.device, like.dtype).reshape(like.shape)

@@ -1,0 +1,87 @@
+"""Texts of several lengths: which tensors at a cut are as long as they are, so that those of clients can be joined.
+
+Clients pad to the longest of their own texts, and what they send is padded to the longest of the step: the activations
+with zeros, the mask with zeros too, so that nothing looks at them, labels with -100. What comes back is cut to the own
+length. Only torch.export tells which sizes are that of the text; it is always the second, beside the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from psl_flower import tree
+from psl_flower.split.half import Part
+from psl_flower.split.partition import pieces_of
+from psl_flower.split.place import is_text
+from psl_flower.split.trace import Trace
+from psl_flower.tree import Tree
+
+
+def mark_lengths(parts: Sequence[Part], root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> None:
+    """Tell parts which of the tensors they are given and give are as long as the texts; none, where that is no use.
+
+    They are of use only if a mask of the texts crosses to the server, which hides what was padded.
+    """
+    found = {_long(root, graph, cuts, recorded.shared) for graph in recorded.graphs.values()}
+    for i, flags in enumerate(found.pop() if len(found) == 1 else ()):
+        parts[i].gives = parts[i + 1].takes = flags
+
+
+def _long(
+    root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: frozenset[str]
+) -> tuple[tuple[bool, ...], ...]:
+    """Return for each cut, and each tensor that crosses it, whether its second size is the length of the texts."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    values = [node.meta.get("val") for node in inputs]
+    lengths: list[Any] = [value.shape[1] for value in values if isinstance(value, Tensor) and is_text(value)]
+    if not lengths or not isinstance(lengths[0], torch.SymInt):
+        return ()
+    length = lengths[0].node.expr
+    found = []
+    for sent in pieces_of(root, graph, cuts, shared).sent:
+        sizes = [[_expression(size) for size in node.meta["val"].shape] for node in sent]
+        if any(length in getattr(size, "free_symbols", ()) for each in sizes for size in (*each[:1], *each[2:])):
+            return ()
+        found.append(tuple(len(each) > 1 and each[1] == length for each in sizes))
+        if len(found) == 1 and not any(long and node in inputs for long, node in zip(found[0], sent, strict=True)):
+            return ()
+    return tuple(found)
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def takes_lengths(part: nn.Module) -> bool:
+    """Return whether a part takes tensors as long as the texts, and a mask of them."""
+    return any(getattr(part, "takes", ()))
+
+
+def text_length(inputs: Tree) -> int | None:
+    """Return how long the texts of a batch are; None if it holds none."""
+    return next((int(leaf.shape[1]) for leaf in tree.leaves(inputs) if is_text(leaf)), None)
+
+
+def shortened(tensors: Tree, flags: Sequence[bool], length: int | None) -> Tree:
+    """Return tensors, those that are as long as the texts of a step cut to the own length.
+
+    Parameters
+    ----------
+    tensors : tuple
+        None for one that is not there; others than a tuple are returned as they are.
+    flags : sequence of bool
+        Which are; there may be more tensors, of which none is.
+    length : int or None
+        Where it is None, nothing is cut.
+    """
+    if length is None or not isinstance(tensors, tuple) or not any(flags):
+        return tensors
+    flags = [*flags, *[False] * (len(tensors) - len(flags))]
+    return tuple(
+        tensor[:, :length] if long and isinstance(tensor, Tensor) and tensor.shape[1] > length else tensor
+        for tensor, long in zip(tensors, flags, strict=True)
+    )

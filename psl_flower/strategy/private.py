@@ -1,0 +1,82 @@
+"""Differential privacy of the model: what does not go with it, and what a round has cost."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from psl_flower.errors import ConfigError
+from psl_flower.faults import FaultPolicy
+from psl_flower.methods import SplitMethod
+from psl_flower.privacy import DPSGD
+from psl_flower.records import RoundRecord
+from psl_flower.samplers.base import Sampler
+from psl_flower.split import batch_statistics_layers
+
+log = logging.getLogger("flwr.psl_flower")
+
+
+def check_private(
+    private: DPSGD | None,
+    method: SplitMethod,
+    parts: Mapping[str, nn.Module],
+    sampler: Sampler,
+    policy: FaultPolicy,
+    resume_from: str | Path | None,
+) -> DPSGD | None:
+    """Return the options that people give; refuse what would break the promise.
+
+    Raises
+    ------
+    ConfigError
+        Naming what, and why.
+    """
+    if private is None:
+        return None
+    if not isinstance(private, DPSGD):
+        raise ConfigError(f"private must be a psl_flower.privacy.DPSGD, got {private!r:.80}")
+    if method.trains_on_clients():
+        raise ConfigError(f"with method {method.name!r} clients step parts of their own, without noise: use another")
+    if private.batch_size != sampler.batch_size:
+        raise ConfigError(
+            f"private must have the sampler's batch size, {sampler.batch_size}, got {private.batch_size}: its noise is "
+            "that of a step's mean"
+        )
+    if sampler.needs_label_counts:
+        raise ConfigError(f"{type(sampler).__name__} plans with labels, which private would not cover: use another")
+    for name, part in parts.items():
+        if layers := batch_statistics_layers(part):
+            raise ConfigError(
+                f"with private an example's gradient must be its own, but {layers[0]!r} of the {name} normalises over "
+                "the batch: replace_batch_norm(model)"
+            )
+    if policy.max_gradient_norm is not None or policy.outlier_bound is not None:
+        raise ConfigError(
+            "with private the weight of a client's gradients must not depend on the others' or on their size: "
+            "FaultPolicy(max_gradient_norm=None, outlier_bound=None)"
+        )
+    if resume_from is not None:
+        raise ConfigError(
+            "with private a run cannot be resumed: steps since the checkpoint would be made again, with other noise, "
+            "and nobody knows how often. Leave resume_from out"
+        )
+    return private
+
+
+def with_epsilon(private: DPSGD | None, record: RoundRecord) -> RoundRecord:
+    """Return a round's record with the epsilon of the rounds so far, and tell it."""
+    if private is None:
+        return record
+    epsilon = private.epsilon(record.round)
+    if not math.isfinite(epsilon):
+        log.warning("round %d  differential privacy of the model: none, there is too little noise", record.round)
+        return record
+    log.info(
+        "round %d  differential privacy of the model: epsilon %.3f, delta %g", record.round, epsilon, private.delta
+    )
+    return replace(record, metrics_of_user={**record.metrics_of_user, "epsilon": epsilon})
