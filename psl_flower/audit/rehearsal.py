@@ -22,6 +22,7 @@ from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import replace_batch_norm
 from psl_flower.split.model import cut_model
 from psl_flower.strategy import ParallelSplitLearning
+from psl_flower.typing import IntArray
 
 Data = tuple[Tensor, Tensor]  # (N, ...) inputs, (N,) int64 labels
 
@@ -104,7 +105,7 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         lambda: model,
         cut=setting.cut,
         tail=setting.tail,
-        data_fn=_dealt(setting),
+        data_fn=_data_fn(setting),
         client_class=witness(recording),
         secure_aggregation=setting.secure_aggregation,
         defences=setting.defences,
@@ -146,19 +147,23 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
     )
 
 
-def _dealt(setting: Setting) -> Callable[[Context], tuple[TensorDataset, TensorDataset]]:
-    """Return a `data_fn` that deals examples out to clients at random, evenly."""
+def dealt(setting: Setting) -> tuple[list[IntArray], list[IntArray]]:
+    """Return which training and which test examples each client holds: dealt out at random, evenly."""
     rng = np.random.default_rng(setting.seed)
-    shares = [
-        [torch.from_numpy(rows) for rows in np.array_split(rng.permutation(len(labels)), setting.num_clients)]
-        for _, labels in (setting.train, setting.test)
-    ]
+    train, test = (
+        np.array_split(rng.permutation(len(labels)), setting.num_clients) for _, labels in (setting.train, setting.test)
+    )
+    return train, test
+
+
+def _data_fn(setting: Setting) -> Callable[[Context], tuple[TensorDataset, TensorDataset]]:
+    shares = dealt(setting)
 
     def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
         client = int(context.node_config["partition-id"])
         train, test = (
-            TensorDataset(inputs[share[client]], labels[share[client]])
-            for (inputs, labels), share in zip((setting.train, setting.test), shares, strict=True)
+            TensorDataset(inputs[torch.from_numpy(of[client])], labels[torch.from_numpy(of[client])])
+            for (inputs, labels), of in zip((setting.train, setting.test), shares, strict=True)
         )
         return train, test
 

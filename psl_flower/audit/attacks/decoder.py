@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -34,13 +35,21 @@ def decode_inputs(scene: Scene) -> Found:
     rows = scene.rows("activations")
     if rows is None:
         return Found()
-    known, wanted = (torch.from_numpy(np.flatnonzero(of)) for of in (rows.shadow, ~rows.shadow))
-    wanted = wanted[:_ROWS]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(scene.seed)
-        learned = learn_decoder(rows.values[known], rows.inputs[known].float())
+    wanted = torch.from_numpy(np.flatnonzero(~rows.shadow)[:_ROWS])
+    learned = learned_decoder(scene)
     guesses = learned(rows.values[wanted])
     return reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[wanted].float(), scene.data_range)
+
+
+@lru_cache(maxsize=1)
+def learned_decoder(scene: Scene) -> Decoder:
+    """Return what the attacker has learned from the shadow clients' activations; several attacks use it."""
+    rows = scene.rows("activations")
+    assert rows is not None  # those who ask have looked
+    known = torch.from_numpy(np.flatnonzero(rows.shadow))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scene.seed)
+        return learn_decoder(rows.values[known], rows.inputs[known].float())
 
 
 def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
@@ -66,9 +75,10 @@ def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
         return (of - mean) / std
 
     x, y = scaled(values), inputs
-    kinds = [_ridge(x[held:], y[held:], penalty) for penalty in _RIDGES] + [_hidden(x[held:], y[held:])]
+    kinds = [_ridge(x[held:], y[held:], penalty) for penalty in _RIDGES]
+    kinds.append(_learned(_hidden(values, inputs), x[held:], y[held:]))
     if values.ndim == inputs.ndim == 4:
-        kinds.append(_convolutional(x[held:], y[held:]))
+        kinds.append(_learned(decoder_network(values, inputs), x[held:], y[held:]))
     errors = [float(functional.mse_loss(each(x[:held]), y[:held])) for each in kinds]
     best = kinds[int(np.argmin(errors))]
     return lambda of: best(scaled(of))
@@ -85,25 +95,25 @@ def _ridge(values: Tensor, inputs: Tensor, penalty: float) -> Decoder:
     return lambda of: (of.flatten(1).double() @ weights + mean).float().unflatten(1, shape)
 
 
-def _hidden(values: Tensor, inputs: Tensor) -> Decoder:
+def _hidden(values: Tensor, inputs: Tensor) -> nn.Module:
     width, shape = values[0].numel(), inputs.shape[1:]
-    network = nn.Sequential(
+    return nn.Sequential(
         nn.Flatten(), nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, prod(shape)), nn.Unflatten(1, shape)
     )
-    return _learned(network, values, inputs)
 
 
-def _convolutional(values: Tensor, inputs: Tensor) -> Decoder:
-    size = tuple(inputs.shape[-2:])
-    network = nn.Sequential(
+def decoder_network(values: Tensor, inputs: Tensor) -> nn.Module:
+    """Return a network from values, (n, ...), to inputs, (n, ...): convolutional where both are images."""
+    if not values.ndim == inputs.ndim == 4:
+        return _hidden(values, inputs)
+    return nn.Sequential(
         nn.Conv2d(values.shape[1], _WIDTH, 3, padding=1),
         nn.ReLU(),
-        nn.Upsample(size=size, mode="bilinear"),
+        nn.Upsample(size=tuple(inputs.shape[-2:]), mode="bilinear"),
         nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(_WIDTH, inputs.shape[1], 3, padding=1),
     )
-    return _learned(network, values, inputs)
 
 
 def _learned(network: nn.Module, values: Tensor, inputs: Tensor) -> Decoder:
