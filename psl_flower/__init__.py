@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         UniformGlobalSampler,
     )
     from psl_flower.server import causal_lm_loss
-    from psl_flower.split import Cut, SplitModel, replace_batch_norm, split_module
+    from psl_flower.split import Cut, SplitModel, export_halves, replace_batch_norm, split_module
     from psl_flower.strategy import ParallelSplitLearning
 
 __version__ = "0.1.0"
@@ -84,7 +84,7 @@ _HOME = {
         "UniformGlobalSampler",
     ],
     "server": ["causal_lm_loss"],
-    "split": ["Cut", "SplitModel", "replace_batch_norm", "split_module"],
+    "split": ["Cut", "SplitModel", "export_halves", "replace_batch_norm", "split_module"],
     "strategy": ["ParallelSplitLearning"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -125,6 +125,7 @@ __all__ = [
     "StreamOptions",
     "UniformGlobalSampler",
     "causal_lm_loss",
+    "export_halves",
     "replace_batch_norm",
     "split_client_app",
     "split_module",

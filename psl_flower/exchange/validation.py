@@ -43,12 +43,12 @@ class Validator:
     ----------
     outlier_bound : float, optional
         Of norms in training, see `NormBounds`; None: any finite value passes.
-    texts : bool
-        Whether rows may differ in length, the second size of a tensor.
+    longest : float
+        Where rows may differ in length, the second size of a tensor, the most it may be; else 0.
     """
 
-    def __init__(self, outlier_bound: float | None = None, *, texts: bool = False) -> None:
-        self._texts = texts
+    def __init__(self, outlier_bound: float | None = None, *, longest: float = 0) -> None:
+        self._longest = longest
         self._bounds = None if outlier_bound is None else NormBounds(outlier_bound)
         self._everyone: set[int] = set()  # who has ever been asked: one alone has nobody to be compared with
         self._specs: dict[str, Spec] = {}
@@ -77,7 +77,7 @@ class Validator:
                 _check_form(part, stage, step)
                 if request.company is not None:
                     _check_masked(part, expected, scaled=request.company.max_norm is not None)
-                specs[id(part)] = _spec(part, expected, texts=self._texts)
+                specs[id(part)] = _spec(part, expected, self._longest)
                 passed.append(part)
             except ProtocolError as error:
                 failures |= _of_all(part, error.failure())
@@ -257,14 +257,14 @@ def _check_form(part: Part, stage: Stage, step: int | None) -> None:
         raise ProtocolError(f"{stage.name} gives {shown[0]}, got {shown[1]}")
 
 
-def _spec(part: Part, expected: Mapping[str, Any], *, texts: bool) -> Spec:
+def _spec(part: Part, expected: Mapping[str, Any], longest: float) -> Spec:
     found: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, leaf in part.outputs.items():
         if leaf.kind is Kind.SUM and name in expected:
             continue
         values = leaf.value if leaf.kind is Kind.EACH else [leaf.value]
         each = {
-            tuple((path, t.dtype, _shape(t, leaf.kind, texts=texts)) for path, t in named_leaves(value, name))
+            tuple((path, t.dtype, _shape(path, t, leaf.kind, longest)) for path, t in named_leaves(value, name))
             for value in values
         }
         if len(each) > 1:
@@ -273,11 +273,19 @@ def _spec(part: Part, expected: Mapping[str, Any], *, texts: bool) -> Spec:
     return tuple(found)
 
 
-def _shape(tensor: Tensor, kind: Kind, *, texts: bool) -> tuple[int, ...]:
-    """Return the shape of a row, or of all; -1 for a length that may be any."""
+def _shape(path: str, tensor: Tensor, kind: Kind, longest: float) -> tuple[int, ...]:
+    """Return the shape of a row, or of all; -1 for a length that may be any up to the longest."""
     if kind is not Kind.ROWS:
         return tuple(tensor.shape)
-    return (-1, *tensor.shape[2:]) if texts and tensor.ndim > 1 else tuple(tensor.shape[1:])
+    if not longest or tensor.ndim < 2:
+        return tuple(tensor.shape[1:])
+    if tensor.shape[1] > longest and (tensor.ndim > 2 or not tensor.is_floating_point()):
+        raise ProtocolError(
+            f"{path}: texts of at most {longest} positions, the model's max_position_embeddings, got "
+            f"{tensor.shape[1]}: cut them where they are tokenized",
+            FailureKind.SHAPE,
+        )
+    return (-1, *tensor.shape[2:])
 
 
 def _difference(spec: Spec, expected: Spec) -> Failure | None:

@@ -21,7 +21,7 @@ from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
 from psl_flower.server.reduction import Reduction
-from psl_flower.split import CannotTellError, find_mixing, takes_lengths
+from psl_flower.split import CannotTellError, find_mixing, most_positions
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -72,7 +72,7 @@ class LocalBackend:
         self.reduction = Reduction()
         self._private = private
         self.bound = None if private is None else private.bound(len(parts))
-        self.texts = any(map(takes_lengths, parts.values()))  # rows may differ in length
+        self.longest = most_positions(parts.values())  # that rows may be, where they may differ in length; else 0
         self._on_clients = [name for name in parts if places[name] == CLIENT]
         # all names of tied parameters: a part may know one by another name first than the whole model does
         named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}

@@ -3,10 +3,11 @@
 from psl_flower.split.compare import CannotTellError
 from psl_flower.split.cut import cut_candidates, split_module
 from psl_flower.split.half import input_names
-from psl_flower.split.lengths import shortened, takes_lengths, text_length
+from psl_flower.split.lengths import most_positions, shortened, text_length
 from psl_flower.split.model import Halves, SplitModel, cut_model
 from psl_flower.split.norm import batch_statistics_layers, check_client_half, replace_batch_norm
 from psl_flower.split.place import Cut
+from psl_flower.split.programs import export_halves
 from psl_flower.split.rowwise import find_mixing
 from psl_flower.split.signature import difference, signature
 
@@ -20,12 +21,13 @@ __all__ = [
     "cut_candidates",
     "cut_model",
     "difference",
+    "export_halves",
     "find_mixing",
     "input_names",
+    "most_positions",
     "replace_batch_norm",
     "shortened",
     "signature",
     "split_module",
-    "takes_lengths",
     "text_length",
 ]

@@ -44,10 +44,13 @@ class Part(nn.Module):
     ----------
     takes, gives : tuple of bool
         For each tensor that it is given and gives at a cut, whether it is as long as the texts, see `lengths`.
+    longest : int or None
+        The most positions a text may have, if the model's configuration tells.
     """
 
     takes: tuple[bool, ...] = ()
     gives: tuple[bool, ...] = ()
+    longest: int | None = None
 
     def __init__(self, cut: CutNames) -> None:
         super().__init__()

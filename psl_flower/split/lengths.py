@@ -7,7 +7,8 @@ length. Only torch.export tells which sizes are that of the text; it is always t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ def mark_lengths(parts: Sequence[Part], root: nn.Module, recorded: Trace, cuts: 
     They are of use only if a mask of the texts crosses to the server, which hides what was padded.
     """
     found = {_long(root, graph, cuts, recorded.shared) for graph in recorded.graphs.values()}
+    config = getattr(root, "config", None)
     for i, flags in enumerate(found.pop() if len(found) == 1 else ()):
         parts[i].gives = parts[i + 1].takes = flags
+        parts[i + 1].longest = getattr(config, "max_position_embeddings", None)
 
 
 def _long(
@@ -56,9 +59,11 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def takes_lengths(part: nn.Module) -> bool:
-    """Return whether a part takes tensors as long as the texts, and a mask of them."""
-    return any(getattr(part, "takes", ()))
+def most_positions(parts: Iterable[nn.Module]) -> float:
+    """Return how long the texts of a model may be: any length (inf) if it tells none; 0 if they may not differ."""
+    taking = [part for part in parts if any(getattr(part, "takes", ()))]
+    known = [part.longest for part in taking if isinstance(part.longest, int)]
+    return min(known, default=math.inf) if taking else 0
 
 
 def text_length(inputs: Tree) -> int | None:

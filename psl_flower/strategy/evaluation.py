@@ -70,13 +70,13 @@ class Evaluator:
         self._batch_size, self._summary, self._policy, self._metrics = batch_size, summary, policy, metrics
         self._asking = Asking(
             exchange=lambda request: membership.clients.exchange(request, timeout),
-            validator=Validator(texts=backend.texts),
+            validator=Validator(longest=backend.longest),
             config=config,
             evaluate_config=evaluate_config,
             refuse=lambda failures, of, stage: None,
             secure=secure,
             keys=membership.clients.keys,
-            texts=backend.texts,
+            texts=backend.longest > 0,
         )
 
     def evaluate(self) -> MetricRecord | None:

@@ -68,13 +68,13 @@ class StepRunner:
         self._attempt: Attempt | None = None
         self._asking = Asking(
             exchange=self._exchange,
-            validator=Validator(policy.outlier_bound, texts=backend.texts),
+            validator=Validator(policy.outlier_bound, longest=backend.longest),
             separate=separate or (policy.max_gradient_norm is not None and secure is None),
             config=config,
             refuse=self._refuse,
             secure=secure,
             keys=clients.keys,
-            texts=backend.texts,
+            texts=backend.longest > 0,
         )
         self._committed = False  # a step, in this process
 

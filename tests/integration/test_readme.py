@@ -1,12 +1,15 @@
 """What README and docs/ show works: Python blocks run, in order, in one namespace a file; links lead somewhere."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import psl_flower
 from psl_flower.config import RunConfig
 from psl_flower.experiments.sweep import read_sweep
 from psl_flower.methods import METHODS, ParallelSplit
@@ -67,12 +70,13 @@ def test_the_method_of_the_docs_is_that_of_the_package():
 
 def test_the_cuts_of_the_docs_are_as_they_say(capsys):
     run_blocks(ROOT / "docs" / "cutting.md")
-    candidates, shape, first, second, by_hand = capsys.readouterr().out.splitlines()
+    candidates, shape, first, second, by_hand, crossing = capsys.readouterr().out.splitlines()
     text = (ROOT / "docs" / "cutting.md").read_text(encoding="utf-8")
     assert f"# {candidates}\n" in text
     assert f"what each example sends: {shape}\n" in text
     assert (first[:9], second[:9]) == ("GroupNorm", "BatchNorm")
     assert by_hand == "torch.Size([2, 10]) client.0.weight"
+    assert "'dtype': 'float32', 'shape': ['batch', " in crossing
 
 
 def test_what_the_docs_bring_trains():
@@ -93,6 +97,16 @@ def test_the_methods_of_the_docs_train_as_called(capsys):
     for words in re.findall(r'^flwr run .* -c "(.*)"$', text, re.MULTILINE):
         keys = tomllib.loads(words.replace("' ", "'\n"))
         assert RunConfig.read(keys).method in METHODS
+
+
+@pytest.mark.slow
+def test_the_transformers_of_the_docs_are_split_and_trained():
+    namespace = run_blocks(ROOT / "docs" / "transformers.md")
+    assert namespace["losses"][-1] < 4.5 < namespace["losses"][0]
+    model = namespace["model"]
+    optimizer = namespace["optimizer"]([(name, p) for name, p in model.named_parameters() if p.requires_grad])
+    assert namespace["averaged"].keys() == namespace["adapters"].keys()
+    assert namespace["scheduler"](optimizer)["scheduler"].get_last_lr() == pytest.approx([1e-4, 1e-4])
 
 
 def test_the_deployment_guide_begins_with_a_training_that_works():
@@ -117,3 +131,13 @@ def test_linked_files_exist(path):
 def test_no_doc_is_left_out_here():
     tested = Path(__file__).read_text(encoding="utf-8")
     assert [path.name for path in DOCS if blocks(path) and path.name not in tested] == []
+
+
+@pytest.mark.slow
+def test_the_docs_make_a_site_without_a_warning(tmp_path):
+    words = ["-m", "sphinx", "-W", "--keep-going", "-b", "html", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api.html").read_text(encoding="utf-8")
+    for name in psl_flower.__all__:
+        assert f'id="psl_flower.{name}"' in page or f'id="psl_flower.errors.{name}"' in page, name

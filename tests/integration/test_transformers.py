@@ -103,16 +103,16 @@ def trained(model_fn, cut, tail=None, collate_fn=None, rounds=1, start_from=None
 
 
 CASES = [
-    (double_llama, "model.layers.1", None, None, 1e-6),  # its norms compute in float32
     (double_gpt2, "transformer.h.1", "lm_head", apart, 1e-12),
     (double_gpt2, "transformer.h.1", "lm_head", None, 1e-12),
+    (double_llama, "model.layers.1", None, None, 1e-6),  # its norms compute in float32
     (double_llama, "model.layers.1", None, apart, 1e-6),
 ]
 
 
 @pytest.mark.parametrize(
     ("model_fn", "cut", "tail", "collate_fn", "tolerance"),
-    [case if i < 2 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(CASES)],
+    [case if i < 1 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(CASES)],
 )
 def test_texts_of_many_lengths(model_fn, cut, tail, collate_fn, tolerance):
     result = trained(model_fn, cut, tail, collate_fn)

@@ -51,7 +51,7 @@ def score(output):
 
 CASES = [
     (gpt2, "transformer.h.1", "lm_head", [(3, 7), (3, 7, 16)]),
-    (bert, "bert.encoder.layer.1", None, [(3, 7), (3, 7, 16)]),
+    pytest.param(bert, "bert.encoder.layer.1", None, [(3, 7), (3, 7, 16)], marks=pytest.mark.slow),
     (vit, "vit.layers.1", None, [(3, 5, 16)]),
 ]
 
@@ -74,6 +74,7 @@ def test_parts_are_the_whole_model(make, cut, tail, shapes):
             assert torch.equal(output.logits, expected.logits)
     assert parts[1].takes == (() if make is vit else (True, True))
     assert parts[0].gives == parts[1].takes
+    assert parts[1].longest == (None if make is vit else 32)
     batch = inputs(make, 3, 7)
     sent = parts[0](**batch)
     assert [tuple(tensor.shape) for tensor in (sent[0] if tail else sent)] == shapes
@@ -245,12 +246,14 @@ def test_raw_inputs_cross_only_if_told():
     assert torch.equal(server(*client(ids)), model(ids))
 
 
+@pytest.mark.slow
 def test_tied_weights_over_a_cut():
     with pytest.raises(CutError, match=r"needed on the client and on the server.*by naming a tail") as told:
         split_module(gpt2(), "transformer.h.1")
     assert "GPT2LMHeadModel can be cut at" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_names_that_can_be_cut_at():
     names = cut_candidates(bert())
     assert "bert.encoder.layer.1" in names

@@ -69,6 +69,26 @@ def test_clients_that_answer_together_have_a_vote_each():
     assert texts(failures) == {0: SHAPE_4}
 
 
+def test_texts_may_differ_in_length_and_in_nothing_else():
+    parts = [
+        sent(0, shape=(5, 3)),
+        sent(1, shape=(9, 3)),
+        sent(2, shape=(5, 4)),
+        sent(3, shape=(5,)),
+        sent(4, shape=(10, 3)),
+    ]
+    passed, failures = enter(Validator(longest=9), *parts)
+    assert passed == [0, 1]
+    assert texts(failures) == {
+        2: "activations[0]: shape: expected (-1, 3) a row, got (-1, 4)",
+        3: "activations[0]: shape: expected (-1, 3) a row, got (-1,)",
+        4: "activations[0]: texts of at most 9 positions, the model's max_position_embeddings, got 10: cut them where "
+        "they are tokenized",
+    }
+    assert enter(Validator(longest=INF), *parts)[0] == [0, 1, 4]
+    assert enter(Validator(), *parts[:2])[0] == [0]
+
+
 def test_the_first_settles_a_draw():
     passed, failures = enter(Validator(), sent(4), sent(8, shape=(4,)))
     assert passed == [4]
