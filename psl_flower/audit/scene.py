@@ -59,6 +59,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def chosen(self, most: int, rng: np.random.Generator) -> IntArray:
+        """Return the positions, in ascending order, of at most so many rows of the attacker's, and of others, each."""
+        both = (np.flatnonzero(self.shadow), np.flatnonzero(~self.shadow))
+        return np.sort(np.concatenate([rng.permutation(of)[:most] for of in both]))
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scene:
