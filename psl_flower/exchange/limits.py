@@ -64,7 +64,7 @@ LIMITS = (
     Limit("name", MAX_NAME, "characters", _REQUEST),
     Limit("parts", MAX_PARTS, "of a model", _REQUEST),
     Limit("leaves", MAX_PARTS, "that a stage takes or gives", _REQUEST),
-    Limit("text", MAX_TEXT, "characters, of a failure: the rest is cut off", _REQUEST),
+    Limit("text", MAX_TEXT, "characters; of a failure, the rest is cut off", _REQUEST),
     Limit("model", MAX_MODEL, "characters that describe it", _MEMBER),
     Limit("list of integers", MAX_ENTRIES, "entries", _REQUEST),
     Limit("configuration", MAX_CONFIG, "entries", _REQUEST),

@@ -121,6 +121,11 @@ def test_the_experiments_guide_shows_a_sweep_and_a_callback_that_work(tmp_path):
     run_blocks(ROOT / "docs" / "experiments.md")
 
 
+def test_the_privacy_of_the_docs_is_that_which_it_says(capsys):
+    run_blocks(ROOT / "docs" / "privacy.md")
+    assert float(capsys.readouterr().out) == pytest.approx(8.0)
+
+
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
 def test_linked_files_exist(path):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
