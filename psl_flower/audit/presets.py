@@ -52,7 +52,7 @@ PRESETS = {
         attacks=_PRICED,
         num_clients=4,
         rounds=10,
-        examples=20_000,
+        examples=10_000,
         seeds=3,
     ),
 }

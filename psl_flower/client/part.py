@@ -167,11 +167,11 @@ class ClientPart:
         """
         if self._seen_apart or tree.rows(inputs, "inputs") < 2:
             return
-        try:
-            with self.running(training=True):
+        with self.running(training=True):
+            try:
                 mixing = find_mixing(run, inputs, module=self.module, who=self.called)
-        except CannotTellError:
-            return  # another batch may tell
+            except CannotTellError:
+                return  # another batch may tell
         if mixing:
             raise ConfigError(mixing)
         self._seen_apart.append(True)

@@ -145,7 +145,12 @@ _SWITCHES: dict[Callable[..., Any], tuple[str, Any]] = {
     **dict.fromkeys(_DROPOUTS, ("training", False)),
     F.multi_head_attention_forward: ("dropout_p", 0.0),
 }
-_PLAIN_DROPOUTS = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout)
+_PLAIN_DROPOUTS = (
+    *(torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),
+    # as torch.export calls them
+    *(torch.ops.aten.dropout.default, torch.ops.aten.alpha_dropout.default, torch.ops.aten.feature_dropout.default),
+)
+_ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
 
 class _NoDropout(TorchFunctionMode):
@@ -159,7 +164,7 @@ class _NoDropout(TorchFunctionMode):
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.arguments.update([_SWITCHES[func]])
             return func(*bound.args, **bound.kwargs)
-        if func is F.scaled_dot_product_attention:
+        if func in _ATTENTION:
             causal = {"is_causal": args[5]} if len(args) > 5 else {}
             return func(*args[:4], **{**kwargs, **causal, "dropout_p": 0.0})
         return func(*args, **kwargs)

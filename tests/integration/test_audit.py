@@ -1,13 +1,15 @@
 """Attacks find what is there, where nothing defends, and nothing where nothing is to be found."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from audited import Net, digits, sgd
 
-from psl_flower.audit import ATTACKS, audit
+from psl_flower.audit import ACTIVE, ATTACKS, audit
 from psl_flower.audit.attacks import decoder
 from psl_flower.audit.recording import Recording
 from psl_flower.audit.rehearsal import Setting, rehearse
@@ -33,6 +35,9 @@ def recorded(tail=None, **options):
         **options,
     )
     return rehearse(setting)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
 
 
 @pytest.fixture(autouse=True)
@@ -234,3 +239,16 @@ def test_what_cannot_be_audited_is_refused_before_anything_runs(options, message
     given = {"train": Set(*digits("train", 200)), "test": Set(*digits("test", 60)), "cuts": "body", **options}
     with pytest.raises(ConfigError, match=message):
         audit(Net(), given.pop("train"), given.pop("test"), say=lambda line: pytest.fail(line), **given)
+
+
+def test_what_the_page_on_audits_shows_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    exec(compile(block, str(PAGE), "exec"), {"__name__": "page"})
+    assert 0.2 < float(capsys.readouterr().out) < 1
+    assert (tmp_path / "outputs" / "audit" / "audit.json").exists()
+
+
+def test_the_page_on_audits_names_all_attacks():
+    table = PAGE.read_text(encoding="utf-8").split("## Who attacks")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE) == [*ATTACKS, *ACTIVE]

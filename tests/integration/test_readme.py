@@ -121,6 +121,11 @@ def test_the_experiments_guide_shows_a_sweep_and_a_callback_that_work(tmp_path):
     run_blocks(ROOT / "docs" / "experiments.md")
 
 
+def test_the_privacy_of_the_docs_is_that_which_it_says(capsys):
+    run_blocks(ROOT / "docs" / "privacy.md")
+    assert float(capsys.readouterr().out) == pytest.approx(8.0)
+
+
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
 def test_linked_files_exist(path):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
@@ -129,7 +134,7 @@ def test_linked_files_exist(path):
 
 
 def test_no_doc_is_left_out_here():
-    tested = Path(__file__).read_text(encoding="utf-8")
+    tested = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     assert [path.name for path in DOCS if blocks(path) and path.name not in tested] == []
 
 

@@ -121,6 +121,16 @@ def test_texts_of_many_lengths(model_fn, cut, tail, collate_fn, tolerance):
     assert largest_difference(reference, model_fn().state_dict()) > 1e-2
 
 
+@pytest.mark.slow
+def test_dropout_is_drawn_as_the_work_orders_say():
+    """Also where a client's first batch is too small to show whether rows are treated one by one."""
+    one, other = (
+        trained(lambda: gpt2(dropout=0.2), "transformer.h.1", "lm_head").arrays.to_torch_state_dict() for _ in range(2)
+    )
+    assert largest_difference(one, other) == 0
+    assert largest_difference(one, centralised(gpt2())) > 1e-3
+
+
 # --- only what trains travels ----------------------------------------------------------------------------------------
 LAYERS = "base_model.model.model.layers"
 

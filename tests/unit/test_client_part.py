@@ -159,6 +159,27 @@ class Dropping(nn.Module):
         return F.dropout(self.dropout(self.linear(x)), 0.3, training=self.training)
 
 
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.linear(x)) + torch.randn(4)
+
+
+def test_a_batch_that_cannot_tell_leaves_the_weights_as_they_are():
+    """Loading them again would spoil the graph of the pass that went before."""
+    part, weights, x = ClientPart("head", blank(Noisy), torch.device("cpu")), weights_of(Noisy()), torch.randn(2, 4)
+    part.load(weights)
+    with part.running(training=True) as module:
+        outputs = module(x)
+    part.check_rows(part.module, x)  # two rows, and random numbers
+    part.load(weights)
+    gradients = parameter_gradients(part.parameters, outputs, torch.ones_like(outputs))
+    assert torch.allclose(gradients["linear.bias"], 2 + 2 * weights.parameters["linear.weight"].sum(0))
+
+
 def test_a_pass_done_again_gives_the_same_gradients():
     module, x, g = Dropping(), torch.randn(5, 3), torch.randn(5, 50)
     passes = []

@@ -9,7 +9,7 @@ from torch import nn
 from transformer_models import bert, gpt2, lora_llama, texts, vit
 
 from psl_flower.errors import CutError
-from psl_flower.split import Cut, cut_candidates, cut_model, input_names, split_module
+from psl_flower.split import Cut, cut_candidates, cut_model, find_mixing, input_names, split_module
 
 
 def leaves(tensors):
@@ -155,6 +155,8 @@ def test_code_of_ones_own():
         expected = model(**batch)
         torch.manual_seed(1)
         assert torch.equal(halves.server(*halves.client(**batch))["y"], expected["y"])
+    client = halves.client.train()
+    assert find_mixing(lambda inputs: client(**inputs), batch, module=client) is None  # its dropout is known as such
     assert torch.equal(halves.server.get_buffer("norm.running_mean"), model.norm.running_mean)
     assert list(halves.merge(model.state_dict())) == list(model.state_dict())
     with pytest.raises(CutError, match="'shift' is None or left out, but the model was cut with it"):
@@ -259,3 +261,9 @@ def test_names_that_can_be_cut_at():
     assert "bert.encoder.layer.1" in names
     assert "bert.encoder.layer.1.attention.output" in names
     assert "bert.embeddings.word_embeddings" not in names
+
+
+def test_a_torch_that_cannot_do_it_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(CutError, match=r"needs torch 2\.10 or later, this is 2\.9\.1"):
+        split_module(Remembering(), Cut("b", example=EXAMPLE))

@@ -18,7 +18,7 @@ from psl_flower.audit.scene import Scene
 NAME = "decoder"
 _PARTY = f"{SERVER}, with shadow data"
 _HELD_OUT = 0.2  # share of the shadow rows that chooses the decoder
-_ROWS = 1024  # of the clients, that are reconstructed
+_LEARNED, _ROWS = 4000, 1024  # shadow rows, and rows of others, that are used
 _STEPS, _BATCH, _WIDTH = 600, 64, 48
 _RIDGES = (1e-3, 1e-1, 1e1)
 
@@ -46,7 +46,7 @@ def learned_decoder(scene: Scene) -> Decoder:
     """Return what the attacker has learned from the shadow clients' activations; several attacks use it."""
     rows = scene.rows("activations")
     assert rows is not None  # those who ask have looked
-    known = torch.from_numpy(np.flatnonzero(rows.shadow))
+    known = torch.from_numpy(np.flatnonzero(rows.shadow)[:_LEARNED])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(scene.seed)
         return learn_decoder(rows.values[known], rows.inputs[known].float())
@@ -75,7 +75,7 @@ def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
         return (of - mean) / std
 
     x, y = scaled(values), inputs
-    kinds = [_ridge(x[held:], y[held:], penalty) for penalty in _RIDGES]
+    kinds = _ridges(x[held:], y[held:])
     kinds.append(_learned(_hidden(values, inputs), x[held:], y[held:]))
     if values.ndim == inputs.ndim == 4:
         kinds.append(_learned(decoder_network(values, inputs), x[held:], y[held:]))
@@ -84,15 +84,22 @@ def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
     return lambda of: best(scaled(of))
 
 
-def _ridge(values: Tensor, inputs: Tensor, penalty: float) -> Decoder:
-    """Return ridge regression, solved with as many unknowns as there are examples or values, whichever is less."""
+def _ridges(values: Tensor, inputs: Tensor) -> list[Decoder]:
+    """Return ridge regressions, solved with as many unknowns as there are examples or values, whichever is less."""
     x, y, shape = values.flatten(1).double(), inputs.flatten(1).double(), inputs.shape[1:]
     mean = y.mean(dim=0)
     few = x.shape[0] < x.shape[1]
-    gram = x @ x.T if few else x.T @ x
-    gram.diagonal().add_(penalty * len(x))
-    weights = x.T @ torch.linalg.solve(gram, y - mean) if few else torch.linalg.solve(gram, x.T @ (y - mean))
-    return lambda of: (of.flatten(1).double() @ weights + mean).float().unflatten(1, shape)
+    gram, unit = x @ x.T if few else x.T @ x, len(x) * torch.eye(min(x.shape), dtype=x.dtype)
+
+    def solved(penalty: float) -> Tensor:
+        right = y - mean if few else x.T @ (y - mean)
+        found: Tensor = torch.linalg.solve(gram + penalty * unit, right)
+        return x.T @ found if few else found
+
+    def decoder(weights: Tensor) -> Decoder:
+        return lambda of: (of.flatten(1).double() @ weights + mean).float().reshape(len(of), *shape)
+
+    return [decoder(solved(penalty)) for penalty in _RIDGES]
 
 
 def _hidden(values: Tensor, inputs: Tensor) -> nn.Module:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +53,8 @@ def hijack(setting: Setting) -> Found:
     known = np.concatenate(dealt(some)[0][: some.num_shadow])
     model = replace_batch_norm(some.model, before=some.cut)
     server = HijackingServer(cut_model(model, some.cut).client, some.train[0][known], some.seed)
-    scene = rehearse(replace(some, defences=(*some.defences, watching)), server).scene
+    with _quietly():
+        scene = rehearse(replace(some, defences=(*some.defences, watching)), server).scene
     rows = scene.rows("activations")
     if rows is None:
         return Found()
@@ -59,7 +63,8 @@ def hijack(setting: Setting) -> Found:
         guesses = server.decoder(rows.values[victims])
     found = reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[victims], scene.data_range)
     trusting = GradientScrutiny(setting.num_classes, leave=False)
-    rehearse(replace(some, optimizer=setting.optimizer, defences=(*some.defences, trusting)))
+    with _quietly():
+        rehearse(replace(some, optimizer=setting.optimizer, defences=(*some.defences, trusting)))
     found.findings.append(
         Finding(
             attack=NAME,
@@ -71,6 +76,18 @@ def hijack(setting: Setting) -> Found:
         )
     )
     return found
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the clients' alarms, which are expected here, out of the log."""
+    log = logging.getLogger("flwr.psl_flower")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _alarmed(scrutiny: GradientScrutiny) -> float:
