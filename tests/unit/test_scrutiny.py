@@ -60,6 +60,7 @@ def test_the_share_of_wrong_labels_is_what_was_asked_for_and_the_same_each_time(
     told = scrutiny.labels(true, examples, secret, b"labels 0 train ")
     assert 0.08 < (told != true).mean() < 0.12
     assert np.array_equal(told, scrutiny.labels(true, examples, secret, b"labels 0 train "))
+    assert np.array_equal(true, scrutiny.labels(true, examples, secret, b"labels 0 test "))
 
 
 def test_it_is_written_like_the_others_and_refuses_what_is_out_of_range():
