@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: help run test slow lint types check bench chaos matrix format clean
+.PHONY: help run test slow lint types check bench chaos docs matrix format clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -36,6 +36,9 @@ EPOCHS ?= 300
 chaos: $(READY) ## train while everything fails: SEED=0 EPOCHS=300
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/bench_chaos.py --seed $(SEED) --epochs $(EPOCHS)
 
+docs: $(READY) ## make the docs as a site, in site/; what Sphinx warns of is an error
+	$(BIN)/sphinx-build -W --keep-going -b html docs site
+
 matrix: ## run the tests with the oldest and newest Python, Flower and torch: gigabytes, hours
 	@test -x .nox/tool/bin/nox || ($(PYTHON) -m venv .nox/tool && .nox/tool/bin/python -m pip install --quiet nox)
 	.nox/tool/bin/nox
@@ -45,10 +48,10 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format .
 
 clean: ## remove what the commands above made
-	rm -rf .venv .nox .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs build dist
+	rm -rf .venv .nox site .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs build dist
 
 $(READY): pyproject.toml constraints.txt
-	@echo "Installing psl_flower and what it is tested with into .venv: about 2 GB in two minutes, only this once."
+	@echo "Installing psl_flower and what it is tested with into .venv: about 2.5 GB in two or three minutes, only this once."
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip

@@ -11,6 +11,7 @@ The tree::
     ├── MembershipError (RuntimeError) the clients at hand cannot form a population
     ├── StepError (RuntimeError)       a training or evaluation step could not be completed
     │   └── DivergenceError            its loss or gradients are NaN or infinite
+    ├── HijackedError (RuntimeError)   what the server sends back does not follow the labels that it was told
     └── StoppedError (RuntimeError)    the run was ended from outside
 
 Every message names the rule, the value found and the remedy. Errors of other libraries are mapped
@@ -111,6 +112,10 @@ class StepError(PSLError, RuntimeError):
 
 class DivergenceError(StepError):
     """The server half's loss or gradients are NaN or infinite."""
+
+
+class HijackedError(PSLError, RuntimeError):
+    """What the server sends back does not follow the labels that it was told: it trains something else."""
 
 
 class StoppedError(PSLError, RuntimeError):

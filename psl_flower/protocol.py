@@ -26,6 +26,9 @@ from psl_flower.typing import IntArray
 
 DESCRIBE = "describe"  # the one stage that every client has, whatever its method
 
+# the part of Flower's message type that tells a node it is not let in; nobody waits for an answer
+REFUSED = "refused"
+
 # Flower message type of the invitation to open a stream, over which everything else then travels.
 ATTACH = "train.attach"
 
@@ -306,6 +309,7 @@ __all__ = [
     "DESCRIBE",
     "MAX_CLASSES",
     "MAX_EXAMPLES",
+    "REFUSED",
     "Config",
     "Description",
     "Kind",

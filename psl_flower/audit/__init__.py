@@ -4,8 +4,8 @@ from psl_flower.audit.finding import Finding
 from psl_flower.extras import extra
 
 with extra("experiments", "an audit"):
-    from psl_flower.audit.attacks import ATTACKS
+    from psl_flower.audit.attacks import ACTIVE, ATTACKS
     from psl_flower.audit.auditing import audit
 from psl_flower.audit.result import AuditResult, Case
 
-__all__ = ["ATTACKS", "AuditResult", "Case", "Finding", "audit"]
+__all__ = ["ACTIVE", "ATTACKS", "AuditResult", "Case", "Finding", "audit"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from psl_flower.audit.attacks import ATTACKS
+from psl_flower.audit.attacks import ACTIVE, ATTACKS
 from psl_flower.audit.rehearsal import Data, Setting, rehearse
 from psl_flower.audit.result import AuditResult, Case
 from psl_flower.checks import check_choice, check_int
@@ -68,7 +68,7 @@ def audit(
         What the clients do about it, by the name it has in the report: see `psl_flower.privacy.defences`. Default:
         ``{"none": ()}``.
     attacks : iterable of str, optional
-        Some of `psl_flower.audit.ATTACKS`. Default: all. Those that have nothing to attack find nothing.
+        Some of `psl_flower.audit.ATTACKS` and `ACTIVE`. Default: all. Those that have nothing to attack find nothing.
     num_clients : int
         K, at least 2.
     num_rounds, batch_size, optimizer, secure_aggregation
@@ -95,7 +95,8 @@ def audit(
     check_int(num_clients, "num_clients", least=2)
     for name, value in (("num_rounds", num_rounds), ("batch_size", batch_size), ("examples", examples)):
         check_int(value, name, least=1)
-    chosen = [check_choice(name, "an attack", ATTACKS) for name in (ATTACKS if attacks is None else attacks)]
+    every = [*ATTACKS, *ACTIVE]
+    chosen = [check_choice(name, "an attack", every) for name in (every if attacks is None else attacks)]
     all_cuts = [cuts] if cuts is None or isinstance(cuts, str) else list(cuts)
     all_defences = dict(defences) if defences else {"none": ()}
     if not all_cuts or not seeds:
@@ -163,7 +164,7 @@ def _case(setting: Setting, label: str, attacks: Sequence[str], progress: _Progr
     )
     for name in attacks:
         progress.next(name)
-        found = ATTACKS[name](run.scene)
+        found = ACTIVE[name](setting) if name in ACTIVE else ATTACKS[name](run.scene)
         case.findings.extend(found.findings)
         if found.gallery is not None:
             case.galleries.append(found.gallery)

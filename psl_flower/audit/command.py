@@ -15,7 +15,7 @@ from torch import nn
 from psl_flower.app.datasets import SPECS
 from psl_flower.app.models import build_model
 from psl_flower.app.task import load_images, make_optimizer
-from psl_flower.audit.attacks import ATTACKS
+from psl_flower.audit.attacks import ACTIVE, ATTACKS
 from psl_flower.audit.auditing import audit
 from psl_flower.audit.presets import PRESETS
 from psl_flower.audit.report import JSON_FILE, save_report
@@ -53,17 +53,19 @@ def _audit(
     secure_aggregation: Annotated[bool, _option("Clients mask their sums.", "", "--secure-aggregation")] = False,
     defences: Annotated[
         list[str] | None,
-        _option("Of the clients, as the key of the default app takes them; none: none.", "DEFENCES", "--defences"),
+        _option("Of the clients, as the key of the default app takes them, or none.", "DEFENCES", "--defences"),
     ] = None,
-    num_clients: Annotated[int, _option("How many; half are the attacker's.", "K")] = 8,
+    num_clients: Annotated[int | None, _option("How many, half of them the attacker's; the preset's.", "K")] = None,
     rounds: Annotated[int | None, _option("Of training; the last is attacked. The preset's.", "N")] = None,
     batch_size: Annotated[int, _option("Examples a step, over all clients.", "B")] = 64,
     learning_rate: Annotated[float, _option("Of SGD with momentum 0.9.", "RATE")] = 0.02,
     attacks: Annotated[
         list[str] | None,
-        _option("One of them; all unless some are named.", "|".join(ATTACKS), "--attack", panel="Attacks"),
+        _option("One of them; the preset's, or all.", "|".join([*ATTACKS, *ACTIVE]), "--attack", panel="Attacks"),
     ] = None,
-    seeds: Annotated[int, _option("Trainings of each cut with each of the defences.", "N", panel="Attacks")] = 1,
+    seeds: Annotated[
+        int | None, _option("Trainings of each cut with each of the defences; the preset's.", "N", panel="Attacks")
+    ] = None,
     output: Annotated[Path, _option("Where the report goes.", "DIR", panel="Output")] = Path("outputs/audit"),
     as_json: Annotated[bool, _option("Print JSON, for scripts.", "", "--json", panel="Output")] = False,
 ) -> None:
@@ -76,7 +78,7 @@ def _audit(
     to conclude from it.
     """
     given = PRESETS[preset]
-    check_int(seeds, "--seeds", least=1)
+    seeds = check_int(given.seeds if seeds is None else seeds, "--seeds", least=1)
     config = RunConfig(
         dataset=given.dataset,
         data_path=str(Path(data_path).expanduser().resolve()) if data_path else "",
@@ -91,9 +93,9 @@ def _audit(
         load_images(config, "test"),
         cuts=cuts or given.cuts,
         tail=tail or None,
-        defences={spec: () if spec == "none" else parse_defences(spec) for spec in defences or ("none",)},
-        attacks=attacks,
-        num_clients=num_clients,
+        defences={spec: () if spec == "none" else parse_defences(spec) for spec in defences or given.defences},
+        attacks=attacks or given.attacks or None,
+        num_clients=given.num_clients if num_clients is None else num_clients,
         num_rounds=given.rounds if rounds is None else rounds,
         batch_size=batch_size,
         optimizer=partial(make_optimizer, config),

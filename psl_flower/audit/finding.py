@@ -30,6 +30,8 @@ class Finding:
         How often chance does as well, where there is no interval.
     less : bool
         Whether less of it is worse for the clients, as of errors.
+    detection : bool
+        Whether it is about how well clients notice, and no leak.
     """
 
     attack: str
@@ -41,10 +43,13 @@ class Finding:
     high: float | None = None
     p_value: float | None = None
     less: bool = False
+    detection: bool = False
 
     @property
     def leaks(self) -> bool:
         """Whether it is more than chance: the interval leaves the floor out, or the p-value is small."""
+        if self.detection:
+            return False
         if self.p_value is not None:
             return self.p_value <= SURE
         if self.less:

@@ -16,7 +16,7 @@ _LEAKS = (
     ("decoder", "SSIM", "images: SSIM of the decoder"),
     ("labels by trying each", "share that is right", "labels: share solved for"),
     ("labels", "as they are sent, share that is right", "labels: share right as sent"),
-    ("membership", "match AUC", "membership: AUC of a match"),
+    ("membership", "decoded match AUC", "membership: AUC of a decoded match"),
 )
 _MARKERS = "osD^vP*X<>hd"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import replace_batch_norm
 from psl_flower.split.model import cut_model
 from psl_flower.strategy import ParallelSplitLearning
+from psl_flower.typing import IntArray
 
 Data = tuple[Tensor, Tensor]  # (N, ...) inputs, (N,) int64 labels
 
@@ -74,7 +75,7 @@ class Rehearsal:
     scene : Scene
         For attackers.
     accuracy : float
-        On the clients' test data, through the real method: with all that the clients do to what they send.
+        On the clients' test data, of what they send of it (with all that they do to it), by their true labels.
     bytes_a_round : int
         Of tensors, both ways.
     seconds : float
@@ -104,7 +105,7 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         lambda: model,
         cut=setting.cut,
         tail=setting.tail,
-        data_fn=_dealt(setting),
+        data_fn=_data_fn(setting),
         client_class=witness(recording),
         secure_aggregation=setting.secure_aggregation,
         defences=setting.defences,
@@ -140,25 +141,35 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
     )
     return Rehearsal(
         scene=scene,
-        accuracy=float(result.evaluate_metrics_clientapp[rounds]["accuracy"]),  # type: ignore[arg-type]
+        accuracy=_accuracy(scene, result.evaluate_metrics_clientapp[rounds]),
         bytes_a_round=int(told["bytes_sent"]) + int(told["bytes_received"]),  # type: ignore[arg-type]
         seconds=seconds,
     )
 
 
-def _dealt(setting: Setting) -> Callable[[Context], tuple[TensorDataset, TensorDataset]]:
-    """Return a `data_fn` that deals examples out to clients at random, evenly."""
+def _accuracy(scene: Scene, told: Mapping[str, Any]) -> float:
+    """Return the share of right answers; what the clients tell, where the server cannot see what the model says."""
+    found = scene.answers(test=True)
+    return float(told["accuracy"]) if found is None else float((found[0] == found[1].labels).mean())
+
+
+def dealt(setting: Setting) -> tuple[list[IntArray], list[IntArray]]:
+    """Return which training and which test examples each client holds: dealt out at random, evenly."""
     rng = np.random.default_rng(setting.seed)
-    shares = [
-        [torch.from_numpy(rows) for rows in np.array_split(rng.permutation(len(labels)), setting.num_clients)]
-        for _, labels in (setting.train, setting.test)
-    ]
+    train, test = (
+        np.array_split(rng.permutation(len(labels)), setting.num_clients) for _, labels in (setting.train, setting.test)
+    )
+    return train, test
+
+
+def _data_fn(setting: Setting) -> Callable[[Context], tuple[TensorDataset, TensorDataset]]:
+    shares = dealt(setting)
 
     def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
         client = int(context.node_config["partition-id"])
         train, test = (
-            TensorDataset(inputs[share[client]], labels[share[client]])
-            for (inputs, labels), share in zip((setting.train, setting.test), shares, strict=True)
+            TensorDataset(inputs[torch.from_numpy(of[client])], labels[torch.from_numpy(of[client])])
+            for (inputs, labels), of in zip((setting.train, setting.test), shares, strict=True)
         )
         return train, test
 

@@ -60,6 +60,8 @@ class Line:
         Of the only seed.
     p_value : float or None
         Of the only seed.
+    detection : bool
+        Whether it is no leak, but how well clients notice.
     """
 
     cut: str
@@ -72,6 +74,7 @@ class Line:
     leaks: bool
     interval: tuple[float, float] | None
     p_value: float | None
+    detection: bool
 
     @property
     def value(self) -> float:
@@ -145,6 +148,7 @@ def _line(cut: str, defence: str, found: Sequence[Finding]) -> Line:
         leaks=sum(each.leaks for each in found) * 2 > len(found),
         interval=(first.low, first.high) if alone and first.low is not None and first.high is not None else None,
         p_value=first.p_value if alone else None,
+        detection=first.detection,
     )
 
 
@@ -159,7 +163,7 @@ def _table(lines: Iterable[Line]) -> list[str]:
     rows = ["| attack | by | measure | found | 95 % | where nothing leaks | leaks |", "|---|---|---|---|---|---|---|"]
     for line in lines:
         floor = float(np.mean(line.floors))
-        verdict = "**yes**" if line.leaks else "no"
+        verdict = "" if line.detection else "**yes**" if line.leaks else "no"
         cells = (line.attack, line.party, line.measure, f"{line.value:.3f}", line.sure(), f"{floor:.3f}", verdict)
         rows.append("| " + " | ".join(cells) + " |")
     return rows

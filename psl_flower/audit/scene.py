@@ -59,6 +59,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def chosen(self, most: int, rng: np.random.Generator) -> IntArray:
+        """Return the positions, in ascending order, of at most so many rows of the attacker's, and of others, each."""
+        both = (np.flatnonzero(self.shadow), np.flatnonzero(~self.shadow))
+        return np.sort(np.concatenate([rng.permutation(of)[:most] for of in both]))
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scene:
@@ -94,10 +99,12 @@ class Scene:
         """Return the rows of a leaf of that name; None if none crosses."""
         return next((rows for rows in self.every(name) if where in ("", rows.where)), None)
 
-    def every(self, name: str) -> list[Rows]:
-        """Return the rows of all leaves of that name, a stage each."""
+    def every(self, name: str, *, test: bool = False) -> list[Rows]:
+        """Return the rows of all leaves of that name, a stage each: of training, or of evaluation."""
         found: dict[str, list[tuple[Exchange, Any]]] = {}
-        for exchange in self.training:
+        for exchange in self.recording.exchanges if test else self.training:
+            if exchange.order.test != test:
+                continue
             leaf = {**exchange.sent, **exchange.received}.get(name)
             if leaf is not None and leaf.kind is Kind.ROWS and leaf.value is not None:
                 found.setdefault(exchange.stage, []).append((exchange, leaf.value))
@@ -112,6 +119,19 @@ class Scene:
     def training(self) -> list[Exchange]:
         """The exchanges of training."""
         return [each for each in self.recording.exchanges if not each.order.test]
+
+    def answers(self, *, test: bool) -> tuple[IntArray, Rows] | None:
+        """Return what the final model says of the examples that crossed, (N,) classes, and their rows.
+
+        None where that takes something that does not cross.
+        """
+        outputs, seen = self.every("outputs", test=test), self.every("activations", test=test)
+        last, behind = (seen, self.halves.server) if not outputs else (outputs, self.tail)
+        if not last or behind is None:
+            return None
+        with torch.no_grad():
+            said: IntArray = run(behind.eval(), last[0].crossed).argmax(dim=1).numpy()
+        return said, last[0]
 
     @property
     def tail(self) -> nn.Module | None:

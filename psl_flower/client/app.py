@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch.nn.functional import cross_entropy
 
@@ -20,14 +21,18 @@ from psl_flower.client.recipe import ClientRecipe, make_client, method_of
 from psl_flower.client.runtime import answer
 from psl_flower.client.stream import attach_stream
 from psl_flower.data import check_data_fn
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.codec import decode_request, encode_reply
+from psl_flower.exchange.limits import MAX_TEXT
 from psl_flower.exchange.records import content_to_frame, frame_to_content
+from psl_flower.flower import ERROR_CLIENT_APP
 from psl_flower.methods import METHODS, SplitMethod, make_method
 from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
 from psl_flower.privacy.defences import Defence
-from psl_flower.protocol import ATTACH, DESCRIBE, Config
+from psl_flower.protocol import ATTACH, DESCRIBE, REFUSED, Config
 from psl_flower.server import Loss
+
+log = logging.getLogger("flwr.psl_flower")
 
 
 def split_client_app(
@@ -147,14 +152,28 @@ def split_client_app(
     for stage in {name for each in methods for name in each.stages()}:
         app.train(stage, mods=mods)(partial(serve, recipe))
         app.evaluate(stage, mods=mods)(partial(serve, recipe))
+    app.query(REFUSED, mods=mods)(hear_refusal)
     app.train(ATTACH.removeprefix("train."), mods=mods)(partial(attach_stream, recipe))
     return app
 
 
+def hear_refusal(message: Message, context: Context) -> Message:
+    """Log why the server does not let this node in."""
+    reason = message.content.config_records.get(REFUSED, ConfigRecord()).get("reason", "it gives no reason")
+    log.warning("The server does not let node %d in: %s", context.node_id, str(reason)[:MAX_TEXT])
+    return Message(RecordDict(), reply_to=message)
+
+
 def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
-    """Answer one message of the server."""
+    """Answer one message of the server; with an error, if it is none."""
     state = run_state(context.run_id)
-    number, wire_dtype, request = decode_request(content_to_frame(message.content), state.weights)
+    try:
+        number, wire_dtype, request = decode_request(content_to_frame(message.content), state.weights)
+        if len(request.nodes) != 1:
+            raise ProtocolError(f"a message is for one client, this one names {len(request.nodes)}")
+    except ProtocolError as error:
+        state.refusals.add(f"node {context.node_id}", error)
+        return Message(Error(ERROR_CLIENT_APP, f"refused: {error}"), reply_to=message)
 
     method = method_of(recipe, state, context)
 

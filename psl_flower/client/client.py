@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from psl_flower.data import Batch, Examples, PadTexts, bind_inputs, forward_signature, read_together
-from psl_flower.errors import BadRowsError, ConfigError
+from psl_flower.errors import BadRowsError, ConfigError, ProtocolError
 from psl_flower.failures import Failure, Kind
 from psl_flower.protocol import Config, Description, Orders, WorkOrder
 from psl_flower.seeds import PutOff, to_end
@@ -151,19 +151,19 @@ class SplitClient:
 
         Raises
         ------
-        ConfigError
+        ProtocolError
             If the order asks for more than there is.
         """
         if order.test:
             held = 0 if self.test is None else len(self.test)
             if order.count > held - len(order.left_out) - order.start:
-                raise ConfigError(f"asked for {order.count} test examples from {order.start} on, of {held}")
+                raise ProtocolError(f"asked for {order.count} test examples from {order.start} on, of {held}")
             readable: IntArray = np.setdiff1d(np.arange(held), order.left_out)
             return readable[order.start : order.start + order.count]
         if order.class_starts is None or order.class_counts is None:
             permutation = self._epoch_permutation(order)
             if order.start < 0 or not 0 < order.count <= len(permutation) - order.start:
-                raise ConfigError(f"asked for {order.count} examples from {order.start} on, of {len(permutation)}")
+                raise ProtocolError(f"asked for {order.count} examples from {order.start} on, of {len(permutation)}")
             return permutation[order.start : order.start + order.count]
         indices, bounds = self._epoch_classes(order)
         # classes beyond those this client holds have no examples
@@ -174,7 +174,7 @@ class SplitClient:
         wrong = np.flatnonzero((starts < 0) | (counts < 0) | (starts + counts > there))
         if wrong.size or counts.sum() != order.count:
             c = wrong[0] if wrong.size else 0
-            raise ConfigError(
+            raise ProtocolError(
                 f"asked for {counts[c]} examples of class {c} from {starts[c]} on, of {there[c]} "
                 f"({counts.sum()} in all classes, {order.count} in the order)"
             )

@@ -18,6 +18,7 @@ from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.privacy import DPSGD, Secret
 from psl_flower.privacy.defences import Defence, Leaving
 from psl_flower.protocol import Kind, Orders
+from psl_flower.server.metrics import is_integer
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
 
@@ -106,8 +107,8 @@ class Defending:
         """Return a batch with what its labels are taken for."""
         if not self.defences or batch.target is None or not any(map(changes_labels, self.defences)):
             return batch
-        if not isinstance(batch.target, Tensor) or batch.target.dtype not in (torch.int64, torch.int32):
-            raise ConfigError("defences of labels are for one class an example: leave them out, or give integers")
+        if not isinstance(batch.target, Tensor) or not is_integer(batch.target):
+            raise ConfigError("RandomizedResponse is for one class an example, a tensor of whole numbers: leave it out")
         blocks = np.split(self.examples, np.cumsum(self.counts)[:-1])
         given = torch.split(batch.target.cpu(), self.counts.tolist())
         told = [
@@ -135,11 +136,12 @@ class Defending:
         left, weights = dict(outputs), cache(weights)
         with torch.set_grad_enabled(not self.test):
             for name in names:
-                leaf = partial(self._leaf, stage, name, weights)
-                paths = iter(tree.paths(outputs[name], name))
-                left[name] = tree.map_leaves(lambda t, f=leaf, p=paths: f(next(p), t), outputs[name])
-                if name not in stage.gradients and not self.test:
-                    self._punish(outputs[name], inputs, partial(self._leaving, stage, name, weights))
+                given, of = outputs[name], partial(self._leaving, stage, weights)
+                gradient = name in stage.gradients
+                leaves = [self._leaf(t, partial(of, path), gradient) for path, t in tree.named_leaves(given, name)]
+                left[name] = tree.build(tree.structure(given), leaves)
+                if not gradient and not self.test:
+                    self._punish(given, inputs, partial(of, name))
         return left
 
     def apart(self, outputs: Tree) -> Tree:
@@ -154,24 +156,23 @@ class Defending:
         left = tree.map_leaves(lambda t: self._left.get(id(t), (t, t))[1], outputs)
         return left, torch.stack(penalties).sum() if penalties else None
 
-    def _leaf(self, stage: Stage, name: str, weights: Callable[[], bytes], path: str, given: Tensor) -> Tensor:
+    def _leaf(self, given: Tensor, of: Callable[[int], Leaving], gradient: bool) -> Tensor:
         if not given.is_floating_point():
             return given
         rows = given
         for at, each in enumerate(self.defences):
-            of = self._leaving(stage, path, weights, at)
-            rows = each.gradients(rows, of) if name in stage.gradients else each.rows(rows, of)
+            rows = each.gradients(rows, of(at)) if gradient else each.rows(rows, of(at))
         self._left[id(given)] = (given, rows)
         return rows
 
-    def _punish(self, outputs: Tree, inputs: Tree, leaving: Callable[[int], Leaving]) -> None:
-        terms = [each.penalty(inputs, outputs, leaving(at)) for at, each in enumerate(self.defences)]
+    def _punish(self, outputs: Tree, inputs: Tree, of: Callable[[int], Leaving]) -> None:
+        terms = [each.penalty(inputs, outputs, of(at)) for at, each in enumerate(self.defences)]
         there = [term for term in terms if term is not None]
         roots = [leaf for leaf in tree.leaves(outputs) if leaf.is_floating_point()]
         if there and roots:
             self._penalties[id(roots[0])] = torch.stack(there).sum()
 
-    def _leaving(self, stage: Stage, path: str, weights: Callable[[], bytes], at: int) -> Leaving:
+    def _leaving(self, stage: Stage, weights: Callable[[], bytes], path: str, at: int) -> Leaving:
         return Leaving(
             secrets=self.secrets,
             counts=self.counts,

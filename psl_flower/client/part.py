@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from psl_flower import tree
-from psl_flower.errors import ConfigError, PSLError
+from psl_flower.errors import ConfigError, ProtocolError, PSLError
 from psl_flower.origin import where
 from psl_flower.protocol import Weights
 from psl_flower.server import REFUSED, Additivity, Loss, Reduction, WeightedLoss, loss_target, weighted
@@ -57,14 +57,16 @@ class ClientPart:
 
         Raises
         ------
-        ConfigError
-            If they are not this part's.
+        ProtocolError
+            If they are not this part's, or not finite.
         """
         versions = (weights.version, weights.constants_version)
         if versions == self._versions:
             return
         own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         self._check(own, {**weights.parameters, **weights.constants})
+        if wrong := [name for name, tensor in weights.parameters.items() if not tree.is_finite(tensor)]:
+            raise ProtocolError(f"the server's weights are not finite: {wrong[0]!r} holds NaN or infinite values")
         old = self._versions
         self._versions = None
         given = dict(weights.parameters)
@@ -183,12 +185,16 @@ class ClientPart:
         rule = "server and client must cut the same model in the same place"
         if different := sorted(given.keys() ^ own.keys()):
             where = "the server's" if different[0] in given else "the client's"
-            raise ConfigError(
+            raise ProtocolError(
                 f"{rule}: {len(different)} names of the client half differ, {different[0]!r} is only in {where}"
             )
         for name, mine in own.items():
+            if given[name].is_floating_point() != mine.is_floating_point():
+                raise ProtocolError(
+                    f"{rule}: dtype of {name!r}: {mine.dtype} here, the server's is {given[name].dtype}"
+                )
             if (other := given[name].shape) != mine.shape:
-                raise ConfigError(
+                raise ProtocolError(
                     f"{rule}: shape of {name!r}: the client's is {tuple(mine.shape)}, the server's {tuple(other)}"
                 )
 

@@ -21,6 +21,7 @@ from psl_flower.exchange.codec import WeightStore
 from psl_flower.methods import SplitMethod
 from psl_flower.privacy import DPSGD, LabelNoise, Party, Secret, SecureAggregation
 from psl_flower.privacy.defences import Defence
+from psl_flower.refusals import Refusals
 
 # Bytes of activations whose graphs are kept for the backward pass; a graph that was dropped is computed again.
 MAX_GRAPH_BYTES = 512 * 2**20
@@ -73,7 +74,7 @@ class RunState:
         self.signature = ""
         self.loss: LossFn | None = None
         self.method: SplitMethod | None = None  # where the run's configuration names it
-        self.clients: dict[Hashable, SplitClient] = {}
+        self.clients: dict[tuple[int, Hashable], SplitClient] = {}  # by node and configuration
         self.contexts = ContextCache(MAX_GRAPH_BYTES)
         self.weights = WeightStore()
         self.own = OwnParts()
@@ -86,6 +87,7 @@ class RunState:
         self.private: DPSGD | None = None
         self.secrets: dict[int, Secret] = {}  # by node
         self.one_at_a_time = False
+        self.refusals = Refusals("what the server asks of {}")
 
     def secret(self, node: int) -> Secret:
         """Return a client's secret in the run, made when it is first needed."""

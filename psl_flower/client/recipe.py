@@ -73,6 +73,9 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
     """
     key = (context.node_id, tuple(sorted((name, str(value)) for name, value in config.items())))
     if key not in state.clients:
+        # a server that sends another configuration every time shall not fill the memory
+        for old in [other for other in state.clients if other[0] == context.node_id][:-1]:
+            del state.clients[old]
         try:
             state.clients[key] = _build(recipe, state, context, config)
         except Exception as error:

@@ -79,6 +79,9 @@ def answer(method: SplitMethod, state: RunState, make_client: MakeClient, reques
     if clients:
         request = request.take([i for i, node in enumerate(request.nodes) if node not in reply.failures])
         _answer(method, state, request, clients, reply)
+    for node, failure in reply.failures.items():
+        if failure.kind.is_mistake and failure.kind is not Kind.RAISED:
+            state.refusals.add(f"node {node}", failure)
     _share(reply, request, time.monotonic() - begin)
     return reply
 
@@ -382,9 +385,9 @@ def _share(reply: Reply, request: Request, seconds: float) -> None:
 def _failure(exc: Exception, node: int, client: SplitClient | None = None) -> Failure:
     if isinstance(exc, NotBuiltError) and isinstance(exc.__cause__, Exception):
         return replace(_failure(exc.__cause__, node), partition_id=exc.partition_id)
-    log.debug("node %d: %s", node, exc, exc_info=exc)
     if isinstance(exc, ProtocolError):
         return exc.failure()
+    log.debug("node %d: %s", node, exc, exc_info=exc)
     if isinstance(exc, LabelError):  # where the loss is a client's, labels are to stay there
         log.error("node %d: %s", node, exc)
         return Failure(Kind.LABELS, f"{exc.rule} (which they are is in the log of the client)")

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import grpc
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from psl_flower.client.client import SplitClient
 from psl_flower.client.keeping import keep, restore
@@ -38,7 +38,7 @@ from psl_flower.exchange.streams.endpoint import (
     WHEREABOUTS,
 )
 from psl_flower.exchange.streams.security import PROCESS_ID, SERVER_NAME, Ticket
-from psl_flower.flower import outlives_messages
+from psl_flower.flower import ERROR_CLIENT_APP, outlives_messages
 from psl_flower.protocol import Config
 
 log = logging.getLogger("flwr.psl_flower")
@@ -56,10 +56,11 @@ def attach_stream(recipe: ClientRecipe, message: Message, context: Context) -> M
     The reply comes at once from a process that goes on, else when the stream has ended. It names a `failure` if the
     stream could not be opened.
     """
-    record = message.content.config_records.get("attach")
-    if record is None:
-        raise ProtocolError("an attach message needs a ConfigRecord named 'attach'")
-    ticket = Ticket.decode(record)
+    try:
+        ticket = Ticket.decode(message.content.config_records.get("attach"))
+    except ProtocolError as error:
+        run_state(context.run_id).refusals.add(f"node {context.node_id}", error)
+        return Message(Error(ERROR_CLIENT_APP, f"refused: {error}"), reply_to=message)
     # a server in this very process waits for the reply, so the handler must not wait for the server
     resident = ticket.process == PROCESS_ID or outlives_messages()
     state = run_state(context.run_id)

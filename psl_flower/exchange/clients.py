@@ -292,8 +292,8 @@ class Clients:
         for node, reason in refused.items():
             if self._told.get(node) != reason:
                 log.warning("node %d is refused: %s: give each node a partition of its own", node, reason)
+                self._carrier.refuse(node, reason)
             self._told[node] = reason
-            self._carrier.refuse(node, reason)
         left = {node: each for node, each in described.items() if node not in refused}
         if len(left) < min_nodes <= len(described):
             raise MembershipError(

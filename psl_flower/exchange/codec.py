@@ -24,6 +24,7 @@ from psl_flower.exchange.fields import (
     seconds_of,
 )
 from psl_flower.exchange.frames import Frame
+from psl_flower.exchange.limits import MAX_DELAY, MAX_HEADER_BYTES, MAX_MODEL, MAX_PARTS, MAX_ROWS, MAX_TEXT
 from psl_flower.exchange.orders import decode_company, decode_orders, encode_company, encode_orders
 from psl_flower.exchange.tensors import Packer, Unpacker
 from psl_flower.failures import Failure
@@ -44,10 +45,6 @@ from psl_flower.typing import IntArray
 REQUEST = "request"
 REPLY = "reply"
 
-_MAX_PARTS = 64  # of the model, and leaves of a stage
-_MAX_TEXT = 2000  # characters of a failure
-_MAX_ROWS = 10_000  # unreadable rows told at once
-
 # The weights a client process has been sent: by part and kind ("parameters", "constants"), their version.
 Sent = dict[tuple[str, str], str]
 
@@ -60,7 +57,10 @@ class WeightStore:
 
     def put(self, part: str, kind: str, version: str, tensors: Mapping[str, Any]) -> None:
         """Keep weights in place of their last version."""
+        self._kept.pop((part, kind), None)
         self._kept[part, kind] = (version, tensors)
+        while len(self._kept) > 2 * MAX_PARTS:  # more than a model has: the oldest go
+            del self._kept[next(iter(self._kept))]
 
     def get(self, part: str, kind: str, version: str) -> Mapping[str, Any]:
         """Return weights, or raise ProtocolError if that version was not the last to be sent."""
@@ -122,12 +122,12 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
         orders = decode_orders(field(header, "orders", dict), len(nodes), unpacker)
     elif field(header, "stage", str) != DESCRIBE:
         raise ProtocolError(f"stage {header['stage']!r:.80} needs orders")
-    delays = tuple(seconds_of(delay) for delay in field(header, "delays", list))
+    delays = tuple(seconds_of(delay, MAX_DELAY) for delay in field(header, "delays", list))
     if delays and len(delays) != len(nodes):
         raise ProtocolError(f"expected {len(nodes)} delays, got {len(delays)}")
     weights = {
         part: _decode_weights(part, each, unpacker, store)
-        for part, each in limited(field(header, "weights", dict), _MAX_PARTS).items()
+        for part, each in limited(field(header, "weights", dict), MAX_PARTS).items()
     }
     request = Request(
         stage=field(header, "stage", str),
@@ -187,7 +187,7 @@ def _encode_leaves(leaves: Mapping[str, Leaf], packer: Packer) -> dict[str, Any]
 
 def _decode_leaves(header: Mapping[str, Any], num_clients: int, unpacker: Unpacker) -> dict[str, Leaf]:
     leaves = {}
-    for name, spec in limited(header, _MAX_PARTS).items():
+    for name, spec in limited(header, MAX_PARTS).items():
         if not isinstance(spec, dict):
             raise ProtocolError(f"expected the description of {name!r:.80}, got {spec!r:.80}")
         try:
@@ -222,9 +222,9 @@ def encode_reply(number: int, reply: Reply, request: Request, wire_dtype: str = 
         "failures": {
             str(node): {
                 "kind": each.kind.value,
-                "detail": each.detail[:_MAX_TEXT],
-                "rows": {str(row): why[:_MAX_TEXT] for row, why in list(each.rows.items())[:_MAX_ROWS]},
-                "labels": {str(row): label for row, label in list(each.labels.items())[:_MAX_ROWS]},
+                "detail": each.detail[:MAX_TEXT],
+                "rows": {str(row): why[:MAX_TEXT] for row, why in list(each.rows.items())[:MAX_ROWS]},
+                "labels": {str(row): label for row, label in list(each.labels.items())[:MAX_ROWS]},
                 "partition-id": each.partition_id,
             }
             for node, each in reply.failures.items()
@@ -266,7 +266,8 @@ def decode_reply(frame: Frame, request: Request) -> Reply:
     if not ((seconds >= 0) & (seconds < 2**53)).all():
         raise ProtocolError("expected seconds, finite and not negative")
     unpacker.finish()
-    failures = {node_of(node): _decode_failure(each) for node, each in field(header, "failures", dict).items()}
+    failed = limited(field(header, "failures", dict), len(asked))
+    failures = {node_of(node): _decode_failure(each) for node, each in failed.items()}
     descriptions = {}
     if request.stage == DESCRIBE:
         described = limited(field(header, "descriptions", dict), len(asked))
@@ -308,13 +309,11 @@ def _decode_failure(value: Any) -> Failure:
         kind = FailureKind(value.get("kind"))
     except ValueError as exc:
         raise ProtocolError(f"expected a failure of a known kind, got {value.get('kind')!r:.80}") from exc
-    rows = {
-        node_of(row): f"{why!s:.{_MAX_TEXT}}" for row, why in limited(field(value, "rows", dict), _MAX_ROWS).items()
-    }
-    held = limited(field(value, "labels", dict), _MAX_ROWS)
+    rows = {node_of(row): f"{why!s:.{MAX_TEXT}}" for row, why in limited(field(value, "rows", dict), MAX_ROWS).items()}
+    held = limited(field(value, "labels", dict), MAX_ROWS)
     labels = dict(zip(map(node_of, held), integers({"labels": list(held.values())}, "labels"), strict=True))
     partition = None if value.get("partition-id") is None else field(value, "partition-id", int)
-    return Failure(kind, field(value, "detail", str)[:_MAX_TEXT], rows, labels, partition)
+    return Failure(kind, field(value, "detail", str, MAX_HEADER_BYTES)[:MAX_TEXT], rows, labels, partition)
 
 
 def _encode_description(each: Description) -> dict[str, Any]:
@@ -322,7 +321,7 @@ def _encode_description(each: Description) -> dict[str, Any]:
         "partition-id": each.partition_id,
         "num-examples": each.num_examples,
         "num-test-examples": each.num_test_examples,
-        "left-out": {str(row): why[:_MAX_TEXT] for row, why in list(each.left_out.items())[:_MAX_ROWS]},
+        "left-out": {str(row): why[:MAX_TEXT] for row, why in list(each.left_out.items())[:MAX_ROWS]},
         "method": each.method,
         "model": each.model,
         "key": each.key.hex(),
@@ -347,13 +346,13 @@ def _decode_description(header: Any) -> Description:
         labels=column("labels"),
         counts=column("counts"),
         left_out={
-            node_of(row): f"{why!s:.{_MAX_TEXT}}"
-            for row, why in limited(field(header, "left-out", dict), _MAX_ROWS).items()
+            node_of(row): f"{why!s:.{MAX_TEXT}}"
+            for row, why in limited(field(header, "left-out", dict), MAX_ROWS).items()
         },
-        method=field(header, "method", str)[:_MAX_TEXT],
-        model=field(header, "model", str)[: 2**20],
+        method=field(header, "method", str),
+        model=field(header, "model", str, MAX_MODEL),
         key=_key(field(header, "key", str)),
-        private=field(header, "private", str)[:_MAX_TEXT],
+        private=field(header, "private", str),
     )
 
 

@@ -8,20 +8,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from psl_flower.errors import ProtocolError
+from psl_flower.exchange.limits import MAX_CONFIG, MAX_ENTRIES, MAX_TEXT
 from psl_flower.protocol import Config
 
 
-def field(header: Mapping[str, Any], name: str, kind: type) -> Any:
-    """Return a field of a type."""
+def field(header: Mapping[str, Any], name: str, kind: type, most: int = MAX_TEXT) -> Any:
+    """Return a field of a type; a text of at most so many characters."""
     value = header.get(name)
     if type(value) is not kind or (type(value) is int and value.bit_length() > 63):
         raise ProtocolError(f"expected {name!r} to be of type {kind.__name__}, got {value!r:.80}")
+    if isinstance(value, str) and len(value) > most:
+        raise ProtocolError(f"expected {name!r} to be of at most {most} characters, got {len(value)}")
     return value
 
 
 def integers(header: Mapping[str, Any], name: str, bits: int = 63) -> list[int]:
     """Return a list of integers of at most so many bits."""
-    values: list[int] = field(header, name, list)
+    values: list[int] = limited(field(header, name, list), MAX_ENTRIES)
     if not all(type(value) is int and value.bit_length() <= bits for value in values):
         raise ProtocolError(f"expected {name!r} to be a list of integers, got {values!r:.80}")
     return values
@@ -42,10 +45,12 @@ def limited(values: Any, most: int) -> Any:
     return values
 
 
-def seconds_of(value: Any) -> float:
+def seconds_of(value: Any, most: float = 2**53) -> float:
     """Return a time."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**53:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise ProtocolError(f"expected seconds, finite and not negative, got {value!r:.80}")
+    if value > most:
+        raise ProtocolError(f"expected at most {most:g} seconds, got {value!r:.80}")
     return float(value)
 
 
@@ -72,7 +77,8 @@ def _encode_value(value: Any) -> Any:
 
 def decode_config(header: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return what `encode_config` was given."""
-    return {key: _each(_decode_value, value) for key, value in field(header, name, dict).items()}
+    found = limited(field(header, name, dict), MAX_CONFIG)
+    return {key: _each(_decode_value, value) for key, value in found.items()}
 
 
 def _each(function: Callable[[Any], Any], value: Any) -> Any:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psl_flower.errors import ProtocolError
+from psl_flower.exchange.limits import MAX_BUFFERS, MAX_CONTAINERS, MAX_FRAME_BYTES, MAX_HEADER_BYTES
 from psl_flower.exchange.shared_memory import SharedMemory, aligned
 
 Buffer = memoryview  # of bytes, contiguous
@@ -29,8 +30,6 @@ Buffer = memoryview  # of bytes, contiguous
 # Small enough that TLS, the socket and the copies of two chunks overlap, large enough that Python's share is small: of
 # 64 kB, 256 kB, 1 MB and 4 MB the third was the fastest for 16 MB, by a fifth over the second.
 CHUNK_BYTES = 2**20
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_FRAME_BYTES = 2**31
 # What gRPC must accept: a first chunk is as long as the header it holds. Anything longer never reaches Python.
 MAX_CHUNK_BYTES = MAX_HEADER_BYTES + CHUNK_BYTES
 
@@ -40,7 +39,6 @@ _MAGIC = b"PSLF"
 _VERSION = 1
 _ALIGNMENT = 64
 _PADDING = bytes(_ALIGNMENT)
-_MAX_BUFFERS = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +117,16 @@ class Decoder:
         Payload of the largest frame let in.
     memory : SharedMemory, optional
         Where payloads may lie.
+
+    Attributes
+    ----------
+    max_header : int
+        Bytes of the longest header let in next.
     """
 
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES, memory: SharedMemory | None = None) -> None:
         self._max = max_frame_bytes
-        self.memory = memory
+        self.memory, self.max_header = memory, MAX_HEADER_BYTES
         self._number = 0
         self._open: _Open | None = None
 
@@ -158,8 +161,8 @@ class Decoder:
         if len(body) < _LENGTHS.size:
             raise ProtocolError(f"a first chunk is at least {_LENGTHS.size} bytes long, got {len(body)}")
         header_length, payload_length = _LENGTHS.unpack_from(body)
-        if header_length > MAX_HEADER_BYTES:
-            raise ProtocolError(f"a header of {header_length} bytes is too long, the most is {MAX_HEADER_BYTES}")
+        if header_length > self.max_header:
+            raise ProtocolError(f"a header of {header_length} bytes is too long, the most is {self.max_header}")
         if payload_length > self._max:
             raise ProtocolError(f"a frame of {payload_length} bytes is too long, the most is {self._max}")
         start = _LENGTHS.size + header_length
@@ -217,11 +220,20 @@ class _Open:
             raise ProtocolError(f"a frame of {self._length} bytes has {self._filled} or more")
 
 
-def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None, bool]:
+def parse_header(text: bytes) -> Any:
+    """Return what a header says, or raise ProtocolError if it is too long, or not JSON."""
+    if len(text) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(text)} bytes is too long, the most is {MAX_HEADER_BYTES}")
+    if (found := text.count(b"[") + text.count(b"{")) > MAX_CONTAINERS:
+        raise ProtocolError(f"a header of {found} lists and objects is too much, the most is {MAX_CONTAINERS}")
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"the header is not JSON: {exc!s:.80}") from exc
+
+
+def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None, bool]:
+    content = parse_header(text)
     if isinstance(content, list) and len(content) == 2:
         content += [None, False]
     if not isinstance(content, list) or len(content) != 4 or not isinstance(content[1], dict):
@@ -229,8 +241,8 @@ def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None, bool]:
     lengths, header, taken, shared = content
     if not (taken is None or type(taken) is int) or type(shared) is not bool:
         raise ProtocolError("what the header says of shared memory must be a whole number, and true or false")
-    if not isinstance(lengths, list) or len(lengths) > _MAX_BUFFERS:
-        raise ProtocolError(f"the header must name the lengths of at most {_MAX_BUFFERS} buffers")
+    if not isinstance(lengths, list) or len(lengths) > MAX_BUFFERS:
+        raise ProtocolError(f"the header must name the lengths of at most {MAX_BUFFERS} buffers")
     if any(type(n) is not int or not 0 <= n <= 2**62 for n in lengths):
         raise ProtocolError("lengths of buffers must be whole numbers, not negative")
     return lengths, header, taken, shared

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
@@ -15,7 +15,7 @@ from psl_flower.exchange.codec import decode_reply, encode_request
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.failures import Failure, Kind
 from psl_flower.flower import error_kind
-from psl_flower.protocol import Reply, Request
+from psl_flower.protocol import REFUSED, Reply, Request
 
 # Note [Pulling]: an exchange takes 0.1 s in the simulation and 5 s in a deployment, so no fixed interval suits both.
 # Waiting a fixed share of the time already spent bounds both the overhead (that share) and the number of pulls.
@@ -24,6 +24,7 @@ _LONGEST_WAIT = 0.25  # seconds
 _WAIT_SHARE = 0.05
 # Messages without a reply in time that are still asked for, to be counted.
 _MOST_LATE = 256
+_REFUSAL_SECONDS = 600.0  # that Flower keeps what tells a node it is not let in
 _LONGEST_REASON = 4000  # characters of a client's error that are kept
 
 
@@ -86,6 +87,12 @@ class MessageCarrier(Carrier):
             reply.failures[node] = Failure(Kind.TIMEOUT, reason)
         self._late.extend(waiting)
         return reply
+
+    def refuse(self, node: int, reason: str) -> None:
+        """Tell a node that it is not let in; whether it hears that, nobody waits for."""
+        content = RecordDict({REFUSED: ConfigRecord({"reason": reason})})
+        message = Message(content, node, f"query.{REFUSED}", ttl=_REFUSAL_SECONDS, group_id=self._group_id)
+        self._grid.push_messages([message])
 
     def _ignore(self, message: Message) -> None:
         """Count a reply nobody waits for."""

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from psl_flower.errors import ProtocolError
-from psl_flower.exchange.fields import field, integers, node_of
+from psl_flower.exchange.fields import field, integers, limited, node_of
+from psl_flower.exchange.limits import MAX_ENTRIES
 from psl_flower.exchange.tensors import Packer, Unpacker
 from psl_flower.privacy import Company
 from psl_flower.privacy.company import KEY_BYTES
-from psl_flower.protocol import Orders
+from psl_flower.protocol import MAX_CLASSES, Orders
 
 _SCALARS = ("seed", "epoch", "step")
 _COLUMNS = ("clients", "starts", "counts")
@@ -50,6 +51,8 @@ def decode_orders(header: Mapping[str, Any], length: int, unpacker: Unpacker) ->
     tables: dict[str, Any] = {
         name: unpacker.column(header[name], torch.int64, (length, None)) for name in _TABLES if name in header
     }
+    if any(table.shape[1] > MAX_CLASSES for table in tables.values()):
+        raise ProtocolError(f"orders are of at most {MAX_CLASSES} classes")
     if len({table.shape for table in tables.values()}) > 1 or len(tables) == 1:
         raise ProtocolError("class_starts and class_counts must name the same classes")
     checksums = unpacker.column(header["checksums"], torch.int64, (length,)) if "checksums" in header else None
@@ -71,7 +74,7 @@ def decode_orders(header: Mapping[str, Any], length: int, unpacker: Unpacker) ->
 
 def _put_off(moved: Any) -> tuple[tuple[int, int, int], ...]:
     found = []
-    for each in moved if isinstance(moved, list) else [moved]:
+    for each in limited(moved, MAX_ENTRIES) if isinstance(moved, list) else [moved]:
         if not isinstance(each, list) or len(each) != 3 or not all(type(n) is int and -1 <= n < 2**62 for n in each):
             raise ProtocolError(f"expected class, start and count of examples that are put off, got {each!r:.80}")
         found.append((each[0], each[1], each[2]))

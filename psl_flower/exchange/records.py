@@ -7,7 +7,8 @@ import json
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from psl_flower.errors import ProtocolError
-from psl_flower.exchange.frames import Frame
+from psl_flower.exchange.frames import Frame, parse_header
+from psl_flower.exchange.limits import MAX_BUFFERS
 
 # ``Array.stype`` of ours: the bytes of a buffer, without a header.
 RAW = "psl_flower.raw"
@@ -39,12 +40,11 @@ def content_to_frame(content: RecordDict) -> Frame:
     text = record.get("header")
     if not isinstance(text, bytes):
         raise ProtocolError("the frame has no header")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise ProtocolError(f"the header is not JSON: {exc!s:.80}") from exc
+    header = parse_header(text)
     if not isinstance(header, dict):
         raise ProtocolError("the header must be an object")
+    if len(buffers) > MAX_BUFFERS:
+        raise ProtocolError(f"a frame has at most {MAX_BUFFERS} buffers, got {len(buffers)}")
     if list(buffers) != [str(i) for i in range(len(buffers))]:
         raise ProtocolError("the buffers must be numbered")
     if any(array.stype != RAW for array in buffers.values()):

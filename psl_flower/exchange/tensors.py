@@ -22,6 +22,7 @@ from torch import Tensor
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.frames import Buffer
+from psl_flower.exchange.limits import MAX_DEPTH, MAX_DIMENSIONS, MAX_ELEMENTS, MAX_LEAVES, MAX_NAME
 from psl_flower.tree import Tree
 
 _DTYPES = {
@@ -42,12 +43,6 @@ _DTYPES = {
     )
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_DIMENSIONS = 16
-_MAX_ELEMENTS = 2**48  # as if no dimension were 0: torch's strides must not overflow
-_MAX_LEAVES = 100_000
-_MAX_DEPTH = 16
-_MAX_NAME = 1000  # characters
-
 _LARGEST_EXPONENT = 12  # of scaled float16 values: far from the end of the range, so that nothing rounds to infinity
 _REDUCIBLE = (torch.float32, torch.float64)
 _CASTS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -150,8 +145,8 @@ class Unpacker:
             If it is no tree's description, or the buffers do not fit it.
         """
         self._leaves += 1
-        if self._leaves > _MAX_LEAVES or depth > _MAX_DEPTH:
-            raise ProtocolError(f"a frame holds at most {_MAX_LEAVES} tensors, nested {_MAX_DEPTH} deep")
+        if self._leaves > MAX_LEAVES or depth > MAX_DEPTH:
+            raise ProtocolError(f"a frame holds at most {MAX_LEAVES} tensors, nested {MAX_DEPTH} deep")
         if spec is None:
             return None
         if isinstance(spec, list):
@@ -160,9 +155,9 @@ class Unpacker:
             keys, values = spec["keys"], spec.get("values")
             if not isinstance(keys, list) or not isinstance(values, list) or len(keys) != len(values):
                 raise ProtocolError(f"expected as many keys as values, got {spec!r:.80}")
-            if len(set(map(str, keys))) != len(keys) or not all(type(k) is str and len(k) <= _MAX_NAME for k in keys):
+            if len(set(map(str, keys))) != len(keys) or not all(type(k) is str and len(k) <= MAX_NAME for k in keys):
                 raise ProtocolError(
-                    f"keys must be different strings of at most {_MAX_NAME} characters, got {keys!r:.80}"
+                    f"keys must be different strings of at most {MAX_NAME} characters, got {keys!r:.80}"
                 )
             return {key: self.unpack(value, depth + 1) for key, value in zip(keys, values, strict=True)}
         return self._tensor(spec)
@@ -246,10 +241,10 @@ def from_raw_bytes(dtype_name: str, shape: tuple[int, ...], data: bytes | memory
     dtype = _DTYPES.get(dtype_name)
     if dtype is None:
         raise ProtocolError(f"expected raw bytes of a known dtype, got {dtype_name!r:.80}")
-    if len(shape) > _MAX_DIMENSIONS or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ProtocolError(f"expected at most {_MAX_DIMENSIONS} dimensions, none negative, got {shape!r:.80}")
-    if math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
-        raise ProtocolError(f"expected a shape of at most {_MAX_ELEMENTS} elements, got {shape!r:.80}: too large")
+    if len(shape) > MAX_DIMENSIONS or any(not isinstance(n, int) or n < 0 for n in shape):
+        raise ProtocolError(f"expected at most {MAX_DIMENSIONS} dimensions, none negative, got {shape!r:.80}")
+    if math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
+        raise ProtocolError(f"expected a shape of at most {MAX_ELEMENTS} elements, got {shape!r:.80}: too large")
     expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
         raise ProtocolError(f"expected {expected} bytes for {dtype_name} {shape}, got {len(data)}")

@@ -91,6 +91,8 @@ class Validator:
             sums = {} if request.company is not None else expected
             guilty = self._values(part, counts, sums) if wrong is None else _of_all(part, wrong)
             guilty = guilty or _other_classes(part, stage, request)
+            if request.company is None:
+                guilty = guilty or self._counted(part, stage)
             failures |= guilty
             parts += _innocent(part, guilty, counts, failures)
         self._everyone.update(request.nodes)
@@ -168,6 +170,20 @@ class Validator:
                 for part in parts:
                     if part.nodes[0] in far:
                         failures |= _of_all(part, far[part.nodes[0]])
+        return failures
+
+    def _counted(self, part: Part, stage: Stage) -> dict[int, Failure]:
+        """Return the clients of a part that do not count as one can, or say what most others do not."""
+        failures: dict[int, Failure] = {}
+        for name in stage.counts:
+            numbers = [float(n) for _, t in named_leaves(part.outputs[name].value, name) for n in t.flatten()]
+            if min(numbers, default=0.0) < 0:
+                failures |= _of_all(
+                    part, Failure(FailureKind.MALFORMED, f"{name}: expected counts, got {min(numbers)}")
+                )
+            elif numbers and self._bounds and 0 < 2 * numbers[-1] < len(self._everyone | set(part.nodes)):
+                what = f"{name}: it says that its loss or gradients are not finite, the others' are"
+                failures |= _of_all(part, Failure(FailureKind.OUTLIER, what))
         return failures
 
     def _values(

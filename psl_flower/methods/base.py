@@ -45,6 +45,9 @@ class Stage:
         Outputs with rows that never travel in fewer bits: labels, say.
     gradients : tuple of str
         Outputs with rows that are gradients of the loss. The other rows, but for exact ones, are activations.
+    counts : tuple of str
+        Outputs, SUM, with numbers that count and are never negative; the last of each counts the clients for which
+        something was not finite. Where few say so, they are refused, as what is far out of bounds is.
     batch : bool
         Whether it is about the examples of the orders; those before and after the steps of a round are not.
     own : bool
@@ -60,6 +63,7 @@ class Stage:
     joint: bool
     exact: tuple[str, ...]
     gradients: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
     batch: bool = True
     own: bool = False
 
@@ -72,6 +76,7 @@ def stage(
     joint: bool = True,
     exact: tuple[str, ...] = (),
     gradients: tuple[str, ...] = (),
+    counts: tuple[str, ...] = (),
     batch: bool = True,
     own: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -88,6 +93,7 @@ def stage(
             joint=joint and not own and EACH not in kinds,
             exact=exact,
             gradients=gradients,
+            counts=counts,
             batch=batch,
             own=own,
         )

@@ -34,18 +34,19 @@ class UShapedSplit(SplitMethod):
 
     @stage(
         inputs={"outputs": ROWS, "rows": SHARED},
-        outputs={"gradient": ROWS, "tail": SUM, "past": SUM, "loss": SUM, "score": SUM},
+        outputs={"gradient": ROWS, "tail": SUM, "past": SUM, "loss": SUM, "counts": SUM, "score": SUM},
         gradients=("gradient",),
+        counts=("counts",),
         after="head_forward",
     )
     def tail_loss(self, client: ClientContext, outputs: Any, rows: Any) -> dict[str, Any]:
         """Run the tail, take the loss, and back-propagate to the body's outputs and along what skips the body.
 
         Gradients are those of the sum of the losses, divided by the examples of the step unless the loss is a sum;
-        "past" is the head's, of what skips the body. "loss" is the sum over what counts of what is told, that, what
-        counts in all, whether the loss is a sum, and whether it or its gradients are not finite (they are zeros then:
-        whether the run goes on is the server's to decide). A client that is alone in a step tells no loss, for the sum
-        would be its own.
+        "past" is the head's, of what skips the body. "loss" is the sum over what counts of what is told; "counts" are
+        that, what counts in all, whether the loss is a sum, and whether it or its gradients are not finite (they are
+        zeros then: whether the run goes on is the server's to decide). A client that is alone in a step tells no loss,
+        for the sum would be its own.
         """
         received, skipped = tree.map_leaves(_leaf, (outputs, client.kept["skipped"]))
         found = client.tail.loss(received + skipped, client.batch.target)
@@ -63,9 +64,10 @@ class UShapedSplit(SplitMethod):
             finite = finite and all(bool(torch.isfinite(t).all()) for t in tree.leaves((gradient, tail, past)))
             if not finite:
                 gradient, tail, past = tree.map_leaves(torch.zeros_like, (gradient, tail, past))
-        told = (0.0, 0.0) if alone else (found.sum if finite else 0.0, found.weight)
-        loss = torch.tensor([*told, found.weight, found.summed, not finite], dtype=torch.float64)
-        return {"gradient": gradient, "tail": tail, "past": past, "loss": loss, "score": score}
+        told, of = (0.0, 0.0) if alone else (found.sum if finite else 0.0, found.weight)
+        loss = torch.tensor([told], dtype=torch.float64)
+        counts = torch.tensor([of, found.weight, found.summed, not finite], dtype=torch.float64)
+        return {"gradient": gradient, "tail": tail, "past": past, "loss": loss, "counts": counts, "score": score}
 
     @stage(inputs={"gradient": ROWS}, outputs={"head": SUM}, after="head_forward")
     def head_backward(self, client: ClientContext, gradient: Any) -> dict[str, Any]:
@@ -78,9 +80,9 @@ class UShapedSplit(SplitMethod):
         sent = ctx.call(self.head_forward)
         body = ctx.body.forward(sent.activations)
         found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.orders.num_rows))
-        outcome = ctx.outcome(found.loss, found.score)
+        outcome = ctx.outcome(torch.cat([found.loss, found.counts]), found.score)
         # clients know the examples of the step, but not yet how many of its targets count in the loss
-        scaled = partial(_times, 1.0 if outcome.summed else ctx.orders.num_rows / found.loss[2].item())
+        scaled = partial(_times, 1.0 if outcome.summed else ctx.orders.num_rows / found.counts[1].item())
         inner = body.backward(scaled(found.gradient))
         back = ctx.call(self.head_backward, gradient=inner.gradient)
         head = tree.add(scaled(found.past), back.head)
@@ -92,7 +94,7 @@ class UShapedSplit(SplitMethod):
         sent = ctx.call(self.head_forward)
         body = ctx.body.forward(sent.activations)
         found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.orders.num_rows))
-        return ctx.outcome(found.loss, found.score)
+        return ctx.outcome(torch.cat([found.loss, found.counts]), found.score)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Attacks find what is there, where nothing defends, and nothing where nothing is to be found."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from audited import Net, digits, sgd
 
-from psl_flower.app.datasets import load_arrays
-from psl_flower.audit import ATTACKS, audit
+from psl_flower.audit import ACTIVE, ATTACKS, audit
 from psl_flower.audit.attacks import decoder
 from psl_flower.audit.recording import Recording
 from psl_flower.audit.rehearsal import Setting, rehearse
@@ -16,26 +17,6 @@ from psl_flower.audit.scene import crossing, with_weights
 from psl_flower.errors import ConfigError
 from psl_flower.privacy import audit as audit_of_privacy
 from psl_flower.protocol import Kind, Leaf
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU())
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(8 * 64, 32), nn.ReLU())
-        self.tail = nn.Linear(32, 10)
-
-    def forward(self, x):
-        return self.tail(self.body(self.head(x)))
-
-
-def digits(split, size):
-    images, labels = load_arrays("digits", split)
-    return torch.from_numpy(images[:size]).float() / 128 - 0.6, torch.from_numpy(labels[:size])
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
 def recorded(tail=None, **options):
@@ -56,9 +37,12 @@ def recorded(tail=None, **options):
     return rehearse(setting)
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
+
+
 @pytest.fixture(autouse=True)
 def _learn_less(monkeypatch):
-    monkeypatch.setattr(decoder, "_STEPS", 200)
+    monkeypatch.setattr(decoder, "_STEPS", 120)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +175,7 @@ def test_nothing_is_found_in_noise(u_shaped, plain):
                 if finding.measure.endswith("AUC"):
                     intervals += 1
                     outside += [] if finding.low <= 0.5 <= finding.high else [finding]
-    assert intervals == 11
+    assert intervals == 13
     assert len(outside) <= 2  # they are intervals of 95 %, some of the same numbers
 
 
@@ -255,3 +239,16 @@ def test_what_cannot_be_audited_is_refused_before_anything_runs(options, message
     given = {"train": Set(*digits("train", 200)), "test": Set(*digits("test", 60)), "cuts": "body", **options}
     with pytest.raises(ConfigError, match=message):
         audit(Net(), given.pop("train"), given.pop("test"), say=lambda line: pytest.fail(line), **given)
+
+
+def test_what_the_page_on_audits_shows_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    exec(compile(block, str(PAGE), "exec"), {"__name__": "page"})
+    assert 0.2 < float(capsys.readouterr().out) < 1
+    assert (tmp_path / "outputs" / "audit" / "audit.json").exists()
+
+
+def test_the_page_on_audits_names_all_attacks():
+    table = PAGE.read_text(encoding="utf-8").split("## Who attacks")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE) == [*ATTACKS, *ACTIVE]

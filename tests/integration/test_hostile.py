@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from faulty import RecordingRunner, assert_each_used_once, recording_app
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Context, RecordDict
 from support import CUT, DELAYS, load_partition_with_test, sgd, tiny_resnet
 
 from psl_flower import (
@@ -159,3 +159,70 @@ def test_a_claim_of_test_examples_without_end_costs_that_client_the_evaluation(c
     assert 0 < found < 1000
     assert f"evaluation goes on without client {LIAR}" in caplog.text
     assert "it claims 1000000000 test examples" in caplog.text
+
+
+@pytest.mark.parametrize("transport", ["messages", "streams"])
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [([0.0, -100.0, 0.0, 0.0], "malformed"), ([8.0, 8.0, 0.0, 1.0], "far out of bounds")],
+    ids=["negative counts", "a loss that is not finite"],
+)
+def test_what_one_member_counts_neither_turns_the_gradients_round_nor_ends_the_run(
+    tmp_path, monkeypatch, transport, what, kind
+):
+    """The server divides by the sum of what clients count, and ends the run where the loss is not finite."""
+
+    def lying(work, request, clients):
+        part = HONEST(work, request, clients)
+        if request.stage != "tail_loss" or LIAR not in request.orders.clients:
+            return part
+        counts = torch.tensor(what, dtype=torch.float64)
+        if len(clients) > 1:  # one sum
+            counts += part.outputs["counts"].value
+        return replace(part, outputs={**part.outputs, "counts": Leaf(part.outputs["counts"].kind, counts)})
+
+    monkeypatch.setattr(runtime._Work, "do", lying)
+    strategy = ParallelSplitLearning(
+        tiny_resnet(),
+        cut=CUT,
+        tail="head",
+        sampler=UniformGlobalSampler(32, seed=3),
+        optimizer=sgd,
+        transport=transport,
+        min_available_nodes=K,
+        evaluate_every=0,
+        faults=FaultPolicy(mistakes="exclude"),
+        output_dir=tmp_path,
+    )
+    app = split_client_app(tiny_resnet, cut=CUT, tail="head", data_fn=lambda c: load_partition_with_test(c)[0])
+    result = strategy.start(InProcessGrid(app, K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=1)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["excluded"]) == [str(LIAR)]
+    assert list(summary["refused"]) == [kind]
+    assert size_of(result) < 100
+
+
+def test_a_newcomer_that_is_refused_reads_in_its_own_log_why(caplog):
+    """It comes with the partition of another in round 1; it is told once, and the run goes on."""
+
+    class Second(InProcessGrid):
+        def push_messages(self, messages):
+            old = self._contexts[3]
+            options = {"node_config": dict(old.node_config), "state": RecordDict(), "run_config": {}}
+            self._contexts.setdefault(99, Context(run_id=old.run_id, node_id=99, **options))
+            return super().push_messages(messages)
+
+    strategy = ParallelSplitLearning(
+        tiny_resnet(),
+        cut=CUT,
+        sampler=UniformGlobalSampler(64, seed=3),
+        optimizer=sgd,
+        transport="messages",
+        min_available_nodes=K,
+        evaluate_every=0,
+    )
+    result = strategy.start(Second(recording_app(), K), ArrayRecord(tiny_resnet().state_dict()), num_rounds=3)
+    assert result.train_metrics_clientapp[3]["num_clients"] == K - 1  # one has no data
+    why = "partition-id must be unique, 1 is that of node 3"
+    assert caplog.text.count(f"node 99 is refused: {why}") == 1
+    assert caplog.text.count(f"The server does not let node 99 in: {why}") == 1

@@ -1,12 +1,15 @@
 """What README and docs/ show works: Python blocks run, in order, in one namespace a file; links lead somewhere."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import psl_flower
 from psl_flower.config import RunConfig
 from psl_flower.experiments.sweep import read_sweep
 from psl_flower.methods import METHODS, ParallelSplit
@@ -118,6 +121,11 @@ def test_the_experiments_guide_shows_a_sweep_and_a_callback_that_work(tmp_path):
     run_blocks(ROOT / "docs" / "experiments.md")
 
 
+def test_the_privacy_of_the_docs_is_that_which_it_says(capsys):
+    run_blocks(ROOT / "docs" / "privacy.md")
+    assert float(capsys.readouterr().out) == pytest.approx(8.0)
+
+
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
 def test_linked_files_exist(path):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
@@ -126,5 +134,15 @@ def test_linked_files_exist(path):
 
 
 def test_no_doc_is_left_out_here():
-    tested = Path(__file__).read_text(encoding="utf-8")
+    tested = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     assert [path.name for path in DOCS if blocks(path) and path.name not in tested] == []
+
+
+@pytest.mark.slow
+def test_the_docs_make_a_site_without_a_warning(tmp_path):
+    words = ["-m", "sphinx", "-W", "--keep-going", "-b", "html", str(ROOT / "docs"), str(tmp_path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api.html").read_text(encoding="utf-8")
+    for name in psl_flower.__all__:
+        assert f'id="psl_flower.{name}"' in page or f'id="psl_flower.errors.{name}"' in page, name

@@ -105,7 +105,8 @@ class ChaosStream(stream.StreamClient):
         training = frame.header.get("kind") == REQUEST and frame.header.get("orders")
         if not training or rng.random() >= scenario.share:
             return super()._handle(frame)
-        what = rng.choice(["dropped", "twice", "delayed", "late", "cut", "garbled", "unasked"])
+        honest = ["dropped", "twice", "delayed", "late", "cut", "unasked"]
+        what = rng.choice(honest if scenario.mistakes == "exclude" else [*honest, "garbled"])
         scenario.found[f"stream: {what}"] += 1
         if what == "cut":
             raise BrokenError

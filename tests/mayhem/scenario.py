@@ -58,7 +58,7 @@ class Scenario:
             secure=secure,
             mistakes="exclude" if secure else mistakes,  # a client gives its sums once: none is asked again
             share=rng.choice([0.0, 0.02, 0.05]),
-            lie=rng.choice(lies_of(method, secure)) if lies else None,
+            lie=rng.choice(lies_of(method, transport, secure)) if lies else None,
             liar=rng.randrange(K),
             often=rng.choice([0.2, 1.0]),
             stop=(rng.choice(stops), rng.randrange(2, 12)) if rng.random() < 0.3 else None,

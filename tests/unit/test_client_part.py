@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from psl_flower import tree
 from psl_flower.client.part import ClientPart, parameter_gradients
 from psl_flower.devices import seeded
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.tensors import Packer, Unpacker
 from psl_flower.protocol import Weights
 
@@ -399,7 +399,7 @@ def test_a_failing_forward_pass_tells_its_own_error():
 def test_another_cut_is_refused(change, message):
     weights = weights_of(Simple())
     change(weights.parameters, weights.constants)
-    with pytest.raises(ConfigError, match=f"must cut the same model in the same place: .*{message}"):
+    with pytest.raises(ProtocolError, match=f"must cut the same model in the same place: .*{message}"):
         Worked(Simple(), weights, torch.randn(5, 3))
 
 
@@ -409,5 +409,5 @@ def test_other_shapes_are_refused():
             super().__init__()
             self.linear = nn.Linear(3, 5)
 
-    with pytest.raises(ConfigError, match=r"'linear.weight': the client's is \(5, 3\), the server's \(4, 3\)"):
+    with pytest.raises(ProtocolError, match=r"'linear.weight': the client's is \(5, 3\), the server's \(4, 3\)"):
         Worked(Wide(), weights_of(Simple()), torch.randn(5, 3))

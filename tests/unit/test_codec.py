@@ -535,7 +535,7 @@ def test_numbers_that_json_does_not_know_are_refused():
     text = json.dumps({**header, "delays": [float("nan"), 0.0, 0.0]}).encode()
     arrays = {str(i): Array("uint8", (len(b),), RAW, bytes(b)) for i, (b,) in enumerate(buffers)}
     records = {"frame": ConfigRecord({"header": text}), "buffers": ArrayRecord(arrays)}
-    with pytest.raises(ProtocolError, match="expected seconds, finite and not negative, got nan"):
+    with pytest.raises(ProtocolError, match="the header is not JSON: NaN is not JSON"):
         decode_request(content_to_frame(RecordDict(records)), WeightStore())
 
 

@@ -10,7 +10,7 @@ from psl_flower import SplitClient
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.client.runtime import answer
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.methods import ParallelSplit
 from psl_flower.protocol import Kind, Leaf, Orders, Request, Weights, WorkOrder
 
@@ -173,7 +173,7 @@ def test_classes_the_client_does_not_hold_may_be_named_with_nothing_asked():
 
 @pytest.mark.parametrize(("start", "count"), [(0, N + 1), (N, 1), (N - 1, 2), (0, 0), (3, -1), (-1, 1)])
 def test_asking_for_more_than_there_is(start, count):
-    with pytest.raises(ConfigError, match=f"asked for {count} examples from {start} on, of {N}"):
+    with pytest.raises(ProtocolError, match=f"asked for {count} examples from {start} on, of {N}"):
         client().draw(order(start, count))
 
 
@@ -188,7 +188,7 @@ def test_asking_for_more_than_there_is(start, count):
     ],
 )
 def test_asking_for_more_of_a_class_than_there_is(starts, counts, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ProtocolError, match=message):
         client().draw(order(by_class=(starts, counts)))
 
 
@@ -196,7 +196,7 @@ def test_class_counts_must_add_up():
     wrong = WorkOrder(
         client=0, seed=0, epoch=0, step=0, start=0, count=3, class_starts=np.zeros(2, int), class_counts=np.ones(2, int)
     )
-    with pytest.raises(ConfigError, match="2 in all classes, 3 in the order"):
+    with pytest.raises(ProtocolError, match="2 in all classes, 3 in the order"):
         client().draw(wrong)
 
 
@@ -387,9 +387,9 @@ def test_evaluation_takes_test_examples_in_their_own_order():
 
 @pytest.mark.parametrize(("start", "count"), [(0, 5), (4, 1), (3, 2)])
 def test_asking_for_test_examples_that_are_not_there(start, count):
-    with pytest.raises(ConfigError, match=f"asked for {count} test examples from {start} on, of 4"):
+    with pytest.raises(ProtocolError, match=f"asked for {count} test examples from {start} on, of 4"):
         client(test=TensorDataset(IMAGES[:4], LABELS[:4])).draw_batch(order(start, count, test=True))
-    with pytest.raises(ConfigError, match="of 0"):
+    with pytest.raises(ProtocolError, match="of 0"):
         client().draw_batch(order(0, 1, test=True))
 
 

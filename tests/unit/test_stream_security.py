@@ -174,8 +174,9 @@ GOOD = list(encode(Frame({"kind": "reply", "number": -1}, [[memoryview(bytes(3 *
         ([bytes(MAX_CHUNK_BYTES + 1)], "RESOURCE_EXHAUSTED", "larger than max"),
         (list(encode(Frame({}, [[memoryview(bytes(2**23))]]), 0)), "INVALID_ARGUMENT", "the most is 4194304"),
         (list(encode(Frame({"kind": "join", "node": "x"}), 0)), "INVALID_ARGUMENT", "a join needs"),
+        (list(encode(Frame({"kind": "reply", "x": "y" * 2**17}), 0)), "INVALID_ARGUMENT", "the most is 65536"),
     ],
-    ids=["http", "empty", "middle", "gap", "twice", "too much", "oversized chunk", "oversized frame", "bad join"],
+    ids=["http", "empty", "middle", "gap", "twice", "too much", "long chunk", "long frame", "bad join", "unasked"],
 )
 def test_what_is_not_a_frame_ends_the_stream(carrier, chunks, code, why, caplog):
     found, details, _ = open_stream(carrier, good_metadata(carrier), chunks)
@@ -351,3 +352,20 @@ def test_closing_ends_the_clients_threads(app):
     while len(residents()) > before and time.monotonic() < end:
         time.sleep(0.01)
     assert len(residents()) <= before
+
+
+def test_who_breaks_the_protocol_while_it_is_asked_has_made_a_mistake(app, monkeypatch):
+    """Not an outage: it would do so again, and be invited for it every time."""
+
+    class Breaking(stream.StreamClient):
+        def _handle(self, frame):
+            if frame.header.get("kind") == "request":
+                self._outgoing.put(Frame({"kind": "nonsense"}))
+                return True
+            return super()._handle(frame)
+
+    monkeypatch.setattr(stream, "StreamClient", Breaking)
+    with StreamCarrier(InProcessGrid(app, num_nodes=2)) as carrier:
+        reply = carrier.exchange(ASK, 60)
+    assert {failure.kind for failure in reply.failures.values()} == {Kind.MALFORMED}
+    assert "its stream was refused: a client sends joins and replies, got" in str(reply.failures[NODES[0]])

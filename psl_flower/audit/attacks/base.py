@@ -7,11 +7,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from psl_flower.audit.finding import Finding, Found, Gallery
+from psl_flower.audit.rehearsal import Setting
 from psl_flower.audit.scene import Rows, Scene, mean_image
 from psl_flower.audit.similarity import psnr, squared_error, ssim
 
 # Takes what the server has seen, returns what it found; nothing, where what it needs does not cross.
 Attack = Callable[[Scene], Found]
+ActiveAttack = Callable[[Setting], Found]
 
 SERVER = "server"
 _SHOWN = 8  # images of a gallery

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -17,7 +18,7 @@ from psl_flower.audit.scene import Scene
 NAME = "decoder"
 _PARTY = f"{SERVER}, with shadow data"
 _HELD_OUT = 0.2  # share of the shadow rows that chooses the decoder
-_ROWS = 1024  # of the clients, that are reconstructed
+_LEARNED, _ROWS = 4000, 1024  # shadow rows, and rows of others, that are used
 _STEPS, _BATCH, _WIDTH = 600, 64, 48
 _RIDGES = (1e-3, 1e-1, 1e1)
 
@@ -34,13 +35,21 @@ def decode_inputs(scene: Scene) -> Found:
     rows = scene.rows("activations")
     if rows is None:
         return Found()
-    known, wanted = (torch.from_numpy(np.flatnonzero(of)) for of in (rows.shadow, ~rows.shadow))
-    wanted = wanted[:_ROWS]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(scene.seed)
-        learned = learn_decoder(rows.values[known], rows.inputs[known].float())
+    wanted = torch.from_numpy(np.flatnonzero(~rows.shadow)[:_ROWS])
+    learned = learned_decoder(scene)
     guesses = learned(rows.values[wanted])
     return reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[wanted].float(), scene.data_range)
+
+
+@lru_cache(maxsize=1)
+def learned_decoder(scene: Scene) -> Decoder:
+    """Return what the attacker has learned from the shadow clients' activations; several attacks use it."""
+    rows = scene.rows("activations")
+    assert rows is not None  # those who ask have looked
+    known = torch.from_numpy(np.flatnonzero(rows.shadow)[:_LEARNED])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scene.seed)
+        return learn_decoder(rows.values[known], rows.inputs[known].float())
 
 
 def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
@@ -66,44 +75,52 @@ def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
         return (of - mean) / std
 
     x, y = scaled(values), inputs
-    kinds = [_ridge(x[held:], y[held:], penalty) for penalty in _RIDGES] + [_hidden(x[held:], y[held:])]
+    kinds = _ridges(x[held:], y[held:])
+    kinds.append(_learned(_hidden(values, inputs), x[held:], y[held:]))
     if values.ndim == inputs.ndim == 4:
-        kinds.append(_convolutional(x[held:], y[held:]))
+        kinds.append(_learned(decoder_network(values, inputs), x[held:], y[held:]))
     errors = [float(functional.mse_loss(each(x[:held]), y[:held])) for each in kinds]
     best = kinds[int(np.argmin(errors))]
     return lambda of: best(scaled(of))
 
 
-def _ridge(values: Tensor, inputs: Tensor, penalty: float) -> Decoder:
-    """Return ridge regression, solved with as many unknowns as there are examples or values, whichever is less."""
+def _ridges(values: Tensor, inputs: Tensor) -> list[Decoder]:
+    """Return ridge regressions, solved with as many unknowns as there are examples or values, whichever is less."""
     x, y, shape = values.flatten(1).double(), inputs.flatten(1).double(), inputs.shape[1:]
     mean = y.mean(dim=0)
     few = x.shape[0] < x.shape[1]
-    gram = x @ x.T if few else x.T @ x
-    gram.diagonal().add_(penalty * len(x))
-    weights = x.T @ torch.linalg.solve(gram, y - mean) if few else torch.linalg.solve(gram, x.T @ (y - mean))
-    return lambda of: (of.flatten(1).double() @ weights + mean).float().unflatten(1, shape)
+    gram, unit = x @ x.T if few else x.T @ x, len(x) * torch.eye(min(x.shape), dtype=x.dtype)
+
+    def solved(penalty: float) -> Tensor:
+        right = y - mean if few else x.T @ (y - mean)
+        found: Tensor = torch.linalg.solve(gram + penalty * unit, right)
+        return x.T @ found if few else found
+
+    def decoder(weights: Tensor) -> Decoder:
+        return lambda of: (of.flatten(1).double() @ weights + mean).float().reshape(len(of), *shape)
+
+    return [decoder(solved(penalty)) for penalty in _RIDGES]
 
 
-def _hidden(values: Tensor, inputs: Tensor) -> Decoder:
+def _hidden(values: Tensor, inputs: Tensor) -> nn.Module:
     width, shape = values[0].numel(), inputs.shape[1:]
-    network = nn.Sequential(
+    return nn.Sequential(
         nn.Flatten(), nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, prod(shape)), nn.Unflatten(1, shape)
     )
-    return _learned(network, values, inputs)
 
 
-def _convolutional(values: Tensor, inputs: Tensor) -> Decoder:
-    size = tuple(inputs.shape[-2:])
-    network = nn.Sequential(
+def decoder_network(values: Tensor, inputs: Tensor) -> nn.Module:
+    """Return a network from values, (n, ...), to inputs, (n, ...): convolutional where both are images."""
+    if not values.ndim == inputs.ndim == 4:
+        return _hidden(values, inputs)
+    return nn.Sequential(
         nn.Conv2d(values.shape[1], _WIDTH, 3, padding=1),
         nn.ReLU(),
-        nn.Upsample(size=size, mode="bilinear"),
+        nn.Upsample(size=tuple(inputs.shape[-2:]), mode="bilinear"),
         nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(_WIDTH, inputs.shape[1], 3, padding=1),
     )
-    return _learned(network, values, inputs)
 
 
 def _learned(network: nn.Module, values: Tensor, inputs: Tensor) -> Decoder:

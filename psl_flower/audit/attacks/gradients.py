@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -17,6 +18,7 @@ from psl_flower.typing import FloatArray, IntArray
 
 NAME = "labels from gradients"
 _PERMUTATIONS = 99
+_ROWS = 1500  # of the attacker's, and of others, that are looked at
 _FEATURES = 256  # that a classifier looks at, at most: the first principal directions
 
 
@@ -38,15 +40,18 @@ def cluster_outputs(scene: Scene) -> Found:
     rows = scene.rows("outputs")
     if rows is None:
         return Found()
-    return Found([_clustered(rows, rows.flat().double().numpy(), "labels from outputs", SERVER, scene)])
+    some = scene.rng().permutation(np.flatnonzero(~rows.shadow))[:_ROWS]
+    values = rows.flat()[torch.from_numpy(some)].double().numpy()
+    return Found([_clustered(values, rows.labels[some], "labels from outputs", SERVER, scene)])
 
 
 def _inferred(rows: Rows, attack: str, party: str, scene: Scene) -> list[Finding]:
-    values = rows.flat().double().numpy()
+    some = rows.chosen(_ROWS, scene.rng())
+    values = rows.flat()[torch.from_numpy(some)].double().numpy()
     norms = np.linalg.norm(values, axis=1)
     directions = values / np.maximum(norms, 1e-300)[:, None]
     logs = np.log(np.maximum(norms, 1e-300))[:, None]
-    known, labels = rows.shadow, rows.labels
+    known, labels = rows.shadow[some], rows.labels[some]
     classes = range(scene.num_classes)
     means = np.stack([_mean(directions[known & (labels == c)], values.shape[1]) for c in classes])
     sides = np.sign([_mean(logs[known & (labels == c)], 1)[0] - logs[known].mean() for c in classes])
@@ -56,7 +61,7 @@ def _inferred(rows: Rows, attack: str, party: str, scene: Scene) -> list[Finding
         "classifier AUC": _classified(directions, logs, labels, known, scene),
     }
     findings = [_auc(name, each, labels[~known], attack, party, scene) for name, each in scores.items()]
-    return [*findings, _clustered(rows, directions, attack, party, scene)]
+    return [*findings, _clustered(directions[~known], labels[~known], attack, party, scene)]
 
 
 def _mean(values: FloatArray, width: int) -> FloatArray:
@@ -94,10 +99,9 @@ def _auc(measure: str, scores: FloatArray, labels: IntArray, attack: str, party:
     )
 
 
-def _clustered(rows: Rows, values: FloatArray, attack: str, party: str, scene: Scene) -> Finding:
-    others, rng = ~rows.shadow, scene.rng()
-    labels = rows.labels[others]
-    found = KMeans(scene.num_classes, n_init=4, random_state=scene.seed).fit_predict(values[others])
+def _clustered(values: FloatArray, labels: IntArray, attack: str, party: str, scene: Scene) -> Finding:
+    rng = scene.rng()
+    found = KMeans(scene.num_classes, n_init=4, random_state=scene.seed).fit_predict(values)
     by_chance = np.array(
         [matched_accuracy(found, rng.permutation(labels), scene.num_classes) for _ in range(_PERMUTATIONS)]
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from psl_flower.audit.attacks.base import SERVER
+from psl_flower.audit.attacks.decoder import learned_decoder
 from psl_flower.audit.finding import Finding, Found
 from psl_flower.audit.scene import Scene, crossing, one_tensor, run, with_weights
 from psl_flower.audit.statistics import auc, interval
@@ -21,7 +22,9 @@ def recognise_members(scene: Scene) -> Found:
     """Tell members from others, as many of each.
 
     By the loss: the final model is surer of what it was trained on (Yeom et al., arXiv 1709.01604). By a match: the
-    server runs the head that it handed out on the example, and looks whether the same came back in some step.
+    server runs the head that it handed out on the example, and looks whether the same came back in some step. By a
+    decoded match: it looks whether the example is among what a decoder makes of all that came, which has learned what
+    clients do to their activations, too.
     """
     rows = scene.rows("activations")
     if rows is None:
@@ -32,7 +35,12 @@ def recognise_members(scene: Scene) -> Found:
     member, other = (torch.from_numpy(rng.permutation(of)[:size]) for of in (trained, np.arange(len(test[1]))))
     inputs = torch.cat([rows.inputs[member], test[0][other]])
     labels = torch.cat([torch.from_numpy(rows.labels)[member], test[1][other]])
-    scores = {"loss AUC": _loss(scene, inputs, labels), "match AUC": _match(scene, inputs)}
+    decoded = learned_decoder(scene)(rows.values[torch.from_numpy(trained)])
+    scores = {
+        "loss AUC": _loss(scene, inputs, labels),
+        "match AUC": _match(scene, inputs),
+        "decoded match AUC": _nearest(inputs, decoded).numpy(),
+    }
     findings = []
     for measure, score in scores.items():
         if score is not None:
@@ -75,6 +83,12 @@ def _match(scene: Scene, inputs: Tensor) -> FloatArray:
         for head, sent in received.values():
             mine, theirs = crossing(head, inputs).flatten(1), torch.cat(sent)
             scale = theirs.square().sum(dim=1).mean().sqrt().clamp_min(1e-12)
-            exact = "donot_use_mm_for_euclid_dist"  # the other way is not, near 0
-            nearest.append(torch.cdist(mine, theirs, compute_mode=exact).min(dim=1).values / scale)
-    return -torch.stack(nearest).min(dim=0).values.double().numpy()
+            nearest.append(_nearest(mine, theirs) / scale)
+    return torch.stack(nearest).max(dim=0).values.numpy()
+
+
+def _nearest(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Return minus the distance of each row, (n,), to the nearest of others."""
+    exact = "donot_use_mm_for_euclid_dist"  # the other way is not, near 0
+    apart = torch.cdist(mine.flatten(1).double(), theirs.flatten(1).double(), compute_mode=exact)
+    return -apart.min(dim=1).values

@@ -24,6 +24,7 @@ from psl_flower.exchange.base import Carrier
 from psl_flower.exchange.codec import decode_reply, encode_request
 from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.streams.endpoint import (
+    REFUSED,
     Closed,
     Connection,
     Endpoint,
@@ -327,7 +328,7 @@ class StreamCarrier(Carrier):
         for connection, some in by_connection.items():
             self._number += 1
             self._sent[self._number] = sent = Sent(connection, current.part(some))
-            if not connection.send(self._job(self._number, sent, current)) and connection.closing is None:
+            if not connection.send(self._job(self._number, sent, current), asks=True) and connection.closing is None:
                 del self._sent[self._number]
                 current.fail(some, Kind.UNREACHABLE, "its process reads nothing any more")
 
@@ -407,8 +408,7 @@ class StreamCarrier(Carrier):
         self._sent = {n: s for n, s in self._sent.items() if s.connection is not connection}
         if not lost:
             return
-        survivors = self._resident_connections()
-        survivors = [c for c in survivors if c is not connection]
+        survivors = [c for c in self._resident_connections() if c is not connection]
         log.warning(
             "The process of %d clients is gone (%s)%s.",
             *(len(lost), reason, ": the others take them over" if survivors else ""),
@@ -424,12 +424,13 @@ class StreamCarrier(Carrier):
             return
         again = [node for node in current.open_nodes() if node in lost]
         current.moves.update(again)
-        tired = [node for node in again if current.moves[node] > _MAX_MOVES]
         more = f"its process is gone ({reason}), for the {_MAX_MOVES + 1}th time in this exchange"
-        current.fail(tired, Kind.UNREACHABLE, more)
-        orphans = [n for n in again if n in self._homeless and lost[n].resident]
+        current.fail([node for node in again if current.moves[node] > _MAX_MOVES], Kind.UNREACHABLE, more)
+        again = [node for node in again if node in self._homeless]
+        if reason.startswith(REFUSED):  # it would do so again: no outage, a mistake
+            current.fail(again, Kind.MALFORMED, f"its stream was {reason}")
         none = f"its process is gone ({reason}), and no other is left to take it over"
-        current.fail(orphans, Kind.UNREACHABLE, none)
+        current.fail([node for node in again if lost[node].resident], Kind.UNREACHABLE, none)
         self._send([node for node in current.open_nodes() if node in lost])
 
 

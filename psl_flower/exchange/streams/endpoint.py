@@ -12,7 +12,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -22,11 +22,13 @@ import grpc.aio
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.codec import REPLY, Sent
 from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
+from psl_flower.exchange.limits import MAX_HEADER_BYTES, MAX_UNASKED_HEADER
 from psl_flower.exchange.shared_memory import Offer, SharedMemory, whereabouts
 from psl_flower.exchange.streams.event_loop import run
 from psl_flower.exchange.streams.open_files import most_connections
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
+from psl_flower.refusals import Refusals
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -36,6 +38,7 @@ METHOD = f"/{SERVICE}/Open"
 SESSION, NODE, TOKEN, WHEREABOUTS = "psl-session", "psl-node", "psl-token", "psl-whereabouts"
 
 OFFER, ACCEPTED = "offer", "accepted"  # kinds of frames about shared memory
+REFUSED = "refused: "  # begins why a stream was closed that carried what it must not
 
 # Both ends look after this time without a word whether the other is still there: a machine that was switched off or a
 # process that was stopped does not close its connections.
@@ -59,7 +62,6 @@ _SERVER_OPTIONS = [
 _MAX_WAITING = 16  # frames on their way to one process
 _MAX_UNASKED = 16  # replies of one process that nobody asked for
 _CLOSE_SECONDS = 2.0
-_LOGGED_REFUSALS = 20  # then only every thousandth: who keeps knocking shall not fill the disk
 
 
 # --- what happens on the streams -------------------------------------------------------------------------------------
@@ -143,12 +145,24 @@ class Connection:
             if self._unanswered < -_MAX_UNASKED:
                 raise ProtocolError(f"it sent {_MAX_UNASKED} replies that nobody asked for")
 
-    def send(self, job: Job) -> bool:
-        """Have a frame sent after those before; False if the stream is closing, or the process does not read."""
+    @property
+    def is_asked(self) -> bool:
+        """Whether a reply is to come."""
+        return self._unanswered > 0
+
+    def send(self, job: Job, *, asks: bool = False) -> bool:
+        """Have a frame sent after those before; False if the stream is closing, or the process does not read.
+
+        Parameters
+        ----------
+        job : callable
+        asks : bool
+            Whether it is to be replied to.
+        """
         with self._lock:
             if self._closing is not None or len(self._jobs) >= _MAX_WAITING:
                 return False
-            self._unanswered += 1
+            self._unanswered += asks
             self._jobs.append(job)
         self._wake()
         return True
@@ -183,18 +197,6 @@ class Connection:
                 await changed.wait()
 
 
-@dataclass
-class _Refusals:
-    count: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, peer: str, reason: str) -> None:
-        with self.lock:
-            self.count += 1
-            if self.count <= _LOGGED_REFUSALS or self.count % 1000 == 0:
-                log.warning("Refused a stream from %s: %s (%d so far).", peer, reason, self.count)
-
-
 class Endpoint:
     """Listens for client processes; what happens is told through `events`.
 
@@ -213,7 +215,7 @@ class Endpoint:
     def __init__(self, options: StreamOptions, tokens: Tokens) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._options, self._tokens = options, tokens
-        self._refusals = _Refusals()
+        self._refusals = Refusals("a stream from {}")
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         identity = make_identity()
@@ -267,7 +269,7 @@ class Endpoint:
             if offer is not None:
                 offer.close()
             self._ended(connection, connection.closing or "its connection broke")
-        if connection.closing and connection.closing.startswith(_REFUSED):
+        if connection.closing and connection.closing.startswith(REFUSED):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, connection.closing)
 
     def _refusal(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> str | None:
@@ -295,6 +297,7 @@ class Endpoint:
         reason = "it closed its stream"
         try:
             async for chunk in chunks:
+                decoder.max_header = MAX_HEADER_BYTES if connection.is_asked else MAX_UNASKED_HEADER
                 frame = decoder.feed(chunk)
                 if frame is None:
                     continue
@@ -310,7 +313,7 @@ class Endpoint:
                 else:
                     raise ProtocolError(f"a client sends joins and replies, got a frame of kind {kind!r:.80}")
         except ProtocolError as error:
-            reason = f"{_REFUSED}{error}"
+            reason = f"{REFUSED}{error}"
             self._refusals.add(connection.peer, str(error))
         except Exception as exc:  # gRPC's iterator raises more than it documents; a task that dies would go unseen
             reason = f"its connection broke ({exc!s:.200})" if str(exc) else "its connection broke"
@@ -336,9 +339,6 @@ class Endpoint:
                 return
             self._connections.remove(connection)
         self.events.put(Closed(connection, connection.closing or reason))
-
-
-_REFUSED = "refused: "
 
 
 def _metadata(context: grpc.aio.ServicerContext[bytes, bytes]) -> dict[str, str | bytes]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.errors import ConfigError
-from psl_flower.exchange.frames import MAX_FRAME_BYTES
+from psl_flower.exchange.limits import MAX_FRAME_BYTES
 
 WIRE_DTYPES = ("float32", "float16", "bfloat16", "int8")
 

@@ -87,8 +87,10 @@ class Ticket:
         return ConfigRecord(dict(self.__dict__))
 
     @staticmethod
-    def decode(record: ConfigRecord) -> Ticket:
+    def decode(record: ConfigRecord | None) -> Ticket:
         """Return the ticket a record holds, or raise ProtocolError."""
+        if record is None:
+            raise ProtocolError("an attach message needs a ConfigRecord named 'attach'")
         for name, kind in _FIELDS.items():
             if type(record.get(name)) is not kind:
                 raise ProtocolError(f"an attach message needs {name!r} of type {kind.__name__}")

@@ -6,6 +6,7 @@ from psl_flower.privacy.defences.correlation import DistanceCorrelation, distanc
 from psl_flower.privacy.defences.cut_gradient import ClipCutGradient
 from psl_flower.privacy.defences.labels import RandomizedResponse
 from psl_flower.privacy.defences.noise import GaussianNoise, LaplaceNoise
+from psl_flower.privacy.defences.scrutiny import GradientScrutiny
 from psl_flower.privacy.defences.written import DEFENCES, parse_defences
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Defence",
     "DistanceCorrelation",
     "GaussianNoise",
+    "GradientScrutiny",
     "LaplaceNoise",
     "Leaving",
     "Quantize",

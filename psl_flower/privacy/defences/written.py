@@ -12,6 +12,7 @@ from psl_flower.privacy.defences.correlation import DistanceCorrelation
 from psl_flower.privacy.defences.cut_gradient import ClipCutGradient
 from psl_flower.privacy.defences.labels import RandomizedResponse
 from psl_flower.privacy.defences.noise import GaussianNoise, LaplaceNoise
+from psl_flower.privacy.defences.scrutiny import GradientScrutiny
 
 DEFENCES: dict[str, type[Defence]] = {
     each.__name__: each
@@ -19,6 +20,7 @@ DEFENCES: dict[str, type[Defence]] = {
         ClipCutGradient,
         DistanceCorrelation,
         GaussianNoise,
+        GradientScrutiny,
         LaplaceNoise,
         Quantize,
         RandomizedResponse,

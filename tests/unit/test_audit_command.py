@@ -1,0 +1,66 @@
+"""The command of the audit: options, presets, and what it refuses before anything runs."""
+
+import json
+
+import pytest
+
+from psl_flower import cli
+from psl_flower.app.models import build_model
+from psl_flower.audit import ACTIVE, ATTACKS
+from psl_flower.audit.presets import PRESETS
+from psl_flower.privacy import parse_defences
+from psl_flower.split import cut_candidates
+
+
+def test_it_trains_attacks_and_reports(tmp_path, capsys):
+    words = [
+        "audit",
+        "--examples",
+        "96",
+        "--num-clients",
+        "2",
+        "--rounds",
+        "1",
+        "--cut",
+        "stage2",
+        "--attack",
+        "labels",
+    ]
+    words += ["--defences", "none", "--defences", "RandomizedResponse(0.01, 10)", "--output", str(tmp_path), "--json"]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert told == json.loads((tmp_path / "audit.json").read_text())
+    assert told["command"].startswith("psl-flower audit --examples 96")
+    assert told["versions"]["torch"]
+    shares = [case["findings"][0]["value"] for case in told["cases"]]
+    assert shares[0] == 1.0
+    assert shares[1] < 0.4  # chance is 0.1
+    assert "2/2  cut stage2, RandomizedResponse(0.01, 10), seed 0: labels  ETA" in shown.err
+    assert (tmp_path / "frontier.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--defences", "GaussianNoize(1)"], "did you mean 'GaussianNoise'"),
+        (["--attack", "decodr"], "did you mean 'decoder'"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--cut", "stage7"], "has no such submodule"),
+        (["--examples", "50"], "at least 16 training examples a client"),
+        (["cifar10", "--data-path", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_is_wrong_is_refused(words, message, capsys, tmp_path):
+    assert cli.main(["audit", *words, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_presets_name_what_there_is(preset):
+    model = build_model(preset.model, in_channels=1, num_classes=10, seed=0)
+    assert set(preset.cuts) <= set(cut_candidates(model, depth=1))
+    assert set(preset.attacks) <= {*ATTACKS, *ACTIVE}
+    for text in preset.defences:
+        assert text == "none" or parse_defences(text)
