@@ -43,9 +43,17 @@ def flower(session: nox.Session, flwr: str) -> None:
     session.run("python", "tests/plain_flower.py")
 
 
-@nox.session(python="3.11")
-@nox.parametrize("torch", ["torch==2.6.0 torchvision==0.21.0", "torch torchvision"], ids=["oldest", "newest"])
-def torch(session: nox.Session, torch: str) -> None:
-    """Try the oldest and the newest torch."""
-    install(session, *torch.split())
-    test(session, "tests/unit", "tests/property")
+@nox.session(python="3.11", name="torch")
+def newest_torch(session: nox.Session) -> None:
+    """Try the newest torch."""
+    install(session, "torch", "torchvision")
+    test(session)
+
+
+@nox.session(python="3.11", name="oldest-torch")
+def oldest_torch(session: nox.Session) -> None:
+    """Try the oldest torch, with all but transformers, which need a newer one."""
+    extras = "samplers,simulation,vision,experiments,tensorboard,wandb"
+    tools = ["pytest", "pytest-timeout", "hypothesis", "torchmetrics", "pyyaml", "nbclient", "ipykernel"]
+    session.install("-e", f".[{extras}]", "torch==2.4.1", "torchvision==0.19.1", "numpy<2.3", *tools)
+    test(session, "tests/unit", "--ignore", "tests/unit/test_cut_exported.py")

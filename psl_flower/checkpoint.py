@@ -25,7 +25,7 @@ from psl_flower.errors import ConfigError
 
 log = logging.getLogger("flwr.psl_flower")
 
-VERSION = 4  # of the format: how a tree is written, and what a run puts into it; another one is refused
+VERSION = 5  # of the format: how a tree is written, and what a run puts into it; another one is refused
 FOLDER = "checkpoints"
 _NAME = re.compile(r"round-(\d+)-step-(\d+)\.safetensors")
 _TREE = "psl_flower"  # the metadata's key

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec
 
@@ -24,6 +25,7 @@ from psl_flower.split.place import is_text
 from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, first_line, pinned_modules
 
 _LEFT_OUT = "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients"
+_FIRST_TORCH = "2.10"  # 2.6 cannot record GPT-2, BERT and ViT; 2.9 leaves a model's state out without a word
 _REMEDY = "cut by hand: SplitModel(client=..., server=...)"
 
 # What torch.export puts in to check that later calls are like the example; the parts check what they are given.
@@ -48,8 +50,8 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
     CutError
         If `torch.export` cannot record it, or only for batches of one size.
     """
-    if not hasattr(torch.export.Dim, "DYNAMIC"):
-        raise CutError(f"a cut with torch.export needs torch 2.6 or later, this is {torch.__version__}")
+    if Version(torch.__version__) < Version(_FIRST_TORCH):
+        raise CutError(f"a cut with torch.export needs torch {_FIRST_TORCH} or later, this is {torch.__version__}")
     arguments = Arguments.given(root, list(example), _LEFT_OUT)
     inputs = {name: example[name] for name in arguments.inputs}
     _without_cache(root)

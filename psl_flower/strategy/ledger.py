@@ -303,12 +303,10 @@ class EpochLedger:
         cursors = Cursors(population.client_ids, seed=self._sampler.seed, epoch=self._cursors.epoch)
         cursors.used[rows] = self._cursors.used
         cursors.used_by_class = _moved(self._cursors.used_by_class, rows, len(population))
+        classes = 0 if population.label_counts is None else population.label_counts.shape[1]
+        self._resting_by_class = _moved(self._resting_by_class, rows, len(population), classes)
         if population.label_counts is not None and self._seen is not None:
-            more = max(0, population.label_counts.shape[1] - self._seen.shape[1])
-            self._seen, self._resting_by_class = (
-                _moved(np.pad(table, ((0, 0), (0, more))), rows, len(population))
-                for table in (self._seen, self._resting_by_class)
-            )
+            self._seen = _moved(self._seen, rows, len(population), classes)
         cursors.put_off = self._cursors.put_off
         planned, resting = np.zeros((2, len(population)), dtype=np.int64)
         planned[rows], resting[rows] = self._planned, self._resting
@@ -391,8 +389,8 @@ def _bincount(labels: NDArray[Any], num_classes: int) -> IntArray:
     return np.bincount(labels, minlength=num_classes)
 
 
-def _moved(table: IntArray, rows: IndexArray, length: int) -> IntArray:
-    """Return a table of `length` rows whose `rows` are those of `table`."""
-    result = np.zeros((length, table.shape[1]), dtype=np.int64)
-    result[rows] = table
+def _moved(table: IntArray, rows: IndexArray, length: int, width: int = 0) -> IntArray:
+    """Return a table of `length` rows whose `rows` are those of `table`, and at least as wide as that."""
+    result = np.zeros((length, max(width, table.shape[1])), dtype=np.int64)
+    result[rows, : table.shape[1]] = table
     return result

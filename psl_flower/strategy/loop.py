@@ -73,7 +73,7 @@ class EpochLoop:
                 self._look_for_clients(ledger, epoch, clock)
                 begin = time.monotonic()
                 with run.summary.spending("planning"):
-                    step = ledger.step(run.membership.at_once(run.unfinished(ledger)))
+                    step = ledger.step(run.membership.at_once(run.unfinished(ledger), run.runner.least))
                 epoch.seconds_plan += time.monotonic() - begin
                 orders = ledger.orders(len(epoch), step, run.membership.unreadable.rows)
                 waits = self._stragglers.waits(clock, step)
@@ -103,7 +103,7 @@ class EpochLoop:
                     if self._checkpoint_every and done % self._checkpoint_every == 0 and ledger.steps_left():
                         self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
             if not over and not len(epoch) and run.runner.secure is not None:
-                least = run.runner.secure.options.least
+                least = run.runner.least
                 rule = f"sums are of at least {least} clients, and at the same weights each gives its examples once"
                 raise StepError(f"round {server_round}: no step could be completed: {rule}", retries.failures)
             if not over:
@@ -120,7 +120,7 @@ class EpochLoop:
     def _open(self, server_round: int) -> tuple[EpochLedger, Epoch, bool]:
         """Return what there is to do in an epoch, its bookkeeping, and whether it is over: new, or to be resumed."""
         run = self._run
-        least = 1 if run.runner.secure is None else run.runner.secure.options.least
+        least = run.runner.least
         with run.summary.spending("start"):
             run.membership.refresh(max(self._min_nodes, least), run.timeout)
         population, saved = run.membership.population(), run.take_saved()
@@ -152,7 +152,9 @@ class EpochLoop:
         """Find clients that failed before on the nodes where they are now, and let new ones in if they may enter."""
         run = self._run
         at_once = run.policy.join == "step"
-        failing = run.membership.failing() & set(run.membership.at_once(run.unfinished(ledger)).tolist())
+        failing = run.membership.failing() & set(
+            run.membership.at_once(run.unfinished(ledger), run.runner.least).tolist()
+        )
         if not run.policy.tolerate or not (at_once or failing):
             return
         with run.summary.spending("start"):

@@ -137,11 +137,14 @@ class Membership:
         absent = list(self._excluded | self._out_of_round)
         return clients[~np.isin(clients, absent)] if absent else clients
 
-    def at_once(self, clients: IntArray) -> IntArray:
-        """Return those of some clients that take part in the next attempt: that do not back off; all, if all do."""
+    def at_once(self, clients: IntArray, least: int = 1) -> IntArray:
+        """Return those of some clients that take part in the next attempt: that do not back off.
+
+        All, if there are fewer than `least` else: a step that is left out for that would cost the others its examples.
+        """
         absent = list(self._backoff.left_out())
         kept = clients[~np.isin(clients, absent)] if absent else clients
-        return kept if len(kept) else clients
+        return kept if len(kept) >= least else clients
 
     def failing(self) -> set[int]:
         """Return the clients whose last attempt failed."""

@@ -78,6 +78,11 @@ class StepRunner:
         )
         self._committed = False  # a step, in this process
 
+    @property
+    def least(self) -> int:
+        """Clients that a step must have."""
+        return 1 if self.secure is None else self.secure.options.least
+
     def attempt(self, orders: Orders, waits: Mapping[int, float]) -> Attempt:
         """Try a step: with all its clients, else with those that do not fail, if they bring enough.
 
@@ -88,12 +93,10 @@ class StepRunner:
         """
         attempt, summary = Attempt(orders), self._summary
         self._attempt = attempt
-        if self.secure is not None and len(orders) < self.secure.options.least:
+        if len(orders) < self.least:
             attempt.clients, attempt.skipped = tuple(orders.clients.tolist()), "too few clients"
-            least = self.secure.options.least
-            log.warning(
-                "step %d is left out: %d clients in it, sums are of %d at least", orders.step, len(orders), least
-            )
+            text = "step %d is left out: %d clients in it, sums are of %d at least"
+            log.warning(text, orders.step, len(orders), self.least)
             return attempt
         before = summary.spent()
         ctx = StepContext(

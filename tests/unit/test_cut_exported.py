@@ -261,3 +261,9 @@ def test_names_that_can_be_cut_at():
     assert "bert.encoder.layer.1" in names
     assert "bert.encoder.layer.1.attention.output" in names
     assert "bert.embeddings.word_embeddings" not in names
+
+
+def test_a_torch_that_cannot_do_it_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(CutError, match=r"needs torch 2\.10 or later, this is 2\.9\.1"):
+        split_module(Remembering(), Cut("b", example=EXAMPLE))

@@ -109,6 +109,7 @@ def test_who_fails_again_and_again_backs_off_unless_all_do():
         membership.attempted({1: TIMEOUT, 2: Failure(Kind.UNREADABLE, "x", {0: "x"})}, done=[0, 3])
     assert membership.failing() == {1}  # rows that cannot be read are no failure of the client
     assert membership.at_once(IDS).tolist() == [0, 2, 3]
+    assert membership.at_once(IDS, least=4).tolist() == [0, 1, 2, 3]
     assert membership.at_once(np.array([1])).tolist() == [1]
     membership.next_attempt()
     membership.attempted({}, done=[1])
