@@ -204,13 +204,21 @@ class SplitClient:
             self._by_class = (key, indices, bounds)
         return self._by_class[1], self._by_class[2]
 
+    def classes(self) -> IntArray:
+        """Return the classes that there are training examples of, ascending int64, whatever is told of them."""
+        labels = self._true_labels()
+        return np.unique(labels[labels >= 0])
+
+    def _true_labels(self) -> IntArray:
+        try:
+            return self.labels(self.train)
+        except BadRowsError as error:
+            self._unreadable = dict(error.rows)
+            return self.labels(self.train)
+
     def _train_labels(self) -> IntArray:
         if self._labels is None:
-            try:
-                self._labels = self.labels(self.train)
-            except BadRowsError as error:
-                self._unreadable = dict(error.rows)
-                self._labels = self.labels(self.train)
+            self._labels = self._true_labels()
             if self.told_labels is not None:
                 known = np.flatnonzero(self._labels >= 0)
                 self._labels = self._labels.copy()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from psl_flower import tree
+from psl_flower.client.client import SplitClient
 from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
 from psl_flower.methods.base import SplitMethod, Stage
@@ -189,6 +190,15 @@ def told_labels(
     for at, each in enumerate(defences):
         labels = each.labels(labels, examples, secret, f"labels {at} {_data(test)} ".encode())
     return labels
+
+
+def introduce(defences: Sequence[Defence], client: SplitClient, secret: Secret) -> None:
+    """Tell defences that ask for it which classes a client holds, before labels are told otherwise."""
+    asking = [each for each in defences if type(each).meet is not Defence.meet]
+    if asking:
+        classes = client.classes()
+        for each in asking:
+            each.meet(classes, secret)
 
 
 def changes_labels(defence: Defence) -> bool:

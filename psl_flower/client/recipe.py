@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Context
 
 from psl_flower.client.client import SplitClient
-from psl_flower.client.defending import changes_labels, check_defences, check_private, told_labels
+from psl_flower.client.defending import changes_labels, check_defences, check_private, introduce, told_labels
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.client.process import RunState
 from psl_flower.data import open_data
@@ -112,6 +112,7 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
     if partition is not None and type(partition) is not int:
         raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
     client = recipe.client_class(train, test, partition_id=partition, config=config)
+    introduce(state.defences, client, state.secret(context.node_id))
     if any(map(changes_labels, state.defences)):
         client.told_labels = lambda labels, examples: told_labels(
             state.defences, state.secret(context.node_id), labels, examples, test=False

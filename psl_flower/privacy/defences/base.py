@@ -69,6 +69,12 @@ class Defence:
 
     of_gradients: ClassVar[bool] = False
 
+    def meet(self, classes: IntArray, secret: Secret) -> None:
+        """Take note of the classes that a client holds training examples of, (C,) int64 ascending.
+
+        A subclass that overrides it is told before the client first draws; labels are read for it.
+        """
+
     def rows(self, rows: Tensor, of: Leaving) -> Tensor:
         """Return what leaves in place of activations, (n, ...); differentiable, the gradient comes back this way."""
         return rows

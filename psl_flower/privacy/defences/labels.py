@@ -11,7 +11,7 @@ from psl_flower.checks import check_float, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.privacy.defences.base import Defence
 from psl_flower.privacy.secret import Secret
-from psl_flower.typing import IntArray
+from psl_flower.typing import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,30 @@ class RandomizedResponse(Defence):
 
     def labels(self, labels: IntArray, examples: IntArray, secret: Secret, purpose: bytes) -> IntArray:
         """Draw them."""
-        if labels.ndim != 1 or labels.dtype != np.int64:
-            raise ConfigError(
-                f"RandomizedResponse is for one class an example, int64 (n,), got {labels.dtype} {labels.shape}: leave "
-                "it out"
-            )
-        if labels.size and (labels.min() < 0 or labels.max() >= self.classes):
-            raise ConfigError(f"RandomizedResponse is for the classes 0 to {self.classes - 1}: there are other labels")
-        drawn = secret.uniform(purpose, examples, 1)[:, 0]
-        # what is left of a number that is no less than `keeps` is uniform again: it says which of the others
-        left = np.maximum(drawn - self.keeps, 0) / max(1 - self.keeps, np.finfo(np.float64).tiny)
-        other = np.minimum((left * (self.classes - 1)).astype(np.int64), self.classes - 2)
-        return np.asarray(np.where(drawn < self.keeps, labels, (labels + 1 + other) % self.classes))
+        check_labels(labels, self.classes, "RandomizedResponse")
+        return replaced(labels, secret.uniform(purpose, examples, 1)[:, 0], self.keeps, self.classes)
+
+
+def check_labels(labels: IntArray, classes: int, defence: str) -> None:
+    """Raise ConfigError unless labels are one class an example, below `classes`."""
+    if labels.ndim != 1 or labels.dtype != np.int64:
+        raise ConfigError(
+            f"{defence} is for one class an example, int64 (n,), got {labels.dtype} {labels.shape}: leave it out"
+        )
+    if labels.size and (labels.min() < 0 or labels.max() >= classes):
+        raise ConfigError(f"{defence} is for the classes 0 to {classes - 1}: there are other labels")
+
+
+def replaced(labels: IntArray, drawn: FloatArray, keeps: float, classes: int) -> IntArray:
+    """Return labels of which each stays with probability `keeps`, and else is any other, (n,) int64.
+
+    Parameters
+    ----------
+    labels : (n,) int64
+    drawn : (n,) float64
+        Uniform between 0 and 1.
+    """
+    # what is left of a number that is no less than `keeps` is uniform again: it says which of the others
+    left = np.maximum(drawn - keeps, 0) / max(1 - keeps, np.finfo(np.float64).tiny)
+    other = np.minimum((left * (classes - 1)).astype(np.int64), classes - 2)
+    return np.asarray(np.where(drawn < keeps, labels, (labels + 1 + other) % classes))

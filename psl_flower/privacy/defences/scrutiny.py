@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from psl_flower.checks import check_float, check_int
-from psl_flower.errors import HijackedError
+from psl_flower.errors import ConfigError, HijackedError
 from psl_flower.privacy.defences.base import Defence, Leaving
-from psl_flower.privacy.defences.labels import RandomizedResponse
+from psl_flower.privacy.defences.labels import check_labels, replaced
 from psl_flower.privacy.secret import Secret
 from psl_flower.typing import FloatArray, IntArray
 
@@ -33,8 +32,9 @@ class GradientScrutiny(Defence):
     has nothing to do with it. The idea is SplitGuard's (arXiv 2108.09052), example by example. The price is the share
     of wrong labels, always of the same examples, among those that are trained on; losses are told as they are for them.
 
-    What it has seen is kept in the process: it sees something only where that stays (streams, the simulation), not
-    where each message has a process of its own. A server that hands out a client half made to reveal inputs, and sends
+    What it has seen is kept in the process: it sees something only where that stays (streams, the simulation), and
+    judges nothing where each message has a process of its own. Nor does it for a client that holds examples of one
+    class only, whose log says so. A server that hands out a client half made to reveal inputs, and sends
     honest gradients, it does not see.
 
     Parameters
@@ -42,7 +42,7 @@ class GradientScrutiny(Defence):
     classes : int
         C.
     share : float
-        Of the examples whose label is told wrongly; below 1.
+        Of the examples whose label is told wrongly, as another class of which the client holds examples; below 0.5.
     looks : int
         How many of the last wrong labels are looked at. Until there are as many, it judges nothing.
     least : float
@@ -61,25 +61,43 @@ class GradientScrutiny(Defence):
     looks: int = 16
     least: float = 0.75
     leave: bool = True
-    # by secret, so by client: labels by example of which data, told and true; and what was seen of each thing that left
+    # by secret, so by client: classes it holds; labels by example of which data, told and true; what was seen of each
+    # thing that left
+    _held: dict[bytes, IntArray] = field(default_factory=dict, init=False, repr=False)
     _labels: dict[bytes, dict[tuple[bytes, int], tuple[int, int]]] = field(default_factory=dict, init=False, repr=False)
     _watches: dict[tuple[bytes, bytes], Watch] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_int(self.classes, "classes", least=2)
         check_float(self.share, "share", above=0)
-        check_float(1 - self.share, "1 - share", above=0)
         check_int(self.looks, "looks", least=1)
         check_float(self.least, "least", above=0)
+        if self.share >= 0.5:
+            raise ConfigError(f"share must be below 0.5, or most labels are wrong, got {self.share}")
+        if self.least > 1:
+            raise ConfigError(f"least must be at most 1, it is a share, got {self.least}")
 
-    @cached_property
-    def _swap(self) -> RandomizedResponse:
-        return RandomizedResponse(math.log((1 - self.share) * (self.classes - 1) / self.share), self.classes)
+    def meet(self, classes: IntArray, secret: Secret) -> None:
+        """Tell wrongly only what is a class of the client's: what gradients of others look like it does not see."""
+        check_labels(classes, self.classes, type(self).__name__)
+        if len(classes) < 2 and secret.value not in self._held:
+            log.warning(
+                "GradientScrutiny judges nothing here: all examples of this client are of one class, so it has none to "
+                "compare gradients with. Do not count on it"
+            )
+        self._held[secret.value] = classes
 
     def labels(self, labels: IntArray, examples: IntArray, secret: Secret, purpose: bytes) -> IntArray:
         """Swap some of those that are trained on."""
+        check_labels(labels, self.classes, type(self).__name__)
         if _data(purpose) == b"test":
             return labels
-        told = self._swap.labels(labels, examples, secret, purpose)
+        held = self._held.get(secret.value, np.arange(self.classes))
+        told = labels.copy()
+        if len(held) > 1:
+            there = np.isin(labels, held)
+            drawn = secret.uniform(purpose, examples, 1)[there, 0]
+            told[there] = held[replaced(np.searchsorted(held, labels[there]), drawn, 1 - self.share, len(held))]
         keys = [(_data(purpose), example) for example in examples.tolist()]
         pairs = zip(told.tolist(), labels.tolist(), strict=True)
         self._labels.setdefault(secret.value, {}).update(zip(keys, pairs, strict=True))
