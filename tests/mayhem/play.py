@@ -157,7 +157,8 @@ def check(scenario, result, record, summary):
         if str(client) not in summary["excluded"]:
             assert told <= unseen, (client, unseen, told)
             # a client that is gone for an epoch is no member; steps of too few clients for a sum are left out
-            untold = scenario.found["client gone"] * size if scenario.may_miss else 0
+            may_be_gone = scenario.may_miss or client not in honest
+            untold = scenario.found["client gone"] * size if may_be_gone else 0
             assert unseen <= told + summary["examples_skipped"] + untold, (client, unseen, told)
         if client in honest and not scenario.may_miss:
             assert unseen == 0, (client, unseen)

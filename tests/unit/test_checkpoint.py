@@ -110,7 +110,10 @@ def text(value):
         (None, "is no checkpoint, or damaged"),
         ({"psl_flower": "{"}, "is no checkpoint, or damaged"),
         (text({"weights": 1}), "is no checkpoint, or damaged"),
-        (text({"version": 99}), "in version 99 of the format, this psl_flower reads version 4: resume with the psl"),
+        (
+            text({"version": 99}),
+            f"in version 99 of the format, this psl_flower reads version {checkpoint.VERSION}: resume with the psl",
+        ),
         (text({"version": 2, "of": ["another", "kind"]}), "in version 2 of the format"),
         (text({"version": checkpoint.VERSION, "x": ["tensor", "absent"]}), "is no checkpoint, or damaged"),
         (
