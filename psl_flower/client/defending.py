@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -16,12 +17,14 @@ from psl_flower.client.client import SplitClient
 from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
 from psl_flower.methods.base import SplitMethod, Stage
-from psl_flower.privacy import DPSGD, Secret
+from psl_flower.privacy import DPSGD, GradientScrutiny, RandomizedResponse, Secret
 from psl_flower.privacy.defences import Defence, Leaving
 from psl_flower.protocol import Kind, Orders
 from psl_flower.server.metrics import is_integer
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
+
+log = logging.getLogger("flwr.psl_flower")
 
 # Returns the indices of the examples of a client's order.
 Draw = Callable[[Any], IntArray]
@@ -190,6 +193,18 @@ def told_labels(
     for at, each in enumerate(defences):
         labels = each.labels(labels, examples, secret, f"labels {at} {_data(test)} ".encode())
     return labels
+
+
+def warn_of_sums(defences: Sequence[Defence]) -> None:
+    """Log that defences of rows leave a client's own parameter gradients as they are, where these are not masked."""
+    hiding = [type(each).__name__ for each in defences if not isinstance(each, GradientScrutiny | RandomizedResponse)]
+    if hiding:
+        log.warning(
+            "%s: defences of rows do nothing for the parameter gradients that leave this client, from which inputs can "
+            "be rebuilt, exactly where it gives one example to a step. Use secure_aggregation=True as well, here and "
+            "in the strategy: then the server sees sums over clients only",
+            ", ".join(hiding),
+        )
 
 
 def introduce(defences: Sequence[Defence], client: SplitClient, secret: Secret) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 from flwr.app import Context
 
 from psl_flower.client.client import SplitClient
-from psl_flower.client.defending import changes_labels, check_defences, check_private, introduce, told_labels
+from psl_flower.client.defending import (
+    changes_labels,
+    check_defences,
+    check_private,
+    introduce,
+    told_labels,
+    warn_of_sums,
+)
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.client.process import RunState
 from psl_flower.data import open_data
@@ -100,6 +107,8 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
         state.secure = secure_options(secure)
         defences = _call(recipe.defences, context=context) if callable(recipe.defences) else recipe.defences
         state.defences = check_defences(defences, method)
+        if state.secure is None:
+            warn_of_sums(state.defences)
         state.private = _call(recipe.private, context=context) if callable(recipe.private) else recipe.private
         check_private(state.private, method, state.defences)
         state.signature, state.loss = json.dumps(signature(halves)), recipe.loss

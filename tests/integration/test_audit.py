@@ -13,7 +13,7 @@ from psl_flower.audit import ACTIVE, ATTACKS, audit
 from psl_flower.audit.attacks import decoder
 from psl_flower.audit.recording import Recording
 from psl_flower.audit.rehearsal import Setting, rehearse
-from psl_flower.audit.scene import crossing, with_weights
+from psl_flower.audit.scene import crossing, one_tensor, with_weights
 from psl_flower.errors import ConfigError
 from psl_flower.privacy import audit as audit_of_privacy
 from psl_flower.protocol import Kind, Leaf
@@ -144,6 +144,25 @@ def test_gradients_at_both_cuts_show_labels(u_shaped):
     (named,) = figures(u_shaped.scene, "outputs").values()
     assert named.leaks
     assert named.value > 0.6
+
+
+def turned(scene):
+    """Return the same with the gradients that clients gave pointing the other way for every second row."""
+    exchanges = []
+    for each in scene.recording.exchanges:
+        received = dict(each.received)
+        if "gradient" in received and received["gradient"].value is not None:
+            value = one_tensor(received["gradient"].value)
+            signs = torch.where(torch.arange(len(value)) % 2 == 0, 1.0, -1.0)
+            received["gradient"] = Leaf(Kind.ROWS, value * signs.reshape(-1, *[1] * (value.dim() - 1)))
+        exchanges.append(replace(each, received=received))
+    return replace(scene, recording=Recording(exchanges, scene.recording.truth))
+
+
+def test_gradients_that_are_turned_round_show_labels_still(u_shaped):
+    found = figures(turned(u_shaped.scene), "gradients")
+    assert found["labels from gradients (tail_loss)", "direction AUC"].value > 0.95
+    assert found["labels from gradients (tail_loss)", "classifier AUC"].value > 0.95
 
 
 def test_class_counts_are_read_from_the_tail_unless_sums_are_masked(u_shaped):

@@ -307,6 +307,22 @@ def test_noise_is_that_of_the_weights_which_the_rows_come_from(frozen):
     assert all(same) if frozen else not any(same)
 
 
+@pytest.mark.parametrize(
+    ("defences", "secure", "warned"),
+    [
+        ([GaussianNoise(5.0), TopK(2)], False, True),
+        ([GaussianNoise(5.0)], True, False),
+        ([RandomizedResponse(5.0, NUM_CLASSES)], False, False),
+    ],
+)
+def test_a_client_is_told_that_its_parameter_gradients_are_not_defended(defences, secure, warned, caplog):
+    grid = InProcessGrid(app("parallel", defences, secure_aggregation=secure), K)
+    trained("parallel", grid, FEW, secure_aggregation=secure)
+    told = [record.getMessage() for record in caplog.records if "defences of rows do nothing" in record.getMessage()]
+    assert len(told) == warned
+    assert all("Use secure_aggregation=True as well" in text for text in told)
+
+
 # --- what does not go together ---------------------------------------------------------------------------------------
 class Own(Defence):
     """A defence of one's own: only the sign of activations leaves."""

@@ -138,6 +138,18 @@ def test_noise_gives_all_gradients_the_same_expected_squared_norm_and_no_bias():
     assert torch.allclose(left[:, :3].mean(dim=0), clipped, atol=0.06)
 
 
+def test_noise_on_each_entry_is_of_the_size_that_is_asked_for_and_other_than_that_along_the_gradient():
+    x = torch.full((5000, 4), 0.05).double()
+    of = leaving(np.arange(len(x)), [len(x)], SECRETS[:1])
+    along = ClipCutGradient(2.0).gradients(x, of) - x
+    both = ClipCutGradient(2.0, everywhere=0.5).gradients(x, of) - x
+    apart = both - along
+    assert torch.allclose(apart.std(dim=0), torch.ones(4).double(), rtol=0.05)
+    assert torch.corrcoef(torch.cat([apart, along[:, :1]], 1).T).triu(1).abs().max() < 0.06
+    alone = ClipCutGradient(2.0, noise=0, everywhere=0.5).gradients(x, of)
+    assert torch.allclose(alone, x + apart)
+
+
 # --- distance correlation --------------------------------------------------------------------------------------------
 def by_definition(x, z):
     """Szekely et al. 2007, equations 2.8 to 2.10, with loops."""

@@ -26,7 +26,8 @@ def read_gradients(scene: Scene) -> Found:
     """Infer labels from the gradients at each cut (norm and direction: Li et al., arXiv 2102.08504).
 
     Where labels stay with the clients, the server receives those at the body's outputs and computes those at the first
-    cut. Where it has the labels anyway, this is what one learns who sees only what goes back to the clients.
+    cut. Where it has the labels anyway, this is what one learns who sees only what goes back to the clients. Directions
+    are taken up to the sign where shadow data tells that a defence turns gradients round.
     """
     found, withheld = Found(), scene.rows("labels") is None
     for rows in scene.every("gradient"):
@@ -53,15 +54,36 @@ def _inferred(rows: Rows, attack: str, party: str, scene: Scene) -> list[Finding
     logs = np.log(np.maximum(norms, 1e-300))[:, None]
     known, labels = rows.shadow[some], rows.labels[some]
     classes = range(scene.num_classes)
-    means = np.stack([_mean(directions[known & (labels == c)], values.shape[1]) for c in classes])
+    signed, unsigned = _alike(directions, labels, known, scene.num_classes)
     sides = np.sign([_mean(logs[known & (labels == c)], 1)[0] - logs[known].mean() for c in classes])
     scores = {
         "norm AUC": logs[~known] * sides,
-        "direction AUC": directions[~known] @ means.T,
-        "classifier AUC": _classified(directions, logs, labels, known, scene),
+        "direction AUC": (unsigned if _turned(directions[known], labels[known], scene) else signed)[~known],
+        "classifier AUC": _classified(directions, np.concatenate([logs, unsigned], axis=1), labels, known, scene),
     }
     findings = [_auc(name, each, labels[~known], attack, party, scene) for name, each in scores.items()]
     return [*findings, _clustered(directions[~known], labels[~known], attack, party, scene)]
+
+
+def _alike(
+    directions: FloatArray, labels: IntArray, known: BoolArray, num_classes: int
+) -> tuple[FloatArray, FloatArray]:
+    """Return how much each row points where known rows of each class do, and the same up to the sign, (n, C) each."""
+    width = directions.shape[1]
+    means, axes = np.zeros((num_classes, width)), np.zeros((num_classes, width))
+    for c in range(num_classes):
+        some = directions[known & (labels == c)]
+        if len(some):
+            means[c] = some.mean(axis=0)
+            axes[c] = np.linalg.svd(some, full_matrices=False)[2][0]
+    return directions @ means.T, np.abs(directions @ axes.T)
+
+
+def _turned(directions: FloatArray, labels: IntArray, scene: Scene) -> bool:
+    """Return whether a defence turns gradients round: half of the known rows tell, by what they make of the others."""
+    half = np.arange(len(labels)) % 2 == 0
+    signed, unsigned = _alike(directions, labels, half, scene.num_classes)
+    return mean_auc(unsigned[~half], labels[~half]) > mean_auc(signed[~half], labels[~half])
 
 
 def _mean(values: FloatArray, width: int) -> FloatArray:
@@ -69,11 +91,11 @@ def _mean(values: FloatArray, width: int) -> FloatArray:
 
 
 def _classified(
-    directions: FloatArray, logs: FloatArray, labels: IntArray, known: BoolArray, scene: Scene
+    directions: FloatArray, others: FloatArray, labels: IntArray, known: BoolArray, scene: Scene
 ) -> FloatArray:
     """Return the scores of a linear classifier that has learned from the shadow rows, (n, C)."""
     _, _, axes = np.linalg.svd(directions[known] - directions[known].mean(axis=0), full_matrices=False)
-    features = np.concatenate([directions @ axes[:_FEATURES].T, logs], axis=1)
+    features = np.concatenate([directions @ axes[:_FEATURES].T, others], axis=1)
     features = (features - features[known].mean(axis=0)) / np.maximum(features[known].std(axis=0), 1e-12)
     scores = np.zeros((int((~known).sum()), scene.num_classes))
     if len(np.unique(labels[known])) < 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,9 +17,10 @@ class ClipCutGradient(Defence):
     """Gives the gradients of all examples at the cut one norm: larger ones are cut down, smaller ones get noise.
 
     The noise lies along the gradient itself, so that the expected squared norm is ``norm ** 2`` for each (with `noise`
-    1): the heuristic "max_norm" of arXiv 2102.08504, with a norm that is given in place of the batch's largest. It
-    leaves the direction of a gradient, up to its sign, as it is. Head and body learn from what leaves, the tail from
-    the gradients as they are.
+    1): the heuristic "max_norm" of arXiv 2102.08504, with a norm that is given in place of the batch's largest. This
+    hides norms and nothing else: the direction of a gradient, up to its sign, leaves as it is, and names the label to a
+    server that tries each. Only `everywhere` blurs directions. Head and body learn from what leaves, the tail from the
+    gradients as they are.
 
     Parameters
     ----------
@@ -27,17 +28,22 @@ class ClipCutGradient(Defence):
         Largest L2 norm of an example's gradient as it leaves: of the mean loss over a step, so about a B-th of that of
         the example's own loss, with B examples a step.
     noise : float
-        Factor of the noise. 0: gradients are clipped only.
+        Factor of the noise along a gradient. 0: none.
+    everywhere : float
+        Standard deviation of normal noise on each entry, in units of `norm`. 0: none. It makes trying each label worse,
+        not useless, and noise of other steps is other noise: over many of them more is seen.
     """
 
     of_gradients: ClassVar[bool] = True
 
     norm: float
     noise: float = 1.0
+    everywhere: float = 0.0
 
     def __post_init__(self) -> None:
         check_float(self.norm, "norm", above=0)
         check_float(self.noise, "noise", least=0)
+        check_float(self.everywhere, "everywhere", least=0)
 
     def gradients(self, rows: Tensor, of: Leaving) -> Tensor:
         """Clip, and add the noise."""
@@ -50,4 +56,7 @@ class ClipCutGradient(Defence):
             # a gradient of zero has no direction
             factor = factor * (1 + self.noise * torch.where(norms > 0, spread, 0.0) * of.normal(norms))
         defended: Tensor = flat * factor
+        if self.everywhere:
+            apart = replace(of, purpose=of.purpose + b"everywhere ")  # other numbers than those of the noise along it
+            defended = defended + self.everywhere * self.norm * apart.normal(flat)
         return defended.reshape(rows.shape)
