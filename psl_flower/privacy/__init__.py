@@ -16,9 +16,9 @@ from psl_flower.privacy.defences import (
     Quantize,
     RandomizedResponse,
     TopK,
-    distance_correlation,
     parse_defences,
 )
+from psl_flower.privacy.distance_correlation import corrected_distance_correlation, distance_correlation
 from psl_flower.privacy.dp_sgd import DPSGD
 from psl_flower.privacy.fixed_point import OutOfRangeError, decode, encode, places_for
 from psl_flower.privacy.label_noise import LabelNoise
@@ -44,6 +44,7 @@ __all__ = [
     "Secret",
     "SecureAggregation",
     "TopK",
+    "corrected_distance_correlation",
     "decode",
     "distance_correlation",
     "encode",
@@ -58,3 +59,7 @@ def __getattr__(name: str) -> Any:
     if name == "audit":  # it stands far above this package, and needs all of it
         return import_module("psl_flower.audit").audit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "audit"})  # not in `__all__`: it needs an extra, and `import *` shall not

@@ -5,10 +5,12 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from psl_flower.audit.attacks.dependence import distance_correlation
+from psl_flower import privacy
+from psl_flower.audit import audit
 from psl_flower.audit.frontier import pareto_front
 from psl_flower.audit.similarity import psnr, ssim
 from psl_flower.audit.statistics import auc, interval, matched_accuracy, mean_auc, p_value
+from psl_flower.privacy import corrected_distance_correlation
 
 # --- images ----------------------------------------------------------------------------------------------------------
 # structural_similarity(x, y, data_range=..., channel_axis=0) and peak_signal_noise_ratio of scikit-image 0.26.0
@@ -81,9 +83,9 @@ def test_distance_correlation_is_what_its_definition_says():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(30, 3))
     for y in (x[:, :2] ** 2, rng.normal(size=(30, 2)), x):
-        value, _ = distance_correlation(torch.from_numpy(x), torch.from_numpy(y), rng)
+        value, _ = corrected_distance_correlation(torch.from_numpy(x), torch.from_numpy(y), rng)
         assert np.sign(value) * value**2 == pytest.approx(definition(x, y), abs=1e-9)
-    constant, by_chance = distance_correlation(torch.from_numpy(x), torch.zeros(30, 2), rng, 3)
+    constant, by_chance = corrected_distance_correlation(torch.from_numpy(x), torch.zeros(30, 2), rng, 3)
     assert constant == 0
     assert by_chance.tolist() == [0, 0, 0]
 
@@ -91,13 +93,18 @@ def test_distance_correlation_is_what_its_definition_says():
 def test_independent_samples_have_none_even_in_many_dimensions_and_dependent_ones_do():
     rng = np.random.default_rng(2)
     x = torch.from_numpy(rng.normal(size=(100, 500)))
-    value, by_chance = distance_correlation(x, torch.from_numpy(rng.normal(size=(100, 500))), rng, 99)
+    value, by_chance = corrected_distance_correlation(x, torch.from_numpy(rng.normal(size=(100, 500))), rng, 99)
     assert abs(value) < 0.15
     assert p_value(value, by_chance) > 0.05
-    value, by_chance = distance_correlation(x, x[:, :100], rng, 99)
+    value, by_chance = corrected_distance_correlation(x, x[:, :100], rng, 99)
     assert p_value(value, by_chance) == 0.01
 
 
 def test_the_front_is_what_nothing_beats():
     points = [(90, 0.5), (95, 0.9), (80, 0.5), (85, 0.3), (70, 0.4), (95, 0.95)]
     assert pareto_front(points) == [(95, 0.9), (90, 0.5), (85, 0.3)]
+
+
+def test_the_audit_is_listed_where_it_is_found():
+    assert "audit" in dir(privacy)
+    assert privacy.audit is audit

@@ -2,7 +2,7 @@
 
 from psl_flower.privacy.defences.base import Defence, Leaving
 from psl_flower.privacy.defences.compression import Quantize, TopK
-from psl_flower.privacy.defences.correlation import DistanceCorrelation, distance_correlation
+from psl_flower.privacy.defences.correlation import DistanceCorrelation
 from psl_flower.privacy.defences.cut_gradient import ClipCutGradient
 from psl_flower.privacy.defences.labels import RandomizedResponse
 from psl_flower.privacy.defences.noise import GaussianNoise, LaplaceNoise
@@ -21,6 +21,5 @@ __all__ = [
     "Quantize",
     "RandomizedResponse",
     "TopK",
-    "distance_correlation",
     "parse_defences",
 ]

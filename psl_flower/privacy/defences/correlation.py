@@ -1,4 +1,4 @@
-"""Distance correlation: how much of what goes into the client half shows in what comes out."""
+"""A penalty on how much of what goes into the client half shows in what comes out."""
 
 from __future__ import annotations
 
@@ -11,37 +11,8 @@ from psl_flower import tree
 from psl_flower.checks import check_float
 from psl_flower.errors import ConfigError
 from psl_flower.privacy.defences.base import Defence, Leaving
+from psl_flower.privacy.distance_correlation import distance_correlation
 from psl_flower.tree import Tree
-
-
-def distance_correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Return the distance correlation of two samples, row by row (Szekely et al. 2007, definition 5).
-
-    Parameters
-    ----------
-    one, other : (n, ...) floating
-        The same n examples.
-
-    Returns
-    -------
-    () tensor
-        From 0 to 1; 0 where all rows of one of them are equal. Differentiable. With few rows it is near 1 whatever they
-        are: it says something from some dozens on.
-    """
-    a, b = _centred(one), _centred(other)
-    product, variances = (a * b).mean(), (a * a).mean() * (b * b).mean()
-    if not float(variances.detach()) > 0 or not float(product.detach()) > 0:
-        return (product * 0).sum()
-    return (product / variances.sqrt()).sqrt()
-
-
-def _centred(sample: Tensor) -> Tensor:
-    """Return the distances of all pairs of rows, less the means of their row and column, plus the mean of all."""
-    flat = sample.reshape(len(sample), -1)
-    # not by way of a matrix product, whose rounding is as large as small distances
-    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
-    means = distances.mean(dim=0, keepdim=True)
-    return distances - means - means.T + means.mean()
 
 
 @dataclass(frozen=True)
