@@ -2,12 +2,15 @@
 
 import json
 import re
+from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from audited import Net, digits, sgd
+from torch import nn
 
 from psl_flower.audit import ACTIVE, ATTACKS, audit
 from psl_flower.audit.attacks import decoder
@@ -15,6 +18,7 @@ from psl_flower.audit.recording import Recording
 from psl_flower.audit.rehearsal import Setting, rehearse
 from psl_flower.audit.scene import crossing, one_tensor, with_weights
 from psl_flower.errors import ConfigError
+from psl_flower.privacy import GaussianNoise
 from psl_flower.privacy import audit as audit_of_privacy
 from psl_flower.protocol import Kind, Leaf
 
@@ -176,6 +180,42 @@ def test_class_counts_are_read_from_the_tail_unless_sums_are_masked(u_shaped):
     )  # rows are rows
 
 
+def linear_first(batch_size, **options):
+    """Train a model whose head is a linear layer and a ReLU; return what its gradients show."""
+    torch.manual_seed(0)
+    images, labels = digits("train", 64)
+    setting = Setting(
+        model=nn.Sequential(
+            OrderedDict(flat=nn.Flatten(), stem=nn.Linear(64, 32), act=nn.ReLU(), body=nn.Linear(32, 10))
+        ),
+        cut="body",
+        train=(images, labels),
+        test=digits("test", 40),
+        num_classes=10,
+        num_clients=4,
+        num_shadow=2,
+        num_rounds=1,
+        batch_size=batch_size,
+        optimizer=partial(torch.optim.SGD, lr=1e-3),
+        **options,
+    )
+    return figures(rehearse(setting).scene, "head-gradients")
+
+
+def test_a_client_of_one_example_a_step_gives_it_with_its_gradients_whatever_is_done_to_rows():
+    found = linear_first(1, defences=(GaussianNoise(5.0),))
+    error = found["inputs from head gradients", "MSE"]
+    assert error.value < 1e-6 * error.floor
+    assert error.leaks
+    assert found["inputs from head gradients", "SSIM"].value > 0.999
+
+
+def test_gradients_of_many_examples_show_less_and_masked_sums_of_one_client_nothing():
+    many = linear_first(64)["inputs from head gradients", "SSIM"].value
+    assert many < 0.9
+    assert linear_first(64, secure_aggregation=True) == {}
+
+
 def test_members_are_recognised(plain):
     match = figures(plain.scene, "membership")["membership", "match AUC"]
     assert match.value > 0.99
@@ -188,8 +228,10 @@ def test_nothing_is_found_in_noise(u_shaped, plain):
     for scene in (scrambled(plain.scene), scrambled(u_shaped.scene)):
         for attack in ATTACKS:
             for finding in ATTACKS[attack](scene).findings:
-                if finding.attack == "class counts from the tail" or finding.measure == "loss AUC":
-                    continue  # of sums and of the final weights, which are no rows
+                if finding.attack in {"class counts from the tail", "inputs from head gradients"}:
+                    continue  # of sums, which are not scrambled
+                if finding.measure == "loss AUC":
+                    continue  # of the final weights, which are no rows
                 assert not finding.leaks, finding
                 if finding.measure.endswith("AUC"):
                     intervals += 1

@@ -5,6 +5,7 @@ from psl_flower.audit.attacks.base import ActiveAttack, Attack
 from psl_flower.audit.attacks.decoder import decode_inputs
 from psl_flower.audit.attacks.dependence import measure_dependence
 from psl_flower.audit.attacks.gradients import cluster_outputs, read_gradients
+from psl_flower.audit.attacks.head_gradients import read_inputs
 from psl_flower.audit.attacks.hijacking import hijack
 from psl_flower.audit.attacks.inversion import invert_inputs
 from psl_flower.audit.attacks.membership import recognise_members
@@ -15,6 +16,7 @@ ATTACKS: dict[str, Attack] = {
     "dependence": measure_dependence,
     "decoder": decode_inputs,
     "inversion": invert_inputs,
+    "head-gradients": read_inputs,
     "labels": read_labels,
     "gradients": read_gradients,
     "outputs": cluster_outputs,
