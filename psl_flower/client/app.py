@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from psl_flower.client.client import SplitClient
 from psl_flower.client.defending import check_defences, check_private
-from psl_flower.client.keeping import keep, keep_own, restore, take_own
+from psl_flower.client.keeping import keep, keep_own, restore, take_own, warn_of_processes
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client, method_of
@@ -186,6 +186,7 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
     restore(state, context)
     reply = answer(method, state, client, replace(request, nodes=(context.node_id,)))
     keep(state, context)
+    warn_of_processes(state, context)
     stage = method.stages().get(request.stage)
     if stage is not None and (stage.own or not stage.batch):
         keep_own(state, context)

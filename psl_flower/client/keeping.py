@@ -5,6 +5,7 @@ A deployment answers each message in a new process, and the simulation in any of
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import Any
 
@@ -12,9 +13,13 @@ from flwr.app import ConfigRecord, Context
 
 from psl_flower import checkpoint
 from psl_flower.client.process import RunState
-from psl_flower.privacy import Party, Secret
+from psl_flower.exchange.streams.security import PROCESS_ID
+from psl_flower.privacy import GradientScrutiny, Party, Secret
 
 _SECRET, _PARTY, _OWN = "psl_flower.secret", "psl_flower.party", "psl_flower.own"
+_PROCESS = "psl_flower.process"
+
+log = logging.getLogger("flwr.psl_flower")
 
 
 def restore(state: RunState, context: Context) -> None:
@@ -36,6 +41,20 @@ def keep(state: RunState, context: Context) -> None:
         _write(context, _SECRET, {"value": state.secrets[node].value})
     if node in state.parties:
         _write(context, _PARTY, state.parties[node].state_dict())
+
+
+def warn_of_processes(state: RunState, context: Context) -> None:
+    """Log once where one process after another answers for a client: what each has seen comes to little."""
+    if not any(isinstance(each, GradientScrutiny) for each in state.defences):
+        return
+    before = _read(context, _PROCESS)
+    if before.get("of", PROCESS_ID) != PROCESS_ID and not before["warned"]:
+        log.warning(
+            "GradientScrutiny judges too little here, perhaps nothing: messages to this client come to one process "
+            "after another, and it knows only what its own has seen. It needs streams, or a process that stays"
+        )
+        before["warned"] = True
+    _write(context, _PROCESS, {"of": PROCESS_ID, "warned": before.get("warned", False)})
 
 
 def take_own(state: RunState, context: Context) -> None:

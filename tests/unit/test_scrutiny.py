@@ -1,6 +1,7 @@
 """Whether a client sees that gradients do not follow the labels it has told."""
 
 import copy
+import uuid
 from collections import OrderedDict
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app, tree
+from psl_flower.client import keeping
 from psl_flower.errors import ConfigError
 from psl_flower.methods import ParallelSplit
 from psl_flower.privacy import GradientScrutiny, Secret, parse_defences
@@ -121,8 +123,8 @@ def few_classes(context):
     )
 
 
-@pytest.mark.parametrize(("method", "alarmed"), [(ParallelSplit, 0), (Evil, 2)])
-def test_clients_of_two_classes_tell_an_honest_server_from_another(method, alarmed):
+def watched(method, kind=InProcessGrid):
+    """Train for some rounds; return what two clients have seen."""
     torch.manual_seed(1)
     scrutiny = GradientScrutiny(10, leave=False)
     model = nn.Sequential(OrderedDict(a=nn.Linear(8, 16), c=nn.ReLU(), b=nn.Linear(16, 10)))
@@ -137,8 +139,28 @@ def test_clients_of_two_classes_tell_an_honest_server_from_another(method, alarm
         device="cpu",
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     )
-    strategy.start(InProcessGrid(app, 2), ArrayRecord(model.state_dict()), num_rounds=3)
-    watches = scrutiny.watches()
+    strategy.start(kind(app, 2), ArrayRecord(model.state_dict()), num_rounds=3)
+    return scrutiny.watches()
+
+
+@pytest.mark.parametrize(("method", "alarmed"), [(ParallelSplit, 0), (Evil, 2)])
+def test_clients_of_two_classes_tell_an_honest_server_from_another(method, alarmed, caplog):
+    watches = watched(method)
     assert len(watches) == 2
     assert all(watch.share is not None for watch in watches)
     assert sum(watch.alarms > 0 for watch in watches) == alarmed
+    assert not [record for record in caplog.records if "one process after another" in record.message]
+
+
+class OtherProcesses(InProcessGrid):
+    """Answers each message under the name of another process."""
+
+    def _answer(self, message, context):
+        keeping.PROCESS_ID = str(uuid.uuid4())
+        return super()._answer(message, context)
+
+
+def test_a_client_is_told_once_where_each_message_has_a_process_of_its_own(monkeypatch, caplog):
+    monkeypatch.setattr(keeping, "PROCESS_ID", keeping.PROCESS_ID)
+    watched(ParallelSplit, OtherProcesses)
+    assert len([record for record in caplog.records if "one process after another" in record.message]) == 2

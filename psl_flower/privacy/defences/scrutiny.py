@@ -34,7 +34,7 @@ class GradientScrutiny(Defence):
 
     What it has seen is kept in the process: it sees something only where that stays (streams, the simulation), and
     judges nothing where each message has a process of its own. Nor does it for a client that holds examples of one
-    class only, whose log says so. A server that hands out a client half made to reveal inputs, and sends
+    class only. The client's log says either. A server that hands out a client half made to reveal inputs, and sends
     honest gradients, it does not see.
 
     Parameters
