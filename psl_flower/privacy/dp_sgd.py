@@ -68,12 +68,12 @@ class DPSGD:
         """Return the largest norm of an example's gradient of one of so many parts, as it is added up."""
         return self.clip / self.batch_size / math.sqrt(parts)
 
-    def noised(self, gradients: Mapping[str, Tensor | None], share: float = 1.0) -> dict[str, Tensor | None]:
+    def noised(self, gradients: Mapping[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
         """Return the sum of a part's gradients with noise, or with a share of its variance."""
         deviation = self.noise * self.clip / self.batch_size * math.sqrt(share)
         if not deviation:
             return dict(gradients)
-        return {n: None if g is None else g + deviation * _normal(g) for n, g in gradients.items()}
+        return {name: g + deviation * _normal(g) for name, g in gradients.items()}
 
 
 def _normal(like: Tensor) -> Tensor:

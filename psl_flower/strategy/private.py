@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, StepError
+from psl_flower.failures import Failure, Kind
 from psl_flower.faults import FaultPolicy
 from psl_flower.methods import SplitMethod
 from psl_flower.privacy import DPSGD
@@ -60,12 +61,45 @@ def check_private(
             "with private the weight of a client's gradients must not depend on the others' or on their size: "
             "FaultPolicy(max_gradient_norm=None, outlier_bound=None)"
         )
+    if policy.mistakes not in (None, "stop"):
+        raise ConfigError(
+            f"with private one example must not decide on others, but with mistakes={policy.mistakes!r} one that "
+            "cannot be used takes all examples of its client out: FaultPolicy(mistakes='stop', outlier_bound=None)"
+        )
+    if policy.non_finite_loss != "stop":
+        raise ConfigError(
+            "with private no example may stop a step and its noise: one whose gradient is not finite counts as zero. "
+            f"Leave out non_finite_loss={policy.non_finite_loss!r}"
+        )
     if resume_from is not None:
         raise ConfigError(
             "with private a run cannot be resumed: steps since the checkpoint would be made again, with other noise, "
             "and nobody knows how often. Leave resume_from out"
         )
     return private
+
+
+def check_usable(bound: float | None, failures: Mapping[int, Failure]) -> None:
+    """Refuse to go on without examples that clients cannot read, where one must not decide on others.
+
+    Parameters
+    ----------
+    bound : float or None
+        Largest norm of one example's gradient; None without differential privacy.
+    failures : dict of int to Failure
+
+    Raises
+    ------
+    StepError
+        If there are such examples.
+    """
+    unreadable = {client: f for client, f in failures.items() if f.kind is Kind.UNREADABLE}
+    if bound is not None and unreadable:
+        raise StepError(
+            "with private an example that cannot be read may not change the steps of the others, as leaving it out "
+            "would: take it out of the client's data, and start again",
+            unreadable,
+        )
 
 
 def with_epsilon(private: DPSGD | None, record: RoundRecord) -> RoundRecord:

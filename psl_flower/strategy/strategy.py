@@ -286,7 +286,8 @@ class ParallelSplitLearning(ExchangingStrategy):
             run_config=self._run_config,
         )
         deployment = is_deployment(grid)
-        policy = replace(self.faults, mistakes=self.faults.mistakes or ("exclude" if deployment else "stop"))
+        default = "exclude" if deployment and self.private is None else "stop"
+        policy = replace(self.faults, mistakes=self.faults.mistakes or default)
         saved = saver.find(self.resume_from)
         if saved is None and self._output_dir is not None:
             set_aside(self._output_dir, (*FILES, CHECKPOINTS))

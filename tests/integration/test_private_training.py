@@ -235,6 +235,16 @@ def run_skipping():
         ),
         (lambda: strategy_of("parallel", CLIP, faults=FaultPolicy()), ConfigError, "outlier_bound=None"),
         (
+            lambda: strategy_of("parallel", CLIP, faults=FaultPolicy(outlier_bound=None, mistakes="exclude")),
+            ConfigError,
+            "with mistakes='exclude' one that cannot be used takes all examples of its client out",
+        ),
+        (
+            lambda: strategy_of("parallel", CLIP, faults=FaultPolicy(outlier_bound=None, non_finite_loss="skip")),
+            ConfigError,
+            "one whose gradient is not finite counts as zero. Leave out non_finite_loss='skip'",
+        ),
+        (
             lambda: strategy_of("parallel", CLIP, resume_from="latest", output_dir="/tmp/none"),
             ConfigError,
             "with private a run cannot be resumed",
