@@ -138,7 +138,7 @@ class Masking:
             present, filled = _filled(value, self._parameters.get(name))
             if self._private is not None and self._training and name in self._parameters:
                 present = np.ones_like(present)  # there is noise, at least
-                filled = self._private.noised(filled, share=len(clients) / len(self._company))
+                filled = self._private.noised(filled, self._private.share(len(clients), len(self._company)))
             whole[name] = filled
             numbers += [present, *scaled, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
         if not numbers:

@@ -101,7 +101,7 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
         defences = _call(recipe.defences, context=context) if callable(recipe.defences) else recipe.defences
         state.defences = check_defences(defences, method)
         state.private = _call(recipe.private, context=context) if callable(recipe.private) else recipe.private
-        check_private(state.private, method, state.defences)
+        check_private(state.private, method, state.defences, state.secure)
         state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
         state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
     if recipe.optimizer is not None:

@@ -10,7 +10,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from psl_flower.client.masking import Masking
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.privacy import DPSGD, Company, Party, decode
 from psl_flower.privacy.accounting import epsilon, noise_for
 from psl_flower.privacy.per_example import clipped_sum
@@ -106,7 +106,7 @@ def test_a_client_without_a_gradient_adds_its_share():
     given = {"tail": Leaf(Kind.SUM, {"w": None})}
     found = Masking(company, request, "s", parties, private).mask(given, clients)["tail"].value
     assert found["present"].tolist() == [1]
-    law = stats.norm(scale=2.0 * 5.0 / 10)
+    law = stats.norm(scale=2.0 * 5.0 / 10 * math.sqrt(4 / (4 - private.colluding)))
     assert stats.kstest(decode(found["values"]["w"].numpy(), 20).reshape(-1), law.cdf).pvalue > 1e-3
 
 
@@ -127,6 +127,16 @@ def test_the_server_adds_noise_where_there_is_no_gradient():
     backend.commit({"body": {"weight": None, "bias": None}})
     law = stats.norm(scale=2.0 * 5.0 / 10)
     assert stats.kstest((part.weight.detach() - before).numpy().reshape(-1), law.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("colluding", [0, 1, 2])
+def test_the_noise_of_those_who_do_not_collude_is_enough(colluding):
+    private = DPSGD(clip=1.0, noise=1.0, batch_size=1, colluding=colluding)
+    shares = [private.share(1, 4) for _ in range(4)]
+    assert sum(shares[colluding:]) == pytest.approx(1)
+    assert private.share(3, 4) == pytest.approx(sum(shares[:3]))
+    with pytest.raises(ProtocolError, match="it must be of more clients"):
+        private.share(1, colluding)
 
 
 # --- accounting ------------------------------------------------------------------------------------------------------
@@ -166,6 +176,8 @@ def test_noise_is_found_for_an_epsilon():
         ({"noise": -1}, "noise must be at least 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"delta": 1}, "delta must be below 1, well below one over the number of examples, got 1"),
+        ({"colluding": -1}, "colluding must be at least 0"),
+        ({"spent_rounds": -1}, "spent_rounds must be at least 0"),
         ({"delta": 0}, "delta must be greater than 0"),
     ],
 )
