@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,15 @@ class NormBounds:
     def knows(self, name: str) -> bool:
         """Return whether enough was sent of it to compare a sum with, whatever that is of."""
         return self._met[name] >= _FEWEST
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known, for a checkpoint: a resumed run has as much to compare with."""
+        return {"seen": {name: list(each) for name, each in self._seen.items()}, "met": dict(self._met)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._seen = {name: deque(each, maxlen=_HISTORY) for name, each in state["seen"].items()}
+        self._met = Counter(state["met"])
 
     def _limit(self, logs: list[FloatArray], spread: float) -> float:
         known = np.concatenate(logs) if logs else np.empty(0)

@@ -43,13 +43,17 @@ class Validator:
     ----------
     outlier_bound : float, optional
         Of norms in training, see `NormBounds`; None: any finite value passes.
+
+    Attributes
+    ----------
+    bounds : NormBounds or None
     longest : float
         Where rows may differ in length, the second size of a tensor, the most it may be; else 0.
     """
 
     def __init__(self, outlier_bound: float | None = None, *, longest: float = 0) -> None:
         self._longest = longest
-        self._bounds = None if outlier_bound is None else NormBounds(outlier_bound)
+        self.bounds = None if outlier_bound is None else NormBounds(outlier_bound)
         self._everyone: set[int] = set()  # who has ever been asked: one alone has nobody to be compared with
         self._specs: dict[str, Spec] = {}
         self._votes: dict[str, dict[int, Spec]] = {}
@@ -97,9 +101,9 @@ class Validator:
             parts += _innocent(part, guilty, counts, failures)
         self._everyone.update(request.nodes)
         training = request.orders is not None and not request.orders.test
-        if self._bounds is not None and training and len(self._everyone) > 1:
+        if self.bounds is not None and training and len(self._everyone) > 1:
             readable = (Kind.ROWS,) if request.company is not None else (Kind.ROWS, Kind.SUM)  # not what is masked
-            guilty = self._outliers(self._bounds, stage, parts, counts, readable)
+            guilty = self._outliers(self.bounds, stage, parts, counts, readable)
             failures |= guilty
             parts = [each for part in parts for each in _innocent(part, guilty, counts, failures)] if guilty else parts
         if parts:
@@ -111,7 +115,7 @@ class Validator:
     def wants_each(self, stage: Stage) -> bool:
         """Return whether a stage's sums must come client by client: no sum of several can be compared with anything."""
         sums = [name for name, kind in stage.outputs.items() if kind is Kind.SUM]
-        return self._bounds is not None and not all(map(self._bounds.knows, sums))
+        return self.bounds is not None and not all(map(self.bounds.knows, sums))
 
     def forget(self, clients: Iterable[int]) -> None:
         """Take their votes from clients that turned out to send what the server's part cannot use."""
@@ -181,7 +185,7 @@ class Validator:
                 failures |= _of_all(
                     part, Failure(FailureKind.MALFORMED, f"{name}: expected counts, got {min(numbers)}")
                 )
-            elif numbers and self._bounds and 0 < 2 * numbers[-1] < len(self._everyone | set(part.nodes)):
+            elif numbers and self.bounds and 0 < 2 * numbers[-1] < len(self._everyone | set(part.nodes)):
                 what = f"{name}: it says that its loss or gradients are not finite, the others' are"
                 failures |= _of_all(part, Failure(FailureKind.OUTLIER, what))
         return failures

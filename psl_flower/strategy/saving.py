@@ -143,6 +143,7 @@ class Saver:
             "ledger": ledger.state_dict(),
             "epoch": epoch.state_dict(),
             "pooled": run.saved_pooled(),
+            "norms": None if run.runner.validator.bounds is None else run.runner.validator.bounds.state_dict(),
             "secure": None if run.runner.secure is None else run.runner.secure.state_dict(),
             "delays": delays.state_dict() if isinstance(delays, DelayEstimator) else None,
             "metrics_position": run.recorder.position(),
@@ -162,6 +163,8 @@ class Saver:
         if saved["delays"] is not None and isinstance(delays, DelayEstimator):
             delays.load_state_dict(saved["delays"])
         run.summary.load_state_dict(saved["summary"])
+        if run.runner.validator.bounds is not None and saved["norms"] is not None:
+            run.runner.validator.bounds.load_state_dict(saved["norms"])
         if run.runner.secure is not None and saved["secure"] is not None:
             run.runner.secure.load_state_dict(saved["secure"])
         run.summary.resumed += 1

@@ -67,9 +67,10 @@ class StepRunner:
         self.method, self.backend, self.clients, self.secure = method, backend, clients, secure
         self._policy, self._timeout, self._summary = policy, timeout, summary
         self._attempt: Attempt | None = None
+        self.validator = Validator(policy.outlier_bound, longest=backend.longest)
         self._asking = Asking(
             exchange=self._exchange,
-            validator=Validator(policy.outlier_bound, longest=backend.longest),
+            validator=self.validator,
             separate=separate or (policy.max_gradient_norm is not None and secure is None),
             config=config,
             refuse=self._refuse,

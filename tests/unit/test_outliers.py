@@ -82,3 +82,13 @@ def test_norms_of_rows_and_sums():
     assert np.isfinite(row_norms(torch.full((1, 4), 6e4, dtype=torch.float16))).all()
     assert sum_norm([torch.full((9,), 1e30), torch.zeros(2)])[0] == pytest.approx(3e30)
     assert sum_norm([]).tolist() == [0.0]
+
+
+def test_what_is_usual_is_known_after_a_restart():
+    before, after = NormBounds(10.0), NormBounds(10.0)
+    for client in range(3):
+        assert before.outliers("head", np.array([1.0 + client]), np.array([client]), 1.0) == {}
+    after.load_state_dict(before.state_dict())
+    assert after.knows("head")
+    assert "far above" in after.outliers("head", np.array([1e30]), np.array([4]), 1.0)[4]
+    assert NormBounds(10.0).outliers("head", np.array([1e30]), np.array([4]), 1.0) == {}
