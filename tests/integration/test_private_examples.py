@@ -7,9 +7,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import TensorDataset
 
-from psl_flower import BadRowsError, InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower import (
+    BadRowsError,
+    InProcessGrid,
+    ParallelSplitLearning,
+    StreamOptions,
+    UniformGlobalSampler,
+    split_client_app,
+)
 from psl_flower.errors import ConfigError, StepError
 from psl_flower.privacy import DPSGD
+from psl_flower.server import example_gradients, weighted
 
 K, N = 3, 4  # clients, and examples of each; all are in one step
 TAIL = {"parallel": {}, "u-shaped": {"tail": "c"}}
@@ -30,7 +38,7 @@ def draws(seed=0):
     return torch.randn(K, N, 8), torch.randint(0, 10, (K, N))
 
 
-def step(x, y, method, secure=False, noise=0.0, loss=cross_entropy, data=None):
+def step(x, y, method, secure=False, noise=0.0, loss=cross_entropy, data=None, **more):
     """Return what one step adds to the parameters, in units of clip / B."""
 
     def data_fn(context):
@@ -50,6 +58,7 @@ def step(x, y, method, secure=False, noise=0.0, loss=cross_entropy, data=None):
         optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
         loss=cross_entropy if options.get("tail") else loss,
         **options,
+        **more,
     )
     grid = InProcessGrid(split_client_app(Model, data_fn=data_fn, loss=loss, **options), K)
     after = split.start(grid, ArrayRecord(model.state_dict()), 1).arrays.to_torch_state_dict()
@@ -67,6 +76,30 @@ def test_an_example_that_overflows_moves_a_step_by_the_bound_at_most(method, sec
     assert float((step(away, y, method, secure) - blank).norm()) < 2.001  # two of norm one, at most
     loud = step(away, y, method, secure, noise=100.0)
     assert 90 < float(loud.std()) < 130
+
+
+@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("method", "secure"), WAYS)
+def test_an_example_that_overflows_is_one_of_many_on_streams(method, secure, wire_dtype):
+    x, y = draws()
+    x[0, 0] = 0
+    away = x.clone()
+    away[0, 0] = 1e38 * torch.tensor([1.0, -1.0] * 4)
+    options = {"transport": "streams", "stream_options": StreamOptions(wire_dtype=wire_dtype)}
+    blank, moved = (step(each, y, method, secure, **options) for each in (x, away))
+    assert float(blank.norm()) > 2.5  # that of all: more than two could do
+    assert float((moved - blank).norm()) < 2.001
+
+
+def test_losses_of_either_sign_may_cancel():
+    def signed(outputs, target):
+        return outputs.sum() / len(outputs)
+
+    torch.manual_seed(0)
+    half = 1e7 * torch.randn(64, 3)
+    outputs, y = torch.cat([half, -half.flip(1)]).requires_grad_(), torch.zeros(128)
+    _, found = example_gradients(signed, outputs, y, 128, weighted(signed, outputs, y, 128))
+    assert torch.equal(found[0], torch.full((128, 3), 1 / 128))
 
 
 # --- targets that do not count ---------------------------------------------------------------------------------------
