@@ -124,8 +124,9 @@ def split_client_app(
         )
     if not callable(defences):
         defences = check_defences(defences, method if isinstance(method, SplitMethod) else None)
+    secure = secure_aggregation if callable(secure_aggregation) else secure_options(secure_aggregation)
     if not callable(private) and isinstance(method, SplitMethod):
-        check_private(private, method, () if callable(defences) else defences)
+        check_private(private, method, () if callable(defences) else defences, None if callable(secure) else secure)
     recipe = ClientRecipe(
         model_fn,
         cut,
@@ -139,7 +140,7 @@ def split_client_app(
         LossFn(loss, classification),
         optimizer,
         label_noise,
-        secure_aggregation if callable(secure_aggregation) else secure_options(secure_aggregation),
+        secure,
         defences,
         private,
     )

@@ -18,9 +18,9 @@ from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
 from psl_flower.methods.base import Stage
 from psl_flower.origin import place, where
-from psl_flower.privacy.per_example import clipped_sum
+from psl_flower.privacy.per_example import clipped_sum, finite_rows
 from psl_flower.protocol import Orders
-from psl_flower.server import WeightedLoss, check_plain_mean
+from psl_flower.server import WeightedLoss
 from psl_flower.split import text_length
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
@@ -62,13 +62,17 @@ class BoundPart:
         self._part, self._client, self._training, self._loss = part, client, training, loss
         self._defending, self._bound, self._length = defending, bound, length
         self._ran: tuple[Tree, Any] = (None, None)  # inputs and outputs
+        self._of_examples: Mapping[int, Tensor] = {}  # gradients of the outputs, by the position of the leaf
 
     def __call__(self, inputs: Tree) -> Tree:
         """Run the part on a batch, in training or evaluation mode as the request has it.
 
         The model's first part takes a batch's inputs; another what crosses a cut, one argument an entry of a tuple.
         """
-        return self._defending.apart(tree.as_tree(self._run(inputs), f"what the {self._part.name} returns"))
+        outputs = tree.as_tree(self._run(inputs), f"what the {self._part.name} returns")
+        if self._bound is not None and self._training:
+            outputs = tree.map_leaves(finite_rows, outputs)
+        return self._defending.apart(outputs)
 
     def _run(self, inputs: Tree) -> Any:
         self._used[self._part.name] = self._part
@@ -95,9 +99,12 @@ class BoundPart:
         """Run the model's last part, and return the loss of its outputs: the mean, and what it is the mean over."""
         if self._loss is None:
             raise ConfigError(f"the loss of the {self._part.name} is not known on this client")
-        outputs = self._run(inputs)
+        outputs, rows = self._run(inputs), tree.rows(target, "target")
         with torch.set_grad_enabled(self._training):
-            return self._loss(outputs, target, tree.rows(target, "target"), self._part.device)
+            found = self._loss(outputs, target, rows, self._part.device)
+            if self._bound is not None and self._training:
+                found, self._of_examples = self._loss.each(outputs, target, rows, found, self._part.device)
+        return found
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -118,21 +125,25 @@ class BoundPart:
         inputs : tree
             Leaves that went into it.
         """
+        if self._bound is not None:
+            return self._backward_clipped(share, inputs)
         if not loss.weight:
             return no_gradient(inputs), dict.fromkeys(self.parameters)
         loss.check_gradient()
         roots = [leaf for leaf in tree.leaves(inputs) if leaf.requires_grad]
-        outputs = [] if self._bound is None else tree.leaves(tree.as_tree(self._ran[1], "what the tail returns"))
-        wanted = [*roots, *(self.parameters.values() if self._bound is None else outputs)]
+        wanted = [*roots, *self.parameters.values()]
         found = torch.autograd.grad(loss.mean, wanted, torch.full_like(loss.mean, share), allow_unused=True)
         moved = [None if gradient is None else gradient.cpu() for gradient in found]
-        of_roots, others = iter(moved[: len(roots)]), moved[len(roots) :]
-        of_parameters: Mapping[str, Tensor | None] = dict(zip(self.parameters, others, strict=self._bound is None))
-        if self._bound is not None:
-            check_plain_mean(loss, tree.rows(inputs, "outputs"))
-            of_parameters = self._clipped({at: g for at, g in enumerate(found[len(roots) :]) if g is not None})
-        back = tree.map_leaves(lambda leaf: next(of_roots) if leaf.requires_grad else None, inputs)
-        return back, dict(of_parameters)
+        return _back(inputs, moved), dict(zip(self.parameters, moved[len(roots) :], strict=True))
+
+    def _backward_clipped(self, share: float, inputs: Tree) -> tuple[Tree, dict[str, Tensor | None]]:
+        """Back-propagate a share of the losses of single examples."""
+        outputs = tree.leaves(tree.as_tree(self._ran[1], f"what the {self._part.name} returns"))
+        given = {at: share * gradient for at, gradient in self._of_examples.items()}
+        roots = [leaf for leaf in tree.leaves(inputs) if leaf.requires_grad]
+        found = torch.autograd.grad([outputs[at] for at in given], roots, list(given.values()), allow_unused=True)
+        moved = [None if gradient is None else finite_rows(gradient).cpu() for gradient in found]
+        return _back(inputs, moved), self._clipped(given)
 
     def _clipped(self, gradients: Mapping[int, Tensor]) -> dict[str, Tensor | None]:
         """Return the sum of the examples' parameter gradients, clipped one by one; those of the outputs by position."""
@@ -277,6 +288,12 @@ class ClientContext:
     def num_bytes(self) -> int:
         """Return the bytes of what is kept: a lower bound of what the graphs hold."""
         return sum(tree.num_bytes(value) for value in self.kept.values() if isinstance(value, Tensor | tuple | dict))
+
+
+def _back(inputs: Tree, gradients: Sequence[Tensor | None]) -> Tree:
+    """Return the gradients of inputs, the first ones, in their form; None for what has none."""
+    rest = iter(gradients)
+    return tree.map_leaves(lambda leaf: next(rest) if leaf.requires_grad else None, inputs)
 
 
 def no_gradient(inputs: Tree) -> Tree:

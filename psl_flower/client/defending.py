@@ -16,8 +16,9 @@ from psl_flower import tree
 from psl_flower.client.client import SplitClient
 from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
+from psl_flower.methods import check_options
 from psl_flower.methods.base import SplitMethod, Stage
-from psl_flower.privacy import DPSGD, GradientScrutiny, RandomizedResponse, Secret
+from psl_flower.privacy import DPSGD, GradientScrutiny, RandomizedResponse, Secret, SecureAggregation
 from psl_flower.privacy.defences import Defence, Leaving
 from psl_flower.protocol import Kind, Orders
 from psl_flower.server.metrics import is_integer
@@ -51,7 +52,12 @@ def check_defences(defences: Any, method: SplitMethod | None = None) -> tuple[De
     return tuple(defences)
 
 
-def check_private(private: DPSGD | None, method: SplitMethod, defences: Sequence[Defence] = ()) -> None:
+def check_private(
+    private: DPSGD | None,
+    method: SplitMethod,
+    defences: Sequence[Defence] = (),
+    secure: SecureAggregation | None = None,
+) -> None:
     """Refuse DP-SGD where an example's gradient cannot be told from others'.
 
     Raises
@@ -61,10 +67,7 @@ def check_private(private: DPSGD | None, method: SplitMethod, defences: Sequence
     """
     if private is None:
         return
-    if not isinstance(private, DPSGD):
-        raise ConfigError(f"private must be a psl_flower.privacy.DPSGD, got {private!r:.80}")
-    if method.trains_on_clients():
-        raise ConfigError(f"with method {method.name!r} clients step parts of their own, without noise: use another")
+    check_options(private, method, secure)
     mixing = [type(each).__name__ for each in defences if type(each).penalty is not Defence.penalty]
     if mixing:
         raise ConfigError(f"{mixing[0]} gives an example a gradient that others have a part in: leave it or DPSGD out")

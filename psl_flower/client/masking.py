@@ -135,9 +135,10 @@ class Masking:
         whole, numbers = {}, []
         for name, value in sums.items():
             value, scaled = self._scaled(name, value, clients)
-            if self._private is not None and self._training and name in self._parameters:
-                value = self._private.noised(value, share=len(clients) / len(self._company))
             present, filled = _filled(value, self._parameters.get(name))
+            if self._private is not None and self._training and name in self._parameters:
+                present = np.ones_like(present)  # there is noise, at least
+                filled = self._private.noised(filled, self._private.share(len(clients), len(self._company)))
             whole[name] = filled
             numbers += [present, *scaled, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
         if not numbers:
@@ -189,7 +190,9 @@ class Masking:
         flat = tensor.detach().cpu().reshape(-1)
         values = (flat.double() if flat.is_floating_point() else flat).numpy()
         try:
-            return encode(values, self._company.places.get(name, 0), len(self._company))
+            # with DP-SGD the loss of no example stops a step; what clipped gradients have is noise's, and stays whole
+            clip = self._private is not None and name not in self._parameters
+            return encode(values, self._company.places.get(name, 0), len(self._company), clip=clip)
         except OutOfRangeError as error:
             raise ProtocolError(f"{name}: {error}", Kind.RANGE) from error
 

@@ -17,7 +17,16 @@ from psl_flower import tree
 from psl_flower.errors import ConfigError, ProtocolError, PSLError
 from psl_flower.origin import where
 from psl_flower.protocol import Weights
-from psl_flower.server import REFUSED, Additivity, Loss, Reduction, WeightedLoss, loss_target, weighted
+from psl_flower.server import (
+    REFUSED,
+    Additivity,
+    Loss,
+    Reduction,
+    WeightedLoss,
+    example_gradients,
+    loss_target,
+    weighted,
+)
 from psl_flower.split import CannotTellError, find_mixing, shortened
 from psl_flower.tree import Tree
 
@@ -238,6 +247,13 @@ class LossFn:
         if self.additivity.refuted(self.function, outputs, labels, rows, found, classify=self.classification):
             raise ConfigError(REFUSED)
         return found
+
+    def each(
+        self, outputs: Any, target: Tree, rows: int, whole: WeightedLoss, device: torch.device
+    ) -> tuple[WeightedLoss, dict[int, Tensor]]:
+        """Return the mean of the losses of single examples, and its gradients; see `example_gradients`."""
+        labels = loss_target(target, device, classify=self.classification)
+        return example_gradients(self.function, outputs, labels, rows, whole)
 
 
 def parameter_gradients(

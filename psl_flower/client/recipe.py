@@ -110,7 +110,7 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
         if state.secure is None:
             warn_of_sums(state.defences)
         state.private = _call(recipe.private, context=context) if callable(recipe.private) else recipe.private
-        check_private(state.private, method, state.defences)
+        check_private(state.private, method, state.defences, state.secure)
         state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
         state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
     if recipe.optimizer is not None:

@@ -2,6 +2,7 @@
 
 from psl_flower.methods.base import CLIENT, EACH, ROWS, SERVER, SHARED, SUM, SplitMethod, Stage, stage
 from psl_flower.methods.parallel import ParallelSplit
+from psl_flower.methods.private import check_options
 from psl_flower.methods.registry import METHODS, make_method
 from psl_flower.methods.sequential import SequentialSplit
 from psl_flower.methods.splitfed import SplitFedV1, SplitFedV2
@@ -22,6 +23,7 @@ __all__ = [
     "SplitMethod",
     "Stage",
     "UShapedSplit",
+    "check_options",
     "make_method",
     "stage",
 ]

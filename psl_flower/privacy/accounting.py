@@ -54,7 +54,7 @@ def noise_for(epsilon: float, rounds: int, delta: float) -> float:
 
 
 def _check_delta(delta: float) -> float:
-    if check_float(delta, "delta", above=0) >= 1:
+    if check_float(delta, "delta", above=0) >= 1:  # the strategy, which knows the number, checks the rest
         raise ConfigError(f"delta must be below 1, well below one over the number of examples, got {delta}")
     return delta
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from psl_flower.checks import check_float, check_int
+from psl_flower.errors import ProtocolError
 from psl_flower.privacy import accounting
 from psl_flower.privacy.secret import Secret
 
@@ -35,6 +36,12 @@ class DPSGD:
         ``clip / batch_size``, whatever the step's size.
     delta : float
         For the epsilon that is told: well below one over the number of examples.
+    colluding : int
+        With secure aggregation clients add the noise, each a share, which it can take away again from what it gets.
+        The shares of the others are enough even if so many clients put theirs together.
+    spent_rounds : int
+        Rounds that the same examples were trained on before, with the same noise; for the server only. A strategy
+        counts its own, from one `start` to the next.
 
     Raises
     ------
@@ -46,10 +53,14 @@ class DPSGD:
     noise: float
     batch_size: int
     delta: float = 1e-5
+    colluding: int = 1
+    spent_rounds: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         check_float(self.clip, "clip", above=0)
         check_int(self.batch_size, "batch_size", least=1)
+        check_int(self.colluding, "colluding", least=0)
+        check_int(self.spent_rounds, "spent_rounds", least=0)
         accounting.epsilon(self.noise, 1, self.delta)  # refuses both
 
     @classmethod
@@ -68,12 +79,27 @@ class DPSGD:
         """Return the largest norm of an example's gradient of one of so many parts, as it is added up."""
         return self.clip / self.batch_size / math.sqrt(parts)
 
-    def noised(self, gradients: Mapping[str, Tensor | None], share: float = 1.0) -> dict[str, Tensor | None]:
+    def share(self, clients: int, of: int) -> float:
+        """Return the share of the noise's variance that some clients add, of all in a sum.
+
+        Raises
+        ------
+        ProtocolError
+            If all of them may collude.
+        """
+        if of <= self.colluding:
+            raise ProtocolError(
+                f"a sum of {of} clients, of which {self.colluding} may collude, has noise that they know: it must be "
+                "of more clients"
+            )
+        return clients / (of - self.colluding)
+
+    def noised(self, gradients: Mapping[str, Tensor], share: float = 1.0) -> dict[str, Tensor]:
         """Return the sum of a part's gradients with noise, or with a share of its variance."""
         deviation = self.noise * self.clip / self.batch_size * math.sqrt(share)
         if not deviation:
             return dict(gradients)
-        return {n: None if g is None else g + deviation * _normal(g) for n, g in gradients.items()}
+        return {name: g + deviation * _normal(g) for name, g in gradients.items()}
 
 
 def _normal(like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def places_for(exponent: int, clients: int) -> int:
     return min(_BITS - _bits(clients) - exponent, _MOST_PLACES)
 
 
-def encode(values: NDArray[Any], places: int, clients: int) -> NDArray[np.int64]:
+def encode(values: NDArray[Any], places: int, clients: int, *, clip: bool = False) -> NDArray[np.int64]:
     """Return values as whole numbers.
 
     Parameters
@@ -36,6 +36,8 @@ def encode(values: NDArray[Any], places: int, clients: int) -> NDArray[np.int64]
         f.
     clients : int
         How many are added up.
+    clip : bool
+        Whether values that are too large become the largest that there is room for.
 
     Raises
     ------
@@ -45,7 +47,10 @@ def encode(values: NDArray[Any], places: int, clients: int) -> NDArray[np.int64]
     if values.dtype.kind in "iub":
         return values.astype(np.int64)
     scaled = np.rint(np.ldexp(values.astype(np.float64), places))
-    if scaled.size and np.abs(scaled).max() > 2.0 ** (_BITS - _bits(clients)):
+    largest = 2.0 ** (_BITS - _bits(clients))
+    if clip:
+        scaled = scaled.clip(-largest, largest)
+    if scaled.size and np.abs(scaled).max() > largest:
         raise OutOfRangeError(f"{np.abs(values).max():.3g} is too large for {places} binary places")
     return scaled.astype(np.int64)
 

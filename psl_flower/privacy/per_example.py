@@ -26,7 +26,7 @@ def clipped_sum(
     *,
     who: str,
 ) -> dict[str, Tensor]:
-    """Return the sum of the examples' parameter gradients, each scaled down to a norm.
+    """Return the sum of the examples' parameter gradients, each scaled down to a norm; zero if it is not finite.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def clipped_sum(
         (found,) = vjp(outputs, parameters)[1]([t[None] for t in gradients])
         norm = torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()
         factor = bound / norm.clamp(min=bound)
-        return {name: g * factor for name, g in found.items()}
+        return {name: torch.where(torch.isfinite(norm), g * factor, 0) for name, g in found.items()}
 
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     if not parameters or not positions:
@@ -83,6 +83,14 @@ def clipped_sum(
             "that draw random numbers (dropout), or decide by the values they see, do not go with it"
         ) from exc
     return total
+
+
+def finite_rows(rows: Tensor) -> Tensor:
+    """Return rows, those that are not finite as zeros: no example can stop a step, or spoil the others' part in it."""
+    if tree.is_finite(rows):
+        return rows
+    finite = torch.isfinite(rows).reshape(len(rows), -1).all(dim=1)
+    return torch.where(finite.reshape(-1, *[1] * (rows.ndim - 1)), rows, torch.zeros_like(rows))
 
 
 class _Run(nn.Module):

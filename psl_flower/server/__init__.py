@@ -1,9 +1,10 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
 from psl_flower.server.additive import REFUSED, Additivity, adds_up
+from psl_flower.server.examples import example_gradients
 from psl_flower.server.language import causal_lm_loss
 from psl_flower.server.local import LocalBackend, load_known
-from psl_flower.server.loss import Loss, WeightedLoss, check_plain_mean, loss_target, weighted
+from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, Scheduler, make_optimizer, make_scheduler
 from psl_flower.server.outcome import Outcome
@@ -32,8 +33,8 @@ __all__ = [
     "adds_up",
     "causal_lm_loss",
     "check_metrics",
-    "check_plain_mean",
     "classes_of",
+    "example_gradients",
     "load_known",
     "loss_target",
     "make_optimizer",

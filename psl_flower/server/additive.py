@@ -16,7 +16,7 @@ REFUSED = (
     "divide yourself, or leave labels and loss to the server (no tail)"
 )
 # How close is close; in bfloat16 a number is right to 0.4 percent, and a few of them are added and divided.
-_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 class Additivity:
@@ -63,7 +63,7 @@ def adds_up(
         return weighted(loss, ours, theirs, len(range(rows)[part]), classify=classify)
 
     answers = []
-    close = _CLOSE.get(whole.mean.dtype, 1e-2)
+    close = CLOSE.get(whole.mean.dtype, 1e-2)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a divisor with a gradient is no weight
         torch.default_generator.manual_seed(0)
         for shuffled in (False, True, True):

@@ -178,8 +178,12 @@ class LocalBackend:
         found: dict[nn.Parameter, Tensor | None] = {}  # a parameter that two parts share has the gradients of both
         for part, tensors in gradients.items():
             parameters = dict(self.parts[part].named_parameters())
-            if self._private is not None and part in self._noised and tensors:
-                tensors = self._private.noised(tensors)
+            if self._private is not None and part in self._noised:
+                trained = {name: p for name, p in parameters.items() if p.requires_grad}
+                given = {name: (tensors or {}).get(name) for name in trained}
+                tensors = self._private.noised(
+                    {name: torch.zeros_like(trained[name]) if g is None else g for name, g in given.items()}
+                )
             for name, gradient in (tensors or {}).items():
                 moved = None if gradient is None else gradient.to(self.device)
                 found[parameters[name]] = tree.add(found.get(parameters[name]), moved)

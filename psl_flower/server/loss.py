@@ -119,7 +119,7 @@ def weighted(
     ConfigError
         If the loss is no scalar tensor.
     """
-    outputs = _logits_for(loss, outputs)
+    outputs = logits_for(loss, outputs)
     watch = _Watch(labels)
     shaped = Predictions.of(outputs, labels) if classify else None
     try:
@@ -143,22 +143,7 @@ def weighted(
     return WeightedLoss(mean, rows if summed else weight, predictions, watch.broadcast, summed)
 
 
-def check_plain_mean(loss: WeightedLoss, rows: int) -> None:
-    """Refuse a loss in which examples count differently, or that is a sum: DP-SGD takes them to count alike.
-
-    Raises
-    ------
-    ConfigError
-        If it is none.
-    """
-    if loss.summed or loss.weight != rows:
-        what = "the sum" if loss.summed else f"a mean over {loss.weight:g} targets of {rows} examples"
-        raise ConfigError(
-            f"DP-SGD needs a loss that is the mean over the examples, got {what}: no weights, none ignored"
-        )
-
-
-def _logits_for(loss: Loss, outputs: Any) -> Any:
+def logits_for(loss: Loss, outputs: Any) -> Any:
     """Return what a loss is given: the logits where torch's own cross-entropy could not do with what holds them."""
     if isinstance(outputs, Tensor) or not (loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)):
         return outputs

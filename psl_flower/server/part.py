@@ -18,8 +18,9 @@ from psl_flower import tree
 from psl_flower.devices import seeded
 from psl_flower.errors import DivergenceError, LabelError, PSLError, StepError
 from psl_flower.origin import where
-from psl_flower.privacy.per_example import clipped_sum
-from psl_flower.server.loss import Loss, WeightedLoss, check_plain_mean, loss_target, weighted
+from psl_flower.privacy.per_example import clipped_sum, finite_rows
+from psl_flower.server.examples import example_gradients
+from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
 from psl_flower.server.metrics import why_no_accuracy
 from psl_flower.server.optimizer import RatedOptimizer
 from psl_flower.server.outcome import Outcome
@@ -139,17 +140,14 @@ class ServerPart:
         self.module.train()
         with seeded(self.seed, backend.device):
             outputs, found = self._finish(leaves, labels)
-            if not found.weight and not torch.isfinite(
-                found.mean
-            ):  # a mean over nothing; a sum of nothing is a loss of 0
-                raise NothingCountsError("no target of the batch counts in the loss")
-            found.check_gradient()
-            value = found.mean.item()
-            if not math.isfinite(value):
-                raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")
-            if backend.bound is not None:
-                check_plain_mean(found, tree.rows(leaves, "activations"))
-            back = self._backward([found.mean], None, leaves, outputs)
+            if backend.bound is None:
+                _check_counts(found)
+                back = self._backward([found.mean], None, leaves)
+            else:
+                rows = tree.rows(leaves, "activations")
+                with self._told(leaves, labels):
+                    found, given = example_gradients(backend.loss, outputs, labels, rows, found)
+                back = self._backward_rows(given, leaves, outputs)
         return Outcome(
             **self._told_of(outputs, labels, found),
             class_counts=None if found.predictions is None else found.predictions.class_counts(),
@@ -185,22 +183,23 @@ class ServerPart:
     def _target(self, target: Tree) -> Any:
         return loss_target(target, self._backend.device, classify=self._backend.classification)
 
-    def _backward(self, roots: list[Tensor], weights: list[Tensor] | None, received: Tree, outputs: Tree) -> Gradients:
-        attached = [] if self._backend.bound is None else tree.leaves(tree.as_tree(outputs, "outputs"))
-        for leaf in attached:
-            leaf.retain_grad()
+    def _backward_rows(self, given: Mapping[int, Tensor], received: Tree, outputs: Any) -> Gradients:
+        """Back-propagate gradients of the outputs, by the position of the leaf."""
+        attached, bound = tree.leaves(tree.as_tree(outputs, "outputs")), self._backend.bound
+        back = self._backward([attached[at] for at in given], list(given.values()), received)
+        if bound is None:
+            return back
+        self._backend.check_rows(partial(_run, self.module), received, self.module)
+        clipped = clipped_sum(_run, self.module, received, given, bound, who="the server half")
+        return Gradients(tree.map_leaves(finite_rows, back.gradient), dict(clipped))
+
+    def _backward(self, roots: list[Tensor], weights: list[Tensor] | None, received: Tree) -> Gradients:
         self._backend.clear_gradients()
         self.module.zero_grad(set_to_none=True)  # a copy is none of the backend's parts
         torch.autograd.backward(roots, weights)
         gradient = tree.map_leaves(lambda leaf: leaf.grad, received)
-        if not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
+        if self._backend.bound is None and not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
             raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
-        if self._backend.bound is not None:
-            given = {at: leaf.grad for at, leaf in enumerate(attached) if leaf.grad is not None}
-            bound = self._backend.bound
-            self._backend.check_rows(partial(_run, self.module), received, self.module)
-            clipped = clipped_sum(_run, self.module, received, given, bound, who="the server half")
-            return Gradients(gradient, dict(clipped))
         return Gradients(gradient, {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad})
 
     def _run(self, inputs: Tree, rows: int) -> Any:
@@ -253,6 +252,8 @@ class ServerPass:
     def __init__(self, part: ServerPart, received: Tree, outputs: Tree) -> None:
         self._part, self._received, self._attached = part, received, outputs
         self.outputs = tree.map_leaves(Tensor.detach, outputs)
+        if part._backend.bound is not None:
+            self.outputs = tree.map_leaves(finite_rows, self.outputs)
 
     def backward(self, gradient: Tree) -> Gradients:
         """Back-propagate the gradient of the outputs.
@@ -268,10 +269,19 @@ class ServerPass:
             If the gradients of the inputs are not finite.
         """
         given = dict(zip(tree.paths(gradient, "output"), tree.leaves(gradient), strict=True))
-        attached = zip(tree.paths(self._attached, "output"), tree.leaves(self._attached), strict=True)
-        pairs = [(leaf, given[path].to(leaf.device)) for path, leaf in attached if path in given and leaf.requires_grad]
-        roots, weights = [leaf for leaf, _ in pairs], [each for _, each in pairs]
-        return self._part._backward(roots, weights, self._received, self._attached)
+        attached = enumerate(tree.named_leaves(self._attached, "output"))
+        rows = {at: given[n].to(t.device) for at, (n, t) in attached if n in given and t.requires_grad}
+        return self._part._backward_rows(rows, self._received, self._attached)
+
+
+def _check_counts(found: WeightedLoss) -> None:
+    """Raise unless there is something to learn from a loss."""
+    if not found.weight and not torch.isfinite(found.mean):  # a mean over nothing; a sum of nothing is a loss of 0
+        raise NothingCountsError("no target of the batch counts in the loss")
+    found.check_gradient()
+    value = found.mean.item()
+    if not math.isfinite(value):
+        raise DivergenceError(f"the loss is {value}: training diverges, lower the learning rate")
 
 
 def _run(module: nn.Module, inputs: Tree) -> Any:

@@ -118,6 +118,11 @@ class CallContext:
         """
         total, told, *more = loss.tolist()
         weight, summed, wrong = more or (told, 0.0, 0.0)
+        if self.backend.bound is not None and not self.orders.test and (weight != self.orders.num_rows or summed):
+            raise ConfigError(
+                f"DP-SGD needs a loss that is the mean over the examples, clients tell {weight:g} targets that count "
+                f"of {self.orders.num_rows} examples: no weights, none ignored, no sum"
+            )
         if not weight and not self.orders.test:
             raise NothingCountsError("no target of the batch counts in the loss")
         if wrong and not self.orders.test:

@@ -16,6 +16,7 @@ from psl_flower.stragglers import VirtualClock
 from psl_flower.strategy.attempt import Attempt
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.ledger import EpochLedger, part, saved_population
+from psl_flower.strategy.private import Spending
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.saving import Saver
 from psl_flower.strategy.secure import check_all_are_here
@@ -43,6 +44,8 @@ class EpochLoop:
         Steps between two checkpoints within a round, 0 for none.
     metrics : dict
         The user's own.
+    spending : Spending
+        Told of each round, of what it gives away.
     """
 
     def __init__(
@@ -55,14 +58,17 @@ class EpochLoop:
         min_nodes: int,
         checkpoint_every: int,
         metrics: Mapping[str, Any],
+        spending: Spending,
     ) -> None:
         self._run, self._saver, self._sampler, self._stragglers = run, saver, sampler, stragglers
         self._min_nodes, self._checkpoint_every, self._metrics = min_nodes, checkpoint_every, metrics
+        self._spending = spending
 
     def train(self, server_round: int) -> RoundRecord:
         """Use every example of every client once."""
         run = self._run
         ledger, epoch, over = self._open(server_round)
+        self._spending.begin(int(ledger.population.sizes.sum()))
         clock = self._stragglers.clock(ledger.population)
         retries, skips = Retries(), 0
         with epoch:
@@ -115,7 +121,7 @@ class EpochLoop:
         if not unseen:
             run.remember_pooled_counts(ledger.population, epoch.pooled())
         _log_round(record_of_round)
-        return record_of_round
+        return self._spending.told(record_of_round)
 
     def _open(self, server_round: int) -> tuple[EpochLedger, Epoch, bool]:
         """Return what there is to do in an epoch, its bookkeeping, and whether it is over: new, or to be resumed."""

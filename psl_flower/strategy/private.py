@@ -10,10 +10,12 @@ from pathlib import Path
 
 from torch import nn
 
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, StepError
+from psl_flower.exchange.streams import StreamOptions
+from psl_flower.failures import Failure, Kind
 from psl_flower.faults import FaultPolicy
-from psl_flower.methods import SplitMethod
-from psl_flower.privacy import DPSGD
+from psl_flower.methods import SplitMethod, check_options
+from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.records import RoundRecord
 from psl_flower.samplers.base import Sampler
 from psl_flower.split import batch_statistics_layers
@@ -28,6 +30,8 @@ def check_private(
     sampler: Sampler,
     policy: FaultPolicy,
     resume_from: str | Path | None,
+    secure: SecureAggregation | None,
+    streams: StreamOptions,
 ) -> DPSGD | None:
     """Return the options that people give; refuse what would break the promise.
 
@@ -38,10 +42,7 @@ def check_private(
     """
     if private is None:
         return None
-    if not isinstance(private, DPSGD):
-        raise ConfigError(f"private must be a psl_flower.privacy.DPSGD, got {private!r:.80}")
-    if method.trains_on_clients():
-        raise ConfigError(f"with method {method.name!r} clients step parts of their own, without noise: use another")
+    check_options(private, method, secure)
     if private.batch_size != sampler.batch_size:
         raise ConfigError(
             f"private must have the sampler's batch size, {sampler.batch_size}, got {private.batch_size}: its noise is "
@@ -60,6 +61,21 @@ def check_private(
             "with private the weight of a client's gradients must not depend on the others' or on their size: "
             "FaultPolicy(max_gradient_norm=None, outlier_bound=None)"
         )
+    if streams.wire_dtype in ("float16", "int8"):  # see Note [Wire dtypes]
+        raise ConfigError(
+            f"with private examples must not be scaled together, as {streams.wire_dtype} on the wire does: "
+            "StreamOptions(wire_dtype='bfloat16'), or float32"
+        )
+    if policy.mistakes not in (None, "stop"):
+        raise ConfigError(
+            f"with private one example must not decide on others, but with mistakes={policy.mistakes!r} one that "
+            "cannot be used takes all examples of its client out: FaultPolicy(mistakes='stop', outlier_bound=None)"
+        )
+    if policy.non_finite_loss != "stop":
+        raise ConfigError(
+            "with private no example may stop a step and its noise: one whose gradient is not finite counts as zero. "
+            f"Leave out non_finite_loss={policy.non_finite_loss!r}"
+        )
     if resume_from is not None:
         raise ConfigError(
             "with private a run cannot be resumed: steps since the checkpoint would be made again, with other noise, "
@@ -68,15 +84,81 @@ def check_private(
     return private
 
 
-def with_epsilon(private: DPSGD | None, record: RoundRecord) -> RoundRecord:
-    """Return a round's record with the epsilon of the rounds so far, and tell it."""
-    if private is None:
-        return record
-    epsilon = private.epsilon(record.round)
-    if not math.isfinite(epsilon):
-        log.warning("round %d  differential privacy of the model: none, there is too little noise", record.round)
-        return record
-    log.info(
-        "round %d  differential privacy of the model: epsilon %.3f, delta %g", record.round, epsilon, private.delta
-    )
-    return replace(record, metrics_of_user={**record.metrics_of_user, "epsilon": epsilon})
+def check_usable(bound: float | None, failures: Mapping[int, Failure]) -> None:
+    """Refuse to go on without examples that clients cannot read, where one must not decide on others.
+
+    Parameters
+    ----------
+    bound : float or None
+        Largest norm of one example's gradient; None without differential privacy.
+    failures : dict of int to Failure
+
+    Raises
+    ------
+    StepError
+        If there are such examples.
+    """
+    unreadable = {client: f for client, f in failures.items() if f.kind is Kind.UNREADABLE}
+    if bound is not None and unreadable:
+        raise StepError(
+            "with private an example that cannot be read may not change the steps of the others, as leaving it out "
+            "would: take it out of the client's data, and start again",
+            unreadable,
+        )
+
+
+def default_mistakes(private: DPSGD | None, deployment: bool) -> str:
+    """Return what a run does about mistakes of clients, unless people say."""
+    return "exclude" if deployment and private is None else "stop"
+
+
+class Spending:
+    """What the rounds of a strategy have given away so far, in all its runs: each may be of the same data.
+
+    Parameters
+    ----------
+    private : DPSGD or None
+    """
+
+    def __init__(self, private: DPSGD | None) -> None:
+        self._private = private
+        self._rounds = 0 if private is None else private.spent_rounds
+
+    def begin(self, examples: int) -> None:
+        """Count a round that begins, whether or not it comes to its end.
+
+        Parameters
+        ----------
+        examples : int
+            In all.
+
+        Raises
+        ------
+        ConfigError
+            If delta promises nothing: to tell one of the examples to everybody has a chance of one over their number.
+        """
+        if self._private is None:
+            return
+        if self._private.noise and self._private.delta * examples >= 1:
+            raise ConfigError(
+                f"delta must be well below one over the number of examples, which is {examples}, got "
+                f"{self._private.delta:g}: DPSGD(delta={_tenth(examples):g}), say"
+            )
+        self._rounds += 1
+
+    def told(self, record: RoundRecord) -> RoundRecord:
+        """Return a round's record with the epsilon of all rounds so far, and tell it."""
+        if self._private is None:
+            return record
+        epsilon, text = self._private.epsilon(self._rounds), "round %d  differential privacy of the model: "
+        if not math.isfinite(epsilon):
+            log.warning(text + "none, there is too little noise", record.round)
+            return record
+        earlier = f", with {self._rounds - record.round} rounds before this run" * (self._rounds > record.round)
+        log.info(text + "epsilon %.3f, delta %g%s", record.round, epsilon, self._private.delta, earlier)
+        return replace(record, metrics_of_user={**record.metrics_of_user, "epsilon": epsilon})
+
+
+def _tenth(examples: int) -> float:
+    """Return a power of ten below a tenth of one over a number."""
+    return 10.0 ** -math.ceil(math.log10(10 * examples))

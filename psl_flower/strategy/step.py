@@ -23,6 +23,7 @@ from psl_flower.strategy.context import (
     StepContext,
 )
 from psl_flower.strategy.gathering import by_client
+from psl_flower.strategy.private import check_usable
 from psl_flower.strategy.secure import SecureSums
 from psl_flower.strategy.summary import RunSummary
 
@@ -201,6 +202,7 @@ class StepRunner:
     def _refuse(self, failures: Mapping[int, Failure], of: int, stage: str) -> None:
         """Count failures, and end the run if they are not tolerated."""
         self._summary.refuse(failures)
+        check_usable(self.backend.bound, failures)
         if failures and not self._policy.tolerate:
             raise StepError(f"{len(failures)} of {of} clients failed in {stage}", dict(failures))
         if self._policy.mistakes == "stop":

@@ -43,7 +43,7 @@ from psl_flower.strategy.folder import FolderLock, set_aside
 from psl_flower.strategy.labels import LabelCounts, check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.membership import Membership
-from psl_flower.strategy.private import check_private, with_epsilon
+from psl_flower.strategy.private import Spending, check_private, default_mistakes
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import FILES, RunRecorder
 from psl_flower.strategy.run import Run
@@ -202,16 +202,17 @@ class ParallelSplitLearning(ExchangingStrategy):
         check_checkpoints(self.method, checkpoint_every, keep_checkpoints, resume_from, output_dir)
         self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
         self._classification, self._metrics = classification, check_metrics(metrics or {})
-        self._device = pick_device(device)
-        self._callbacks = tuple(callbacks)
+        self._device, self._callbacks = pick_device(device), tuple(callbacks)
         CallbackGroup(self._callbacks)  # refuses what is none
-        self._output_dir = output_dir
-        self._run_config = dict(run_config or {})
+        self._output_dir, self._run_config = output_dir, dict(run_config or {})
         self.label_counts = label_counts
         check_labels_stay(self.method, self.sampler, loss, classification, self._metrics, label_counts)
         self._halves = cut_model(model, cut, tail)
         parts = self.method.assign(self._halves.parts)  # refuses another number of them
-        self.private = check_private(private, self.method, parts, self.sampler, self.faults, resume_from)
+        self.private = check_private(
+            private, self.method, parts, self.sampler, self.faults, resume_from, self.secure_aggregation, streams
+        )
+        self._spending = Spending(self.private)
         for part in self._client_parts():
             check_client_half(part)
         self._template = kept_state(model, state)
@@ -286,7 +287,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             run_config=self._run_config,
         )
         deployment = is_deployment(grid)
-        policy = replace(self.faults, mistakes=self.faults.mistakes or ("exclude" if deployment else "stop"))
+        policy = replace(self.faults, mistakes=self.faults.mistakes or default_mistakes(self.private, deployment))
         saved = saver.find(self.resume_from)
         if saved is None and self._output_dir is not None:
             set_aside(self._output_dir, (*FILES, CHECKPOINTS))
@@ -358,6 +359,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 min_nodes=self.min_available_nodes,
                 checkpoint_every=self.checkpoint_every,
                 metrics=self._metrics,
+                spending=self._spending,
             )
             try:
                 if saved is None:
@@ -367,7 +369,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                     saver.restore(run, saved, self._stragglers.planned)
                 stop = recorder.stopped
                 for server_round in range(first_round, num_rounds + 1) if stop is None else ():
-                    record = with_epsilon(self.private, loop.train(server_round))
+                    record = loop.train(server_round)
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
                     in_clients = self._evaluate_in_clients(run, server_round, result)

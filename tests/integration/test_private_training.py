@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from psl_flower import (
     InProcessGrid,
     LatentDirichletSampler,
     ParallelSplitLearning,
+    StreamOptions,
     UniformGlobalSampler,
     replace_batch_norm,
     split_client_app,
@@ -27,6 +29,7 @@ from psl_flower.privacy import DPSGD, DistanceCorrelation, GaussianNoise, TopK
 K, B = 4, 60
 SAMPLER = UniformGlobalSampler(B, seed=3)
 CLIP = DPSGD(clip=0.8, noise=0, batch_size=B)
+THREE = DPSGD(clip=0.8, noise=0, batch_size=B, colluding=3)
 
 
 def resnet():
@@ -37,6 +40,12 @@ PARTS = {  # by method: how the model is cut, and what its parts' parameters are
     "parallel": ({"cut": CUT}, ("stem", "layer1"), ("layer2", "head")),
     "u-shaped": ({"cut": CUT, "tail": "head"}, ("stem", "layer1"), ("layer2",), ("head",)),
 }
+
+
+def broken():
+    model = resnet()
+    model.stem.register_forward_pre_hook(lambda *_: 1 / 0)
+    return model
 
 
 def grid_of(method, private, model_fn=resnet, **options):
@@ -121,6 +130,8 @@ def test_each_part_of_a_step_has_the_noise_once(secure, transport):
     for part in PARTS["u-shaped"][1:]:
         added = torch.cat([(loud[n] - quiet[n]).flatten() for n in quiet if n.split(".")[0] in part])
         expected = noise * 0.8 / total
+        if secure and part != PARTS["u-shaped"][2]:
+            expected *= math.sqrt(K / (K - 1))  # what is left without the share of one
         # within four standard errors of a standard deviation
         assert float(added.std()) == pytest.approx(expected, rel=4 / math.sqrt(2 * len(added)))
         assert abs(float(added.mean())) < 4 * expected / math.sqrt(len(added))
@@ -137,6 +148,22 @@ def test_what_a_round_gives_away_is_told(tmp_path, caplog):
     assert [r["metrics_of_user"]["epsilon"] for r in rounds if r["kind"] == "round"] == told
     settings = json.loads((tmp_path / "config.json").read_text())["strategy"]
     assert settings["private"]["clip"] == 1.0
+
+
+def test_epsilon_goes_on_from_start_to_start():
+    private = DPSGD(clip=1.0, noise=4.0, batch_size=B)
+    split, grid = strategy_of("parallel", private), grid_of("parallel", private)
+    arrays, told = ArrayRecord(resnet().state_dict()), []
+    for rounds in (1, 2):
+        result = split.start(grid, arrays, rounds)
+        told += [result.train_metrics_clientapp[r + 1]["epsilon"] for r in range(rounds)]
+    assert told == pytest.approx([private.epsilon(rounds) for rounds in (1, 2, 3)])
+    with pytest.raises(StepError):  # a round that does not come to its end counts, too
+        split.start(grid_of("parallel", private, model_fn=broken), arrays, 1)
+    result = split.start(grid, arrays, 1)
+    assert result.train_metrics_clientapp[1]["epsilon"] == pytest.approx(private.epsilon(5))
+    later = strategy_of("parallel", replace(private, spent_rounds=7)).start(grid, arrays, 1)  # clients need not know
+    assert later.train_metrics_clientapp[1]["epsilon"] == pytest.approx(private.epsilon(8))
 
 
 def test_defences_of_activations_go_with_it():
@@ -234,6 +261,36 @@ def run_skipping():
             r"of the body normalises over the batch: replace_batch_norm\(model\)",
         ),
         (lambda: strategy_of("parallel", CLIP, faults=FaultPolicy()), ConfigError, "outlier_bound=None"),
+        (
+            lambda: strategy_of("parallel", CLIP, faults=FaultPolicy(outlier_bound=None, mistakes="exclude")),
+            ConfigError,
+            "with mistakes='exclude' one that cannot be used takes all examples of its client out",
+        ),
+        (
+            lambda: strategy_of("parallel", CLIP, faults=FaultPolicy(outlier_bound=None, non_finite_loss="skip")),
+            ConfigError,
+            "one whose gradient is not finite counts as zero. Leave out non_finite_loss='skip'",
+        ),
+        (
+            lambda: strategy_of("parallel", CLIP, stream_options=StreamOptions(wire_dtype="float16")),
+            ConfigError,
+            "examples must not be scaled together, as float16 on the wire does",
+        ),
+        (
+            lambda: strategy_of("u-shaped", THREE, secure_aggregation=True),
+            ConfigError,
+            r"up to 3 may take theirs away again: sums must be of more, SecureAggregation\(least=5\), got least=3",
+        ),
+        (
+            lambda: grid_of("u-shaped", THREE, secure_aggregation=True),
+            ConfigError,
+            r"sums must be of more, SecureAggregation\(least=5\), got least=3",
+        ),
+        (
+            lambda: trained("parallel", DPSGD(clip=1.0, noise=1.0, batch_size=B, delta=1e-2)),
+            ConfigError,
+            r"well below one over the number of examples, which is 406, got 0.01: DPSGD\(delta=0.0001\)",
+        ),
         (
             lambda: strategy_of("parallel", CLIP, resume_from="latest", output_dir="/tmp/none"),
             ConfigError,

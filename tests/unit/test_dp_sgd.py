@@ -1,6 +1,7 @@
 """DP-SGD by itself: gradients of single examples, clipped and added up, noise, and what it gives away."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 from scipy import integrate, stats
 from torch import nn
 
-from psl_flower.errors import ConfigError
-from psl_flower.privacy import DPSGD
+from psl_flower.client.masking import Masking
+from psl_flower.errors import ConfigError, ProtocolError
+from psl_flower.privacy import DPSGD, Company, Party, decode
 from psl_flower.privacy.accounting import epsilon, noise_for
 from psl_flower.privacy.per_example import clipped_sum
+from psl_flower.protocol import Kind, Leaf
+from psl_flower.server import LocalBackend
 
 
 # --- gradients of single examples ------------------------------------------------------------------------------------
@@ -76,13 +80,63 @@ def test_what_draws_random_numbers_is_told():
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_noise_has_its_law(share):
     private = DPSGD(clip=2.0, noise=1.5, batch_size=10)
-    gradients = {"a": torch.zeros(200, 50), "b": None}
+    gradients = {"a": torch.zeros(200, 50)}
     noised = private.noised(gradients, share)
-    assert noised["b"] is None
     law = stats.norm(scale=1.5 * 2.0 / 10 * math.sqrt(share))
     assert stats.kstest(noised["a"].numpy().reshape(-1), law.cdf).pvalue > 1e-3
     assert not torch.equal(noised["a"], private.noised(gradients, share)["a"])
     assert private.bound(4) == pytest.approx(2.0 / 10 / 2)
+
+
+def test_a_client_without_a_gradient_adds_its_share():
+    weights = {"tail": SimpleNamespace(parameters={"w": torch.zeros(100, 50)})}
+    request = SimpleNamespace(orders=SimpleNamespace(test=False), weights=weights)
+    clients, parties = np.arange(4), {client: Party("s") for client in range(4)}
+    company = Company(
+        session="s",
+        attempt=1,
+        clients=clients,
+        counts=np.ones(4, dtype=np.int64),
+        keys=np.stack([np.frombuffer(party.key, dtype=np.uint8) for party in parties.values()]),
+        degree=3,
+        places={"tail": 20},
+        max_norm=None,
+    )
+    private = DPSGD(clip=2.0, noise=5.0, batch_size=10)
+    given = {"tail": Leaf(Kind.SUM, {"w": None})}
+    found = Masking(company, request, "s", parties, private).mask(given, clients)["tail"].value
+    assert found["present"].tolist() == [1]
+    law = stats.norm(scale=2.0 * 5.0 / 10 * math.sqrt(4 / (4 - private.colluding)))
+    assert stats.kstest(decode(found["values"]["w"].numpy(), 20).reshape(-1), law.cdf).pvalue > 1e-3
+
+
+def test_the_server_adds_noise_where_there_is_no_gradient():
+    part = nn.Linear(100, 50)
+    private = DPSGD(clip=2.0, noise=5.0, batch_size=10)
+    backend = LocalBackend(
+        {"body": part},
+        {"body": "server"},
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        loss=nn.functional.cross_entropy,
+        device=torch.device("cpu"),
+        classification=True,
+        order=["weight", "bias"],
+        private=private,
+    )
+    before = part.weight.detach().clone()
+    backend.commit({"body": {"weight": None, "bias": None}})
+    law = stats.norm(scale=2.0 * 5.0 / 10)
+    assert stats.kstest((part.weight.detach() - before).numpy().reshape(-1), law.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("colluding", [0, 1, 2])
+def test_the_noise_of_those_who_do_not_collude_is_enough(colluding):
+    private = DPSGD(clip=1.0, noise=1.0, batch_size=1, colluding=colluding)
+    shares = [private.share(1, 4) for _ in range(4)]
+    assert sum(shares[colluding:]) == pytest.approx(1)
+    assert private.share(3, 4) == pytest.approx(sum(shares[:3]))
+    with pytest.raises(ProtocolError, match="it must be of more clients"):
+        private.share(1, colluding)
 
 
 # --- accounting ------------------------------------------------------------------------------------------------------
@@ -122,6 +176,8 @@ def test_noise_is_found_for_an_epsilon():
         ({"noise": -1}, "noise must be at least 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"delta": 1}, "delta must be below 1, well below one over the number of examples, got 1"),
+        ({"colluding": -1}, "colluding must be at least 0"),
+        ({"spent_rounds": -1}, "spent_rounds must be at least 0"),
         ({"delta": 0}, "delta must be greater than 0"),
     ],
 )
