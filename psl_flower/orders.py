@@ -64,7 +64,7 @@ class Orders:
     put_off : dict of int to PutOff
         By client: what of its order comes last instead, since a step with it was given up.
     checksums : (A,) int64, optional
-        Of the batches as they were first drawn: one that is drawn again must be the same.
+        What the clients gave as tags of the batches as first drawn: one that is drawn again must have the same.
     test : bool
         Whether it is test data, which is evaluated, not trained on.
     """

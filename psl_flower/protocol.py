@@ -240,7 +240,7 @@ class Part:
     step : int, optional
         Echo of the orders' step.
     checksums : (A,) int64, optional
-        Of the batches the clients drew.
+        Tags of the batches the clients drew, each made with its client's secret: they say nothing to others.
     """
 
     nodes: tuple[int, ...]

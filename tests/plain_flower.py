@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 def main():
     """Return the exit code: 0 if a round was trained."""
     with tempfile.TemporaryDirectory(prefix="psl-") as home:
-        surroundings = {"FLWR_HOME": home, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+        here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        surroundings = {"FLWR_HOME": home, "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "PATH": here}
         config = f"num-server-rounds=1 output-dir='{home}/out'"
         command = [Path(sys.executable).with_name("flwr"), "run", ROOT, "--stream", "-c", config]
         try:

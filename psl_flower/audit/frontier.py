@@ -18,6 +18,7 @@ _LEAKS = (
     ("labels", "as they are sent, share that is right", "labels: share right as sent"),
     ("membership", "decoded match AUC", "membership: AUC of a decoded match"),
 )
+_SHOWN = 20  # points of accuracy below the best, at most
 _MARKERS = "osD^vP*X<>hd"
 
 
@@ -42,8 +43,10 @@ def draw_frontier(result: AuditResult) -> Figure:
             panel.errorbar(x, y, xerr=spread[0], yerr=spread[1], color=colour, marker=marker, ms=6, lw=0.8)
             points.append((x, y, float(np.mean(line.floors))))
         front = pareto_front([(x, y) for x, y, _ in points])
-        panel.step([x for x, _ in front], [y for _, y in front], where="pre", color="0.3", lw=1.2, zorder=0)
+        panel.step([x for x, _ in front], [y for _, y in front], where="post", color="0.3", lw=1.2, zorder=0)
         panel.axhline(np.mean([floor for _, _, floor in points]), color="0.6", lw=1, ls=":")
+        best = max(x for x, _, _ in points)
+        panel.set_xlim(max(min(x for x, _, _ in points), best - _SHOWN) - 1, best + 1)
         panel.set_xlabel("accuracy (%)")
         panel.set_ylabel(title)
         panel.grid(alpha=0.25)

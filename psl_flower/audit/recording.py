@@ -39,6 +39,8 @@ class Exchange:
         The stage's inputs and outputs.
     company : Company or None
         Who gave masked sums together.
+    tag : int or None
+        What the client gave for its batch, to tell whether it is the same when drawn again.
     """
 
     stage: str
@@ -47,6 +49,7 @@ class Exchange:
     sent: Mapping[str, Leaf]
     received: Mapping[str, Leaf]
     company: Company | None = None
+    tag: int | None = None
 
     @property
     def head(self) -> Weights:
@@ -127,6 +130,7 @@ class RecordingGrid(InProcessGrid):
                     sent=request.inputs,
                     received=part.outputs,
                     company=request.company,
+                    tag=None if part.checksums is None else int(part.checksums[0]),
                 )
             )
         return reply

@@ -64,8 +64,8 @@ def split_client_app(
         Its initial weights do not matter. It is given `context` if it has a parameter without a default, or of that
         name.
     cut : str or callable, optional
-        Qualified name of the first server-side submodule, the server's; ``cut(context)``, if it is callable. None for a
-        `SplitModel`.
+        Qualified name of the first server-side submodule, or a `Cut`, as on the server; ``cut(context)``, if it is
+        callable. None for a `SplitModel`.
     tail : str or callable, optional
         Qualified name of the first submodule that is back on the client, the server's, for a U shape.
     data_fn : callable

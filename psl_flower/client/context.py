@@ -42,6 +42,8 @@ class BoundPart:
         Largest norm of one example's gradient of the part; each is scaled down to it.
     length : int, optional
         Of the batch's texts: what the server gives back is as long as the longest of the step.
+    used : dict
+        The part is entered, by its name, when it is run.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class BoundPart:
         defending: Defending,
         bound: float | None = None,
         length: int | None = None,
+        used: dict[str, ClientPart],
     ) -> None:
+        self._used = used
         self._part, self._client, self._training, self._loss = part, client, training, loss
         self._defending, self._bound, self._length = defending, bound, length
         self._ran: tuple[Tree, Any] = (None, None)  # inputs and outputs
@@ -67,6 +71,7 @@ class BoundPart:
         return self._defending.apart(tree.as_tree(self._run(inputs), f"what the {self._part.name} returns"))
 
     def _run(self, inputs: Tree) -> Any:
+        self._used[self._part.name] = self._part
         moved = self._part.shortened(tree.to_device(inputs, self._part.device), self._length)
         with self._part.running(training=self._training) as module:
             run = partial(self._forward, module)
@@ -212,6 +217,7 @@ class ClientContext:
         self._client, self._shared = clients[0], parts
         self._own, self._keep = own or {}, keep
         self.defending = defending or Defending()
+        self._used: dict[str, ClientPart] = {}  # by the stages of the step so far
         first = next(iter(parts))
         self._length = None if batch is None else text_length(batch.inputs)
         self._parts = {
@@ -223,6 +229,7 @@ class ClientContext:
                 defending=self.defending,
                 bound=bound,
                 length=self._length,
+                used=self._used,
             )
             for name, part in parts.items()
         }
@@ -249,7 +256,12 @@ class ClientContext:
         """Return the client's own copy of a part."""
         kept = self._own[name]
         run = BoundPart(
-            kept.part, training=self.training, client=self._client, defending=self.defending, length=self._length
+            kept.part,
+            training=self.training,
+            client=self._client,
+            defending=self.defending,
+            length=self._length,
+            used=self._used,
         )
         return BoundOwn(kept, run, int(self.counts.sum()))
 
@@ -259,9 +271,8 @@ class ClientContext:
         return self.defending.leave(stage, outputs, inputs, self._weights)
 
     def _weights(self) -> bytes:
-        """Return a digest of the weights that stages run with."""
-        parts = [kept.part for kept in self._own.values()] or list(self._shared.values())
-        return b"".join(part.digest() for part in parts)
+        """Return a digest of the weights that were run with: of another part's, what leaves does not depend on."""
+        return b"".join(self._used[name].digest() for name in sorted(self._used))
 
     def num_bytes(self) -> int:
         """Return the bytes of what is kept: a lower bound of what the graphs hold."""

@@ -16,10 +16,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from psl_flower import tree
+from psl_flower.client.batch_tags import batch_tags, check_tags
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
 from psl_flower.client.defending import Defending
@@ -29,7 +29,7 @@ from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.client.recipe import NotBuiltError
 from psl_flower.data import PadTexts, join_batches
-from psl_flower.data.batch import Batch, check_drawn_again, checksum, checksums
+from psl_flower.data.batch import Batch, checksum, checksums
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind, without_values
@@ -258,9 +258,10 @@ class _Work:
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
             joined, drawn = self._draw_all(clients, orders, device)
+            secrets = [self.state.secret(node) for node in request.nodes]
+            tags = batch_tags(drawn, orders, secrets)
             defending = Defending()
             if self.state.defences:
-                secrets = [self.state.secret(node) for node in request.nodes]
                 defending = Defending.of(self.state.defences, secrets, orders, [client.draw for client in clients])
                 joined = defending.labels(joined)
             private = self.state.private
@@ -269,10 +270,9 @@ class _Work:
                 clients, self._parts(), orders, joined, self.state.loss, own, defending=defending, bound=bound
             )
             if orders.checksums is None:
-                context.checksums = np.array(drawn)
+                context.checksums = tags
             else:
-                for now, before in zip(drawn, orders.checksums.tolist(), strict=True):
-                    check_drawn_again(now, before, "test data" if orders.test else "training data")
+                check_tags(tags, orders.checksums, "test data" if orders.test else "training data")
             run = partial(stage.function, self.method, context, joined, **inputs)
             if len(clients) == 1:
                 return context, context.defend(stage, run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,4 +31,6 @@ def causal_lm_loss(outputs: Any, labels: Tensor) -> Tensor:
             f"causal_lm_loss needs logits (rows, length, tokens) and labels (rows, length), got {shown} and "
             f"{tuple(labels.shape)}: label every position of a text, with -100 where it does not count"
         )
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # as transformers' own losses do
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -102,7 +102,8 @@ def weighted(
     loss : callable
         Takes (outputs, labels) and returns the mean over the batch.
     outputs, labels
-        What the model returned, and the batch's labels.
+        What the model returned, and the batch's labels. Torch's own cross-entropy takes the ``logits`` of what has
+        them, as the outputs of transformers.
     rows : int
         Examples in the batch.
     classify : bool
@@ -118,6 +119,7 @@ def weighted(
     ConfigError
         If the loss is no scalar tensor.
     """
+    outputs = _logits_for(loss, outputs)
     watch = _Watch(labels)
     shaped = Predictions.of(outputs, labels) if classify else None
     try:
@@ -154,6 +156,14 @@ def check_plain_mean(loss: WeightedLoss, rows: int) -> None:
         raise ConfigError(
             f"DP-SGD needs a loss that is the mean over the examples, got {what}: no weights, none ignored"
         )
+
+
+def _logits_for(loss: Loss, outputs: Any) -> Any:
+    """Return what a loss is given: the logits where torch's own cross-entropy could not do with what holds them."""
+    if isinstance(outputs, Tensor) or not (loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)):
+        return outputs
+    logits = logits_of(outputs)
+    return outputs if logits is None else logits
 
 
 def loss_target(target: Tree, device: torch.device, *, classify: bool) -> Any:

@@ -33,8 +33,9 @@ def split_module(model: nn.Module, cut: str, tail: str | None = None) -> tuple[n
     model never uses are in no part. Residual connections stay, and several tensors may cross a cut, masks and other
     integers too.
 
-    Only the modules that contain a cut are traced with torch.fx; the others are taken over whole. Where they behave
-    differently in training and evaluation, both are traced and the part's ``training`` flag decides.
+    Only the modules that contain a cut are traced with torch.fx; the others are taken over whole. Where that fails, the
+    whole model is recorded with torch.export, if there is an example batch, see `Cut`. Where it behaves differently in
+    training and evaluation, both are recorded and the part's ``training`` flag decides.
     The first part is called as the model is, by position or by name. Arguments of ``model.forward`` that may be None
     are inputs where the model uses them; those with another default are settings and keep it.
 
@@ -42,7 +43,7 @@ def split_module(model: nn.Module, cut: str, tail: str | None = None) -> tuple[n
     ----------
     model : nn.Module
     cut : str
-        Qualified name of the first server-side submodule, such as "layer2" or "features.3".
+        Qualified name of the first server-side submodule, such as "layer2" or "features.3"; or a `Cut`.
     tail : str, optional
         Qualified name of the first submodule that is back on the client, for a U shape.
 
@@ -69,7 +70,7 @@ def split_module(model: nn.Module, cut: str, tail: str | None = None) -> tuple[n
     CutError
         If there is no such submodule or the model never calls it; if nothing would be left on one side; if a module,
         parameter or buffer would be needed on both sides; if raw inputs or numbers that depend on them would have to
-        cross; or if the code around a cut cannot be traced.
+        cross; or if neither torch.fx nor torch.export can record it.
     """
     cuts = [cut] if tail is None else [cut, tail]
     for kind, name in zip(("cut", "tail"), cuts, strict=False):

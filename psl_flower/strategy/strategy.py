@@ -75,7 +75,7 @@ class ParallelSplitLearning(ExchangingStrategy):
     model : nn.Module or SplitModel
         The whole model; copied, not changed. Its weights do not matter: `start` is given them.
     cut : str, optional
-        Qualified name of the first server-side submodule. None for a `SplitModel`.
+        Qualified name of the first server-side submodule, or a `Cut`. None for a `SplitModel`.
     tail : str, optional
         Qualified name of the first submodule that is back on the clients, for a U shape: labels and loss stay there.
     method : str or SplitMethod, optional

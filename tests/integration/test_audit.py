@@ -241,14 +241,6 @@ def test_what_cannot_be_audited_is_refused_before_anything_runs(options, message
         audit(Net(), given.pop("train"), given.pop("test"), say=lambda line: pytest.fail(line), **given)
 
 
-def test_what_the_page_on_audits_shows_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    exec(compile(block, str(PAGE), "exec"), {"__name__": "page"})
-    assert 0.2 < float(capsys.readouterr().out) < 1
-    assert (tmp_path / "outputs" / "audit" / "audit.json").exists()
-
-
 def test_the_page_on_audits_names_all_attacks():
     table = PAGE.read_text(encoding="utf-8").split("## Who attacks")[1].split("\n## ")[0]
     assert re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE) == [*ATTACKS, *ACTIVE]

@@ -15,7 +15,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from psl_flower import InProcessGrid, ParallelSplitLearning, SplitModel, UniformGlobalSampler, split_client_app
+from psl_flower.audit.recording import Recording, RecordingGrid, witness
+from psl_flower.client import runtime
+from psl_flower.data import Batch, checksum
 from psl_flower.exchange.streams import endpoint
+from psl_flower.privacy import GaussianNoise
 
 K, SIZE, BATCH, SEED = 3, 24, 18, 5
 MSE = nn.functional.mse_loss
@@ -184,3 +188,48 @@ def test_a_label_in_disguise_would_be_found(dtype):
         hidden = noise[:777] + np.ascontiguousarray(cast(form, dtype)).tobytes() + noise[777:]
         assert found_in(hidden, patterns(values, (BATCH,))) >= 2
     assert found_in(noise, all_words()) == 0
+
+
+# --- what it tries ---------------------------------------------------------------------------------------------------
+def tagged(monkeypatch=None):
+    """Train for a round with labels told by chance; return the tags of batches of one example, and what those are."""
+    if monkeypatch is not None:  # as if the tag were a checksum that all can compute
+        monkeypatch.setattr(runtime, "batch_tags", lambda checksums, orders, secrets: np.array(checksums))
+    recording = Recording()
+    app = split_client_app(
+        lambda: Halves().double(),
+        data_fn=data,
+        client_class=witness(recording),
+        device="cpu",
+        defences=[GaussianNoise(5.0)],
+    )
+    strategy = ParallelSplitLearning(
+        Halves().double(),
+        sampler=UniformGlobalSampler(2, seed=SEED),
+        transport="messages",
+        min_available_nodes=K,
+        device="cpu",
+        evaluate_every=0,
+        loss=MSE,
+        classification=False,
+    )
+    strategy.start(RecordingGrid(app, K, recording), ArrayRecord(Halves().double().state_dict()), num_rounds=1)
+    tags = [(each.tag, each.order) for each in recording.exchanges if each.tag is not None and each.order.count == 1]
+    assert len(tags) > K
+    return [(tag, recording.inputs(order), recording.labels(order)) for tag, order in tags]
+
+
+def named(tags):
+    """Return of how many batches the tag names the label, to who knows the inputs and tries all labels there are."""
+    every = np.concatenate([targets(client, 0) for client in range(K)])
+    right = 0
+    for tag, inputs, label in tags:
+        tried = {checksum(Batch(inputs, torch.tensor([[y]]), 1)): y for y in every}
+        right += float(label) in {tried.get(half) for half in (tag, tag >> 32, tag & 0xFFFFFFFF)}
+    return right
+
+
+def test_who_knows_the_inputs_reads_no_label_from_the_tag_of_a_batch(monkeypatch):
+    assert named(tagged()) == 0
+    open_to_all = tagged(monkeypatch)
+    assert named(open_to_all) == len(open_to_all)

@@ -271,6 +271,42 @@ def test_the_server_that_asks_again_averages_nothing_out():
     assert torch.equal(tree.leaves(reply.parts[0].outputs["activations"].value)[0], first)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_noise_is_that_of_the_weights_which_the_rows_come_from(frozen):
+    """So a head that does not train leaves the same in every step, however the tail trains: nothing to average."""
+
+    def model_fn():
+        model = skipping()
+        model.stem.requires_grad_(not frozen)
+        return model
+
+    options = {"cut": "body", "tail": "tail", "device": "cpu"}
+    grid = ListeningGrid(
+        split_client_app(model_fn, data_fn=load_partition_64, defences=[GaussianNoise(0.5)], **options), K
+    )
+    everything = UniformGlobalSampler(sum(population(K).sizes), seed=3)
+    strategy = ParallelSplitLearning(
+        model_fn(),
+        sampler=everything,
+        optimizer=sgd,
+        transport="messages",
+        evaluate_every=0,
+        min_available_nodes=K,
+        **options,
+    )
+    strategy.start(grid, ArrayRecord(model_fn().state_dict()), num_rounds=3)
+    left = {}
+    for request, reply in grid.heard:
+        if request.stage == "head_forward":
+            (order,), (part,) = request.orders.each(), reply.parts
+            rows = tree.leaves(part.outputs["activations"].value)[0]
+            for example, row in zip(order.order_of(order.count), rows, strict=True):
+                left.setdefault((order.client, int(example)), []).append(row)
+    assert {len(rows) for rows in left.values()} == {3}
+    same = [torch.equal(first, row) for first, *others in left.values() for row in others]
+    assert all(same) if frozen else not any(same)
+
+
 # --- what does not go together ---------------------------------------------------------------------------------------
 class Own(Defence):
     """A defence of one's own: only the sign of activations leaves."""

@@ -50,6 +50,7 @@ def commands(kind):
 
 APPS = commands(RUN)
 SCRIPTS = commands(PYTHON)
+TUNED = ("llm-lora", "vit-finetune")  # tested by what they print
 LONG = re.compile("/fedavg|examples/quickstart --num-supernodes 10$")  # FedAvg is Flower's; the skewed split tells more
 
 
@@ -57,7 +58,15 @@ def test_there_are_no_commands_in_the_readmes_but_those_tested_here():
     assert len(APPS) >= 7
     assert len(SCRIPTS) >= 9
     tested = {RUN + command for _, command in APPS} | {PYTHON + command for _, command in SCRIPTS}
-    for example in ("quickstart", "custom-model", "labels-stay", "llm-lora", "compare-samplers", "stragglers"):
+    for example in (
+        "quickstart",
+        "custom-model",
+        "labels-stay",
+        "llm-lora",
+        "vit-finetune",
+        "compare-samplers",
+        "stragglers",
+    ):
         lines = shell_lines(example)
         assert lines
         assert [line for line in lines if line not in tested and not FLWR.fullmatch(line)] == []
@@ -148,7 +157,11 @@ def score_of(place, folder):
 
 @pytest.mark.parametrize(
     ("example", "command"),
-    [pytest.param(*app, marks=pytest.mark.slow if LONG.search(app[1]) else ()) for app in APPS if app[0] != "llm-lora"],
+    [
+        pytest.param(*app, marks=pytest.mark.slow if LONG.search(app[1]) else ())
+        for app in APPS
+        if app[0] not in ("llm-lora", "vit-finetune")
+    ],
 )
 def test_apps_reach_what_their_readme_says(example, command, folder):
     place, partition = run_in_process(command)
@@ -196,6 +209,22 @@ def test_llm_lora_says_what_the_adapters_are_good_for(folder, capfd):
     adapters = load_file(folder / "outputs" / "adapters" / "adapter_model.safetensors")
     assert all(".lora_A." in name or ".lora_B." in name for name in adapters)
     assert len(load_file(folder / "outputs" / "model.safetensors")) == len(adapters) == 2 * 7 * 4
+
+
+@pytest.mark.slow
+def test_vit_finetune_asks_for_no_gradients(folder, capfd):
+    (command,) = (command for name, command in APPS if name == "vit-finetune")
+    run_in_process(command)
+    told = capfd.readouterr().out
+    base, tuned, loaded = map(float, re.findall(r"(\d\.\d\d) (?:with|fine-tuned|once)", told))
+    assert base <= 0.5
+    assert base + 0.15 < tuned < 0.95
+    assert loaded == tuned
+    lines = [json.loads(line) for line in (folder / "outputs" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step" in line]
+    assert len(steps) > 100
+    for step in steps:  # hidden states of 16 patches and a token, labels, checksums
+        assert 0 <= step["bytes_received"] - step["batch_size"] * (17 * 48 * 4 + 8) < 1000
 
 
 @pytest.mark.flower

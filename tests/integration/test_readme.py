@@ -133,6 +133,13 @@ def test_linked_files_exist(path):
     assert not missing
 
 
+def test_the_audit_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_blocks(ROOT / "docs" / "audit.md")
+    assert 0.2 < float(capsys.readouterr().out) < 1
+    assert (tmp_path / "outputs" / "audit" / "audit.json").exists()
+
+
 def test_no_doc_is_left_out_here():
     tested = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     assert [path.name for path in DOCS if blocks(path) and path.name not in tested] == []

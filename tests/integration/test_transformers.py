@@ -131,6 +131,18 @@ def test_dropout_is_drawn_as_the_work_orders_say():
     assert largest_difference(one, centralised(gpt2())) > 1e-3
 
 
+@pytest.mark.slow
+def test_weights_in_bfloat16():
+    def model_fn():
+        return gpt2().bfloat16()
+
+    first = {name: t.float() for name, t in model_fn().state_dict().items()}
+    result = trained(model_fn, "transformer.h.1", "lm_head", transport="streams", start_from=first)
+    reference = centralised(model_fn())
+    assert largest_difference(result.arrays.to_torch_state_dict(), reference) < 0.004  # a rounding of the largest
+    assert largest_difference(reference, first) > 0.05
+
+
 # --- only what trains travels ----------------------------------------------------------------------------------------
 LAYERS = "base_model.model.model.layers"
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from psl_flower import tree
 from psl_flower.data import Batch, PadTexts, join_batches
@@ -71,6 +72,14 @@ def test_what_comes_back_is_cut_to_the_own_length():
     assert shortened(tensors, (True,), None) is tensors
     assert text_length({"pixels": torch.ones(2, 3), "z": torch.ones(2, 6).long()}) == 6
     assert text_length(torch.ones(2, 3)) is None
+
+
+@pytest.mark.parametrize("loss", [torch.nn.functional.cross_entropy, torch.nn.CrossEntropyLoss()])
+def test_cross_entropy_takes_the_logits_of_what_transformers_return(loss):
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    found = weighted(loss, ImageClassifierOutput(logits=logits), labels, 5)
+    assert torch.equal(found.mean, loss(logits, labels))
+    assert found.predictions.score()[1] == 5
 
 
 def test_the_loss_of_a_language_model_is_a_mean_over_tokens():

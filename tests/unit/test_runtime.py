@@ -265,6 +265,14 @@ def test_a_batch_that_is_the_same_when_it_is_drawn_again_passes(wire, forwards):
     assert len(forwards) == 2
 
 
+def test_a_process_that_takes_a_client_over_cannot_tell_and_goes_on(wire, forwards):
+    request, part = wire.forward()
+    sent = (replace(request, orders=orders(checksums=part.checksums)), part)
+    expected = wire.backward(sent)
+    forget_runs()
+    assert same(wire.backward(sent), expected)
+
+
 # --- several clients at once -----------------------------------------------------------------------------------------
 NODES, COUNTS = (30, 10, 20), (4, 1, 3)
 
