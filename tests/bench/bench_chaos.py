@@ -10,6 +10,7 @@ open files are as they were.
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ WARM_UP = 60  # epochs, after which nothing more should be taken
 
 def held():
     """Return what this process holds: memory in MB, threads, open files."""
+    gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, threading.active_count(), len(os.listdir("/proc/self/fd"))
 
