@@ -18,6 +18,7 @@ from psl_flower.app.task import load_images, make_optimizer
 from psl_flower.audit.attacks import ACTIVE, ATTACKS
 from psl_flower.audit.auditing import audit
 from psl_flower.audit.presets import PRESETS
+from psl_flower.audit.quiet import quietly
 from psl_flower.audit.report import JSON_FILE, save_report
 from psl_flower.checks import check_int
 from psl_flower.config import RunConfig
@@ -86,23 +87,23 @@ def _audit(
         learning_rate=learning_rate,
         augment="none",  # what is reconstructed is compared with what is in the data
     )
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # the runs' own log
-    found = audit(
-        partial(_model, config),
-        load_images(config, "train"),
-        load_images(config, "test"),
-        cuts=cuts or given.cuts,
-        tail=tail or None,
-        defences={spec: () if spec == "none" else parse_defences(spec) for spec in defences or given.defences},
-        attacks=attacks or given.attacks or None,
-        num_clients=given.num_clients if num_clients is None else num_clients,
-        num_rounds=given.rounds if rounds is None else rounds,
-        batch_size=batch_size,
-        optimizer=partial(make_optimizer, config),
-        secure_aggregation=secure_aggregation,
-        examples=given.examples if examples is None else examples,
-        seeds=range(seeds),
-    )
+    with quietly(logging.WARNING):  # the runs' own log
+        found = audit(
+            partial(_model, config),
+            load_images(config, "train"),
+            load_images(config, "test"),
+            cuts=cuts or given.cuts,
+            tail=tail or None,
+            defences={spec: () if spec == "none" else parse_defences(spec) for spec in defences or given.defences},
+            attacks=attacks or given.attacks or None,
+            num_clients=given.num_clients if num_clients is None else num_clients,
+            num_rounds=given.rounds if rounds is None else rounds,
+            batch_size=batch_size,
+            optimizer=partial(make_optimizer, config),
+            secure_aggregation=secure_aggregation,
+            examples=given.examples if examples is None else examples,
+            seeds=range(seeds),
+        )
     found.settings.update(model=config.model, dataset=config.dataset, command=shlex.join(["psl-flower", *ctx.obj]))
     found.settings.update(machine())
     paths = save_report(found, output)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +16,7 @@ from psl_flower import tree
 from psl_flower.audit.attacks.base import reconstruction
 from psl_flower.audit.attacks.decoder import decoder_network
 from psl_flower.audit.finding import Finding, Found
+from psl_flower.audit.quiet import quietly
 from psl_flower.audit.rehearsal import Setting, dealt, rehearse
 from psl_flower.audit.scene import crossing, one_tensor
 from psl_flower.methods import ParallelSplit
@@ -53,7 +52,7 @@ def hijack(setting: Setting) -> Found:
     known = np.concatenate(dealt(some)[0][: some.num_shadow])
     model = replace_batch_norm(some.model, before=some.cut)
     server = HijackingServer(cut_model(model, some.cut).client, some.train[0][known], some.seed)
-    with _quietly():
+    with quietly(logging.CRITICAL):
         scene = rehearse(replace(some, defences=(*some.defences, watching)), server).scene
     rows = scene.rows("activations")
     if rows is None:
@@ -63,7 +62,7 @@ def hijack(setting: Setting) -> Found:
         guesses = server.decoder(rows.values[victims])
     found = reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[victims], scene.data_range)
     trusting = GradientScrutiny(setting.num_classes, leave=False)
-    with _quietly():
+    with quietly(logging.CRITICAL):
         rehearse(replace(some, optimizer=setting.optimizer, defences=(*some.defences, trusting)))
     found.findings.append(
         Finding(
@@ -76,18 +75,6 @@ def hijack(setting: Setting) -> Found:
         )
     )
     return found
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep the clients' alarms, which are expected here, out of the log."""
-    log = logging.getLogger("flwr.psl_flower")
-    before = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 def _alarmed(scrutiny: GradientScrutiny) -> float:
