@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def remove(namespace):
 @pytest.mark.flower
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="network namespaces are root's, on Linux")
 def test_clients_of_both_machines_train_over_streams(machines, tmp_path):
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    # a folder of its own, and a short one for the paths of sockets: in a shared one every Ray would join this cluster
+    folder = tempfile.mkdtemp()
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_TMPDIR": folder}
     ray = ["--num-cpus", "1", "--node-ip-address"]
     for address, words in (
         (HEAD, ["--head", "--port", "6379", "--include-dashboard", "false"]),
