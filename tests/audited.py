@@ -1,9 +1,10 @@
-"""What tests of audits share: a small network in three parts, and some of the digits."""
+"""What tests of audits share: a small network in three parts, some of the digits, and what is attacked."""
 
 import torch
 from torch import nn
 
 from psl_flower.app.datasets import load_arrays
+from psl_flower.audit.rehearsal import Setting
 
 
 class Net(nn.Module):
@@ -15,6 +16,14 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.tail(self.body(self.head(x)))
+
+
+def setting(**options):
+    """Return what is trained and attacked; half of the four clients are the attacker's."""
+    torch.manual_seed(0)
+    data = {"train": digits("train", 640), "test": digits("test", 40), "num_classes": 10}
+    usual = {"cut": "body", "num_clients": 4, "num_shadow": 2, "num_rounds": 3, "optimizer": sgd}
+    return Setting(**{"model": Net(), **data, **usual, **options})
 
 
 def digits(split, size):

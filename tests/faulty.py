@@ -95,13 +95,14 @@ class FakeTime:
 class FaultyGrid(InProcessGrid):
     """Injects faults into training messages, and counts them by the reason they are to be refused for.
 
-    Subclasses say which with `fault`; nodes in `down` do not answer, nodes in `gone` have left.
+    Subclasses say which with `fault`; nodes in `down` do not answer, nodes in `gone` have left, and `back` has after
+    how many calls of `come_back` they do again.
     """
 
     def __init__(self, app, num_nodes):
         super().__init__(app, num_nodes)
         self.injected, self.ignorable = Counter(), Counter()
-        self.down, self.gone = set(), set()
+        self.down, self.gone, self.back = set(), set(), {}
         self._pushes, self._late, self._twice = 0, {}, set()
 
     def fault(self, message: Message, context: Context) -> str | None:
@@ -118,6 +119,15 @@ class FaultyGrid(InProcessGrid):
         ids = iter(super().push_messages(kept))
         self.injected["unreachable"] += sum(is_training(m) for m in messages) - sum(map(is_training, kept))
         return [next(ids) if m in kept else "" for m in messages]
+
+    def come_back(self):
+        """Have those back whose time is over."""
+        for node, left in list(self.back.items()):
+            self.back[node] = left - 1
+            if left <= 1:
+                del self.back[node]
+                self.down.discard(node)
+                self.gone.discard(node)
 
     def restart(self, node):
         """Have the client of a node come back under another node id, as Flower has it."""

@@ -45,15 +45,6 @@ PRESETS = {
         examples=2000,
         seeds=3,
     ),
-    "privacy-cifar10": Preset(
-        dataset="cifar10",
-        cuts=("stage2", "head"),
-        defences=_STRENGTHS,
-        attacks=_PRICED,
-        num_clients=4,
-        rounds=10,
-        examples=10_000,
-        seeds=3,
-    ),
 }
-PRESETS["privacy-fashion-mnist"] = replace(PRESETS["privacy-cifar10"], dataset="fashion-mnist")
+for _dataset in ("cifar10", "fashion-mnist"):
+    PRESETS[f"privacy-{_dataset}"] = replace(PRESETS["privacy"], dataset=_dataset, rounds=10, examples=10_000)

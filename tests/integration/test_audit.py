@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from audited import Net, digits, sgd
+from audited import Net, digits, setting, sgd
 from torch import nn
 
 from psl_flower.audit import ACTIVE, ATTACKS, audit
 from psl_flower.audit.attacks import decoder
 from psl_flower.audit.recording import Recording
-from psl_flower.audit.rehearsal import Setting, rehearse
+from psl_flower.audit.rehearsal import rehearse
 from psl_flower.audit.scene import crossing, one_tensor, with_weights
 from psl_flower.errors import ConfigError
 from psl_flower.privacy import GaussianNoise
@@ -24,21 +24,7 @@ from psl_flower.protocol import Kind, Leaf
 
 
 def recorded(tail=None, **options):
-    torch.manual_seed(0)
-    setting = Setting(
-        model=Net(),
-        cut="body",
-        tail=tail,
-        train=digits("train", 640),
-        test=digits("test", 200),
-        num_classes=10,
-        num_clients=4,
-        num_shadow=2,
-        num_rounds=3,
-        optimizer=sgd,
-        **options,
-    )
-    return rehearse(setting)
+    return rehearse(setting(tail=tail, test=digits("test", 200), **options))
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
@@ -183,23 +169,10 @@ def test_class_counts_are_read_from_the_tail_unless_sums_are_masked(u_shaped):
 def linear_first(batch_size, **options):
     """Train a model whose head is a linear layer and a ReLU; return what its gradients show."""
     torch.manual_seed(0)
-    images, labels = digits("train", 64)
-    setting = Setting(
-        model=nn.Sequential(
-            OrderedDict(flat=nn.Flatten(), stem=nn.Linear(64, 32), act=nn.ReLU(), body=nn.Linear(32, 10))
-        ),
-        cut="body",
-        train=(images, labels),
-        test=digits("test", 40),
-        num_classes=10,
-        num_clients=4,
-        num_shadow=2,
-        num_rounds=1,
-        batch_size=batch_size,
-        optimizer=partial(torch.optim.SGD, lr=1e-3),
-        **options,
-    )
-    return figures(rehearse(setting).scene, "head-gradients")
+    model = nn.Sequential(OrderedDict(flat=nn.Flatten(), stem=nn.Linear(64, 32), act=nn.ReLU(), body=nn.Linear(32, 10)))
+    small = {"train": digits("train", 64), "num_rounds": 1, "optimizer": partial(torch.optim.SGD, lr=1e-3)}
+    run = rehearse(setting(model=model, batch_size=batch_size, **small, **options))
+    return figures(run.scene, "head-gradients")
 
 
 def test_a_client_of_one_example_a_step_gives_it_with_its_gradients_whatever_is_done_to_rows():

@@ -150,7 +150,7 @@ class Flaky(FaultyGrid):
 
     def __init__(self, seed, share=0.03, app=None):
         super().__init__(app or recording_app(), K)
-        self.rng, self.share, self.back = np.random.default_rng(seed), share, {}
+        self.rng, self.share = np.random.default_rng(seed), share
 
     def fault(self, message, context):
         return self.rng.choice(KINDS) if self.rng.random() < self.share else None
@@ -163,12 +163,7 @@ class Flaky(FaultyGrid):
 
     def _move_on(self):
         """Freeze, kill or restart a node now and then, for some exchanges."""
-        for node, left in list(self.back.items()):
-            self.back[node] = left - 1
-            if left <= 1:
-                del self.back[node]
-                self.down.discard(node)
-                self.gone.discard(node)
+        self.come_back()
         here = [n for n in self._contexts if n not in self.gone and n not in self.down]
         if self.rng.random() < 0.06 and len(here) > 2:
             node, what = self.rng.choice(here), self.rng.integers(3)

@@ -1,31 +1,14 @@
 """A server that departs from the protocol sees inputs; clients that look notice, and stay with one that does not."""
 
 import pytest
-import torch
-from audited import Net, digits, sgd
+from audited import digits, setting
 
 from psl_flower.audit.attacks import hijacking as attack
 from psl_flower.audit.attacks.hijacking import HijackingServer, hijack
-from psl_flower.audit.rehearsal import Setting, rehearse
+from psl_flower.audit.rehearsal import rehearse
 from psl_flower.errors import StepError
 from psl_flower.privacy import GradientScrutiny
 from psl_flower.split.model import cut_model
-
-
-def setting(**options):
-    torch.manual_seed(0)
-    return Setting(
-        model=Net(),
-        cut="body",
-        train=digits("train", 640),
-        test=digits("test", 40),
-        num_classes=10,
-        num_clients=4,
-        num_shadow=2,
-        num_rounds=3,
-        optimizer=sgd,
-        **options,
-    )
 
 
 def hijacking(of):

@@ -29,7 +29,7 @@ class ChaosGrid(FaultyGrid):
 
     def __init__(self, app, scenario):
         super().__init__(app, K)
-        self.scenario, self.rng, self.back, self.clock = scenario, random.Random(scenario.seed + 1), {}, FakeTime()
+        self.scenario, self.rng, self.clock = scenario, random.Random(scenario.seed + 1), FakeTime()
 
     def fault(self, message, context):
         if self.rng.random() >= self.scenario.share:
@@ -57,12 +57,7 @@ class ChaosGrid(FaultyGrid):
         self.back.clear()
 
     def _move_on(self):
-        for node, left in list(self.back.items()):
-            self.back[node] = left - 1
-            if left <= 1:
-                del self.back[node]
-                self.down.discard(node)
-                self.gone.discard(node)
+        self.come_back()
         if self.scenario.suspended and self.rng.random() < 0.05:
             self.clock.now += 3600.0
             self.scenario.found["machine suspended"] += 1

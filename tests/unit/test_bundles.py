@@ -11,7 +11,7 @@ from flwr.cli.app import app as flwr
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
-APPS = [ROOT, *sorted(path.parent for path in (ROOT / "examples").glob("*/pyproject.toml"))]
+EXAMPLES = sorted(path.parent for path in (ROOT / "examples").glob("*/pyproject.toml"))
 MEBIBYTE = 2**20
 # what is imported: the package it is of, where the names differ
 DISTRIBUTIONS = {
@@ -22,11 +22,7 @@ DISTRIBUTIONS = {
 }
 
 
-@pytest.fixture(params=APPS, ids=lambda path: "default" if path == ROOT else path.name)
-def app(request):
-    return request.param
-
-
+@pytest.mark.parametrize("app", [ROOT, *EXAMPLES], ids=lambda path: "default" if path == ROOT else path.name)
 def test_an_app_makes_a_bundle_within_the_hubs_rules(app, tmp_path, monkeypatch):
     # its folder must not have underscores in its name; that of a clone is its owner's business
     monkeypatch.chdir(tmp_path)
@@ -48,9 +44,8 @@ def test_an_app_makes_a_bundle_within_the_hubs_rules(app, tmp_path, monkeypatch)
     assert contents["LICENSE"] == (ROOT / "LICENSE").read_bytes()
 
 
+@pytest.mark.parametrize("app", EXAMPLES, ids=lambda path: path.name)  # the default app's parts are extras
 def test_an_example_declares_all_that_it_imports(app):
-    if app == ROOT:
-        pytest.skip("its parts are extras: see test_extras.py")
     declared = " ".join(tomllib.loads((app / "pyproject.toml").read_text())["project"]["dependencies"])
     own = {path.stem for path in app.iterdir()}
     imported = set()
