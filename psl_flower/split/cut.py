@@ -11,8 +11,9 @@ from typing import overload
 from torch import nn
 
 from psl_flower.errors import CutError
+from psl_flower.split.copying import copy_model
 from psl_flower.split.exported import export
-from psl_flower.split.half import CutNames, TracedHalf, copy_model
+from psl_flower.split.half import CutNames, TracedHalf
 from psl_flower.split.lengths import mark_lengths
 from psl_flower.split.partition import divide, without_raw_inputs
 from psl_flower.split.place import NEEDS_EXAMPLE, example_of, share_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import itertools
@@ -10,17 +9,15 @@ import linecache
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from psl_flower.errors import ConfigError, CutError
+from psl_flower.errors import CutError
 from psl_flower.split.arguments import Arguments
 from psl_flower.split.trace import Form, Trace
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -190,35 +187,6 @@ def _compile(code: str, names: Mapping[str, Any]) -> Callable[..., Any]:
     exec(compile(code, filename, "exec"), namespace)  # noqa: S102 - what torch.fx made of the user's own model
     program: Callable[..., Any] = namespace["forward"]
     return program
-
-
-def copy_model(model: M) -> M:
-    """Return a deep copy of a model.
-
-    Raises
-    ------
-    ConfigError
-        If it has lazy layers that have seen no data yet, or tensors that were computed and cannot be copied.
-    """
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
-    if lazy is not None:
-        raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as exc:
-        computed = [
-            f"{name}.{key}".lstrip(".")
-            for name, module in model.named_modules()
-            for key, value in vars(module).items()
-            if isinstance(value, torch.Tensor) and not value.is_leaf
-        ]
-        if not computed:
-            raise
-        raise ConfigError(
-            f"the model cannot be copied, as {computed[0]!r} was computed of its parameters: compute it in forward, or "
-            "make it a buffer; in place of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm"
-        ) from exc
 
 
 def input_names(half: nn.Module) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from psl_flower.errors import ConfigError, CutError
+from psl_flower.split.copying import copy_model
 from psl_flower.split.cut import cut_candidates, listing, split_module
-from psl_flower.split.half import CutNames, Part, as_activations, copy_model
+from psl_flower.split.half import CutNames, Part, as_activations
 from psl_flower.split.trace import pinned_modules
 
 
@@ -156,6 +157,8 @@ def cut_model(model: nn.Module, cut: str | None = None, tail: str | None = None)
         raise ConfigError(
             "a model that torch.compile has wrapped cannot be cut: pass the model itself, and compile submodules of it"
         )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ConfigError(f"a model that {type(model).__name__} has wrapped cannot be cut: pass model.module")
     if not isinstance(model, SplitModel):
         if cut is None:
             raise ConfigError(

@@ -206,9 +206,10 @@ class _PathTracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         if _contexts() != self._contexts:
             raise CutError(
-                f"{node.name!r} is computed under torch.no_grad, inference_mode or autocast, which torch.fx does not "
-                f"record: give torch.utils.checkpoint use_reentrant=False, move the context into a submodule of its "
-                f"own or use requires_grad_(False), or cut by hand: SplitModel(client=..., server=...)"
+                f"{node.name!r} is computed under torch.no_grad, inference_mode or autocast, or by an "
+                "autograd.Function, which torch.fx does not record: move it into a submodule of its own, give "
+                "torch.utils.checkpoint use_reentrant=False, use requires_grad_(False), or cut by hand: "
+                "SplitModel(client=..., server=...)."
             )
         return node
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from psl_flower.checks import check_choice
 from psl_flower.errors import ConfigError
 
+_PREFIXES = "module.", "_orig_mod."  # of DataParallel and torch.compile
+
 
 def kept_state(model: nn.Module, state: str) -> dict[str, Tensor]:
     """Return a model's state dict, as far as a run takes, keeps and returns it; without values.
@@ -37,9 +39,13 @@ def arrays_to_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict
     """
     if different := sorted(set(arrays) ^ set(template)):
         where = "missing from the arrays" if different[0] in template else "not in the model"
+        remedy = "pass ArrayRecord(model.state_dict()), with state='trainable' only what is not frozen"
+        for prefix in _PREFIXES:
+            if {name.removeprefix(prefix) for name in arrays} == set(template):
+                remedy = f"take the prefix {prefix!r} off the names: a wrapper's state dict has it"
         raise ConfigError(
             f"initial_arrays must be the model's state dict, {len(different)} names differ: {different[0]!r} is "
-            f"{where}; pass ArrayRecord(model.state_dict()), with state='trainable' only what is not frozen"
+            f"{where}; {remedy}"
         )
     state = {}
     for name, tensor in template.items():

@@ -229,6 +229,8 @@ def test_compiled_submodules():
     check_exact(parts(X, Y), lambda: Net(torch.compile(nn.Linear(8, 16), backend="eager")))
     with pytest.raises(ConfigError, match=r"torch\.compile has wrapped"):
         train(parts(X, Y), lambda: torch.compile(Net(), backend="eager"))
+    with pytest.raises(ConfigError, match=r"DataParallel has wrapped .* pass model\.module"):
+        train(parts(X, Y), lambda: nn.DataParallel(Net()))
 
 
 # --- B: a dataset's own items are what is trained on -----------------------------------------------------------------
@@ -892,3 +894,36 @@ def test_a_run_ends_early_with_its_best_model(tmp_path):
     assert list(result.train_metrics_clientapp) == [1, 2, 3, 4]
     assert best.best_round == 2
     assert (tmp_path / "summary.json").exists()
+
+
+# --- L: what a copy of the model would lose --------------------------------------------------------------------------
+def tripled(model, module):
+    module.forward = lambda x: F.linear(3 * x, module.weight, module.bias)
+    return model
+
+
+def hooked(model, module):
+    module.register_forward_hook(lambda *_: model.head.weight.sum())
+    return model
+
+
+def reversed_by_hand(model, module):
+    module.weight.register_hook(torch.neg)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (tripled, r"body\.0\.forward is a function that holds 'body\.0'"),
+        (hooked, r"a hook of body\.0 is a function that holds 'the model'"),
+        (reversed_by_hand, r"'body\.0\.weight' has a hook on its gradient"),
+    ],
+)
+def test_a_model_whose_copy_would_be_another_is_refused(change, text):
+    def make():
+        model = Net()
+        return change(model, model.body[0])
+
+    with pytest.raises(ConfigError, match=text):
+        train(parts(X, Y), make)

@@ -215,6 +215,7 @@ def without(name):
     ("state", "message"),
     [
         (without("stem.weight"), "1 names differ: 'stem.weight' is missing from the arrays"),
+        (nn.DataParallel(tiny_resnet()).state_dict(), "take the prefix 'module.' off"),
         ({**tiny_resnet().state_dict(), "more": torch.ones(1)}, "1 names differ: 'more' is not in the model"),
         (
             {**tiny_resnet().state_dict(), "head.bias": torch.ones(5)},

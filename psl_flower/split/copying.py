@@ -1,0 +1,91 @@
+"""A deep copy of a model, refused where it would be another model than the original."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from psl_flower.errors import ConfigError
+
+M = TypeVar("M", bound=nn.Module)
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def copy_model(model: M) -> M:
+    """Return a deep copy of a model.
+
+    Raises
+    ------
+    ConfigError
+        If it has lazy layers that have seen no data yet, tensors that were computed and cannot be copied, gradient
+        hooks, which a copy does not have, or functions that hold its modules or tensors, of which a copy has the
+        original's.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
+    if lazy is not None:
+        raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
+    _check_gradient_hooks(model)
+    _check_functions(model)
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as exc:
+        computed = [
+            f"{name}.{key}".lstrip(".")
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if isinstance(value, torch.Tensor) and not value.is_leaf
+        ]
+        if not computed:
+            raise
+        raise ConfigError(
+            f"the model cannot be copied, as {computed[0]!r} was computed of its parameters: compute it in forward, or "
+            "make it a buffer; in place of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm"
+        ) from exc
+
+
+def _check_gradient_hooks(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ConfigError(
+                f"{name!r} has a hook on its gradient, which would not be called: a step's gradient is a sum over the "
+                "clients. Change gradients in the optimizer, with a subclass whose step() does it first"
+            )
+
+
+def _check_functions(model: nn.Module) -> None:
+    names = {id(value): name for name, value in model.named_modules()} | {
+        id(value): name for name, value in itertools.chain(model.named_parameters(), model.named_buffers())
+    }
+    for name, module in model.named_modules():
+        held = {key: value for key, value in vars(module).items() if key not in _HOOKS}
+        hooks = {
+            f"a hook of {name or 'the model'}": hook for key in _HOOKS for hook in vars(module).get(key, {}).values()
+        }
+        for where, value in [*hooks.items(), *((f"{name}.{key}".lstrip("."), value) for key, value in held.items())]:
+            known = next((names[id(v)] for v in _held_by(value) if id(v) in names), None)
+            if known is not None:
+                raise ConfigError(
+                    f"{where} is a function that holds {known or 'the model'!r}: a copy of the model would go on with "
+                    "that of the original, which is not trained. Make it a method of a class, or take it off"
+                )
+
+
+def _held_by(function: Any) -> Iterator[Any]:
+    """Yield what a function has from around it: a copy of it has the same."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, FunctionType):
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                yield getattr(cell.cell_contents, "__self__", cell.cell_contents)
+        yield from (function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__)
