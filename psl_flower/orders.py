@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from psl_flower.seeds import PutOff, client_epoch_rng, epoch_order, step_seed
+from psl_flower.seeds import PutOff, client_epoch_rng, epoch_order, step_seed, step_seeds
 from psl_flower.typing import IntArray
 
 
@@ -107,9 +108,13 @@ class Orders:
 
     def each(self) -> Iterator[WorkOrder]:
         """Yield each client's own order."""
+        yield from self._each
+
+    @cached_property
+    def _each(self) -> list[WorkOrder]:
         columns = (self.clients.tolist(), self.starts.tolist(), self.counts.tolist())
-        for i, (client, start, count) in enumerate(zip(*columns, strict=True)):
-            yield WorkOrder(
+        return [
+            WorkOrder(
                 client=client,
                 seed=self.seed,
                 epoch=self.epoch,
@@ -122,6 +127,15 @@ class Orders:
                 put_off=self.put_off.get(client, ()),
                 test=self.test,
             )
+            for i, (client, start, count) in enumerate(zip(*columns, strict=True))
+        ]
+
+    def step_seeds(self) -> list[int]:
+        """Return the `WorkOrder.step_seed` of each client."""
+        if self.test:
+            return [0] * len(self)
+        steps = np.full(len(self), self.step, dtype=np.int64)
+        return list(step_seeds(self.seed, self.epoch, steps, self.clients).tolist())
 
     def rows(self, positions: IntArray) -> IntArray:
         """Return which rows of the joint batch those of some clients are, (n,) int64."""

@@ -53,8 +53,8 @@ def check_tags(now: IntArray, before: IntArray, name: str) -> None:
 
 
 def _tag(checksum: int, order: WorkOrder, secret: Secret) -> int:
-    whose = secret.key(b"batch tag: which secret")[:4]
+    which, key = secret.tag_keys
     # of the order, too: where another order gives the same batch, that does not show
     about = f"{checksum} {order.seed} {order.epoch} {order.step} {order.start} {order.count} {order.test}"
-    what = hmac.digest(secret.key(b"batch tag"), about.encode(), "sha256")[:4]
-    return int.from_bytes(whose + what, "big") & (2**63 - 1)
+    what = hmac.digest(key, about.encode(), "sha256")
+    return int.from_bytes(which[:4] + what[:4], "big") & (2**63 - 1)

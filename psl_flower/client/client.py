@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from psl_flower.data import Batch, Examples, PadTexts, bind_inputs, forward_signature, read_together
+from psl_flower.data import Batch, Examples, PadTexts, Seeds, bind_inputs, forward_signature, read_together
 from psl_flower.errors import BadRowsError, ConfigError, ProtocolError
 from psl_flower.failures import Failure, Kind
 from psl_flower.protocol import Config, Description, Orders, WorkOrder
@@ -113,13 +113,13 @@ class SplitClient:
         return batch
 
     @staticmethod
-    def draw_together(clients: Sequence[SplitClient], orders: Orders, seed: Callable[[int], None]) -> Batch | None:
+    def draw_together(clients: Sequence[SplitClient], orders: Orders, seed: Seeds) -> Batch | None:
         """Return the examples of several clients' orders as one batch; None where each must draw its own.
 
         Parameters
         ----------
-        seed : callable
-            Seeds the global generators for the client of that position.
+        seed : Seeds
+            Where what is random for each begins.
         """
         own = (SplitClient.draw_batch, SplitClient.batch)
         if any((type(client).draw_batch, type(client).batch) != own for client in clients):

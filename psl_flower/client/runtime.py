@@ -28,7 +28,7 @@ from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.client.recipe import NotBuiltError
-from psl_flower.data import PadTexts, join_batches
+from psl_flower.data import PadTexts, Seeds, join_batches
 from psl_flower.data.batch import Batch, checksum, checksums
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
@@ -284,18 +284,18 @@ class _Work:
         self, clients: Sequence[SplitClient], orders: Orders, device: torch.device
     ) -> tuple[Batch, list[int]]:
         """Return the clients' batches as one, and the checksum of each; random numbers are each client's own."""
-        each = list(orders.each())
+        seed = Seeds(orders.step_seeds(), device)
         if len(clients) > 1:
             try:
-                found = SplitClient.draw_together(clients, orders, lambda i: reseed(each[i].step_seed(), device))
+                found = SplitClient.draw_together(clients, orders, seed)
             except Exception as exc:  # drawing for each tells whose fault it is
                 log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
                 found = None
             if found is not None:
                 return found, checksums(found, orders.counts.tolist())
         batches = []
-        for client, order in zip(clients, each, strict=True):
-            reseed(order.step_seed(), device)
+        for i, (client, order) in enumerate(zip(clients, orders.each(), strict=True)):
+            seed(i)
             batches.append(self._draw(client, order))
         drawn = [checksum(batch) for batch in batches]  # before padding, which depends on the company
         return _join(batches, clients[0].padding), drawn

@@ -5,13 +5,14 @@ from psl_flower.data.binding import bind_inputs, forward_signature
 from psl_flower.data.examples import Examples
 from psl_flower.data.opening import check_data_fn, open_data
 from psl_flower.data.padding import IGNORED, PadTexts, join_batches
-from psl_flower.data.together import read_together
+from psl_flower.data.together import Seeds, read_together
 
 __all__ = [
     "IGNORED",
     "Batch",
     "Examples",
     "PadTexts",
+    "Seeds",
     "bind_inputs",
     "check_data_fn",
     "check_drawn_again",

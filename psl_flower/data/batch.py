@@ -60,14 +60,15 @@ def checksums(batch: Batch, counts: Sequence[int]) -> list[int]:
         for leaf in [] if tree is None else leaves(tree):
             width, item = leaf.numel() // max(len(leaf), 1), leaf.element_size()
             raw = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            flat = raw.reshape(-1, item)  # a row an element
+            forms = {count: f"{leaf.dtype} {(count, *leaf.shape[1:])}".encode() for count in set(counts)}
             begin = 0
             for i, count in enumerate(counts):
-                some = flat[begin : begin + count * width]
-                begin += count * width
-                step = -(-len(some) // _MOST_SAMPLED) | 1  # odd: it meets all columns of a picture of any width
-                total = zlib.crc32(f"{leaf.dtype} {(count, *leaf.shape[1:])}".encode(), totals[i])
-                totals[i] = zlib.crc32(np.ascontiguousarray(some[::step]).data, total)
+                some = raw[begin : begin + count * width * item]
+                begin += len(some)
+                step = -(-count * width // _MOST_SAMPLED) | 1  # odd: it meets all columns of a picture of any width
+                if step > 1:
+                    some = np.ascontiguousarray(some.reshape(-1, item)[::step])
+                totals[i] = zlib.crc32(some.data, zlib.crc32(forms[count], totals[i]))
     return totals
 
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Subset, TensorDataset
 
 from psl_flower.devices import generators
 from psl_flower.errors import ConfigError
 
 log = logging.getLogger("flwr.psl_flower")
+
+Indices = Sequence[int] | NDArray[np.int64]
 
 
 def check_map_style(dataset: Any, name: str) -> None:
@@ -26,7 +29,7 @@ def check_map_style(dataset: Any, name: str) -> None:
         )
 
 
-def read_columns(dataset: Any, indices: Sequence[int]) -> Any:
+def read_columns(dataset: Any, indices: Indices) -> Any:
     """Return the examples at `indices` as one batch, in the form of a row, or None if the dataset offers no such way.
 
     It is offered by a method ``get_batch(indices)``, which is given an (n,) int64 array, and by a `TensorDataset`, not
@@ -55,7 +58,7 @@ class RowsError(Exception):
         self.errors = dict(errors)
 
 
-def read_rows(dataset: Any, indices: Sequence[int], failed: Collection[int] | None = None) -> list[Any]:
+def read_rows(dataset: Any, indices: Indices, failed: Collection[int] | None = None) -> list[Any]:
     """Return the examples at `indices`, by torch's batched fetch (``__getitems__``) if offered, else one at a time.
 
     Parameters
@@ -116,7 +119,7 @@ def is_plain(dataset: Any) -> bool:
     return type(dataset) is TensorDataset
 
 
-def unwrapped(dataset: Any, indices: Sequence[int]) -> tuple[Any, Sequence[int]]:
+def unwrapped(dataset: Any, indices: Indices) -> tuple[Any, Indices]:
     """Return what a `Subset` (or one of another) is part of, with the indices there."""
     while type(dataset) is Subset:
         indices = [_whole(dataset.indices[i]) for i in indices]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from functools import cached_property
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -30,6 +31,11 @@ class Secret:
     def key(self, purpose: bytes) -> bytes:
         """Return 32 bytes for one purpose, HMAC-SHA256 of it: they tell nothing of those for another."""
         return hmac.digest(self.value, purpose, "sha256")
+
+    @cached_property
+    def tag_keys(self) -> tuple[bytes, bytes]:
+        """Keys for the tags of batches, made in every step: one to tell which secret it is, one for the batch."""
+        return self.key(b"batch tag: which secret"), self.key(b"batch tag")
 
     def uniform(self, purpose: bytes, examples: IntArray, width: int) -> FloatArray:
         """Return random numbers for each of some examples.

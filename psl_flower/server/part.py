@@ -198,7 +198,7 @@ class ServerPart:
         self.module.zero_grad(set_to_none=True)  # a copy is none of the backend's parts
         torch.autograd.backward(roots, weights)
         gradient = tree.map_leaves(lambda leaf: leaf.grad, received)
-        if self._backend.bound is None and not all(bool(torch.isfinite(g).all()) for g in tree.leaves(gradient)):
+        if self._backend.bound is None and not all(map(tree.is_finite, tree.leaves(gradient))):
             raise DivergenceError("the gradients at the cut are not finite: training diverges, see the loss")
         return Gradients(gradient, {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad})
 

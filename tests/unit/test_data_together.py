@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from psl_flower.app.images import ImageSet, crop_flip
-from psl_flower.data import Examples, read_together
+from psl_flower.data import Examples, Seeds, read_together
 
 COUNTS = (3, 1, 4)
 SEEDS = (11, 5, 7)
@@ -35,7 +35,7 @@ def one_by_one(datasets):
 
 def together(datasets, **options):
     found = [Examples(dataset, **options) for dataset in datasets]
-    return read_together(found, INDICES, lambda i: torch.manual_seed(SEEDS[i]))
+    return read_together(found, INDICES, Seeds(SEEDS))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_labels_of_unsigned_types_are_what_they_are_for_one_client(dtype):
 def test_augmentation_is_each_clients_own():
     examples, indices = [Examples(image_sets(crop_flip)[0])] * 2, [np.arange(10)] * 2
     for seeds, alike in (((5, 5), True), ((5, 6), False)):
-        batch = read_together(examples, indices, lambda i, seeds=seeds: torch.manual_seed(seeds[i]))
+        batch = read_together(examples, indices, Seeds(seeds))
         assert torch.equal(*batch.inputs.split(10)) is alike
 
 

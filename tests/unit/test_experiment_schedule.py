@@ -3,11 +3,13 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from psl_flower.app.images import draw_shifts
 from psl_flower.client import SplitClient
-from psl_flower.experiments.draws import _as_torch_does, _draw_one_by_one, draw_all
+from psl_flower.experiments.draws import _as_torch_does, draw_all
 from psl_flower.experiments.schedule import client_turns, fill_plan
 from psl_flower.samplers import Population
 from psl_flower.samplers.registry import SAMPLERS, make_sampler
+from psl_flower.seeds import step_seed
 from psl_flower.stragglers import SlowFractionDelays
 from psl_flower.strategy.orders import Cursors
 
@@ -69,8 +71,11 @@ def test_augmentation_is_drawn_as_each_client_draws_it(seed, epoch, most):
     steps, clients, counts = rng.integers(0, 50_000, 40), rng.integers(0, 100_000, 40), rng.integers(1, most + 1, 40)
     assert _as_torch_does()  # else the numbers are right, but each client's is drawn by itself
     together = draw_all(seed, epoch, steps, clients, counts)
-    alone = _draw_one_by_one(seed, epoch, steps, clients, counts)
-    assert all(map(torch.equal, together, alone))
+    alone = []
+    for step, client, count in zip(steps.tolist(), clients.tolist(), counts.tolist(), strict=True):
+        torch.manual_seed(step_seed(seed, epoch, step, client))
+        alone.append(draw_shifts(count))
+    assert all(map(torch.equal, together, map(torch.cat, zip(*alone, strict=True))))
     assert len(together.top) == counts.sum()
     if counts.sum() > 50:
         assert set(together.top.tolist()) == set(together.left.tolist()) == {0, 1, 2}
