@@ -159,9 +159,13 @@ class BatchPlan(Sequence[PlanStep]):
     def of_at_least(self, clients: int) -> BatchPlan:
         """Return the plan with its steps of fewer clients joined to others, each example once as before.
 
+        Of at least one client it is the plan as it is, with steps that are empty.
+
         Steps of few clients are joined to each other as long as each brings a new client, until there are enough; what
         is left over is added to the smallest steps. With fewer clients in all, nothing can be done.
         """
+        if clients <= 1:
+            return self
         active, sizes = self.active_clients(), self.batch_sizes().tolist()
         goes, over = np.arange(len(self)), list[int]()
         group, members = list[int](), set[int]()

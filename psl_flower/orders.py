@@ -26,6 +26,7 @@ class WorkOrder:
     class_counts: IntArray | None = None
     left_out: tuple[int, ...] = ()
     put_off: PutOff = ()
+    drawing: int | None = None
     test: bool = False
 
     def epoch_rng(self) -> np.random.Generator:
@@ -35,6 +36,10 @@ class WorkOrder:
     def order_of(self, size: int) -> IntArray:
         """Return the client's order of so many examples, (n,) int64; by class, if at all, it is put off later."""
         return epoch_order(self.epoch_rng(), size, self.left_out, self.put_off)
+
+    def lot(self) -> bytes:
+        """Return what a client draws its examples for, with a secret of its own: the same for an order repeated."""
+        return f"examples {self.drawing} {self.epoch} {self.step} {self.start}".encode()
 
     def step_seed(self) -> int:
         """Return the seed of everything random in the client's step (augmentation, dropout)."""
@@ -47,8 +52,9 @@ class Orders:
 
     Client k's order for an epoch is ``default_rng([seed, epoch, k]).permutation(n_k)`` without the rows left out; the
     batch is ``order[start:start + count]``. With class quotas, class c's order is the label-c subsequence and the batch
-    is ``order_c[class_starts[c]:class_starts[c] + class_counts[c]]``, in ascending c. Clients keep no state: the same
-    order always gives the same batch, on any process. Test data is taken in its own order.
+    is ``order_c[class_starts[c]:class_starts[c] + class_counts[c]]``, in ascending c. With a `drawing` there is no
+    order of an epoch: each client draws its examples for the step by a secret of its own. Clients keep no state: the
+    same order always gives the same batch, on any process. Test data is taken in its own order.
 
     Parameters
     ----------
@@ -64,6 +70,8 @@ class Orders:
         By client: indices in its training data that it cannot read.
     put_off : dict of int to PutOff
         By client: what of its order comes last instead, since a step with it was given up.
+    drawing : int, optional
+        Names the draws of an epoch, so that those of another are others.
     checksums : (A,) int64, optional
         What the clients gave as tags of the batches as first drawn: one that is drawn again must have the same.
     test : bool
@@ -80,6 +88,7 @@ class Orders:
     class_counts: IntArray | None = None
     left_out: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     put_off: Mapping[int, PutOff] = field(default_factory=dict)
+    drawing: int | None = None
     checksums: IntArray | None = None
     test: bool = False
 
@@ -125,6 +134,7 @@ class Orders:
                 class_counts=None if self.class_counts is None else self.class_counts[i],
                 left_out=self.left_out.get(client, ()),
                 put_off=self.put_off.get(client, ()),
+                drawing=self.drawing,
                 test=self.test,
             )
             for i, (client, start, count) in enumerate(zip(*columns, strict=True))

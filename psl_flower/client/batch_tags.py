@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from psl_flower.data.batch import check_drawn_again
+from psl_flower.errors import ProtocolError
+from psl_flower.failures import Kind
 from psl_flower.orders import Orders, WorkOrder
 from psl_flower.privacy import Secret
 from psl_flower.typing import IntArray
@@ -35,10 +37,11 @@ def batch_tags(checksums: Sequence[int], orders: Orders, secrets: Sequence[Secre
     return np.array([_tag(found, order, secret) for found, order, secret in each], dtype=np.int64)
 
 
-def check_tags(now: IntArray, before: IntArray, name: str) -> None:
+def check_tags(now: IntArray, before: IntArray, name: str, *, by_secret: bool = False) -> None:
     """Raise ConfigError unless what was drawn again is what was drawn before.
 
-    A client that has another secret by now, since its process died, cannot tell, and goes on.
+    A client that has another secret by now, since its process died, cannot tell, and goes on; but where examples are
+    drawn by the secret, they are others, and what came before is lost.
 
     Parameters
     ----------
@@ -46,10 +49,24 @@ def check_tags(now: IntArray, before: IntArray, name: str) -> None:
         `batch_tags`.
     name : str
         What data they are of, for the message: "training data".
+    by_secret : bool
+        Whether clients drew by it.
+
+    Raises
+    ------
+    ConfigError
+        If a batch differs.
+    ProtocolError
+        If a client has lost the secret that it drew by.
     """
     for one, other in zip(now.tolist(), before.tolist(), strict=True):
         if one >> _HALF == other >> _HALF:
             check_drawn_again(one, other, name)
+        elif by_secret:
+            raise ProtocolError(
+                "the client's process was another when the step began: it cannot draw those examples again",
+                Kind.UNREACHABLE,
+            )
 
 
 def _tag(checksum: int, order: WorkOrder, secret: Secret) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from psl_flower.data import Batch, Examples, PadTexts, Seeds, bind_inputs, forward_signature, read_together
 from psl_flower.errors import BadRowsError, ConfigError, ProtocolError
 from psl_flower.failures import Failure, Kind
+from psl_flower.privacy import Secret
 from psl_flower.protocol import Config, Description, Orders, WorkOrder
 from psl_flower.seeds import PutOff, to_end
 from psl_flower.split.half import Part as ModelPart
@@ -61,6 +62,9 @@ class SplitClient:
 
     # What is taken for the labels of some training examples, by their indices; as they are, where it is None.
     told_labels: Callable[[IntArray, IntArray], IntArray] | None = None
+
+    # What only this client knows in the run, by which it draws examples where the server leaves that to it.
+    secret: Callable[[], Secret] | None = None
 
     # --- to override -------------------------------------------------------------------------------------------------
     def batch(self, dataset: Any, indices: IntArray) -> Any:
@@ -160,6 +164,8 @@ class SplitClient:
                 raise ProtocolError(f"asked for {order.count} test examples from {order.start} on, of {held}")
             readable: IntArray = np.setdiff1d(np.arange(held), order.left_out)
             return readable[order.start : order.start + order.count]
+        if order.drawing is not None:
+            return self._drawn(order)
         if order.class_starts is None or order.class_counts is None:
             permutation = self._epoch_permutation(order)
             if order.start < 0 or not 0 < order.count <= len(permutation) - order.start:
@@ -180,6 +186,18 @@ class SplitClient:
             )
         taken = np.flatnonzero(counts)
         return np.concatenate([indices[bounds[c] + starts[c] : bounds[c] + starts[c] + counts[c]] for c in taken])
+
+    def _drawn(self, order: WorkOrder) -> IntArray:
+        """Return examples drawn by the client's secret: any so many of them are as likely as any others."""
+        if self.secret is None:
+            raise ProtocolError("this client has no secret to draw its examples by: make it with split_client_app")
+        readable = np.arange(len(self.train))
+        if order.left_out:
+            readable = np.delete(readable, order.left_out)
+        if not 0 < order.count <= len(readable):
+            raise ProtocolError(f"asked to draw {order.count} examples, of {len(readable)}")
+        lots = self.secret().uniform(order.lot(), np.zeros(1, dtype=np.int64), len(readable))[0]
+        return np.sort(readable[np.argpartition(lots, order.count - 1)[: order.count]])
 
     def _epoch_permutation(self, order: WorkOrder) -> IntArray:
         key = (order.seed, order.epoch, order.client, order.left_out, order.put_off)

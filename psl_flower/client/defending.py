@@ -15,7 +15,7 @@ from torch import Tensor
 from psl_flower import tree
 from psl_flower.client.client import SplitClient
 from psl_flower.data.batch import Batch
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.methods import check_options
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.privacy import DPSGD, GradientScrutiny, RandomizedResponse, Secret, SecureAggregation
@@ -71,6 +71,21 @@ def check_private(
     mixing = [type(each).__name__ for each in defences if type(each).penalty is not Defence.penalty]
     if mixing:
         raise ConfigError(f"{mixing[0]} gives an example a gradient that others have a part in: leave it or DPSGD out")
+
+
+def check_drawing(private: DPSGD, orders: Orders) -> None:
+    """Refuse orders that name examples where DP-SGD counts on each being drawn by chance, which only clients know.
+
+    Raises
+    ------
+    ProtocolError
+        If they do, or leave it to the clients where each example is counted once a round.
+    """
+    if not orders.test and (private.examples is None) != (orders.drawing is None):
+        raise ProtocolError(
+            "with DPSGD(examples=...) each client draws its examples itself, without it none does: the server's "
+            f"orders {'name' if orders.drawing is None else 'leave'} them"
+        )
 
 
 @dataclass(eq=False, kw_only=True)

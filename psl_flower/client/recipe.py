@@ -121,6 +121,7 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
     if partition is not None and type(partition) is not int:
         raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
     client = recipe.client_class(train, test, partition_id=partition, config=config)
+    client.secret = partial(state.secret, context.node_id)
     introduce(state.defences, client, state.secret(context.node_id))
     if any(map(changes_labels, state.defences)):
         client.told_labels = lambda labels, examples: told_labels(

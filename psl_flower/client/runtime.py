@@ -22,7 +22,7 @@ from psl_flower import tree
 from psl_flower.client.batch_tags import batch_tags, check_tags
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
-from psl_flower.client.defending import Defending
+from psl_flower.client.defending import Defending, check_drawing
 from psl_flower.client.label_noise import with_noise
 from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
@@ -255,6 +255,8 @@ class _Work:
             keep = partial(store.begin, node, orders)
             context = ClientContext(clients, self._parts(), orders, None, self.state.loss, own, keep)
             return context, stage.function(self.method, context, **inputs)
+        if self.state.private is not None:
+            check_drawing(self.state.private, orders)
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
             joined, drawn = self._draw_all(clients, orders, device)
@@ -272,7 +274,8 @@ class _Work:
             if orders.checksums is None:
                 context.checksums = tags
             else:
-                check_tags(tags, orders.checksums, "test data" if orders.test else "training data")
+                data, by_secret = "test data" if orders.test else "training data", orders.drawing is not None
+                check_tags(tags, orders.checksums, data, by_secret=by_secret and not orders.test)
             run = partial(stage.function, self.method, context, joined, **inputs)
             if len(clients) == 1:
                 return context, context.defend(stage, run())

@@ -23,7 +23,7 @@ from psl_flower.methods import METHODS
 from psl_flower.privacy import DPSGD
 from psl_flower.privacy.defences import DEFENCES, parse_defences
 from psl_flower.samplers.base import Sampler
-from psl_flower.samplers.registry import SAMPLERS, make_sampler
+from psl_flower.samplers.registry import DRAWN, NAMED, make_sampler
 from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
 
 AUGMENTATIONS = ("none", "crop-flip")
@@ -106,6 +106,7 @@ class RunConfig:
         0.0, "Differential privacy of the model: epsilon after num-server-rounds, by DP-SGD; 0: none", ge=0
     )
     dp_delta: float = key(1e-5, "With target-epsilon: delta", gt=0, lt=1)
+    dp_examples: int = key(0, "With target-epsilon and sampler poisson: of all clients together", unit="examples", ge=0)
     dp_clip: float = key(1.0, "With target-epsilon: largest norm of one example's gradient", gt=0)
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = key("sgd", "The optimizer over both halves")
     learning_rate: float = key(0.02, "Step size of the optimizer", gt=0)
@@ -114,7 +115,7 @@ class RunConfig:
 
     sampler: str = key(
         "ugs",
-        f"How batches are put together: {', '.join(SAMPLERS)}, or module:Class; lds, lb and aligned need delays",
+        f"How batches are put together: {', '.join(NAMED)}, or module:Class; lds, lb, aligned need delays",
         section="Sampler; its options are those of its class, empty for the class's own default",
     )
     batch_size: int = key(64, "Size of a step's global batch, over all clients", unit="examples", ge=1)
@@ -259,8 +260,20 @@ class RunConfig:
             rounds=self.num_server_rounds,
             clip=self.dp_clip,
             batch_size=self.batch_size,
+            examples=self._dp_examples(),
             delta=self.dp_delta,
         )
+
+    def _dp_examples(self) -> int | None:
+        """Return what steps are counted for, where they are drawn by chance."""
+        if self.sampler not in DRAWN:
+            return None
+        if not self.dp_examples:
+            raise ConfigError(
+                f"with target-epsilon and sampler {self.sampler!r}, dp-examples must be the number of examples of all "
+                "clients together, got 0"
+            )
+        return self.dp_examples
 
     def stream_options(self) -> StreamOptions:
         """Return how streams are configured."""
@@ -277,7 +290,7 @@ class RunConfig:
     def make_sampler(self) -> Sampler:
         """Make the configured sampler."""
         kind = type(make_sampler(self.sampler, self.batch_size, self.seed))  # refuses an unknown name
-        options = self._options("sampler", f"sampler {self.sampler!r}", kind, SAMPLERS)
+        options = self._options("sampler", f"sampler {self.sampler!r}", kind, NAMED)
         with _naming("sampler"):
             return make_sampler(self.sampler, self.batch_size, self.seed, **options)
 

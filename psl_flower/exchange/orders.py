@@ -31,6 +31,8 @@ def encode_orders(orders: Orders, packer: Packer) -> dict[str, Any]:
         header["checksums"] = packer.column(orders.checksums)
     header["left-out"] = {str(client): list(rows) for client, rows in orders.left_out.items()}
     header["put-off"] = {str(client): [list(each) for each in moved] for client, moved in orders.put_off.items()}
+    if orders.drawing is not None:
+        header["drawing"] = orders.drawing
     header["test"] = orders.test
     return header
 
@@ -44,6 +46,8 @@ def decode_orders(header: Mapping[str, Any], length: int, unpacker: Unpacker) ->
         If they are none.
     """
     scalars: dict[str, Any] = {name: field(header, name, int) for name in _SCALARS}
+    if "drawing" in header:
+        scalars["drawing"] = field(header, "drawing", int)
     columns: dict[str, Any] = {name: unpacker.column(header.get(name), torch.int64, (length,)) for name in _COLUMNS}
     negative = [name for name, values in {**scalars, **columns}.items() if np.min(values) < 0]
     if negative or (length and columns["counts"].min() < 1):

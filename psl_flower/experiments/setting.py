@@ -84,6 +84,11 @@ class Setting:
                     f"{name.replace('_', '-')} {getattr(self.config, name)!r} needs clients apart from the server, "
                     f"experiments have none: leave it {value!r}"
                 )
+        if self.algorithm == "psl" and self.config.make_sampler().clients_draw:
+            raise ConfigError(
+                f"sampler {self.config.sampler!r} has clients draw their examples themselves, experiments have none: "
+                "use another"
+            )
         needed = max(self.config.batch_size, self.num_clients)
         if self.examples and self.examples < needed:
             raise ConfigError(

@@ -42,11 +42,11 @@ class UShapedSplit(SplitMethod):
     def tail_loss(self, client: ClientContext, outputs: Any, rows: Any) -> dict[str, Any]:
         """Run the tail, take the loss, and back-propagate to the body's outputs and along what skips the body.
 
-        Gradients are those of the sum of the losses, divided by the examples of the step unless the loss is a sum;
-        "past" is the head's, of what skips the body. "loss" is the sum over what counts of what is told; "counts" are
-        that, what counts in all, whether the loss is a sum, and whether it or its gradients are not finite (they are
-        zeros then: whether the run goes on is the server's to decide). A client that is alone in a step tells no loss,
-        for the sum would be its own.
+        Gradients are those of the sum of the losses, divided by `rows`, the examples of the step, unless the loss is a
+        sum; "past" is the head's, of what skips the body. "loss" is the sum over what counts of what is told; "counts"
+        are that, what counts in all, whether the loss is a sum, and whether it or its gradients are not finite (they
+        are zeros then: whether the run goes on is the server's to decide). A client that is alone in a step tells no
+        loss, for the sum would be its own; with DP-SGD of drawn batches it is not told the number, and tells it.
         """
         received, skipped = tree.map_leaves(_leaf, (outputs, client.kept["skipped"]))
         found = client.tail.loss(received + skipped, client.batch.target)
@@ -79,7 +79,7 @@ class UShapedSplit(SplitMethod):
         """Make one step of centralised SGD on the union of the clients' batches."""
         sent = ctx.call(self.head_forward)
         body = ctx.body.forward(sent.activations)
-        found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.orders.num_rows))
+        found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.divisor))
         outcome = ctx.outcome(torch.cat([found.loss, found.counts]), found.score)
         # clients know the examples of the step, but not yet how many of its targets count in the loss
         scaled = partial(_times, 1.0 if outcome.summed else ctx.orders.num_rows / found.counts[1].item())

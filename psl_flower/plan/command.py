@@ -166,7 +166,10 @@ def _compare(options: SimpleNamespace) -> None:
 
 def _sampler(spec: str, options: SimpleNamespace, seed: int) -> Sampler:
     name, sampler_options = parse_spec(spec)
-    return make_sampler(name, options.batch_size, **{"seed": seed, **sampler_options})
+    sampler = make_sampler(name, options.batch_size, **{"seed": seed, **sampler_options})
+    if sampler.clients_draw:
+        raise ConfigError(f"plans that use each example once an epoch are compared, {spec} does not: leave it out")
+    return sampler
 
 
 def _population(options: SimpleNamespace, seed: int) -> Population:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psl_flower.checks import check_float, check_int
 from psl_flower.errors import ProtocolError
-from psl_flower.privacy import accounting
+from psl_flower.privacy import accounting, subsampling
 from psl_flower.privacy.secret import Secret
 
 
@@ -34,6 +34,9 @@ class DPSGD:
     batch_size : int
         The sampler's B. A step's loss is the mean over its examples, so that the gradients of one are clipped to
         ``clip / batch_size``, whatever the step's size.
+    examples : int, optional
+        N, of all clients together: batches are a `PoissonGlobalSampler`'s, and steps are counted as draws with the rate
+        B / N. The sum of a step's losses is divided by B then, not by the step's size.
     delta : float
         For the epsilon that is told: well below one over the number of examples.
     colluding : int
@@ -52,6 +55,7 @@ class DPSGD:
     clip: float
     noise: float
     batch_size: int
+    examples: int | None = None
     delta: float = 1e-5
     colluding: int = 1
     spent_rounds: int = field(default=0, repr=False)
@@ -59,21 +63,52 @@ class DPSGD:
     def __post_init__(self) -> None:
         check_float(self.clip, "clip", above=0)
         check_int(self.batch_size, "batch_size", least=1)
+        if self.examples is not None:
+            check_int(self.examples, "examples", least=self.batch_size)
         check_int(self.colluding, "colluding", least=0)
         check_int(self.spent_rounds, "spent_rounds", least=0)
         accounting.epsilon(self.noise, 1, self.delta)  # refuses both
 
     @classmethod
     def for_epsilon(
-        cls, target_epsilon: float, *, rounds: int, clip: float, batch_size: int, delta: float = 1e-5
+        cls,
+        target_epsilon: float,
+        *,
+        rounds: int,
+        clip: float,
+        batch_size: int,
+        examples: int | None = None,
+        delta: float = 1e-5,
     ) -> DPSGD:
         """Return the options with the least noise that stays within (target_epsilon, delta) after some rounds."""
-        noise = accounting.noise_for(target_epsilon, rounds, delta)
-        return cls(clip=clip, noise=noise, batch_size=batch_size, delta=delta)
+        noise = accounting.noise_for(target_epsilon, rounds, delta)  # refuses all three
+        if examples is not None:
+            steps = cls(clip=clip, noise=1, batch_size=batch_size, examples=examples).steps(rounds)
+            ((rate, count),) = steps.items()
+            noise = subsampling.noise_for_steps(target_epsilon, count, rate, delta)
+        return cls(clip=clip, noise=noise, batch_size=batch_size, examples=examples, delta=delta)
 
     def epsilon(self, rounds: int) -> float:
-        """Return what so many rounds give away; see `psl_flower.privacy.accounting`."""
+        """Return what so many rounds give away; see `psl_flower.privacy.accounting`, or `subsampling`."""
+        if self.examples is not None:
+            return self.epsilon_of_steps(self.steps(rounds))
         return accounting.epsilon(self.noise, rounds, self.delta)
+
+    def epsilon_of_steps(self, steps: Mapping[float, int]) -> float:
+        """Return what steps give away, by the rate at which examples were drawn for them."""
+        return subsampling.epsilon_of_steps(self.noise, steps, self.delta)
+
+    def steps(self, rounds: int) -> dict[float, int]:
+        """Return how many steps so many rounds of a `PoissonGlobalSampler` have, by their rate."""
+        assert self.examples is not None, "only then are steps drawn"
+        return {self.batch_size / self.examples: -(-self.examples // self.batch_size) * rounds}
+
+    def divisor(self, rows: int) -> int:
+        """Return what the losses of so many examples are divided by.
+
+        Where batches vary by chance it is always B: a mean over the batch would tell each client how many are in it.
+        """
+        return rows if self.examples is None else self.batch_size
 
     def bound(self, parts: int) -> float:
         """Return the largest norm of an example's gradient of one of so many parts, as it is added up."""

@@ -7,6 +7,7 @@ from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.fixed import FixedLocalSampler, FixedProportionalSampler
 from psl_flower.samplers.latency import LatencyBudgetedSampler
+from psl_flower.samplers.poisson import PoissonGlobalSampler
 from psl_flower.samplers.registry import make_sampler
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.samplers.uniform import UniformGlobalSampler
@@ -20,6 +21,7 @@ __all__ = [
     "LatencyBudgetedSampler",
     "LatentDirichletSampler",
     "PlanStep",
+    "PoissonGlobalSampler",
     "Population",
     "Sampler",
     "UniformGlobalSampler",

@@ -45,6 +45,9 @@ class Sampler(ABC):
         Whether `Population.label_counts` must be given; clients are asked for them only then.
     needs_delays : bool
         Whether `Population.delays` must be given.
+    clients_draw : bool
+        Whether clients draw anew for each step which examples they contribute, and a plan says how many only. Then it
+        need not use each once: what an epoch owes are its steps.
 
     Raises
     ------
@@ -54,13 +57,14 @@ class Sampler(ABC):
 
     needs_label_counts: bool = False
     needs_delays: bool = False
+    clients_draw: bool = False
 
     def __init__(self, batch_size: int, *, seed: int = 0) -> None:
         self.batch_size = check_int(batch_size, "batch_size", least=1)
         self.seed = check_int(seed, "seed", least=0)
 
     def plan(self, population: Population, epoch: int = 0, *, replan: int = 0) -> BatchPlan:
-        """Make the plan of one epoch: every example of every client exactly once.
+        """Make the plan of one epoch: every example of every client exactly once, unless `clients_draw`.
 
         Parameters
         ----------

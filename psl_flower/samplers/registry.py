@@ -12,8 +12,10 @@ from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.dirichlet import LatentDirichletSampler
 from psl_flower.samplers.fixed import FixedLocalSampler, FixedProportionalSampler
 from psl_flower.samplers.latency import LatencyBudgetedSampler
+from psl_flower.samplers.poisson import PoissonGlobalSampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 
+# Those whose plans use each example exactly once an epoch.
 SAMPLERS: dict[str, type[Sampler]] = {
     "fls": FixedLocalSampler,
     "fpls": FixedProportionalSampler,
@@ -23,12 +25,17 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "aligned": AlignedSampler,
 }
 
+# Those whose plans use each example once on average only.
+DRAWN: dict[str, type[Sampler]] = {"poisson": PoissonGlobalSampler}
+
+NAMED = SAMPLERS | DRAWN
 _LONG_NAMES = {
     "fixed-local": "fls",
     "fixed-proportional": "fpls",
     "uniform-global": "ugs",
     "latent-dirichlet": "lds",
     "latency-budgeted": "lb",
+    "poisson-global": "poisson",
 }
 
 
@@ -38,8 +45,9 @@ def make_sampler(name: str, batch_size: int, seed: int = 0, **options: Any) -> S
     Parameters
     ----------
     name : str
-        "fls", "fpls", "ugs", "lds", "lb", "aligned", or the long form: "fixed-local", "fixed-proportional",
-        "uniform-global", "latent-dirichlet", "latency-budgeted"; or a class of your own, "package.module:Class".
+        "fls", "fpls", "ugs", "lds", "lb", "aligned", "poisson", or the long form: "fixed-local", "fixed-proportional",
+        "uniform-global", "latent-dirichlet", "latency-budgeted", "poisson-global"; or a class of your own,
+        "package.module:Class".
     batch_size : int
         Global batch size B.
     seed : int
@@ -57,13 +65,13 @@ def make_sampler(name: str, batch_size: int, seed: int = 0, **options: Any) -> S
     >>> make_sampler("lds", 128, seed=1, delta=0.5)
     LatentDirichletSampler(batch_size=128, seed=1, delta=0.5, c=1.0)
     """
-    sampler = _own_sampler(name) if ":" in str(name) else SAMPLERS[_short_name(name)]
+    sampler = _own_sampler(name) if ":" in str(name) else NAMED[_short_name(name)]
     check_options(options, sampler, f"sampler {name!r}", but=("batch_size", "seed"))
     return sampler(batch_size, seed=seed, **options)
 
 
 def _short_name(name: str) -> str:
-    check_choice(name, "sampler", [*SAMPLERS, *_LONG_NAMES])
+    check_choice(name, "sampler", [*NAMED, *_LONG_NAMES])
     return _LONG_NAMES.get(name, name)
 
 

@@ -139,6 +139,10 @@ class LocalBackend:
         self._weights = None
 
     # --- training ----------------------------------------------------------------------------------------------------
+    def divisor(self, rows: int) -> int:
+        """Return what the losses of so many examples are divided by: a step's loss is their mean."""
+        return rows if self._private is None else self._private.divisor(rows)
+
     def part(self, name: str, seed: int, *, training: bool = True) -> ServerPart:
         """Return a part for one step, in which everything random comes from `seed`."""
         return ServerPart(self, self.parts[name], seed, training=training)
@@ -196,6 +200,13 @@ class LocalBackend:
             raise ConfigError(f"the step of the optimizer, {name}, failed: {where(exc)}") from exc
         if not set(self._on_clients).isdisjoint(gradients):
             self._changed()
+
+    def commit_nothing(self) -> bool:
+        """Make a step that no example is in, where that may not show: of noise alone; return whether it was made."""
+        if self._private is None or self._private.examples is None:
+            return False
+        self.commit({name: {} for name in self.parts})
+        return True
 
     @property
     def rate(self) -> float:

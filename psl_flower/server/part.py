@@ -41,6 +41,9 @@ class Backend(Protocol):
     reduction: Reduction
     bound: float | None  # largest norm of one example's gradient of a part
 
+    def divisor(self, rows: int) -> int:
+        """Return what the losses of so many examples are divided by."""
+
     @property
     def rate(self) -> float:
         """The present learning rate, as a share of the first."""
@@ -147,6 +150,8 @@ class ServerPart:
                 rows = tree.rows(leaves, "activations")
                 with self._told(leaves, labels):
                     found, given = example_gradients(backend.loss, outputs, labels, rows, found)
+                share = rows / backend.divisor(rows)
+                given = {at: share * gradient for at, gradient in given.items()} if share != 1 else given
                 back = self._backward_rows(given, leaves, outputs)
         return Outcome(
             **self._told_of(outputs, labels, found),

@@ -39,7 +39,10 @@ class Attempt:
     labels : tree or None
         Theirs, in the same order, where the server knows them.
     skipped : str
-        Why their examples were not applied after all: "not finite" (the loss or gradients), "nothing counts"; or "".
+        Why their examples were not applied after all: "not finite" (the loss or gradients), "nothing counts",
+        "too few clients", "empty"; or "".
+    noise : bool
+        Whether a step was made all the same, of the noise of differential privacy.
     lost : dict of int to Failure
         Clients that are not in it, and why.
     given : bool
@@ -55,6 +58,7 @@ class Attempt:
     clients: tuple[int, ...] = ()
     labels: Tree = None
     skipped: str = ""
+    noise: bool = False
     lost: dict[int, Failure] = field(default_factory=dict)
     given: bool = False
     seconds: dict[int, list[float]] = field(default_factory=dict)

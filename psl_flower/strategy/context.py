@@ -297,6 +297,11 @@ class StepContext(CallContext):
         """What a schedule has made of the learning rate so far, as a factor, for clients: () float64."""
         return torch.tensor(self.backend.rate, dtype=torch.float64)
 
+    @property
+    def divisor(self) -> int:
+        """What the losses of the step's examples are divided by: their number, but where that may not be known."""
+        return self.backend.divisor(self.orders.num_rows)
+
     def copy(self, part: str, client: int) -> PartCopy:
         """Return a client's copy of a part on the server, which lives until the end of the round."""
         at = self.clients.index(client)

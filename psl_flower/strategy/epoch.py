@@ -36,6 +36,8 @@ class Epoch:
         Class counts of all data, if known.
     metrics : dict, optional
         The user's own, see `psl_flower.server.Scores`.
+    once : bool
+        Whether each example is in the epoch once. If not, its labels do not tell the classes of the pooled data.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Epoch:
         *,
         pooled: IntArray | None = None,
         metrics: Mapping[str, Any] | None = None,
+        once: bool = True,
     ) -> None:
+        self._once = once
         self._recorder, self._round = recorder, server_round
         self.population = population
         self.seconds_plan = 0.0
@@ -80,7 +84,7 @@ class Epoch:
             outcome.add_to(self._scores)
         alone = BatchPlan(self.population, np.array([0, len(step.clients)]), step.clients, step.quotas)
         self._client_mix.append(float(client_mix_deviation(alone)[0]))
-        if class_counts is None:
+        if class_counts is None or (self._pooled is None and not self._once):
             self._keep(record)
             return
         self._class_counts.append(class_counts)

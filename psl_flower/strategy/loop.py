@@ -14,6 +14,7 @@ from psl_flower.records import RoundRecord, StepRecord
 from psl_flower.samplers.base import Sampler
 from psl_flower.stragglers import VirtualClock
 from psl_flower.strategy.attempt import Attempt
+from psl_flower.strategy.drawn import open_ledger
 from psl_flower.strategy.epoch import Epoch
 from psl_flower.strategy.ledger import EpochLedger, part, saved_population
 from psl_flower.strategy.private import Spending
@@ -68,7 +69,7 @@ class EpochLoop:
         """Use every example of every client once."""
         run = self._run
         ledger, epoch, over = self._open(server_round)
-        self._spending.begin(int(ledger.population.sizes.sum()))
+        self._spending.begin(int(ledger.population.sizes.sum()), ledger.steps_left())
         clock = self._stragglers.clock(ledger.population)
         retries, skips = Retries(), 0
         with epoch:
@@ -93,7 +94,9 @@ class EpochLoop:
                     skips = skips + 1 if attempt.skipped == "not finite" else 0
                     _check_skips(skips)
                 if attempt.skipped and not attempt.given:
-                    ledger.done(part(step, attempt.counts()), _labels(attempt), committed=False)
+                    ledger.done(part(step, attempt.counts()), _labels(attempt), committed=attempt.noise)
+                    if attempt.noise:
+                        run.scheduler.on_step()
                 elif attempt.record is not None:
                     step = part(step, attempt.counts())
                     ledger.done(step, _labels(attempt))
@@ -135,10 +138,10 @@ class EpochLoop:
         with run.summary.spending("planning"):
             if saved is None:
                 population = self._stragglers.known_of(population)
-                ledger = EpochLedger(self._sampler, population, server_round - 1, before=run.last, **options)
+                ledger = open_ledger(self._sampler, population, server_round - 1, before=run.last, **options)
             else:
                 population = self._stragglers.known_of(saved_population(saved["ledger"], population))
-                ledger = EpochLedger(self._sampler, population, server_round - 1, saved["ledger"], **options)
+                ledger = open_ledger(self._sampler, population, server_round - 1, saved["ledger"], **options)
                 if run.runner.secure is not None:
                     check_all_are_here(population, run.membership.clients.members)
         seconds_plan = time.monotonic() - begin
@@ -148,6 +151,7 @@ class EpochLoop:
             ledger.population,
             pooled=run.pooled_counts(ledger.population),
             metrics=self._metrics,
+            once=not self._sampler.clients_draw,
         )
         if saved is not None:
             epoch.load_state_dict(saved["epoch"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from psl_flower.methods import SplitMethod, check_options
 from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.records import RoundRecord
 from psl_flower.samplers.base import Sampler
-from psl_flower.split import batch_statistics_layers
+from psl_flower.split import batch_statistics_layers, most_positions
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -48,6 +49,7 @@ def check_private(
             f"private must have the sampler's batch size, {sampler.batch_size}, got {private.batch_size}: its noise is "
             "that of a step's mean"
         )
+    _check_drawing(private, sampler, parts)
     if sampler.needs_label_counts:
         raise ConfigError(f"{type(sampler).__name__} plans with labels, which private would not cover: use another")
     for name, part in parts.items():
@@ -82,6 +84,33 @@ def check_private(
             "and nobody knows how often. Leave resume_from out"
         )
     return private
+
+
+def _check_drawing(private: DPSGD, sampler: Sampler, parts: Mapping[str, nn.Module]) -> None:
+    """Refuse to count steps in another way than they are drawn."""
+    name = type(sampler).__name__
+    if sampler.clients_draw and private.examples is None:
+        raise ConfigError(
+            f"{name} has an example in any number of steps, but private counts each once a round: give it the number "
+            "of examples of all clients together, DPSGD(..., examples=N)"
+        )
+    if private.examples is None:
+        return
+    if not sampler.clients_draw:
+        raise ConfigError(
+            f"DPSGD(examples={private.examples}) counts on each example being drawn for a step by chance, which "
+            f"{name} does not do: use PoissonGlobalSampler, or leave examples out"
+        )
+    if getattr(sampler, "repeatable", False):
+        raise ConfigError(
+            "clients know the seed, and would know how many examples of others are in a step: with private, "
+            "PoissonGlobalSampler(repeatable=False)"
+        )
+    if most_positions(parts.values()):
+        raise ConfigError(
+            "what goes back to clients is as long as the longest text of a step, which tells who is in it: with "
+            "DPSGD(examples=...) all rows must be of one length"
+        )
 
 
 def check_usable(bound: float | None, failures: Mapping[int, Failure]) -> None:
@@ -123,14 +152,18 @@ class Spending:
     def __init__(self, private: DPSGD | None) -> None:
         self._private = private
         self._rounds = 0 if private is None else private.spent_rounds
+        drawn = private is not None and private.examples is not None
+        self._steps = Counter(private.steps(self._rounds) if private is not None and drawn else {})  # by their rate
 
-    def begin(self, examples: int) -> None:
+    def begin(self, examples: int, steps: int) -> None:
         """Count a round that begins, whether or not it comes to its end.
 
         Parameters
         ----------
         examples : int
             In all.
+        steps : int
+            That are planned.
 
         Raises
         ------
@@ -145,12 +178,18 @@ class Spending:
                 f"{self._private.delta:g}: DPSGD(delta={_tenth(examples):g}), say"
             )
         self._rounds += 1
+        if (expected := self._private.examples) is not None:
+            self._steps[self._private.batch_size / examples] += steps
+            if expected != examples:
+                text = "private was made for %d examples, the clients hold %d: epsilon is told for these"
+                log.warning(text, expected, examples)
 
     def told(self, record: RoundRecord) -> RoundRecord:
         """Return a round's record with the epsilon of all rounds so far, and tell it."""
         if self._private is None:
             return record
-        epsilon, text = self._private.epsilon(self._rounds), "round %d  differential privacy of the model: "
+        drawn, text = self._private.examples is not None, "round %d  differential privacy of the model: "
+        epsilon = self._private.epsilon_of_steps(self._steps) if drawn else self._private.epsilon(self._rounds)
         if not math.isfinite(epsilon):
             log.warning(text + "none, there is too little noise", record.round)
             return record

@@ -172,6 +172,11 @@ def check_secure(
         raise ConfigError(f"{with_it}, method {method.name!r} adds up what clients keep for a round: use another")
     if isinstance(sampler, TurnsSampler):
         raise ConfigError(f"{with_it}, with method {method.name!r} a step is of one client: use another")
+    if sampler.clients_draw:
+        raise ConfigError(
+            f"{with_it}, and small steps are joined; {type(sampler).__name__} has steps of any size, and who gives a "
+            "sum together is told how many examples each has in it: use another"
+        )
     if not streams.sum_gradients:
         raise ConfigError(f"{with_it}: it cannot have them one by one, leave sum_gradients=True in stream_options")
     return options

@@ -95,6 +95,10 @@ class StepRunner:
         """
         attempt, summary = Attempt(orders), self._summary
         self._attempt = attempt
+        if not len(orders):
+            attempt.skipped, attempt.noise = "empty", self.backend.commit_nothing()
+            log.info("step %d is empty: no example was drawn", orders.step)
+            return attempt
         if len(orders) < self.least:
             attempt.clients, attempt.skipped = tuple(orders.clients.tolist()), "too few clients"
             text = "step %d is left out: %d clients in it, sums are of %d at least"

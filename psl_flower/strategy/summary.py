@@ -48,7 +48,7 @@ class RunSummary:
     steps_recomputed : int
         Times a step's forward and backward pass was repeated, without a client lost before its own backward pass.
     steps_skipped, examples_skipped : int
-        Steps left out because they were not finite.
+        Steps left out because they were not finite, or empty.
     examples_redone : int
         Examples that had to be asked for again.
     examples_unseen : dict of int to int

@@ -5,7 +5,7 @@ import pytest
 from psl_flower import samplers
 from psl_flower.errors import ConfigError
 from psl_flower.samplers import make_sampler
-from psl_flower.samplers.registry import SAMPLERS
+from psl_flower.samplers.registry import NAMED
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,7 @@ from psl_flower.samplers.registry import SAMPLERS
         ("lds", "latent-dirichlet", samplers.LatentDirichletSampler),
         ("lb", "latency-budgeted", samplers.LatencyBudgetedSampler),
         ("aligned", "aligned", samplers.AlignedSampler),
+        ("poisson", "poisson-global", samplers.PoissonGlobalSampler),
     ],
 )
 def test_short_and_long_names(short, long, cls):
@@ -28,7 +29,7 @@ def test_short_and_long_names(short, long, cls):
 
 def test_every_exported_sampler_has_a_name():
     exported = {getattr(samplers, name) for name in samplers.__all__ if name.endswith("Sampler")} - {samplers.Sampler}
-    assert exported == set(SAMPLERS.values())
+    assert exported == set(NAMED.values())
 
 
 def test_options_reach_the_sampler():
