@@ -28,6 +28,7 @@ from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.client.recipe import NotBuiltError
+from psl_flower.client.watching import Watch, check_frozen
 from psl_flower.data import PadTexts, join_batches
 from psl_flower.data.batch import Batch, checksum, checksums
 from psl_flower.devices import reseed, seeded
@@ -257,7 +258,11 @@ class _Work:
             return context, stage.function(self.method, context, **inputs)
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
-            joined, drawn = self._draw_all(clients, orders, device)
+            watch = Watch(device) if request.kept else None
+            seed = partial(reseed, device=device) if watch is None else watch.reseed
+            joined, drawn = self._draw_all(clients, orders, seed)
+            if watch is not None:
+                watch.check("the data set draws random numbers: turn augmentation off")
             secrets = [self.state.secret(node) for node in request.nodes]
             tags = batch_tags(drawn, orders, secrets)
             defending = Defending()
@@ -267,7 +272,10 @@ class _Work:
             private = self.state.private
             bound = None if private is None else private.bound(len(self.method.parts))
             context = ClientContext(
-                clients, self._parts(), orders, joined, self.state.loss, own, defending=defending, bound=bound
+                *(clients, self._parts(), orders, joined, self.state.loss, own),
+                defending=defending,
+                bound=bound,
+                precision=request.precision,
             )
             if orders.checksums is None:
                 context.checksums = tags
@@ -275,19 +283,32 @@ class _Work:
                 check_tags(tags, orders.checksums, "test data" if orders.test else "training data")
             run = partial(stage.function, self.method, context, joined, **inputs)
             if len(clients) == 1:
-                return context, context.defend(stage, run())
+                given = run()
+                if watch is not None:
+                    watch.check("the part that is run draws random numbers: set its dropout to 0")
+                    check_frozen(context.used)
+                return context, context.defend(stage, given)
             if any(type(client).forward is not SplitClient.forward for client in clients):
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
-            return context, context.defend(stage, self._without_random(device, run))
+            given = self._without_random(device, run)
+            if request.kept:
+                check_frozen(context.used)
+            return context, context.defend(stage, given)
 
     def _draw_all(
-        self, clients: Sequence[SplitClient], orders: Orders, device: torch.device
+        self, clients: Sequence[SplitClient], orders: Orders, seed: Callable[[int], None]
     ) -> tuple[Batch, list[int]]:
-        """Return the clients' batches as one, and the checksum of each; random numbers are each client's own."""
+        """Return the clients' batches as one, and the checksum of each; random numbers are each client's own.
+
+        Parameters
+        ----------
+        seed : callable
+            Seeds the global generators.
+        """
         each = list(orders.each())
         if len(clients) > 1:
             try:
-                found = SplitClient.draw_together(clients, orders, lambda i: reseed(each[i].step_seed(), device))
+                found = SplitClient.draw_together(clients, orders, lambda i: seed(each[i].step_seed()))
             except Exception as exc:  # drawing for each tells whose fault it is
                 log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
                 found = None
@@ -295,7 +316,7 @@ class _Work:
                 return found, checksums(found, orders.counts.tolist())
         batches = []
         for client, order in zip(clients, each, strict=True):
-            reseed(order.step_seed(), device)
+            seed(order.step_seed())
             batches.append(self._draw(client, order))
         drawn = [checksum(batch) for batch in batches]  # before padding, which depends on the company
         return _join(batches, clients[0].padding), drawn
