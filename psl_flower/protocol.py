@@ -19,6 +19,7 @@ from psl_flower import tree
 from psl_flower.errors import ProtocolError
 from psl_flower.failures import Failure
 from psl_flower.orders import Orders, WorkOrder
+from psl_flower.precision import FULL
 from psl_flower.privacy import Company
 from psl_flower.seeds import PutOff, client_epoch_rng, step_seed
 from psl_flower.tree import Tree
@@ -113,6 +114,10 @@ class Request:
         To describe: names the run that a key is made for; empty without secure aggregation.
     company : Company, optional
         Who gives the sums together, where they are masked.
+    kept : bool
+        Whether what comes is kept by example, so that it must depend on nothing but the example and frozen weights.
+    precision : str
+        In which the clients' parts compute, one of `psl_flower.precision.PRECISIONS`.
     config, evaluate_config : dict
         The strategy's `train_config`, and what comes on top in evaluation.
     """
@@ -127,6 +132,8 @@ class Request:
     label_counts: bool = False
     session: str = ""
     company: Company | None = None
+    kept: bool = False
+    precision: str = FULL
     config: Config = field(default_factory=dict)
     evaluate_config: Config = field(default_factory=dict)
 

@@ -42,6 +42,7 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         transport=config.transport,
         stream_options=config.stream_options(),
         device=config.device,
+        precision=config.precision,
         min_available_nodes=config.min_available_nodes,
         evaluate_every=config.evaluate_every,
         faults=config.fault_policy(),

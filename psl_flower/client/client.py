@@ -162,8 +162,7 @@ class SplitClient:
             held = 0 if self.test is None else len(self.test)
             if order.count > held - len(order.left_out) - order.start:
                 raise ProtocolError(f"asked for {order.count} test examples from {order.start} on, of {held}")
-            readable: IntArray = np.setdiff1d(np.arange(held), order.left_out)
-            return readable[order.start : order.start + order.count]
+            return order.order_of(held)[order.start : order.start + order.count]
         if order.drawing is not None:
             return self._drawn(order)
         if order.class_starts is None or order.class_counts is None:

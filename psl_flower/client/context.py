@@ -18,6 +18,7 @@ from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
 from psl_flower.methods.base import Stage
 from psl_flower.origin import place, where
+from psl_flower.precision import FULL, computing, widened
 from psl_flower.privacy.per_example import clipped_sum, finite_rows
 from psl_flower.protocol import Orders
 from psl_flower.server import WeightedLoss
@@ -44,6 +45,8 @@ class BoundPart:
         Of the batch's texts: what the server gives back is as long as the longest of the step.
     used : dict
         The part is entered, by its name, when it is run.
+    precision : str
+        In which it computes.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class BoundPart:
         bound: float | None = None,
         length: int | None = None,
         used: dict[str, ClientPart],
+        precision: str = FULL,
     ) -> None:
-        self._used = used
+        self._used, self._precision = used, precision
         self._part, self._client, self._training, self._loss = part, client, training, loss
         self._defending, self._bound, self._length = defending, bound, length
         self._ran: tuple[Tree, Any] = (None, None)  # inputs and outputs
@@ -87,12 +91,16 @@ class BoundPart:
                 shown = ", ".join(f"{t.dtype} {tuple(t.shape[1:])}" for t in tree.leaves(moved))
                 raise ConfigError(f"{self._part.called} failed on rows of {shown}: {where(exc)}") from exc
         if self._training:  # only now: a module that keeps a state was refused for that
-            self._part.check_rows(run, moved)
+            self._part.check_rows(partial(self._own_forward, module), widened(moved, self._precision))
             self._ran = (moved, outputs)
         return outputs
 
+    def _forward(self, module: nn.Module, inputs: Tree) -> Any:
+        with computing(self._precision, self._part.device):
+            return self._own_forward(module, inputs)
+
     @property
-    def _forward(self) -> Callable[[Any, Tree], Any]:
+    def _own_forward(self) -> Callable[[Any, Tree], Any]:
         return _run if self._client is None else self._client.forward
 
     def loss(self, inputs: Tree, target: Tree) -> WeightedLoss:
@@ -100,7 +108,7 @@ class BoundPart:
         if self._loss is None:
             raise ConfigError(f"the loss of the {self._part.name} is not known on this client")
         outputs, rows = self._run(inputs), tree.rows(target, "target")
-        with torch.set_grad_enabled(self._training):
+        with torch.set_grad_enabled(self._training), computing(self._precision, self._part.device):
             found = self._loss(outputs, target, rows, self._part.device)
             if self._bound is not None and self._training:
                 found, self._of_examples = self._loss.each(outputs, target, rows, found, self._part.device)
@@ -201,6 +209,8 @@ class ClientContext:
         What the clients do to what leaves them.
     bound : float, optional
         Largest norm of one example's gradient of one part.
+    precision : str
+        In which the parts compute.
 
     Attributes
     ----------
@@ -211,6 +221,8 @@ class ClientContext:
     training : bool
     batch : Batch
         Of all of them, in their order.
+    used : dict of str to ClientPart
+        The parts that the stages of the step have run so far.
     """
 
     def __init__(
@@ -224,11 +236,12 @@ class ClientContext:
         keep: Callable[[ClientPart], None] | None = None,
         defending: Defending | None = None,
         bound: float | None = None,
+        precision: str = FULL,
     ) -> None:
-        self._client, self._shared = clients[0], parts
+        self._client, self._shared, self._precision = clients[0], parts, precision
         self._own, self._keep = own or {}, keep
         self.defending = defending or Defending()
-        self._used: dict[str, ClientPart] = {}  # by the stages of the step so far
+        self.used: dict[str, ClientPart] = {}
         first = next(iter(parts))
         self._length = None if batch is None else text_length(batch.inputs)
         self._parts = {
@@ -240,7 +253,8 @@ class ClientContext:
                 defending=self.defending,
                 bound=bound,
                 length=self._length,
-                used=self._used,
+                used=self.used,
+                precision=precision,
             )
             for name, part in parts.items()
         }
@@ -272,7 +286,8 @@ class ClientContext:
             client=self._client,
             defending=self.defending,
             length=self._length,
-            used=self._used,
+            used=self.used,
+            precision=self._precision,
         )
         return BoundOwn(kept, run, int(self.counts.sum()))
 
@@ -283,7 +298,7 @@ class ClientContext:
 
     def _weights(self) -> bytes:
         """Return a digest of the weights that were run with: of another part's, what leaves does not depend on."""
-        return b"".join(self._used[name].digest() for name in sorted(self._used))
+        return b"".join(self.used[name].digest() for name in sorted(self.used))
 
     def num_bytes(self) -> int:
         """Return the bytes of what is kept: a lower bound of what the graphs hold."""

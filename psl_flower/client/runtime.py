@@ -28,6 +28,7 @@ from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
 from psl_flower.client.recipe import NotBuiltError
+from psl_flower.client.watching import Watch, WatchedSeeds, check_frozen
 from psl_flower.data import PadTexts, Seeds, join_batches
 from psl_flower.data.batch import Batch, checksum, checksums
 from psl_flower.devices import reseed, seeded
@@ -259,7 +260,12 @@ class _Work:
             check_drawing(self.state.private, orders)
         device = next(iter(self._parts().values())).device
         with seeded(0, device):  # puts the generators back once, not once a client
-            joined, drawn = self._draw_all(clients, orders, device)
+            watch = Watch(device) if request.kept else None
+            seeds = orders.step_seeds()
+            seed = Seeds(seeds, device) if watch is None else WatchedSeeds(seeds, device, watch)
+            joined, drawn = self._draw_all(clients, orders, seed)
+            if watch is not None:
+                watch.check("the data set draws random numbers: turn augmentation off")
             secrets = [self.state.secret(node) for node in request.nodes]
             tags = batch_tags(drawn, orders, secrets)
             defending = Defending()
@@ -269,7 +275,10 @@ class _Work:
             private = self.state.private
             bound = None if private is None else private.bound(len(self.method.parts))
             context = ClientContext(
-                clients, self._parts(), orders, joined, self.state.loss, own, defending=defending, bound=bound
+                *(clients, self._parts(), orders, joined, self.state.loss, own),
+                defending=defending,
+                bound=bound,
+                precision=request.precision,
             )
             if orders.checksums is None:
                 context.checksums = tags
@@ -278,16 +287,20 @@ class _Work:
                 check_tags(tags, orders.checksums, data, by_secret=by_secret and not orders.test)
             run = partial(stage.function, self.method, context, joined, **inputs)
             if len(clients) == 1:
-                return context, context.defend(stage, run())
+                given = run()
+                if watch is not None:
+                    watch.check("the part that is run draws random numbers: set its dropout to 0")
+                    check_frozen(context.used)
+                return context, context.defend(stage, given)
             if any(type(client).forward is not SplitClient.forward for client in clients):
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
-            return context, context.defend(stage, self._without_random(device, run))
+            given = self._without_random(device, run)
+            if request.kept:
+                check_frozen(context.used)
+            return context, context.defend(stage, given)
 
-    def _draw_all(
-        self, clients: Sequence[SplitClient], orders: Orders, device: torch.device
-    ) -> tuple[Batch, list[int]]:
+    def _draw_all(self, clients: Sequence[SplitClient], orders: Orders, seed: Seeds) -> tuple[Batch, list[int]]:
         """Return the clients' batches as one, and the checksum of each; random numbers are each client's own."""
-        seed = Seeds(orders.step_seeds(), device)
         if len(clients) > 1:
             try:
                 found = SplitClient.draw_together(clients, orders, seed)

@@ -20,6 +20,7 @@ from psl_flower.exchange.streams.options import WIRE_DTYPES, StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS
 from psl_flower.faults import JOIN, NON_FINITE_LOSS, FaultPolicy
 from psl_flower.methods import METHODS
+from psl_flower.precision import PRECISIONS
 from psl_flower.privacy import DPSGD
 from psl_flower.privacy.defences import DEFENCES, parse_defences
 from psl_flower.samplers.base import Sampler
@@ -194,6 +195,9 @@ class RunConfig:
 
     device: str = key(
         "auto", "Where the server half computes: auto, or a torch device such as cuda:0", section="Machine and output"
+    )
+    precision: Annotated[str, OneOf(PRECISIONS)] = key(
+        "full", "How all parts compute: in the weights' own precision, or under autocast to bfloat16"
     )
     threads: int = key(
         0,

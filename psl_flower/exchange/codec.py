@@ -29,6 +29,7 @@ from psl_flower.exchange.orders import decode_company, decode_orders, encode_com
 from psl_flower.exchange.tensors import Packer, Unpacker
 from psl_flower.failures import Failure
 from psl_flower.failures import Kind as FailureKind
+from psl_flower.precision import PRECISIONS
 from psl_flower.privacy.company import KEY_BYTES
 from psl_flower.protocol import (
     DESCRIBE,
@@ -96,6 +97,8 @@ def encode_request(request: Request, number: int, *, sent: Sent, wire_dtype: str
         "label-counts": request.label_counts,
         "delays": request.delays,
         "session": request.session,
+        "kept": request.kept,
+        "precision": request.precision,
         "company": None if request.company is None else encode_company(request.company, packer),
         "orders": None if request.orders is None else encode_orders(request.orders, packer),
         "weights": {part: _encode_weights(part, each, packer, sent) for part, each in request.weights.items()},
@@ -125,6 +128,8 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
     delays = tuple(seconds_of(delay, MAX_DELAY) for delay in field(header, "delays", list))
     if delays and len(delays) != len(nodes):
         raise ProtocolError(f"expected {len(nodes)} delays, got {len(delays)}")
+    if (precision := field(header, "precision", str)) not in PRECISIONS:
+        raise ProtocolError(f"this client computes in {' or '.join(PRECISIONS)}, not in {precision!r:.80}")
     weights = {
         part: _decode_weights(part, each, unpacker, store)
         for part, each in limited(field(header, "weights", dict), MAX_PARTS).items()
@@ -140,6 +145,8 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
         label_counts=field(header, "label-counts", bool),
         session=field(header, "session", str),
         company=company,
+        kept=field(header, "kept", bool),
+        precision=precision,
         config=decode_config(header, "config"),
         evaluate_config=decode_config(header, "evaluate-config"),
     )

@@ -44,8 +44,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_EXPONENT = 12  # of scaled float16 values: far from the end of the range, so that nothing rounds to infinity
-_REDUCIBLE = (torch.float32, torch.float64)
 _CASTS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_WIDTHS = {"float32": 8, "int8": 1, **{name: dtype.itemsize for name, dtype in _CASTS.items()}}
 
 # torch warns once per process that a tensor over immutable bytes must not be written to; none of ours is.
 with warnings.catch_warnings():
@@ -94,7 +94,7 @@ class Packer:
 
     def _tensor(self, tensor: Tensor, reduce: bool) -> dict[str, Any]:
         spec: dict[str, Any] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape)}
-        if not reduce or self._wire_dtype == "float32" or tensor.dtype not in _REDUCIBLE or not tensor.numel():
+        if not reduce or not _reducible(tensor.dtype, self._wire_dtype) or not tensor.numel():
             self.buffers.append([raw_bytes(tensor)])
             return spec
         return {**spec, "wire": self._wire_dtype, **self._reduce(tensor)}
@@ -183,7 +183,7 @@ class Unpacker:
         if wire is None:
             return from_raw_bytes(name, shape, self._next())
         dtype = from_raw_bytes(name, (0,), b"").dtype
-        if dtype not in _REDUCIBLE or not math.prod(shape):
+        if not _reducible(dtype, str(wire)) or not math.prod(shape):
             raise ProtocolError(f"tensors of {name} {shape} do not travel as {wire!r:.80}")
         if wire == "int8":
             values = from_raw_bytes("int8", shape, self._next())
@@ -206,6 +206,11 @@ class Unpacker:
             raise ProtocolError("the frame holds fewer buffers than its header describes")
         self.num_bytes += len(pieces[0])
         return pieces[0]
+
+
+def _reducible(dtype: torch.dtype, wire_dtype: str) -> bool:
+    """Return whether tensors travel in fewer bits than they have."""
+    return dtype.is_floating_point and _WIDTHS.get(wire_dtype, 8) < dtype.itemsize
 
 
 def _scaled(tensor: Tensor, exponent: int) -> Tensor:

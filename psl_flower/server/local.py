@@ -6,7 +6,7 @@ import copy
 import logging
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from psl_flower import tree
 from psl_flower.errors import ConfigError
 from psl_flower.origin import where
+from psl_flower.precision import FULL, computing, widened
 from psl_flower.privacy import DPSGD
 from psl_flower.protocol import Weights
 from psl_flower.server.loss import Loss
@@ -52,6 +53,8 @@ class LocalBackend:
         Differential privacy of the model.
     noise_on_clients : bool
         Whether clients add its noise to their sums themselves.
+    precision : str
+        In which all parts compute, see `psl_flower.precision`.
     """
 
     def __init__(
@@ -66,10 +69,11 @@ class LocalBackend:
         order: Iterable[str],
         private: DPSGD | None = None,
         noise_on_clients: bool = False,
+        precision: str = FULL,
     ) -> None:
         self.parts = {name: part.to(device) for name, part in parts.items()}
         self.device, self.loss, self.classification = device, loss, classification
-        self.reduction = Reduction()
+        self.reduction, self.precision = Reduction(), precision
         self._private = private
         self.bound = None if private is None else private.bound(len(parts))
         self.longest = most_positions(parts.values())  # that rows may be, where they may differ in length; else 0
@@ -208,6 +212,10 @@ class LocalBackend:
         self.commit({name: {} for name in self.parts})
         return True
 
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return what forward passes and losses run in."""
+        return computing(self.precision, self.device)
+
     @property
     def rate(self) -> float:
         """What a schedule has made of the learning rate so far, as a factor."""
@@ -279,7 +287,7 @@ class LocalBackend:
         if self._seen_apart:
             return
         try:
-            mixing = find_mixing(run, inputs, module=module, who="the server half")
+            mixing = find_mixing(run, widened(inputs, self.precision), module=module, who="the server half")
         except CannotTellError:
             return  # another batch may tell
         if mixing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -50,6 +50,9 @@ class Backend(Protocol):
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return what forward passes and losses run in."""
 
     def tell_once(self, sentence: str) -> None:
         """Warn of something that holds for every batch."""
@@ -148,7 +151,7 @@ class ServerPart:
                 back = self._backward([found.mean], None, leaves)
             else:
                 rows = tree.rows(leaves, "activations")
-                with self._told(leaves, labels):
+                with self._told(leaves, labels), backend.computing():
                     found, given = example_gradients(backend.loss, outputs, labels, rows, found)
                 share = rows / backend.divisor(rows)
                 given = {at: share * gradient for at, gradient in given.items()} if share != 1 else given
@@ -195,7 +198,7 @@ class ServerPart:
         if bound is None:
             return back
         self._backend.check_rows(partial(_run, self.module), received, self.module)
-        clipped = clipped_sum(_run, self.module, received, given, bound, who="the server half")
+        clipped = clipped_sum(self._cast_run, self.module, received, given, bound, who="the server half")
         return Gradients(tree.map_leaves(finite_rows, back.gradient), dict(clipped))
 
     def _backward(self, roots: list[Tensor], weights: list[Tensor] | None, received: Tree) -> Gradients:
@@ -208,12 +211,17 @@ class ServerPart:
         return Gradients(gradient, {name: p.grad for name, p in self.module.named_parameters() if p.requires_grad})
 
     def _run(self, inputs: Tree, rows: int) -> Any:
-        return run_on_batch(self.module, inputs if isinstance(inputs, tuple) else (inputs,), rows)
+        with self._backend.computing():
+            return run_on_batch(self.module, inputs if isinstance(inputs, tuple) else (inputs,), rows)
+
+    def _cast_run(self, module: nn.Module, inputs: Tree) -> Any:
+        with self._backend.computing():
+            return _run(module, inputs)
 
     def _finish(self, inputs: Tree, labels: Any) -> tuple[Any, WeightedLoss]:
         """Return the outputs, and what the loss makes of them."""
         rows, backend = tree.rows(inputs, "activations"), self._backend
-        with self._told(inputs, labels):
+        with self._told(inputs, labels), backend.computing():
             outputs = self._run(inputs, rows)
             found = weighted(
                 backend.loss, outputs, labels, rows, classify=backend.classification, reduction=backend.reduction

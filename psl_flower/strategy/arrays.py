@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from flwr.app import ArrayRecord
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from psl_flower.checks import check_choice
 from psl_flower.errors import ConfigError
+from psl_flower.server import load_known
 
 _PREFIXES = "module.", "_orig_mod."  # of DataParallel and torch.compile
 
@@ -62,3 +63,18 @@ def state_to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Return a state dict as arrays; bfloat16, which Flower's arrays lack, as the float32 of the same value."""
     tensors = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in state.items()}
     return ArrayRecord(tensors)
+
+
+def with_state(parts: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Return the parts of a model with the values that a state dict has of them; the rest keeps its own."""
+    for part in parts.values():
+        load_known(part, state)
+    return dict(parts)
+
+
+def sizes(parts: Iterable[nn.Module], on_clients: Iterable[nn.Module]) -> str:
+    """Return how many parameters a model's parts have on the client, and how many on the server."""
+    theirs = {p for part in on_clients for p in part.parameters()}
+    here = {p for part in parts for p in part.parameters()} - theirs
+    counts = [sum(p.numel() for p in some) for some in (theirs, here)]
+    return f"{counts[0]:,} parameters on the client, {counts[1]:,} on the server"

@@ -22,6 +22,7 @@ from psl_flower.protocol import Kind as LeafKind
 from psl_flower.server import SUMMED, LocalBackend, NothingCountsError, Outcome, PartCopy, ServerPart
 from psl_flower.strategy.attempt import Attempt, LostClientsError, TooFewError
 from psl_flower.strategy.gathering import gather
+from psl_flower.strategy.kept import KeptRows, is_kept
 from psl_flower.strategy.secure import SecureSums, check_given_alike
 from psl_flower.tree import Tree
 
@@ -51,6 +52,8 @@ class Asking:
         Returns the clients' public keys, by client.
     texts : bool
         Whether rows may differ in length.
+    kept : KeptRows, optional
+        What clients are not asked for again.
     """
 
     exchange: Exchange
@@ -62,6 +65,7 @@ class Asking:
     secure: SecureSums | None = None
     keys: Callable[[], Mapping[int, bytes]] = dict
     texts: bool = False
+    kept: KeptRows | None = None
 
 
 class CallContext:
@@ -159,11 +163,24 @@ class CallContext:
             delays=tuple(self._delays.get(c, 0.0) for c in clients) if first and self._delays else (),
             separate=self._asking.separate or (each and size * len(orders) <= _MOST_SEPARATE),
             company=company,
+            precision=self.backend.precision,
             config=self._asking.config,
             evaluate_config=self._asking.evaluate_config if orders.test else {},
         )
 
     def _ask(self, stage: Stage, request: Request) -> tuple[list[Part], dict[int, Failure]]:
+        """Return what clients give, or gave before and is kept, and what is wrong with those that give nothing."""
+        kept, orders = self._asking.kept, request.orders
+        if kept is None or orders is None or not is_kept(stage):
+            return self._ask_all(stage, request)
+        there, missing, examples = kept.find(stage, orders, self._weights.values())
+        if not missing:
+            return there, {}
+        parts, failures = self._ask_all(stage, replace(request.take(missing), kept=True))
+        kept.put(stage, orders, examples, parts)
+        return there + parts, failures
+
+    def _ask_all(self, stage: Stage, request: Request) -> tuple[list[Part], dict[int, Failure]]:
         reply = self._asking.exchange(request)
         expected = {name: weights.parameters for name, weights in self._weights.items()}
         checked = self._asking.validator.check(stage, request, reply, expected)

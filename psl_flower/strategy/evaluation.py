@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from flwr.app import MetricRecord
+from flwr.serverapp.strategy import Result
 
 from psl_flower.errors import LabelError, StepError
 from psl_flower.exchange.validation import Validator
@@ -19,7 +20,9 @@ from psl_flower.protocol import Config, Orders
 from psl_flower.server import LocalBackend, Outcome, Scores
 from psl_flower.strategy.attempt import LostClientsError, TooFewError
 from psl_flower.strategy.context import Asking, EvaluationContext
+from psl_flower.strategy.evaluate_fn import shown
 from psl_flower.strategy.gathering import by_client
+from psl_flower.strategy.kept import KeptRows
 from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.secure import SecureSums
 from psl_flower.strategy.summary import RunSummary
@@ -49,6 +52,8 @@ class Evaluator:
         The user's own, see `psl_flower.server.Scores`.
     secure : SecureSums, optional
         Where clients mask their sums. A batch that loses a client is not evaluated then.
+    kept : KeptRows, optional
+        What clients are asked for once.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Evaluator:
         policy: FaultPolicy,
         metrics: Mapping[str, Any] | None = None,
         secure: SecureSums | None = None,
+        kept: KeptRows | None = None,
     ) -> None:
         self._method, self._backend, self._membership, self._secure = method, backend, membership, secure
         self._batch_size, self._summary, self._policy, self._metrics = batch_size, summary, policy, metrics
@@ -77,6 +83,7 @@ class Evaluator:
             secure=secure,
             keys=membership.clients.keys,
             texts=backend.longest > 0,
+            kept=kept,
         )
 
     def evaluate(self) -> MetricRecord | None:
@@ -175,3 +182,24 @@ class Evaluator:
                 break  # the others have given their sums, and do so once
             orders = orders.take(np.flatnonzero(~np.isin(orders.clients, list(failures))))
         return None, failures
+
+
+def evaluate_in_clients(
+    evaluator: Evaluator, name: Callable[[int], str], server_round: int, result: Result, *, due: bool
+) -> dict[str, Any]:
+    """Evaluate on the clients' test data after a round, if it is due; return the metrics, which the result has, too.
+
+    Parameters
+    ----------
+    name : callable
+        Returns what a client is called.
+    """
+    if not due:
+        return {}
+    with StepError.located(f"round {server_round}, evaluation", name):
+        metrics = evaluator.evaluate()
+    if metrics is None:
+        return {}
+    result.evaluate_metrics_clientapp[server_round] = metrics
+    log.info("round %d  clients' test data: %s", server_round, shown(metrics))
+    return dict(metrics)

@@ -23,6 +23,7 @@ from psl_flower.strategy.context import (
     StepContext,
 )
 from psl_flower.strategy.gathering import by_client
+from psl_flower.strategy.kept import KeptRows
 from psl_flower.strategy.private import check_usable
 from psl_flower.strategy.secure import SecureSums
 from psl_flower.strategy.summary import RunSummary
@@ -49,6 +50,8 @@ class StepRunner:
         Told what went wrong and what took how long.
     secure : SecureSums, optional
         Where clients mask their sums.
+    kept : KeptRows, optional
+        What clients are asked for once.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class StepRunner:
         config: Config,
         summary: RunSummary,
         secure: SecureSums | None = None,
+        kept: KeptRows | None = None,
     ) -> None:
         self.method, self.backend, self.clients, self.secure = method, backend, clients, secure
         self._policy, self._timeout, self._summary = policy, timeout, summary
@@ -77,6 +81,7 @@ class StepRunner:
             secure=secure,
             keys=clients.keys,
             texts=backend.longest > 0,
+            kept=kept,
         )
         self._committed = False  # a step, in this process
 

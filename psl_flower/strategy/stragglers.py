@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from psl_flower.batch_plan import PlanStep
 from psl_flower.errors import ConfigError
@@ -50,6 +51,10 @@ class Stragglers:
             self.simulated = self.planned
         if self.sleep and self.simulated is None:
             raise ConfigError("sleep=True needs simulated_delays to wait for")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what of a run's settings is about delays, by the names of the strategy's arguments."""
+        return {"delays": self.planned, "simulated_delays": self.simulated, "sleep": self.sleep}
 
     def known_of(self, population: Population) -> Population:
         """Return a population with the delays that a sampler plans with."""

@@ -19,7 +19,7 @@ from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import FOLDER as CHECKPOINTS
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
-from psl_flower.errors import ConfigError, StepError
+from psl_flower.errors import ConfigError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
@@ -28,18 +28,20 @@ from psl_flower.flower import is_deployment, stopped_by_flower
 from psl_flower.last_word import last_word
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.monitor import round_values
+from psl_flower.precision import FULL, check_precision
 from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
-from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, load_known, make_scheduler
+from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, make_scheduler
 from psl_flower.server.optimizer import check_optimizer_fn, sgd
 from psl_flower.split import check_client_half, cut_model, signature
 from psl_flower.stragglers import DelayModel
-from psl_flower.strategy.arrays import arrays_to_state, kept_state, state_to_arrays
-from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server, shown
-from psl_flower.strategy.evaluation import Evaluator
+from psl_flower.strategy.arrays import arrays_to_state, kept_state, sizes, state_to_arrays, with_state
+from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server
+from psl_flower.strategy.evaluation import Evaluator, evaluate_in_clients
 from psl_flower.strategy.exchanging import ExchangingStrategy
 from psl_flower.strategy.folder import FolderLock, set_aside
+from psl_flower.strategy.kept import KeptRows, check_cache
 from psl_flower.strategy.labels import LabelCounts, check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
 from psl_flower.strategy.membership import Membership
@@ -59,6 +61,7 @@ log = logging.getLogger("flwr.psl_flower")
 _SETTINGS = (
     *("cut", "tail", "sampler", "transport", "stream_options", "min_available_nodes", "evaluate_every", "label_counts"),
     *("evaluate_batch_size", "faults", "checkpoint_every", "keep_checkpoints", "secure_aggregation", "private"),
+    *("precision", "cache_activations", "loss", "classification"),
 )
 
 
@@ -110,6 +113,9 @@ class ParallelSplitLearning(ExchangingStrategy):
         Where the ServerApp listens for streams and in which precision tensors travel.
     device : str
         "auto" (the first GPU if there is one) or a torch device, for the server half.
+    precision : str
+        "full": that of the weights; "bf16": torch.autocast to bfloat16, on the server and the clients, with weights in
+        float32. What crosses the cut in bfloat16 then has half the bytes.
     min_available_nodes : int
         Nodes to wait for at the start of every round.
     secure_aggregation : bool or SecureAggregation
@@ -122,6 +128,9 @@ class ParallelSplitLearning(ExchangingStrategy):
     state : str
         "all", or "trainable": `start` takes and returns, and checkpoints hold, all but the frozen parameters, which are
         those of `model`.
+    cache_activations : bool
+        Whether the server keeps what a frozen head makes of each example, in its memory, and asks clients once for it.
+        Exact; refused where the head trains, or dropout or augmentation would make it another one each time.
     evaluate_every : int
         Rounds between two split evaluations on the clients' test data; 0 for none.
     evaluate_batch_size : int
@@ -166,11 +175,13 @@ class ParallelSplitLearning(ExchangingStrategy):
         transport: str = "auto",
         stream_options: StreamOptions | None = None,
         device: str = "auto",
+        precision: str = FULL,
         min_available_nodes: int = 2,
         secure_aggregation: SecureAggregation | bool = False,
         private: DPSGD | None = None,
         label_counts: LabelCounts = None,
         state: str = "all",
+        cache_activations: bool = False,
         evaluate_every: int = 1,
         evaluate_batch_size: int = 1024,
         faults: FaultPolicy | None = None,
@@ -200,8 +211,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
         self.resume_from = resume_from
         check_checkpoints(self.method, checkpoint_every, keep_checkpoints, resume_from, output_dir)
-        self._optimizer, self._scheduler, self._loss = optimizer, scheduler, loss
-        self._classification, self._metrics = classification, check_metrics(metrics or {})
+        self._optimizer, self._scheduler, self.loss = optimizer, scheduler, loss
+        self.classification, self._metrics = classification, check_metrics(metrics or {})
         self._device, self._callbacks = pick_device(device), tuple(callbacks)
         CallbackGroup(self._callbacks)  # refuses what is none
         self._output_dir, self._run_config = output_dir, dict(run_config or {})
@@ -209,12 +220,14 @@ class ParallelSplitLearning(ExchangingStrategy):
         check_labels_stay(self.method, self.sampler, loss, classification, self._metrics, label_counts)
         self._halves = cut_model(model, cut, tail)
         parts = self.method.assign(self._halves.parts)  # refuses another number of them
+        self.precision = check_precision(precision, parts.values())
         self.private = check_private(
             private, self.method, parts, self.sampler, self.faults, resume_from, self.secure_aggregation, streams
         )
         self._spending = Spending(self.private)
         for part in self._client_parts():
             check_client_half(part)
+        self.cache_activations = check_cache(cache_activations, self.method, parts, self.sampler, streams)
         self._template = kept_state(model, state)
         self._parameter_order = [name for name, _ in model.named_parameters()]
 
@@ -320,6 +333,7 @@ class ParallelSplitLearning(ExchangingStrategy):
             )
             summary = RunSummary()
             shared: dict[str, Any] = {"policy": policy, "config": config, "summary": summary, "secure": secure}
+            shared["kept"] = KeptRows.of(membership.clients, self._halves) if self.cache_activations else None
             run = Run(
                 backend=backend,
                 membership=membership,
@@ -372,10 +386,11 @@ class ParallelSplitLearning(ExchangingStrategy):
                     record = loop.train(server_round)
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
-                    in_clients = self._evaluate_in_clients(run, server_round, result)
+                    due = bool(self.evaluate_every) and server_round % self.evaluate_every == 0
+                    in_clients = evaluate_in_clients(run.evaluator, run.membership.name, server_round, result, due=due)
                     on_server, stop = evaluate_on_server(evaluate_fn, server_round, result.arrays, result, summary)
                     record = replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server)
-                    scheduler.on_round(round_values(record), evaluated=self._evaluates(server_round))
+                    scheduler.on_round(round_values(record), evaluated=due)
                     recorder.round(record, run.current_state())
                     recorder.summary(summary.report())  # a process that is killed has none at its end
                     stop = stop or recorder.stopped
@@ -390,39 +405,23 @@ class ParallelSplitLearning(ExchangingStrategy):
         log.info("Finished %d round%s in %s.", num_rounds, "s" * (num_rounds > 1), clock(time.monotonic() - begin))
         return result
 
-    def _evaluates(self, server_round: int) -> bool:
-        return bool(self.evaluate_every) and server_round % self.evaluate_every == 0
-
-    def _evaluate_in_clients(self, run: Run, server_round: int, result: Result) -> dict[str, Any]:
-        if not self._evaluates(server_round):
-            return {}
-        with StepError.located(f"round {server_round}, evaluation", run.membership.name):
-            metrics = run.evaluator.evaluate()
-        if metrics is None:
-            return {}
-        result.evaluate_metrics_clientapp[server_round] = metrics
-        log.info("round %d  clients' test data: %s", server_round, shown(metrics))
-        return dict(metrics)
-
     # --- its parts ---------------------------------------------------------------------------------------------------
     def _client_parts(self) -> list[nn.Module]:
         parts = self.method.assign(self._halves.parts)
         return [parts[name] for name in self.method.client_parts()]
 
     def _backend(self, state: Mapping[str, torch.Tensor]) -> LocalBackend:
-        parts = self.method.assign(self._halves.copied_parts())  # `start` may be called again
-        for part in parts.values():
-            load_known(part, state)
         return LocalBackend(
-            parts,
+            with_state(self.method.assign(self._halves.copied_parts()), state),  # `start` may be called again
             self.method.parts,
             optimizer=self._optimizer,
-            loss=self._loss,
+            loss=self.loss,
             device=self._device,
-            classification=self._classification,
+            classification=self.classification,
             order=self._parameter_order,
             private=self.private,
             noise_on_clients=self.secure_aggregation is not None,
+            precision=self.precision,
         )
 
     def _settings(self, num_rounds: int) -> dict[str, Any]:
@@ -430,21 +429,14 @@ class ParallelSplitLearning(ExchangingStrategy):
             "num_rounds": num_rounds,
             **{name: getattr(self, name) for name in _SETTINGS},
             "method": self.method.name,
-            "loss": self._loss,
-            "classification": self._classification,
-            "delays": self._stragglers.planned,
-            "simulated_delays": self._stragglers.simulated,
-            "sleep": self._stragglers.sleep,
+            **self._stragglers.settings(),
             "device": str(self._device),
             "resume_from": None if self.resume_from is None else str(self.resume_from),
         }
 
     def summary(self) -> None:
         """Log the strategy's configuration."""
-        everything = {p for part in self._halves.parts for p in part.parameters()}
-        on_clients = {p for part in self._client_parts() for p in part.parameters()}
-        sizes = [sum(p.numel() for p in some) for some in (on_clients, everything - on_clients)]
         log.info("Split learning, method %s, transport %s:", self.method.name, self.transport)
         log.info("\t├── Sampler: %r", self.sampler)
-        log.info("\t├── Cut: %s (%s parameters on the client, %s on the server)", self.cut, *(f"{n:,}" for n in sizes))
+        log.info("\t├── Cut: %s (%s)", self.cut, sizes(self._halves.parts, self._client_parts()))
         log.info("\t└── Server half on: %s; at least %d nodes", self._device, self.min_available_nodes)

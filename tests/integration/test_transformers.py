@@ -143,6 +143,25 @@ def test_weights_in_bfloat16():
     assert largest_difference(reference, first) > 0.05
 
 
+def frozen_head():
+    model = gpt2().double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("h.1" in name or "ln_f" in name)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tail", ["lm_head", None])
+def test_activations_of_texts_are_kept_as_long_as_the_texts_are(tail):
+    """The second epoch has other texts in a step, and so another longest one."""
+    one, other = (
+        trained(frozen_head, "transformer.h.1", tail, rounds=2, transport="streams", cache_activations=cache)
+        for cache in (False, True)
+    )
+    assert largest_difference(one.arrays.to_torch_state_dict(), other.arrays.to_torch_state_dict()) < 1e-12
+    assert largest_difference(one.arrays.to_torch_state_dict(), frozen_head().state_dict()) > 1e-3
+
+
 # --- only what trains travels ----------------------------------------------------------------------------------------
 LAYERS = "base_model.model.model.layers"
 

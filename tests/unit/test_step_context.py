@@ -83,7 +83,10 @@ GROUPS = [(30, 0), (20,), (10,)]
 
 def context(clients, *counts, enough=1, kind=StepContext, refused=None, separate=False):
     backend = SimpleNamespace(
-        weights=lambda: {"head": Weights({"w": torch.zeros(1, dtype=torch.float64), "u": torch.zeros(2)}, {}, "v", "c")}
+        precision="full",
+        weights=lambda: {
+            "head": Weights({"w": torch.zeros(1, dtype=torch.float64), "u": torch.zeros(2)}, {}, "v", "c")
+        },
     )
     asking = Asking(
         exchange=clients.exchange,
