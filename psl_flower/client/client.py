@@ -61,6 +61,8 @@ class SplitClient:
 
     # What is taken for the labels of some training examples, by their indices; as they are, where it is None.
     told_labels: Callable[[IntArray, IntArray], IntArray] | None = None
+    # What becomes of the model's outputs for test examples, with their indices, where clients compute them.
+    on_predict: Callable[[Tree, IntArray], Tree] | None = None
 
     # --- to override -------------------------------------------------------------------------------------------------
     def batch(self, dataset: Any, indices: IntArray) -> Any:
