@@ -53,6 +53,7 @@ def split_client_app(
     label_noise: LabelNoise | Callable[..., LabelNoise | None] | None = None,
     defences: Sequence[Defence] | Callable[..., Sequence[Defence]] = (),
     private: DPSGD | Callable[..., DPSGD | None] | None = None,
+    on_predict: Callable[..., Any] | None = None,
     mods: list[Any] | None = None,
 ) -> ClientApp:
     """Make the ClientApp of a split-learning run.
@@ -101,6 +102,10 @@ def split_client_app(
         see `psl_flower.privacy.defences`; ``defences(context)``, if it is callable. The server need not know.
     private : DPSGD or callable, optional
         Differential privacy of the model, as in `ParallelSplitLearning`; ``private(context)``, if it is callable.
+    on_predict : callable, optional
+        ``on_predict(outputs, rows, context)``, for a U shape, where the model's outputs are the clients': told in
+        `ParallelSplitLearning.predict` of the outputs for some test examples, and of their places there, (n,) int64.
+        What it returns goes to the server, a row an example; None: nothing does. A batch may come twice.
     mods : list, optional
         Flower mods around every handler.
 
@@ -121,6 +126,13 @@ def split_client_app(
         raise ConfigError(
             f"with method {method.name!r} clients train a part of the model: pass split_client_app(..., optimizer="
             f"lambda parameters: torch.optim.SGD(parameters, lr=0.1)), got {optimizer!r:.80}"
+        )
+    if on_predict is not None and (
+        not callable(on_predict) or (isinstance(method, SplitMethod) and method.sends_labels())
+    ):
+        raise ConfigError(
+            "on_predict must be a function of (outputs, rows, context), for a model with a tail: without a tail the "
+            f"server has the outputs, and ParallelSplitLearning.predict returns them; got {on_predict!r:.80}"
         )
     if not callable(defences):
         defences = check_defences(defences, method if isinstance(method, SplitMethod) else None)
@@ -143,6 +155,7 @@ def split_client_app(
         secure,
         defences,
         private,
+        on_predict,
     )
     app = ClientApp()
 

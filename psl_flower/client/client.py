@@ -62,6 +62,8 @@ class SplitClient:
 
     # What is taken for the labels of some training examples, by their indices; as they are, where it is None.
     told_labels: Callable[[IntArray, IntArray], IntArray] | None = None
+    # What becomes of the model's outputs for test examples, with their indices, where clients compute them.
+    on_predict: Callable[[Tree, IntArray], Tree] | None = None
 
     # What only this client knows in the run, by which it draws examples where the server leaves that to it.
     secret: Callable[[], Secret] | None = None

@@ -259,7 +259,7 @@ class ClientContext:
             for name, part in parts.items()
         }
         self.kept: dict[str, Any] = {}
-        self.counts: IntArray = orders.counts
+        self._orders, self.counts = orders, orders.counts
         self.training = not orders.test
         self.batch = batch
         self.checksums: IntArray | None = None
@@ -290,6 +290,17 @@ class ClientContext:
             precision=self._precision,
         )
         return BoundOwn(kept, run, int(self.counts.sum()))
+
+    def predicted(self, outputs: Tree) -> Tree:
+        """Return what the client gives of the model's outputs for its batch, which is what its app says."""
+        if self._client.on_predict is None:
+            raise ConfigError(
+                "the model's outputs are this client's, and its app does not say what becomes of them: give "
+                "split_client_app(..., on_predict=...) a function of (outputs, rows, context); what it returns goes to "
+                "the server, None does not"
+            )
+        given = self._client.on_predict(tree.map_leaves(Tensor.cpu, outputs), self._client.draw(*self._orders.each()))
+        return None if given is None else tree.as_tree(given, "what on_predict returns")
 
     def defend(self, stage: Stage, outputs: Mapping[str, Tree]) -> Mapping[str, Tree]:
         """Return what leaves in place of what a stage gives."""

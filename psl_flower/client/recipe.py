@@ -51,6 +51,7 @@ class ClientRecipe:
     secure: SecureAggregation | Callable[..., SecureAggregation | bool] | None = None
     defences: Sequence[Defence] | Callable[..., Sequence[Defence]] = ()
     private: DPSGD | Callable[..., DPSGD | None] | None = None
+    on_predict: Callable[..., Any] | None = None
 
 
 def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitMethod:
@@ -122,6 +123,8 @@ def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Conf
         raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
     client = recipe.client_class(train, test, partition_id=partition, config=config)
     client.secret = partial(state.secret, context.node_id)
+    if (on_predict := recipe.on_predict) is not None:
+        client.on_predict = lambda outputs, rows: on_predict(outputs, rows, context)
     introduce(state.defences, client, state.secret(context.node_id))
     if any(map(changes_labels, state.defences)):
         client.told_labels = lambda labels, examples: told_labels(

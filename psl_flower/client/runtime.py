@@ -136,6 +136,8 @@ def _stage(method: SplitMethod, request: Request) -> Stage:
             f"this client was built for method {method.name!r}, which has no stage {request.stage!r:.80}: "
             "give server and client the same method"
         )
+    if not stage.trains and (request.orders is None or not request.orders.test):
+        raise ProtocolError(f"stage {stage.name!r} is for test data only, asked for training data")
     kinds = {name: leaf.kind for name, leaf in request.inputs.items()}
     if kinds != dict(stage.inputs):
         raise ProtocolError(f"stage {stage.name!r} takes {dict(stage.inputs)}, got {kinds}")
@@ -215,7 +217,7 @@ class _Work:
         return self.state.parts
 
     def _goes_on(self, context: ClientContext) -> bool:
-        stages = self.method.stages().values()
+        stages = [other for other in self.method.stages().values() if other.trains or not context.training]
         return any(other.after in context.done and other.name not in context.done for other in stages)
 
     def _go_on(

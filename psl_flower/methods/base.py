@@ -53,6 +53,8 @@ class Stage:
     own : bool
         Whether it acts on a part that the client keeps for a round and trains itself, ``client.own(name)``: the
         master's weights do not travel. A client that has lost the part is out of the round.
+    trains : bool
+        Whether it is also for training; if not, clients do it with test data only.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Stage:
     counts: tuple[str, ...] = ()
     batch: bool = True
     own: bool = False
+    trains: bool = True
 
 
 def stage(
@@ -79,6 +82,7 @@ def stage(
     counts: tuple[str, ...] = (),
     batch: bool = True,
     own: bool = False,
+    trains: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function of a method a stage that clients answer; see `Stage`."""
 
@@ -96,6 +100,7 @@ def stage(
             counts=counts,
             batch=batch,
             own=own,
+            trains=trains,
         )
         function.stage = made  # type: ignore[attr-defined]
         return function
@@ -180,6 +185,14 @@ class SplitMethod(ABC):
     @abstractmethod
     def evaluate(self, ctx: EvaluationContext) -> Any:
         """Evaluate the model on the test examples of the context's clients."""
+
+    def predict(self, ctx: EvaluationContext) -> tuple[Any, Any]:
+        """Return the model's outputs and the labels for the context's examples, row by row; None for what stays there.
+
+        Default: what `evaluate` had of them.
+        """
+        found = self.evaluate(ctx)
+        return found.outputs, found.target
 
     def begin_round(self, ctx: RoundContext) -> None:  # noqa: B027 - most methods have nothing to do
         """Do what comes before the first step of a round; clients that fail in it are out of the round."""

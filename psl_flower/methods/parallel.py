@@ -44,3 +44,8 @@ class ParallelSplit(SplitMethod):
         """Finish what the clients' heads made of their test examples."""
         sent = ctx.call(self.forward)
         return ctx.body.evaluate(sent.activations, sent.labels)
+
+    def predict(self, ctx: EvaluationContext) -> tuple[Any, Any]:
+        """Return what the body makes of what the clients' heads made of their test examples, whatever their labels."""
+        sent = ctx.call(self.forward)
+        return ctx.body.forward(sent.activations).outputs, sent.labels

@@ -83,6 +83,11 @@ class SplitFed(SplitMethod):
         sent = ctx.call(self.forward)
         return ctx.body.evaluate(sent.activations, sent.labels)
 
+    def predict(self, ctx: EvaluationContext) -> tuple[Any, Any]:
+        """Return what the body makes of what the clients' heads made of their test examples, whatever their labels."""
+        sent = ctx.call(self.forward)
+        return ctx.body.forward(sent.activations).outputs, sent.labels
+
 
 class SplitFedV1(SplitFed):
     """Version 1: the server has a copy of the body for every client, and averages them like the heads.

@@ -74,6 +74,18 @@ class UShapedSplit(SplitMethod):
         """Back-propagate the gradient of the activations through the head."""
         return {"head": client.head.gradients(client.kept["activations"], gradient)}
 
+    @stage(
+        inputs={"outputs": ROWS},
+        outputs={"predicted": ROWS},
+        after="head_forward",
+        joint=False,
+        exact=("predicted",),
+        trains=False,
+    )
+    def tail_predict(self, client: ClientContext, outputs: Any) -> dict[str, Any]:
+        """Run the tail, and give what the client's app makes of the model's outputs, if anything."""
+        return {"predicted": client.predicted(client.tail(outputs + client.kept["skipped"]))}
+
     # --- on the server ----------------------------------------------------------------------------------------------
     def step(self, ctx: StepContext) -> Any:
         """Make one step of centralised SGD on the union of the clients' batches."""
@@ -95,6 +107,12 @@ class UShapedSplit(SplitMethod):
         body = ctx.body.forward(sent.activations)
         found = ctx.call(self.tail_loss, outputs=body.outputs, rows=torch.tensor(ctx.orders.num_rows))
         return ctx.outcome(torch.cat([found.loss, found.counts]), found.score)
+
+    def predict(self, ctx: EvaluationContext) -> tuple[Any, None]:
+        """Have the clients finish what the server's body made of their test examples; outputs are theirs to give."""
+        sent = ctx.call(self.head_forward)
+        body = ctx.body.forward(sent.activations)
+        return ctx.call(self.tail_predict, outputs=body.outputs).predicted, None
 
 
 def _leaf(tensor: Tensor) -> Tensor:

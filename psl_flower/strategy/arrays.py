@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from psl_flower.checks import check_choice
@@ -30,14 +31,15 @@ def kept_state(model: nn.Module, state: str) -> dict[str, Tensor]:
     return {name: t.detach().to("meta") for name, t in held.items() if not (trainable and id(t) in frozen)}
 
 
-def arrays_to_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return arrays as a state dict in the dtypes of `template`.
+def arrays_to_state(arrays: ArrayRecord | Result, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return arrays, or those of a result, as a state dict in the dtypes of `template`.
 
     Raises
     ------
     ConfigError
         If names or shapes are not those of `template`.
     """
+    arrays = arrays.arrays if isinstance(arrays, Result) else arrays
     if different := sorted(set(arrays) ^ set(template)):
         where = "missing from the arrays" if different[0] in template else "not in the model"
         remedy = "pass ArrayRecord(model.state_dict()), with state='trainable' only what is not frozen"

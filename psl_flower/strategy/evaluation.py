@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from flwr.app import MetricRecord
-from flwr.serverapp.strategy import Result
 
 from psl_flower.errors import LabelError, StepError
 from psl_flower.exchange.validation import Validator
@@ -17,15 +16,15 @@ from psl_flower.failures import Failure, Kind, told
 from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
-from psl_flower.server import LocalBackend, Outcome, Scores
+from psl_flower.server import LocalBackend, Scores
 from psl_flower.strategy.attempt import LostClientsError, TooFewError
 from psl_flower.strategy.context import Asking, EvaluationContext
-from psl_flower.strategy.evaluate_fn import shown
 from psl_flower.strategy.gathering import by_client
 from psl_flower.strategy.kept import KeptRows
 from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.secure import SecureSums
 from psl_flower.strategy.summary import RunSummary
+from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -102,15 +101,40 @@ class Evaluator:
         with self._summary.spending("evaluation"):
             return self._evaluate()
 
+    def predict(self) -> Iterator[tuple[Orders, Tree, Tree]]:
+        """Yield, batch by batch, the examples of clients, and the model's outputs and the labels for them, row by row.
+
+        None stands for what stays with the clients. Errors are those of `evaluate`.
+        """
+        for orders, (outputs, labels) in self._batches(self._method.predict):
+            yield orders, outputs, labels
+
     def _evaluate(self) -> MetricRecord | None:
-        left = self._membership.test_sizes()
-        if not left:
-            return None
-        done = dict.fromkeys(left, 0)
         scores, examples, withheld = Scores(self._metrics), 0, 0
+        for orders, outcome in self._batches(self._method.evaluate):
+            if outcome is None:
+                withheld += orders.num_rows
+                continue
+            outcome.add_to(scores)
+            examples += orders.num_rows
+        if withheld:
+            log.warning("evaluation went without %d examples, of batches that no sum may be told of", withheld)
+        if not examples:
+            return None
+        result = scores.result()
+        metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
+        return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
+
+    def _batches(self, what: Callable[[EvaluationContext], Any]) -> Iterator[tuple[Orders, Any]]:
+        """Yield the test examples of all clients, some of each at a time, and what a method makes of them.
+
+        None is made of those that no sum may be told of.
+        """
+        left, found = self._membership.test_sizes(), False
+        done = dict.fromkeys(left, 0)
         while left:
             counts = self._shares(left)
-            outcome, failures = self._batch(done, counts)
+            orders, outcome, failures = self._batch(what, done, counts)
             for client in [client for client, failure in failures.items() if failure.kind is Kind.UNREADABLE]:
                 if new := self._membership.leave_out_rows(client, failures[client], test=True):
                     left[client] -= len(new)
@@ -124,28 +148,19 @@ class Evaluator:
             if mistakes and self._policy.mistakes == "exclude":
                 self._membership.exclude(mistakes)
                 self._summary.excluded.update({client: str(failure) for client, failure in mistakes.items()})
-            if failures and (not self._policy.tolerate or not (outcome or examples or self._secure)):
+            found = found or outcome is not None
+            if failures and (not self._policy.tolerate or not (found or self._secure)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
             for line in told(failures, self._membership.name):
                 log.warning("evaluation goes on without %s", line)
             for client in failures:
                 del left[client], counts[client]
-            if outcome is not None:
-                outcome.add_to(scores)
-                examples += sum(counts.values())
-            else:
-                withheld += sum(counts.values())
+            if counts:
+                yield orders, outcome
             for client, n in counts.items():
                 done[client] += n
             # whoever has just found rows that cannot be read is asked for the others next
             left = {client: n - counts.get(client, 0) for client, n in left.items() if n > counts.get(client, 0)}
-        if withheld:
-            log.warning("evaluation went without %d examples, of batches that no sum may be told of", withheld)
-        if not examples:
-            return None
-        result = scores.result()
-        metrics: dict[str, int | float] = {"loss": result.pop("loss"), "num_examples": examples, **result}
-        return MetricRecord(metrics)  # type: ignore[arg-type]  # its value type is invariant
 
     def _shares(self, left: Mapping[int, int]) -> dict[int, int]:
         """Return how many examples of each client come next."""
@@ -156,8 +171,10 @@ class Evaluator:
         batches = -(-sum(left.values()) // self._batch_size)
         return {client: -(-n // batches) for client, n in left.items()}
 
-    def _batch(self, done: Mapping[int, int], counts: Mapping[int, int]) -> tuple[Outcome | None, dict[int, Failure]]:
-        """Evaluate some examples of each client; return what is wrong with those that failed."""
+    def _batch(
+        self, what: Callable[[EvaluationContext], Any], done: Mapping[int, int], counts: Mapping[int, int]
+    ) -> tuple[Orders, Any, dict[int, Failure]]:
+        """Try some examples of each client; return those it came to, what of, and why clients failed."""
         clients, unreadable = np.array(sorted(counts), dtype=np.int64), self._membership.unreadable_tests.rows
         orders = Orders(
             clients=clients,
@@ -170,36 +187,15 @@ class Evaluator:
         while len(orders):
             ctx = EvaluationContext(self._method, self._backend, self._asking, orders, seed=0)
             try:
-                outcome: Outcome = self._method.evaluate(ctx)
-                return outcome, failures | ctx.lost
+                outcome = what(ctx)
+                return ctx.orders, outcome, failures | ctx.lost
             except (LostClientsError, TooFewError):
                 failures |= ctx.lost
                 if not ctx.lost:
                     break  # too few for a sum
             except LabelError as error:
                 failures |= ctx.lost | by_client(error, ctx.orders)
+            orders = orders.take(np.flatnonzero(~np.isin(orders.clients, list(failures))))
             if ctx.given:
                 break  # the others have given their sums, and do so once
-            orders = orders.take(np.flatnonzero(~np.isin(orders.clients, list(failures))))
-        return None, failures
-
-
-def evaluate_in_clients(
-    evaluator: Evaluator, name: Callable[[int], str], server_round: int, result: Result, *, due: bool
-) -> dict[str, Any]:
-    """Evaluate on the clients' test data after a round, if it is due; return the metrics, which the result has, too.
-
-    Parameters
-    ----------
-    name : callable
-        Returns what a client is called.
-    """
-    if not due:
-        return {}
-    with StepError.located(f"round {server_round}, evaluation", name):
-        metrics = evaluator.evaluate()
-    if metrics is None:
-        return {}
-    result.evaluate_metrics_clientapp[server_round] = metrics
-    log.info("round %d  clients' test data: %s", server_round, shown(metrics))
-    return dict(metrics)
+        return orders, None, failures

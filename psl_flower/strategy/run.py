@@ -21,6 +21,7 @@ from psl_flower.server import LocalBackend, Scheduler
 from psl_flower.strategy.attempt import Attempt
 from psl_flower.strategy.context import RoundContext
 from psl_flower.strategy.epoch import Epoch
+from psl_flower.strategy.evaluate_fn import shown
 from psl_flower.strategy.evaluation import Evaluator
 from psl_flower.strategy.ledger import EpochLedger
 from psl_flower.strategy.membership import MOST_OUTLIERS, Membership
@@ -62,6 +63,16 @@ class Run:
         """Return the model's state dict as it is now, as far as the run keeps it."""
         self.state |= self.backend.state(self.state)
         return self.state
+
+    def evaluate_in_clients(self, server_round: int) -> dict[str, Any]:
+        """Return the metrics on the clients' test data, and note them as the round's; empty if there is none."""
+        with StepError.located(f"round {server_round}, evaluation", self.membership.name):
+            metrics = self.evaluator.evaluate()
+        if metrics is None:
+            return {}
+        self.result.evaluate_metrics_clientapp[server_round] = metrics
+        log.info("round %d  clients' test data: %s", server_round, shown(metrics))
+        return dict(metrics)
 
     def take_saved(self) -> dict[str, Any] | None:
         """Return the checkpoint to resume from, once."""

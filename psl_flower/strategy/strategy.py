@@ -19,12 +19,11 @@ from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import FOLDER as CHECKPOINTS
 from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.devices import pick_device
-from psl_flower.errors import ConfigError
-from psl_flower.exchange import Clients
+from psl_flower.errors import ConfigError, StepError
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
 from psl_flower.faults import FaultPolicy
-from psl_flower.flower import is_deployment, stopped_by_flower
+from psl_flower.flower import stopped_by_flower
 from psl_flower.last_word import last_word
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.monitor import round_values
@@ -34,26 +33,25 @@ from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, make_scheduler
 from psl_flower.server.optimizer import check_optimizer_fn, sgd
-from psl_flower.split import check_client_half, cut_model, signature
+from psl_flower.split import check_client_half, cut_model
 from psl_flower.stragglers import DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, kept_state, sizes, state_to_arrays, with_state
 from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server
-from psl_flower.strategy.evaluation import Evaluator, evaluate_in_clients
 from psl_flower.strategy.exchanging import ExchangingStrategy
 from psl_flower.strategy.folder import FolderLock, set_aside
-from psl_flower.strategy.kept import KeptRows, check_cache
+from psl_flower.strategy.kept import check_cache
 from psl_flower.strategy.labels import LabelCounts, check_labels_stay
 from psl_flower.strategy.loop import EpochLoop
-from psl_flower.strategy.membership import Membership
-from psl_flower.strategy.private import Spending, check_private, default_mistakes
+from psl_flower.strategy.meeting import Meeting
+from psl_flower.strategy.prediction import Prediction, by_client
+from psl_flower.strategy.private import Spending, check_private
 from psl_flower.strategy.progress import Progress, clock
 from psl_flower.strategy.recorder import FILES, RunRecorder
 from psl_flower.strategy.run import Run
 from psl_flower.strategy.saving import Saver, check_checkpoints, checkpoints_in, saved_result
-from psl_flower.strategy.secure import SecureSums, check_secure
+from psl_flower.strategy.secure import check_secure
 from psl_flower.strategy.step import StepRunner
 from psl_flower.strategy.stragglers import Stragglers
-from psl_flower.strategy.summary import RunSummary
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -212,21 +210,23 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.resume_from = resume_from
         check_checkpoints(self.method, checkpoint_every, keep_checkpoints, resume_from, output_dir)
         self._optimizer, self._scheduler, self.loss = optimizer, scheduler, loss
-        self.classification, self._metrics = classification, check_metrics(metrics or {})
+        self.classification, self.metrics = classification, check_metrics(metrics or {})
         self._device, self._callbacks = pick_device(device), tuple(callbacks)
         CallbackGroup(self._callbacks)  # refuses what is none
         self._output_dir, self._run_config = output_dir, dict(run_config or {})
         self.label_counts = label_counts
-        check_labels_stay(self.method, self.sampler, loss, classification, self._metrics, label_counts)
-        self._halves = cut_model(model, cut, tail)
-        parts = self.method.assign(self._halves.parts)  # refuses another number of them
+        check_labels_stay(self.method, self.sampler, loss, classification, self.metrics, label_counts)
+        self.halves = cut_model(model, cut, tail)
+        parts = self.method.assign(self.halves.parts)  # refuses another number of them
         self.precision = check_precision(precision, parts.values())
         self.private = check_private(
             private, self.method, parts, self.sampler, self.faults, resume_from, self.secure_aggregation, streams
         )
         self._spending = Spending(self.private)
-        for part in self._client_parts():
+        on_clients = [parts[name] for name in self.method.client_parts()]
+        for part in on_clients:
             check_client_half(part)
+        self._sizes = sizes(self.halves.parts, on_clients)
         self.cache_activations = check_cache(cache_activations, self.method, parts, self.sampler, streams)
         self._template = kept_state(model, state)
         self._parameter_order = [name for name, _ in model.named_parameters()]
@@ -299,8 +299,6 @@ class ParallelSplitLearning(ExchangingStrategy):
             options=self._settings(num_rounds),
             run_config=self._run_config,
         )
-        deployment = is_deployment(grid)
-        policy = replace(self.faults, mistakes=self.faults.mistakes or default_mistakes(self.private, deployment))
         saved = saver.find(self.resume_from)
         if saved is None and self._output_dir is not None:
             set_aside(self._output_dir, (*FILES, CHECKPOINTS))
@@ -313,48 +311,20 @@ class ParallelSplitLearning(ExchangingStrategy):
             RunRecorder(self._output_dir, saver.configuration(), position, self._callbacks) as recorder,
         ):
             stops.append(carrier.stop)
-            config = dict(train_config or {})
-            options = self.secure_aggregation
-            secure = None if options is None else SecureSums(options, policy.max_gradient_norm)
-            membership = Membership(
-                Clients(
-                    carrier,
-                    label_counts=self.sampler.needs_label_counts,
-                    given_counts=self.label_counts,
-                    config=config,
-                    tolerate=policy.tolerate,
-                    tolerate_mistakes=policy.mistakes != "stop",
-                    may_grow=deployment,
-                    method=self.method.name,
-                    private="" if self.private is None else repr(self.private),
-                    model=signature(self._halves),
-                    session="" if secure is None else secure.session,
-                )
-            )
-            summary = RunSummary()
-            shared: dict[str, Any] = {"policy": policy, "config": config, "summary": summary, "secure": secure}
-            shared["kept"] = KeptRows.of(membership.clients, self._halves) if self.cache_activations else None
+            met = Meeting.of(self, grid, carrier, train_config)
+            policy, summary = met.policy, met.summary
             run = Run(
                 backend=backend,
-                membership=membership,
+                membership=met.membership,
                 runner=StepRunner(
                     self.method,
                     backend,
-                    membership.clients,
+                    met.membership.clients,
                     timeout=policy.step_timeout or timeout,
                     separate=not self.stream_options.sum_gradients,
-                    **shared,
+                    **met.shared(),
                 ),
-                evaluator=Evaluator(
-                    self.method,
-                    backend,
-                    membership,
-                    batch_size=self.evaluate_batch_size,
-                    timeout=timeout,
-                    evaluate_config=dict(evaluate_config or {}),
-                    metrics=self._metrics,
-                    **shared,
-                ),
+                evaluator=met.evaluator(self, backend, timeout, evaluate_config),
                 scheduler=scheduler,
                 recorder=recorder,
                 progress=Progress(num_rounds),
@@ -372,7 +342,7 @@ class ParallelSplitLearning(ExchangingStrategy):
                 self._stragglers,
                 min_nodes=self.min_available_nodes,
                 checkpoint_every=self.checkpoint_every,
-                metrics=self._metrics,
+                metrics=self.metrics,
                 spending=self._spending,
             )
             try:
@@ -386,11 +356,11 @@ class ParallelSplitLearning(ExchangingStrategy):
                     record = loop.train(server_round)
                     result.arrays = state_to_arrays(run.current_state())
                     result.train_metrics_clientapp[server_round] = MetricRecord(record.metrics())
-                    due = bool(self.evaluate_every) and server_round % self.evaluate_every == 0
-                    in_clients = evaluate_in_clients(run.evaluator, run.membership.name, server_round, result, due=due)
+                    evaluated = bool(self.evaluate_every) and server_round % self.evaluate_every == 0
+                    in_clients = run.evaluate_in_clients(server_round) if evaluated else {}
                     on_server, stop = evaluate_on_server(evaluate_fn, server_round, result.arrays, result, summary)
                     record = replace(record, evaluate_clientapp=in_clients, evaluate_serverapp=on_server)
-                    scheduler.on_round(round_values(record), evaluated=due)
+                    scheduler.on_round(round_values(record), evaluated=evaluated)
                     recorder.round(record, run.current_state())
                     recorder.summary(summary.report())  # a process that is killed has none at its end
                     stop = stop or recorder.stopped
@@ -401,18 +371,55 @@ class ParallelSplitLearning(ExchangingStrategy):
             finally:
                 summary.ignored.update(carrier.ignored)
                 recorder.summary(summary.report())
-            summary.log(membership.name)
+            summary.log(run.membership.name)
         log.info("Finished %d round%s in %s.", num_rounds, "s" * (num_rounds > 1), clock(time.monotonic() - begin))
         return result
 
-    # --- its parts ---------------------------------------------------------------------------------------------------
-    def _client_parts(self) -> list[nn.Module]:
-        parts = self.method.assign(self._halves.parts)
-        return [parts[name] for name in self.method.client_parts()]
+    def predict(
+        self,
+        grid: Grid,
+        arrays: ArrayRecord | Result,
+        *,
+        on_batch: Callable[[int, Prediction], Any] | None = None,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+    ) -> dict[int, Prediction]:
+        """Return the model's outputs for the clients' test data, which stays with them; nothing is trained.
 
+        Parameters
+        ----------
+        grid, timeout, train_config, evaluate_config
+            As in `start`.
+        arrays : ArrayRecord or Result
+            The model, as `start` takes or returns it.
+        on_batch : callable, optional
+            Takes a client's id and a `Prediction` for its share of `evaluate_batch_size` examples; nothing is kept.
+
+        Returns
+        -------
+        dict of int to Prediction
+            By client; empty with `on_batch`. Of clients that failed, and were tolerated, what came before.
+
+        Raises
+        ------
+        ConfigError, MembershipError, StepError
+            As `start`; also where labels stay with clients that have no `on_predict`.
+        """
+        timeout, state = check_float(timeout, "timeout", above=0), arrays_to_state(arrays, self._template)
+        opened = open_carrier(grid, self.transport, self.stream_options)
+        with last_word(), stopped_by_flower() as stops, opened as carrier:
+            stops.append(carrier.stop)
+            met = Meeting.of(self, grid, carrier, train_config)
+            met.membership.refresh(self.min_available_nodes, timeout)
+            with StepError.located("prediction", met.membership.name):
+                evaluator = met.evaluator(self, self._backend(state), timeout, evaluate_config)
+                return by_client(evaluator.predict(), on_batch)
+
+    # --- its parts ---------------------------------------------------------------------------------------------------
     def _backend(self, state: Mapping[str, torch.Tensor]) -> LocalBackend:
         return LocalBackend(
-            with_state(self.method.assign(self._halves.copied_parts()), state),  # `start` may be called again
+            with_state(self.method.assign(self.halves.copied_parts()), state),  # `start` may be called again
             self.method.parts,
             optimizer=self._optimizer,
             loss=self.loss,
@@ -438,5 +445,5 @@ class ParallelSplitLearning(ExchangingStrategy):
         """Log the strategy's configuration."""
         log.info("Split learning, method %s, transport %s:", self.method.name, self.transport)
         log.info("\t├── Sampler: %r", self.sampler)
-        log.info("\t├── Cut: %s (%s)", self.cut, sizes(self._halves.parts, self._client_parts()))
+        log.info("\t├── Cut: %s (%s)", self.cut, self._sizes)
         log.info("\t└── Server half on: %s; at least %d nodes", self._device, self.min_available_nodes)

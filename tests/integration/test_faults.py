@@ -40,6 +40,7 @@ from psl_flower.exchange import clients, messages
 from psl_flower.faults import FaultPolicy
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.stragglers import DelayEstimator, delay_model
+from psl_flower.strategy import meeting as meeting_module
 from psl_flower.strategy import run, tolerance
 from psl_flower.strategy import strategy as strategy_module
 from psl_flower.strategy.summary import SPENT
@@ -546,7 +547,7 @@ def test_whoever_makes_a_mistake_is_excluded_for_the_run(kind, message_type, tmp
 
 
 def test_in_a_deployment_mistakes_exclude_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr(strategy_module, "is_deployment", lambda grid: True)
+    monkeypatch.setattr(meeting_module, "is_deployment", lambda grid: True)
     start(make(output_dir=tmp_path, mistakes=None), OneFault("client error", FORWARD))
     assert list(summary_of(tmp_path)["excluded"]) == ["1"]
     with pytest.raises(StepError, match=r"a mistake of client 1 \(node 3\) in forward"):

@@ -281,7 +281,7 @@ def test_a_port_in_use_is_a_configuration_error(carrier, app):
 def test_auto_uses_streams(app, caplog):
     with AutoCarrier(InProcessGrid(app, num_nodes=2)) as carrier, caplog.at_level(logging.INFO):
         works(carrier)
-    assert "2 clients are connected by 1 streams" in caplog.text
+    assert "2 clients are connected by 1 stream to" in caplog.text
 
 
 def test_auto_falls_back_to_messages_and_says_why_where_clients_cannot_attach(app, caplog):

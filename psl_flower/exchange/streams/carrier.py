@@ -38,7 +38,7 @@ from psl_flower.exchange.streams.endpoint import (
 from psl_flower.exchange.streams.open_files import make_room
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Ticket, Tokens
-from psl_flower.exchange.streams.under_way import Exchange, Home, Sent, Wait
+from psl_flower.exchange.streams.under_way import Exchange, Home, Sent, Wait, connected
 from psl_flower.failures import Failure, Kind
 from psl_flower.flower import error_kind, simulated_nodes
 from psl_flower.protocol import ATTACH, Reply, Request
@@ -140,7 +140,7 @@ class StreamCarrier(Carrier):
                 left = [node for node in left if node not in self._homes]
         self._balance({node for node in new if node in self._homes})
         processes = len({home.connection for home in self._homes.values()})
-        log.info("%d clients are connected by %d streams to %s.", len(self._homes), processes, self.address)
+        log.info("%s to %s.", connected(len(self._homes), processes), self.address)
         return {node: self._refused.pop(node) for node in new if node in self._refused}
 
     def _attach_group(self, group: list[int], wait: Wait) -> None:

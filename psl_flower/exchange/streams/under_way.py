@@ -95,3 +95,9 @@ class Wait:
             self._told = now
             done = self.connected + more
             log.info("%d of %d clients connected, %.0f s", done, self.clients, now - self._begin)
+
+
+def connected(clients: int, streams: int) -> str:
+    """Return what is told of clients that have streams."""
+    who = "1 client is" if clients == 1 else f"{clients} clients are"
+    return f"{who} connected by {streams} stream{'s' * (streams != 1)}"

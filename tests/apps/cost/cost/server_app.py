@@ -139,6 +139,6 @@ def _actors():
 
 
 def _note(connected, record):
-    if "are connected by" in record.msg:
+    if "connected by" in record.getMessage():
         connected.append(time.time())
     return True

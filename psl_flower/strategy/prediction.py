@@ -1,0 +1,81 @@
+"""What the model says of the clients' examples, without training: what `ParallelSplitLearning.predict` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from psl_flower import tree
+from psl_flower.data import IGNORED
+from psl_flower.protocol import Orders
+from psl_flower.tree import Tree
+from psl_flower.typing import IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the model says of some of a client's test examples.
+
+    Parameters
+    ----------
+    rows : (n,) int64
+        Their places in the client's test data, ascending.
+    outputs : tree
+        Of the model in evaluation mode, a row an example, on the CPU. In a U shape what the client's `on_predict` has
+        returned; None where that is nothing.
+    labels : tree
+        As the client tells them, a row an example; None where they stay there.
+    """
+
+    rows: IntArray
+    outputs: Tree
+    labels: Tree
+
+
+def by_client(
+    batches: Iterable[tuple[Orders, Tree, Tree]], on_batch: Callable[[int, Prediction], Any] | None = None
+) -> dict[int, Prediction]:
+    """Return what was predicted for each client, or tell it batch by batch and keep nothing.
+
+    Parameters
+    ----------
+    batches : iterable of (Orders, tree, tree)
+        Orders of test data, outputs and labels.
+    on_batch : callable, optional
+        Takes a client's id and its share of a batch.
+    """
+    found: dict[int, list[Prediction]] = {}
+    for orders, outputs, labels in batches:
+        pieces = (_split(each, orders.counts.tolist()) for each in (outputs, labels))
+        for order, *theirs in zip(orders.each(), *pieces, strict=True):
+            share = Prediction(_rows(order.start, order.count, order.left_out), *theirs)
+            if on_batch is None:
+                found.setdefault(order.client, []).append(share)
+            else:
+                on_batch(order.client, share)
+    return {client: _joined(found[client]) for client in sorted(found)}
+
+
+def _rows(start: int, count: int, left_out: Sequence[int]) -> IntArray:
+    """Return which examples are drawn of those that are not left out."""
+    rows = np.arange(start + count + len(left_out))
+    return np.setdiff1d(rows, left_out)[start : start + count] if left_out else rows[start:]
+
+
+def _split(rows: Tree, counts: Sequence[int]) -> list[Tree]:
+    if not tree.leaves(rows):
+        return [rows] * len(counts)
+    return tree.split(tree.to_device(rows, torch.device("cpu")), counts, "outputs")
+
+
+def _joined(shares: Sequence[Prediction]) -> Prediction:
+    """Return a client's shares as one; shorter texts end in zeros, their labels in what no loss counts."""
+    return Prediction(
+        np.concatenate([share.rows for share in shares]),
+        tree.join([share.outputs for share in shares], "outputs", fill=0),
+        tree.join([share.labels for share in shares], "labels", fill=IGNORED),
+    )
