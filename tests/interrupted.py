@@ -2,13 +2,15 @@
 
     python tests/interrupted.py FOLDER ROUNDS
 
-says "training" on standard output, from the middle of an exchange of the second round.
+says "training" on standard output, from the middle of a pass of torch's in an exchange of the second round.
 """
 
 import signal
 import sys
+import time
 from pathlib import Path
 
+import torch
 from flwr.app import ArrayRecord
 from support import CUT, load_partition, sgd, tiny_resnet
 
@@ -18,15 +20,24 @@ K = 4
 
 
 class Telling(SplitClient):
-    """Says when it is asked for a step."""
+    """Says when it is asked for a step, and takes two seconds for it: longer than the script to end."""
 
     def draw(self, order):
         if (order.epoch, order.step) == (1, 5):
-            print("training", flush=True)
+            x = torch.ones(1, requires_grad=True)
+            y = 2 * x
+            y.register_hook(_linger)
+            y.backward()
         return super().draw(order)
 
 
-def train(folder: Path, num_rounds: int, **options):
+def _linger(gradient):
+    print("training", flush=True)
+    for _ in range(200):
+        time.sleep(0.01)
+
+
+def train(folder: Path, num_rounds: int, client_class: type[SplitClient] = SplitClient, **options):
     """Train, or go on training, in `folder`; return the whole model."""
     strategy = ParallelSplitLearning(
         tiny_resnet(),
@@ -40,11 +51,11 @@ def train(folder: Path, num_rounds: int, **options):
         checkpoint_every=2,
         **options,
     )
-    app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition, client_class=Telling)
+    app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition, client_class=client_class)
     result = strategy.start(InProcessGrid(app, K), ArrayRecord(tiny_resnet().state_dict()), num_rounds)
     return result.arrays.to_torch_state_dict()
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
-    train(Path(sys.argv[1]), int(sys.argv[2]))
+    train(Path(sys.argv[1]), int(sys.argv[2]), Telling)

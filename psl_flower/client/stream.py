@@ -8,6 +8,7 @@ also take over clients of one that died, for all it needs of them is their node 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -45,6 +46,7 @@ log = logging.getLogger("flwr.psl_flower")
 
 CONNECT_SECONDS = 20.0
 _JOIN_SECONDS = 30.0
+_END_SECONDS = 10.0  # for the stage that is being done when the process ends
 
 _residents: dict[str, StreamClient] = {}  # by session; see Note [Process state] in process.py for why it is here
 _residents_lock = threading.Lock()
@@ -84,7 +86,9 @@ def _resident(recipe: ClientRecipe, ticket: Ticket, context: Context) -> StreamC
         client = _residents.get(ticket.session)
         if client is None or client.ended:
             client = _residents[ticket.session] = StreamClient(recipe, ticket, context, resident=True)
-            threading.Thread(target=_serve, args=(ticket.session, client), name="psl-resident", daemon=True).start()
+            serving = (ticket.session, client)
+            client.thread = threading.Thread(target=_serve, args=serving, name="psl-resident", daemon=True)
+            client.thread.start()
         return client
 
 
@@ -97,6 +101,17 @@ def _serve(session: str, client: StreamClient) -> None:
         with _residents_lock:
             if _residents.get(session) is client:
                 del _residents[session]
+
+
+@atexit.register
+def _end() -> None:
+    """End the threads before the interpreter, which ends them wherever they are: in torch's code that is an abort."""
+    clients = list(_residents.values())
+    for client in clients:
+        client.stop()
+    for client in clients:
+        if client.thread is not None:
+            client.thread.join(_END_SECONDS)
 
 
 class StreamError(Exception):
@@ -131,7 +146,8 @@ class StreamClient:
         self._joining: dict[int, Future[None]] = {}
         self._weights = WeightStore()
         self._memory: SharedMemory | None = None  # with a server of this machine
-        self.ended = False
+        self.thread: threading.Thread | None = None  # that of `run`, of a resident process
+        self.ended = self._stopped = False
         self._channel = _connect(ticket)
 
     # --- joining -----------------------------------------------------------------------------------------------------
@@ -183,6 +199,8 @@ class StreamClient:
         except ProtocolError as error:
             why = StreamError(f"the server sent something wrong: {error}")
         except grpc.RpcError as error:
+            if self._stopped:
+                return "the process ends"
             why = StreamError(f"{error.code().name}: {error.details()}")
         finally:
             self.ended = True
@@ -193,6 +211,11 @@ class StreamClient:
             call.cancel()
             self._channel.close()
         raise why
+
+    def stop(self) -> None:
+        """Have `run` return, from another thread, when it has done the stage that it is at."""
+        self._stopped = True
+        self._channel.close()
 
     def _chunks(self) -> Iterator[bytes]:
         number = 0
