@@ -11,6 +11,8 @@ from psl_flower.typing import IntArray
 
 _Words = NDArray[np.uint32]
 
+_FEW = 12  # seeds that are made faster one by one
+
 # Blocks of a client's order of examples that were moved to its end, one after the other: (class or -1, start, count).
 PutOff = tuple[tuple[int, int, int], ...]
 
@@ -65,7 +67,8 @@ def step_seeds(seed: int, epoch: int, steps: IntArray, clients: IntArray) -> NDA
     seed, epoch : int
     steps, clients : (E,) int64
     """
-    if max(seed, epoch, int(steps.max(initial=0)), int(clients.max(initial=0)) + 1) >= 2**32:  # of more words
+    longest = max(seed, epoch, int(steps.max(initial=0)), int(clients.max(initial=0)) + 1)
+    if len(steps) < _FEW or longest >= 2**32:  # of more words
         each = zip(steps.tolist(), clients.tolist(), strict=True)
         return np.array([step_seed(seed, epoch, step, client) for step, client in each], dtype=np.uint64)
     low, high = _seed_words([seed, epoch, steps, clients + 1, 2])  # 2: the spawn key of step_seed

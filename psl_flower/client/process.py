@@ -91,7 +91,9 @@ class RunState:
 
     def secret(self, node: int) -> Secret:
         """Return a client's secret in the run, made when it is first needed."""
-        return self.secrets.setdefault(node, Secret())
+        if node not in self.secrets:
+            self.secrets[node] = Secret()
+        return self.secrets[node]
 
 
 _runs: OrderedDict[int, RunState] = OrderedDict()

@@ -1,6 +1,6 @@
 """One exchange with two client processes, the same bytes each way, over streams as a deployment has them.
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_stream_echo.py
+    OMP_NUM_THREADS=1 python tests/bench/bench_stream_echo.py [BYTES ...]
 
 The payload goes out as the client half's weights, a new version each time, and comes back as its activations. Two
 processes hold their streams open inside their attach messages, as two SuperNodes' ClientApps do; Flower has no part
@@ -8,13 +8,13 @@ in what is measured. The baseline is gRPC with TLS alone: as many bytes in chunk
 at, between the same number of processes. Measured with the streams alone, as between machines, and with shared memory.
 """
 
-import os
 import queue
 import statistics
 import sys
 import threading
 import time
 from concurrent import futures
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -50,8 +50,7 @@ class Echo(nn.Module):
         return self.p.view_as(self.p)
 
 
-def make_app():
-    elements = int(os.environ["PSL_ECHO_BYTES"]) // 4
+def make_app(elements):
     data = TensorDataset(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
     return split_client_app(
         lambda: SplitModel(client=Echo(elements), server=nn.Linear(1, 2)), data_fn=lambda context: data
@@ -60,9 +59,8 @@ def make_app():
 
 def measure(num_bytes, repeats, shared_memory):
     options = StreamOptions(shared_memory=shared_memory)
-    os.environ["PSL_ECHO_BYTES"] = str(num_bytes)  # the client processes are started below
     times = []
-    with ProcessGrid(make_app, 2) as grid, StreamCarrier(grid, options) as carrier:
+    with ProcessGrid(partial(make_app, num_bytes // 4), 2) as grid, StreamCarrier(grid, options) as carrier:
         for i in range(repeats):
             p = torch.from_numpy(np.full((1, num_bytes // 4), i, np.float32))
             orders = Orders(clients=np.arange(2), starts=np.zeros(2, int), counts=np.ones(2, int), step=i)
@@ -145,7 +143,7 @@ def main():
     columns = ("streams: median ms (fastest)", "with shared memory", "gRPC with TLS", "ratios of the medians to it")
     print(f"| bytes each way and client | {' | '.join(columns)} |")
     print("|---|---|---|---|---|")
-    for size in SIZES:
+    for size in map(int, sys.argv[1:]) if len(sys.argv) > 1 else SIZES:
         repeats = 300 if size < 2**20 else 40
         found = [measure(size, repeats, False), measure(size, repeats, True), measure_bare(size, repeats)]
         medians = [statistics.median(times) for times in found]
