@@ -7,5 +7,6 @@ with extra("experiments", "an audit"):
     from psl_flower.audit.attacks import ACTIVE, ATTACKS
     from psl_flower.audit.auditing import audit
 from psl_flower.audit.result import AuditResult, Case
+from psl_flower.audit.target_epsilon import TargetEpsilon
 
-__all__ = ["ACTIVE", "ATTACKS", "AuditResult", "Case", "Finding", "audit"]
+__all__ = ["ACTIVE", "ATTACKS", "AuditResult", "Case", "Finding", "TargetEpsilon", "audit"]

@@ -13,12 +13,17 @@ import torch
 from torch import nn
 
 from psl_flower.audit.attacks import ACTIVE, ATTACKS
-from psl_flower.audit.rehearsal import Data, Setting, rehearse
+from psl_flower.audit.finding import Finding
+from psl_flower.audit.quiet import warning_once
+from psl_flower.audit.rehearsal import Data, Setting, prepared, rehearse
 from psl_flower.audit.result import AuditResult, Case
+from psl_flower.audit.target_epsilon import TargetEpsilon, apart
 from psl_flower.checks import check_choice, check_int
+from psl_flower.client.defending import UNDEFENDED_SUMS
 from psl_flower.data import Examples
 from psl_flower.errors import ConfigError
 from psl_flower.privacy import Defence
+from psl_flower.split.model import cut_model
 from psl_flower.strategy.progress import clock
 
 Say = Callable[[str], None]
@@ -34,7 +39,7 @@ def audit(
     *,
     cuts: str | Sequence[str | None] | None = None,
     tail: str | None = None,
-    defences: Mapping[str, Sequence[Defence]] | None = None,
+    defences: Mapping[str, Sequence[Defence | TargetEpsilon]] | None = None,
     attacks: Iterable[str] | None = None,
     num_clients: int = 8,
     num_rounds: int = 3,
@@ -65,8 +70,8 @@ def audit(
     tail : str, optional
         Qualified name of the first submodule that is back on the clients.
     defences : dict of str to sequence of Defence, optional
-        What the clients do about it, by the name it has in the report: see `psl_flower.privacy.defences`. Default:
-        ``{"none": ()}``.
+        What the clients do about it, by the name it has in the report: see `psl_flower.privacy.defences`, and
+        `psl_flower.audit.TargetEpsilon` for differential privacy of the model. Default: ``{"none": ()}``.
     attacks : iterable of str, optional
         Some of `psl_flower.audit.ATTACKS` and `ACTIVE`. Default: all. Those that have nothing to attack find nothing.
     num_clients : int
@@ -108,8 +113,13 @@ def audit(
             f"an audit needs at least {_LEAST_EXAMPLES} training examples a client, got {len(known[1])} for "
             f"{num_clients} clients: give more data, or lower num_clients"
         )
+    for cut in all_cuts:  # refused now, not after the trainings of those before it
+        some = model if isinstance(model, nn.Module) else model(seeds[0])
+        cut_model(prepared(some, cut, tail), cut, tail)
+    for defence in all_defences.values():
+        apart(defence)
     progress = _Progress(len(all_cuts) * len(all_defences) * len(seeds), say or _to_stderr)
-    cases = []
+    cases, seen = list[Case](), set[str]()
     for cut in all_cuts:
         for label, defence in all_defences.items():
             for seed in seeds:
@@ -129,7 +139,8 @@ def audit(
                     defences=defence,
                     seed=seed,
                 )
-                cases.append(_case(setting, label, chosen, progress))
+                with warning_once(UNDEFENDED_SUMS, seen):
+                    cases.append(_case(setting, label, chosen, progress))
     settings = {
         "model": type(setting.model).__name__,
         "tail": tail,
@@ -162,6 +173,10 @@ def _case(setting: Setting, label: str, attacks: Sequence[str], progress: _Progr
         bytes_a_round=run.bytes_a_round,
         seconds=run.seconds,
     )
+    if run.epsilon is not None:  # no attack, but what bounds all that are on the model
+        case.findings.append(
+            Finding(attack="any", party="who gets the model", measure="epsilon, at most", value=run.epsilon, floor=0.0)
+        )
     for name in attacks:
         progress.next(name)
         found = ACTIVE[name](setting) if name in ACTIVE else ATTACKS[name](run.scene)

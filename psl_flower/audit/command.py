@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +20,19 @@ from psl_flower.audit.attacks import ACTIVE, ATTACKS
 from psl_flower.audit.auditing import audit
 from psl_flower.audit.presets import PRESETS
 from psl_flower.audit.quiet import quietly
+from psl_flower.audit.rehearsal import prepared
 from psl_flower.audit.report import JSON_FILE, save_report
+from psl_flower.audit.target_epsilon import TargetEpsilon
 from psl_flower.checks import check_int
 from psl_flower.config import RunConfig
+from psl_flower.errors import CutError
 from psl_flower.machine import machine
 from psl_flower.privacy import parse_defences
+from psl_flower.split.model import cut_model
 
 app = typer.Typer(add_completion=False)
+
+_OF_MODEL = {"TargetEpsilon": TargetEpsilon}
 
 
 def _option(what: str, metavar: str, *names: str, panel: str = "Training", **more: Any) -> Any:
@@ -54,12 +61,16 @@ def _audit(
     secure_aggregation: Annotated[bool, _option("Clients mask their sums.", "", "--secure-aggregation")] = False,
     defences: Annotated[
         list[str] | None,
-        _option("Of the clients, as the key of the default app takes them, or none.", "DEFENCES", "--defences"),
+        _option(
+            "Of the clients, as the key of the default app takes them, or none; TargetEpsilon(8): DP-SGD of the model.",
+            "DEFENCES",
+            "--defences",
+        ),
     ] = None,
     num_clients: Annotated[int | None, _option("How many, half of them the attacker's; the preset's.", "K")] = None,
     rounds: Annotated[int | None, _option("Of training; the last is attacked. The preset's.", "N")] = None,
-    batch_size: Annotated[int, _option("Examples a step, over all clients.", "B")] = 64,
-    learning_rate: Annotated[float, _option("Of SGD with momentum 0.9.", "RATE")] = 0.02,
+    batch_size: Annotated[int | None, _option("Examples a step, over all clients; the preset's.", "B")] = None,
+    learning_rate: Annotated[float | None, _option("Of SGD; the preset's.", "RATE")] = None,
     attacks: Annotated[
         list[str] | None,
         _option("One of them; the preset's, or all.", "|".join([*ATTACKS, *ACTIVE]), "--attack", panel="Attacks"),
@@ -84,7 +95,8 @@ def _audit(
         dataset=given.dataset,
         data_path=str(Path(data_path).expanduser().resolve()) if data_path else "",
         model=model or given.model,
-        learning_rate=learning_rate,
+        learning_rate=given.learning_rate if learning_rate is None else learning_rate,
+        momentum=given.momentum,
         augment="none",  # what is reconstructed is compared with what is in the data
     )
     with quietly(logging.WARNING):  # the runs' own log
@@ -92,13 +104,15 @@ def _audit(
             partial(_model, config),
             load_images(config, "train"),
             load_images(config, "test"),
-            cuts=cuts or given.cuts,
+            cuts=cuts or _fitting(given.cuts, _model(config, 0), tail or None),
             tail=tail or None,
-            defences={spec: () if spec == "none" else parse_defences(spec) for spec in defences or given.defences},
+            defences={
+                spec: () if spec == "none" else parse_defences(spec, _OF_MODEL) for spec in defences or given.defences
+            },
             attacks=attacks or given.attacks or None,
             num_clients=given.num_clients if num_clients is None else num_clients,
             num_rounds=given.rounds if rounds is None else rounds,
-            batch_size=batch_size,
+            batch_size=given.batch_size if batch_size is None else batch_size,
             optimizer=partial(make_optimizer, config),
             secure_aggregation=secure_aggregation,
             examples=given.examples if examples is None else examples,
@@ -111,6 +125,18 @@ def _audit(
         print((output / JSON_FILE).read_text(encoding="utf-8"), end="")
     else:
         print(found.markdown(), *paths, sep="\n")
+
+
+def _fitting(cuts: Sequence[str], model: nn.Module, tail: str | None) -> Sequence[str]:
+    """Return those of a preset's cuts that leave the server something, with a tail; all, if none does."""
+    fitting = []
+    for cut in cuts:
+        try:
+            cut_model(prepared(model, cut, tail), cut, tail)
+        except CutError:
+            continue
+        fitting.append(cut)
+    return fitting or cuts
 
 
 def _model(config: RunConfig, seed: int) -> nn.Module:

@@ -17,6 +17,7 @@ _LEAKS = (
     ("labels by trying each", "share that is right", "labels: share solved for"),
     ("labels", "as they are sent, share that is right", "labels: share right as sent"),
     ("membership", "decoded match AUC", "membership: AUC of a decoded match"),
+    ("any", "epsilon, at most", "the model: epsilon"),
 )
 _SHOWN = 20  # points of accuracy below the best, at most
 _MARKERS = "osD^vP*X<>hd"

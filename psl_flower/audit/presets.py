@@ -17,6 +17,9 @@ class Preset:
     num_clients: int = 8
     rounds: int
     examples: int
+    batch_size: int = 64
+    learning_rate: float = 0.02
+    momentum: float = 0.9
     seeds: int = 1
 
 
@@ -43,6 +46,20 @@ PRESETS = {
         num_clients=4,
         rounds=5,
         examples=2000,
+        seeds=3,
+    ),
+    # What noise costs depends on the batch, and momentum would carry it on: DP-SGD is trained in its own way.
+    "privacy-epsilon": Preset(
+        dataset="digits",
+        cuts=("stage2",),
+        defences=("none", *(f"TargetEpsilon({epsilon})" for epsilon in (8, 4, 2, 1))),
+        attacks=_PRICED,
+        num_clients=4,
+        rounds=5,
+        examples=2000,
+        batch_size=256,
+        learning_rate=0.3,
+        momentum=0.0,
         seeds=3,
     ),
 }

@@ -15,9 +15,12 @@ from torch.utils.data import TensorDataset
 
 from psl_flower.audit.recording import Recording, RecordingGrid, witness
 from psl_flower.audit.scene import Scene
+from psl_flower.audit.target_epsilon import TargetEpsilon, apart
 from psl_flower.client import split_client_app
 from psl_flower.methods import SplitMethod
 from psl_flower.privacy import Defence
+from psl_flower.samplers.base import Sampler
+from psl_flower.samplers.poisson import PoissonGlobalSampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.split import replace_batch_norm
 from psl_flower.split.model import cut_model
@@ -46,7 +49,7 @@ class Setting:
     optimizer : callable
     secure_aggregation : bool
     defences : sequence
-        Of the clients.
+        Of the clients; `TargetEpsilon` among them is of the model.
     seed : int
     """
 
@@ -62,7 +65,7 @@ class Setting:
     batch_size: int = 64
     optimizer: Callable[[Any], torch.optim.Optimizer]
     secure_aggregation: bool = False
-    defences: Sequence[Defence] = ()
+    defences: Sequence[Defence | TargetEpsilon] = ()
     seed: int = 0
 
 
@@ -80,12 +83,15 @@ class Rehearsal:
         Of tensors, both ways.
     seconds : float
         Of the training, wall clock, recording included.
+    epsilon : float or None
+        Of the model, where it is trained with differential privacy.
     """
 
     scene: Scene
     accuracy: float
     bytes_a_round: int
     seconds: float
+    epsilon: float | None = None
 
 
 def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from_round: int | None = None) -> Rehearsal:
@@ -99,7 +105,13 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
     from_round : int, optional
         The first round that is recorded, from 1; by default the last.
     """
-    model = replace_batch_norm(setting.model, before=setting.cut, tail=setting.tail) if setting.cut else setting.model
+    defences, target = apart(setting.defences)
+    model, private = prepared(setting.model, setting.cut, setting.tail), None
+    sampler: Sampler = UniformGlobalSampler(batch_size=setting.batch_size, seed=setting.seed)
+    if target is not None:
+        model, sampler = replace_batch_norm(model), PoissonGlobalSampler(setting.batch_size, seed=setting.seed)
+        examples = len(setting.train[1])
+        private = target.options(rounds=setting.num_rounds, batch_size=setting.batch_size, examples=examples)
     recording = Recording()
     app = split_client_app(
         lambda: model,
@@ -108,7 +120,8 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         data_fn=_data_fn(setting),
         client_class=witness(recording),
         secure_aggregation=setting.secure_aggregation,
-        defences=setting.defences,
+        defences=defences,
+        private=private,
         device="cpu",
     )
     strategy = ParallelSplitLearning(
@@ -116,7 +129,8 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         cut=setting.cut,
         tail=setting.tail,
         method=server_method,
-        sampler=UniformGlobalSampler(batch_size=setting.batch_size, seed=setting.seed),
+        sampler=sampler,
+        private=private,
         optimizer=setting.optimizer,
         secure_aggregation=setting.secure_aggregation,
         transport="messages",
@@ -144,6 +158,7 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         accuracy=_accuracy(scene, result.evaluate_metrics_clientapp[rounds]),
         bytes_a_round=int(told["bytes_sent"]) + int(told["bytes_received"]),  # type: ignore[arg-type]
         seconds=seconds,
+        epsilon=None if private is None else float(told["epsilon"]),  # type: ignore[arg-type]
     )
 
 
@@ -151,6 +166,11 @@ def _accuracy(scene: Scene, told: Mapping[str, Any]) -> float:
     """Return the share of right answers; what the clients tell, where the server cannot see what the model says."""
     found = scene.answers(test=True)
     return float(told["accuracy"]) if found is None else float((found[0] == found[1].labels).mean())
+
+
+def prepared(model: nn.Module, cut: str | None, tail: str | None) -> nn.Module:
+    """Return a model that can be cut there: a copy without batch norm on the clients; as it is, if cut by hand."""
+    return replace_batch_norm(model, before=cut, tail=tail) if cut else model
 
 
 def dealt(setting: Setting) -> tuple[list[IntArray], list[IntArray]]:

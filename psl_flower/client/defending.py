@@ -27,6 +27,12 @@ from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 
+UNDEFENDED_SUMS = (
+    "%s: defences of rows do nothing for the parameter gradients that leave this client, from which inputs can be "
+    "rebuilt, exactly where it gives one example to a step. Use secure_aggregation=True as well, here and in the "
+    "strategy: then the server sees sums over clients only"
+)
+
 # Returns the indices of the examples of a client's order.
 Draw = Callable[[Any], IntArray]
 
@@ -217,12 +223,7 @@ def warn_of_sums(defences: Sequence[Defence]) -> None:
     """Log that defences of rows leave a client's own parameter gradients as they are, where these are not masked."""
     hiding = [type(each).__name__ for each in defences if not isinstance(each, GradientScrutiny | RandomizedResponse)]
     if hiding:
-        log.warning(
-            "%s: defences of rows do nothing for the parameter gradients that leave this client, from which inputs can "
-            "be rebuilt, exactly where it gives one example to a step. Use secure_aggregation=True as well, here and "
-            "in the strategy: then the server sees sums over clients only",
-            ", ".join(hiding),
-        )
+        log.warning(UNDEFENDED_SUMS, ", ".join(hiding))
 
 
 def introduce(defences: Sequence[Defence], client: SplitClient, secret: Secret) -> None:

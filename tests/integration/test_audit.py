@@ -12,12 +12,13 @@ import torch
 from audited import Net, digits, setting, sgd
 from torch import nn
 
-from psl_flower.audit import ACTIVE, ATTACKS, audit
+from psl_flower.audit import ACTIVE, ATTACKS, TargetEpsilon, audit
 from psl_flower.audit.attacks import decoder
+from psl_flower.audit.frontier import draw_frontier
 from psl_flower.audit.recording import Recording
 from psl_flower.audit.rehearsal import rehearse
 from psl_flower.audit.scene import crossing, one_tensor, with_weights
-from psl_flower.errors import ConfigError
+from psl_flower.errors import ConfigError, CutError
 from psl_flower.privacy import GaussianNoise
 from psl_flower.privacy import audit as audit_of_privacy
 from psl_flower.protocol import Kind, Leaf
@@ -257,9 +258,31 @@ def test_an_audit_leaves_a_report(tmp_path):
         result.value("decoder", "SSIM")
 
 
+def test_privacy_of_the_model_is_a_defence_like_others_and_what_repeats_is_said_once(caplog):
+    result = audit_of_privacy(
+        lambda seed: Net(),
+        Set(*digits("train", 200)),
+        Set(*digits("test", 60)),
+        cuts=["body"],
+        defences={"epsilon": (TargetEpsilon(6), GaussianNoise(0.1)), "noise": (GaussianNoise(0.2),)},
+        attacks=["labels"],
+        num_clients=2,
+        num_rounds=1,
+        optimizer=sgd,
+        say=lambda line: None,
+    )
+    assert result.value("any", "epsilon, at most", defence="epsilon") == pytest.approx(6, rel=1e-3)
+    with pytest.raises(KeyError):
+        result.value("any", "epsilon, at most", defence="noise")
+    assert draw_frontier(result).axes[-1].get_ylabel() == "the model: epsilon"
+    assert [r.levelname for r in caplog.records if "defences of rows do nothing" in r.getMessage()] == ["WARNING"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cuts": ["body", "tail"], "tail": "tail"}, "tail"),
+        ({"defences": {"two": (TargetEpsilon(1), TargetEpsilon(2))}}, "a model has one epsilon"),
         ({"attacks": ["decodr"]}, "did you mean 'decoder'"),
         ({"cuts": []}, "at least one cut"),
         ({"num_clients": 100}, "at least 16 training examples a client, got 200 for 100 clients"),
@@ -271,7 +294,7 @@ def test_an_audit_leaves_a_report(tmp_path):
 )
 def test_what_cannot_be_audited_is_refused_before_anything_runs(options, message):
     given = {"train": Set(*digits("train", 200)), "test": Set(*digits("test", 60)), "cuts": "body", **options}
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, CutError), match=message):
         audit(Net(), given.pop("train"), given.pop("test"), say=lambda line: pytest.fail(line), **given)
 
 

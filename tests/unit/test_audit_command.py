@@ -1,12 +1,15 @@
 """The command of the audit: options, presets, and what it refuses before anything runs."""
 
 import json
+import struct
 
+import numpy as np
 import pytest
 
 from psl_flower import cli
 from psl_flower.app.models import build_model
 from psl_flower.audit import ACTIVE, ATTACKS
+from psl_flower.audit.command import _OF_MODEL, _fitting
 from psl_flower.audit.presets import PRESETS
 from psl_flower.privacy import parse_defences
 from psl_flower.split import cut_candidates
@@ -63,4 +66,38 @@ def test_presets_name_what_there_is(preset):
     assert set(preset.cuts) <= set(cut_candidates(model, depth=1))
     assert set(preset.attacks) <= {*ATTACKS, *ACTIVE}
     for text in preset.defences:
-        assert text == "none" or parse_defences(text)
+        assert text == "none" or parse_defences(text, _OF_MODEL)
+
+
+def test_a_preset_with_a_tail_has_the_cuts_that_leave_the_server_something():
+    model = build_model("cnn", in_channels=1, num_classes=10, seed=0)
+    assert _fitting(PRESETS["digits"].cuts, model, None) == ["stage2", "stage3", "head"]
+    assert _fitting(PRESETS["digits"].cuts, model, "head") == ["stage2", "stage3"]
+    assert _fitting(["head"], model, "head") == ["head"]  # which is refused then, with the reason
+
+
+def test_fashion_mnist_from_files_of_its_format(tmp_path, capsys):
+    """A stand-in: the real files are not the package's."""
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 96), ("t10k", 40)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = (20 * labels[:, None, None] + rng.integers(0, 40, (count, 28, 28))).astype(np.uint8)
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (tmp_path / f"{prefix}-{name}-ubyte").write_bytes(header + array.tobytes())
+    words = [
+        "--data-path",
+        str(tmp_path),
+        "--num-clients",
+        "2",
+        "--rounds",
+        "1",
+        "--cut",
+        "stage2",
+        "--attack",
+        "labels",
+    ]
+    assert cli.main(["audit", "fashion-mnist", *words, "--output", str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["dataset"], told["training examples"], told["test examples"]) == ("fashion-mnist", 96, 40)
+    assert told["cases"][0]["findings"][0]["value"] == 1.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from psl_flower.checks import check_choice
 from psl_flower.errors import ConfigError
@@ -29,8 +31,14 @@ DEFENCES: dict[str, type[Defence]] = {
 }
 
 
-def parse_defences(text: str) -> tuple[Defence, ...]:
+def parse_defences(text: str, others: Mapping[str, Callable[..., Any]] | None = None) -> tuple[Any, ...]:
     """Return the defences that a text names, in its order; none for an empty one. Nothing of it is evaluated.
+
+    Parameters
+    ----------
+    text : str
+    others : dict of str to callable, optional
+        What else may be named.
 
     Raises
     ------
@@ -44,17 +52,18 @@ def parse_defences(text: str) -> tuple[Defence, ...]:
         raise ConfigError(rule) from exc
     if not isinstance(found, ast.Tuple):
         raise ConfigError(rule)
+    known: dict[str, Callable[..., Any]] = {**DEFENCES, **(others or {})}
     made = []
     for call in found.elts:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ConfigError(rule)
         if not all(each.arg for each in call.keywords):
             raise ConfigError(rule)
-        name = check_choice(call.func.id, "a defence", DEFENCES)
+        name = check_choice(call.func.id, "a defence", known)
         try:
             values = [ast.literal_eval(value) for value in call.args]
             named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-            made.append(DEFENCES[name](*values, **named))
+            made.append(known[name](*values, **named))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
         except (TypeError, ValueError) as exc:
