@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         Sampler,
         UniformGlobalSampler,
     )
-    from psl_flower.server import causal_lm_loss
+    from psl_flower.server import accumulate, causal_lm_loss
     from psl_flower.split import Cut, SplitModel, export_halves, replace_batch_norm, split_module
     from psl_flower.strategy import ParallelSplitLearning
 
@@ -85,7 +85,7 @@ _HOME = {
         "Sampler",
         "UniformGlobalSampler",
     ],
-    "server": ["causal_lm_loss"],
+    "server": ["accumulate", "causal_lm_loss"],
     "split": ["Cut", "SplitModel", "export_halves", "replace_batch_norm", "split_module"],
     "strategy": ["ParallelSplitLearning"],
 }
@@ -127,6 +127,7 @@ __all__ = [
     "StopTraining",
     "StreamOptions",
     "UniformGlobalSampler",
+    "accumulate",
     "causal_lm_loss",
     "export_halves",
     "replace_batch_norm",

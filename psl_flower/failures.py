@@ -35,6 +35,7 @@ class Kind(Enum):
     LEFT_OUT = "left out for the round"
     KEY = "another key"
     RANGE = "beyond fixed point"
+    FORGOTTEN = "weights not there"
 
     @property
     def is_outage(self) -> bool:

@@ -108,20 +108,19 @@ class RecordingGrid(InProcessGrid):
     def __init__(self, client_app: ClientApp, num_nodes: int, recording: Recording, first_epoch: int = 0) -> None:
         super().__init__(client_app, num_nodes)
         self._recording, self._first_epoch = recording, first_epoch
+        self._store = WeightStore()  # frozen weights are sent once
         self._weights: dict[tuple[str, str], Weights] = {}  # by part and version: many requests carry the same
 
     def _answer(self, message: Message, context: Context) -> Message:
         frame = content_to_frame(message.content)
-        orders = frame.header["orders"]
-        reply = super()._answer(message, context)
-        if orders is None or reply.has_error() or (not orders["test"] and orders["epoch"] < self._first_epoch):
+        _, _, request = decode_request(frame, self._store)
+        reply, orders = super()._answer(message, context), request.orders
+        if orders is None or reply.has_error() or (not orders.test and orders.epoch < self._first_epoch):
             return reply
-        _, _, request = decode_request(frame, WeightStore())
-        assert request.orders is not None  # the header has some
         answer = decode_reply(content_to_frame(reply.content), request)
         weights = {p: self._weights.setdefault((p, w.version), w) for p, w in request.weights.items()}
         for part in answer.parts:
-            (order,) = request.orders.each()
+            (order,) = orders.each()
             self._recording.exchanges.append(
                 Exchange(
                     stage=request.stage,

@@ -14,7 +14,15 @@ from torch.nn.functional import cross_entropy
 
 from psl_flower.client.client import SplitClient
 from psl_flower.client.defending import check_defences, check_private
-from psl_flower.client.keeping import keep, keep_own, restore, take_own, warn_of_processes
+from psl_flower.client.keeping import (
+    keep,
+    keep_own,
+    keep_weights,
+    restore,
+    restore_weights,
+    take_own,
+    warn_of_processes,
+)
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
 from psl_flower.client.recipe import ClientRecipe, make_client, method_of
@@ -22,14 +30,16 @@ from psl_flower.client.runtime import answer
 from psl_flower.client.stream import attach_stream
 from psl_flower.data import check_data_fn
 from psl_flower.errors import ConfigError, ProtocolError
-from psl_flower.exchange.codec import decode_request, encode_reply
+from psl_flower.exchange.codec import KEEP, ForgottenError, decode_request, encode_reply
+from psl_flower.exchange.fields import nodes_of
+from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.limits import MAX_TEXT
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.flower import ERROR_CLIENT_APP
 from psl_flower.methods import METHODS, SplitMethod, make_method
 from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
 from psl_flower.privacy.defences import Defence
-from psl_flower.protocol import ATTACH, DESCRIBE, REFUSED, Config
+from psl_flower.protocol import ATTACH, DESCRIBE, REFUSED, Config, Reply, Request
 from psl_flower.server import Loss
 
 log = logging.getLogger("flwr.psl_flower")
@@ -182,7 +192,15 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
     """Answer one message of the server; with an error, if it is none."""
     state = run_state(context.run_id)
     try:
-        number, wire_dtype, request = decode_request(content_to_frame(message.content), state.weights)
+        frame = content_to_frame(message.content)
+        try:
+            number, wire_dtype, request = decode_request(frame, state.weights)
+        except ForgottenError:  # that is what a process knows when it is new
+            restore_weights(state, context)
+            try:
+                number, wire_dtype, request = decode_request(frame, state.weights)
+            except ForgottenError as error:
+                return _forgotten(message, frame, error)
         if len(request.nodes) != 1:
             raise ProtocolError(f"a message is for one client, this one names {len(request.nodes)}")
     except ProtocolError as error:
@@ -198,6 +216,8 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
         return made
 
     restore(state, context)
+    if frame.header.get(KEEP) is True:
+        keep_weights(state, context)
     reply = answer(method, state, client, replace(request, nodes=(context.node_id,)))
     keep(state, context)
     warn_of_processes(state, context)
@@ -206,3 +226,10 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
         keep_own(state, context)
     reply = reply.renamed({context.node_id: request.nodes[0]})
     return Message(frame_to_content(encode_reply(number, reply, request, wire_dtype)), reply_to=message)
+
+
+def _forgotten(message: Message, frame: Frame, error: ForgottenError) -> Message:
+    """Say that the weights which a request names are not here."""
+    nodes = nodes_of(frame.header)
+    reply = Reply(failures=dict.fromkeys(nodes, error.failure()))
+    return Message(frame_to_content(encode_reply(0, reply, Request(stage="", nodes=nodes))), reply_to=message)

@@ -13,11 +13,12 @@ from flwr.app import ConfigRecord, Context
 
 from psl_flower import checkpoint
 from psl_flower.client.process import RunState
+from psl_flower.exchange.codec import CONSTANTS
 from psl_flower.exchange.streams.security import PROCESS_ID
 from psl_flower.privacy import GradientScrutiny, Party, Secret
 
 _SECRET, _PARTY, _OWN = "psl_flower.secret", "psl_flower.party", "psl_flower.own"
-_PROCESS = "psl_flower.process"
+_PROCESS, _WEIGHTS = "psl_flower.process", "psl_flower.weights"
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -41,6 +42,18 @@ def keep(state: RunState, context: Context) -> None:
         _write(context, _SECRET, {"value": state.secrets[node].value})
     if node in state.parties:
         _write(context, _PARTY, state.parties[node].state_dict())
+
+
+def keep_weights(state: RunState, context: Context) -> None:
+    """Keep the weights that do not change for the process that answers the next message."""
+    text, tensors = checkpoint.dumps(state.weights.state_dict(CONSTANTS))
+    _write(context, _WEIGHTS, {"tree": text, "tensors": tensors})
+
+
+def restore_weights(state: RunState, context: Context) -> None:
+    """Take up the weights that do not change, if an earlier message's process has kept them."""
+    if kept := _read(context, _WEIGHTS):
+        state.weights.load_state_dict(CONSTANTS, checkpoint.loads(kept["tree"], kept["tensors"]))
 
 
 def warn_of_processes(state: RunState, context: Context) -> None:

@@ -45,9 +45,19 @@ from psl_flower.typing import IntArray
 
 REQUEST = "request"
 REPLY = "reply"
+CONSTANTS = "constants"  # the kind of weights that stay as they are, see `Weights`
+# Field of a message's header: the process that answers it will not be there for the next.
+KEEP = "keep-constants"
 
 # The weights a client process has been sent: by part and kind ("parameters", "constants"), their version.
 Sent = dict[tuple[str, str], str]
+
+
+class ForgottenError(ProtocolError):
+    """A request names weights that its process does not have: it is to be sent again with them."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, FailureKind.FORGOTTEN)
 
 
 class WeightStore:
@@ -55,6 +65,15 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], tuple[str, Mapping[str, Any]]] = {}
+
+    def state_dict(self, kind: str) -> dict[str, Any]:
+        """Return the weights of a kind, for another process: by part, their version and tensors."""
+        return {part: {"version": v, "tensors": dict(t)} for (part, k), (v, t) in self._kept.items() if k == kind}
+
+    def load_state_dict(self, kind: str, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        for part, saved in state.items():
+            self.put(part, kind, saved["version"], saved["tensors"])
 
     def put(self, part: str, kind: str, version: str, tensors: Mapping[str, Any]) -> None:
         """Keep weights in place of their last version."""
@@ -64,10 +83,10 @@ class WeightStore:
             del self._kept[next(iter(self._kept))]
 
     def get(self, part: str, kind: str, version: str) -> Mapping[str, Any]:
-        """Return weights, or raise ProtocolError if that version was not the last to be sent."""
+        """Return weights, or raise ForgottenError if that version was not the last to be sent."""
         known, tensors = self._kept.get((part, kind), ("", {}))
         if known != version:
-            raise ProtocolError(f"weights {version!r:.80} of {part!r} were not sent, and are not known")
+            raise ForgottenError(f"weights {version!r:.80} of {part!r} were not sent, and are not known")
         return tensors
 
 
@@ -159,9 +178,9 @@ def _encode_weights(part: str, weights: Weights, packer: Packer, sent: Sent) -> 
     header: dict[str, Any] = {"version": weights.version, "constants-version": weights.constants_version}
     for kind, version, tensors in (
         ("parameters", weights.version, weights.parameters),
-        ("constants", weights.constants_version, weights.constants),
+        (CONSTANTS, weights.constants_version, weights.constants),
     ):
-        if sent.get((part, kind)) != version:
+        if not tensors or sent.get((part, kind)) != version:  # of nothing there is nothing to know
             header[kind] = packer.pack(tensors)
             sent[part, kind] = version
     return header
@@ -170,7 +189,7 @@ def _encode_weights(part: str, weights: Weights, packer: Packer, sent: Sent) -> 
 def _decode_weights(part: str, header: Any, unpacker: Unpacker, store: WeightStore) -> Weights:
     if not isinstance(header, dict):
         raise ProtocolError(f"expected the weights of {part!r:.80}, got {header!r:.80}")
-    versions = {"parameters": field(header, "version", str), "constants": field(header, "constants-version", str)}
+    versions = {"parameters": field(header, "version", str), CONSTANTS: field(header, "constants-version", str)}
     found = {}
     for kind, version in versions.items():
         if kind in header:
@@ -179,7 +198,7 @@ def _decode_weights(part: str, header: Any, unpacker: Unpacker, store: WeightSto
                 raise ProtocolError(f"expected the {kind} of {part!r:.80} by name")
             store.put(part, kind, version, tensors)
         found[kind] = store.get(part, kind, version)
-    return Weights(found["parameters"], found["constants"], versions["parameters"], versions["constants"])
+    return Weights(found["parameters"], found[CONSTANTS], versions["parameters"], versions[CONSTANTS])
 
 
 def _encode_leaves(leaves: Mapping[str, Leaf], packer: Packer) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -11,10 +11,11 @@ from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.base import Carrier
-from psl_flower.exchange.codec import decode_reply, encode_request
+from psl_flower.exchange.codec import CONSTANTS, KEEP, Sent, decode_reply, encode_request
+from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.failures import Failure, Kind
-from psl_flower.flower import error_kind
+from psl_flower.flower import error_kind, is_deployment
 from psl_flower.protocol import REFUSED, Reply, Request
 
 # Note [Pulling]: an exchange takes 0.1 s in the simulation and 5 s in a deployment, so no fixed interval suits both.
@@ -24,6 +25,7 @@ _LONGEST_WAIT = 0.25  # seconds
 _WAIT_SHARE = 0.05
 # Messages without a reply in time that are still asked for, to be counted.
 _MOST_LATE = 256
+_MOST_FORGOTTEN = 2  # times that a node need not have what it was sent, before it is sent everything every time
 _REFUSAL_SECONDS = 600.0  # that Flower keeps what tells a node it is not let in
 _LONGEST_REASON = 4000  # characters of a client's error that are kept
 
@@ -31,7 +33,9 @@ _LONGEST_REASON = 4000  # characters of a client's error that are kept
 class MessageCarrier(Carrier):
     """Pushes Flower messages and pulls their replies with a short, adaptive wait.
 
-    Every message holds all that its request needs, weights included: a deployment answers each in a new process.
+    Every message holds all that its request needs, trainable weights included. What stays as it is, frozen weights and
+    buffers, is sent to a node once, and named after that: a process that does not have it says so, and is sent it with
+    the same request. In a deployment each message is answered in a new process, so there the node keeps it.
 
     Parameters
     ----------
@@ -44,6 +48,10 @@ class MessageCarrier(Carrier):
     def __init__(self, grid: Grid, group_id: str = "psl_flower") -> None:
         self._grid = grid
         self._group_id = group_id
+        self._keep = is_deployment(grid)
+        self._sent: dict[int, Sent] = {}  # by node, constants only
+        self._named: set[int] = set()  # nodes whose last message named some, which they must have
+        self._forgot: Counter[int] = Counter()  # by node, how often it did not have what it was sent
         self._late: deque[str] = deque(maxlen=_MOST_LATE)  # messages whose replies are not waited for any more
 
     def node_ids(self) -> Iterable[int]:
@@ -58,25 +66,22 @@ class MessageCarrier(Carrier):
             return reply
         begin = time.monotonic()
         single = {node: request.take([i]) for i, node in enumerate(request.nodes)}
-        messages = {}
-        for node, each in single.items():
-            frame, size = encode_request(each, 0, sent={})
-            # a reply later than `timeout` is of no use: let Flower drop it
-            content, ttl = frame_to_content(frame), max(timeout, 1.0)
-            messages[node] = Message(content, node, each.message_type, ttl=ttl, group_id=self._group_id)
-            reply.bytes_sent += size
-        waiting, refused = self._push(messages)
-        accepted = set(waiting.values())
-        reply.failures |= {n: Failure(Kind.UNREACHABLE, refused) for n in request.nodes if n not in accepted}
+        waiting = self._send(single.values(), timeout, reply)
         while waiting:
             self._check_stopped()
+            forgot: list[Request] = []
             for message in self._grid.pull_messages([*waiting, *self._late]):
                 message_id = message.metadata.reply_to_message_id
                 if message_id not in waiting:
                     self._ignore(message)
                 else:
                     request_to = single[waiting.pop(message_id)]
-                    reply.add(_reply(request_to, message, time.monotonic() - begin))
+                    found = _reply(request_to, message, time.monotonic() - begin)
+                    if self._has_forgotten(request_to, found):
+                        forgot.append(request_to)
+                    else:
+                        reply.add(found)
+            waiting |= self._send(forgot, timeout, reply)
             elapsed = time.monotonic() - begin
             if elapsed >= timeout:
                 break
@@ -87,6 +92,39 @@ class MessageCarrier(Carrier):
             reply.failures[node] = Failure(Kind.TIMEOUT, reason)
         self._late.extend(waiting)
         return reply
+
+    def _send(self, requests: Iterable[Request], timeout: float, reply: Reply) -> dict[str, int]:
+        """Send requests, a node each; return the nodes waited for by message id. What is not sent fails in `reply`."""
+        messages = {}
+        for each in requests:
+            (node,) = each.nodes
+            # a node that forgets again and again is sent everything at once
+            known = {} if self._forgot[node] > _MOST_FORGOTTEN else self._sent.get(node, {})
+            needed = {(part, CONSTANTS): w.constants_version for part, w in each.weights.items() if w.constants}
+            (self._named.add if needed.items() & known.items() else self._named.discard)(node)
+            frame, size = encode_request(each, 0, sent=dict(known))
+            frame = Frame({**frame.header, KEEP: self._keep and bool(needed.items() - known.items())}, frame.buffers)
+            self._sent[node] = {**known, **needed}
+            # a reply later than `timeout` is of no use: let Flower drop it
+            content, ttl = frame_to_content(frame), max(timeout, 1.0)
+            messages[node] = Message(content, node, each.message_type, ttl=ttl, group_id=self._group_id)
+            reply.bytes_sent += size
+        if not messages:
+            return {}
+        waiting, refused = self._push(messages)
+        accepted = set(waiting.values())
+        reply.failures |= {n: Failure(Kind.UNREACHABLE, refused) for n in messages if n not in accepted}
+        return waiting
+
+    def _has_forgotten(self, request: Request, reply: Reply) -> bool:
+        """Return whether a node was to have weights that its process does not have; they are sent with its next."""
+        (node,) = request.nodes
+        failure = reply.failures.get(node)
+        if failure is None or failure.kind is not Kind.FORGOTTEN or node not in self._named:
+            return False
+        self._sent.pop(node, None)
+        self._forgot[node] += 1
+        return True
 
     def refuse(self, node: int, reason: str) -> None:
         """Tell a node that it is not let in; whether it hears that, nobody waits for."""

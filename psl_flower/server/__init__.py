@@ -1,5 +1,6 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
+from psl_flower.server.accumulation import accumulate
 from psl_flower.server.additive import REFUSED, Additivity, adds_up
 from psl_flower.server.examples import example_gradients
 from psl_flower.server.language import causal_lm_loss
@@ -30,6 +31,7 @@ __all__ = [
     "ServerPart",
     "ServerPass",
     "WeightedLoss",
+    "accumulate",
     "adds_up",
     "causal_lm_loss",
     "check_metrics",

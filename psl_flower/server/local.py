@@ -202,7 +202,7 @@ class LocalBackend:
         except Exception as exc:
             name = type(self.optimizer).__name__
             raise ConfigError(f"the step of the optimizer, {name}, failed: {where(exc)}") from exc
-        if not set(self._on_clients).isdisjoint(gradients):
+        if getattr(self.optimizer, "stepped", True) and not set(self._on_clients).isdisjoint(gradients):
             self._changed()
 
     def commit_nothing(self) -> bool:

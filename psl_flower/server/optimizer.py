@@ -144,10 +144,15 @@ class Scheduler:
         "round": it steps after every round; "step": after every step.
     monitor : Monitor, optional
         The metric it is given with each step.
+    optimizer : Optimizer, optional
+        Where it accumulates gradients, it says whether it has stepped.
     """
 
-    def __init__(self, scheduler: Any = None, interval: str = "round", monitor: Monitor | None = None) -> None:
+    def __init__(
+        self, scheduler: Any = None, interval: str = "round", monitor: Monitor | None = None, optimizer: Any = None
+    ) -> None:
         self._scheduler, self._interval, self._monitor = scheduler, interval, monitor
+        self._optimizer = optimizer
 
     @property
     def wrapped(self) -> Any:
@@ -156,7 +161,7 @@ class Scheduler:
 
     def on_step(self) -> None:
         """Hear that a step was committed."""
-        if self._interval == "step":
+        if self._interval == "step" and getattr(self._optimizer, "stepped", True):
             self._step()
 
     def on_round(self, values: Mapping[str, float], *, evaluated: bool = True) -> None:
@@ -249,7 +254,7 @@ def make_scheduler(
         )
     if monitor:
         monitor.check(evaluate_every)
-    return Scheduler(scheduler, interval, monitor)
+    return Scheduler(scheduler, interval, monitor, optimizer)
 
 
 def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -5,6 +5,8 @@ import torch
 from flwr.app import ArrayRecord
 from support import (
     CUT,
+    NUM_CLASSES,
+    SIDE,
     largest_difference,
     load_partition_64,
     planned_batches,
@@ -15,7 +17,15 @@ from support import (
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower import (
+    Callback,
+    ConfigError,
+    InProcessGrid,
+    ParallelSplitLearning,
+    UniformGlobalSampler,
+    accumulate,
+    split_client_app,
+)
 
 K = 3
 SAMPLER = UniformGlobalSampler(40, seed=1)
@@ -85,3 +95,137 @@ def test_a_recipe_equals_the_loop_that_it_is_from():
     assert recipe.norms == pytest.approx(own.norms)
     assert min(own.norms) < max(own.norms)
     assert max(own.norms) > 0.3
+
+
+# --- several batches to one step of the optimizer --------------------------------------------------------------------
+EVERY = 3  # of 10 or 11 steps an epoch: groups go over its end
+
+
+def accumulating(rounds, recipe, scheduler=warm_up, **options):
+    """Return the weights, and how many bytes were sent in each step beside gradients."""
+    sent, model = [], tiny_resnet_64()
+
+    class Bytes(Callback):
+        def on_step(self, record):
+            sent.append(record.bytes_sent - record.batch_size * 4 * SIDE * SIDE * 8)
+
+    strategy = ParallelSplitLearning(
+        model,
+        cut=CUT,
+        sampler=SAMPLER,
+        optimizer=accumulate(recipe, EVERY),
+        scheduler=lambda optimizer: {"scheduler": scheduler(optimizer), "interval": "step"},
+        device="cpu",
+        min_available_nodes=K,
+        evaluate_every=0,
+        transport="streams",
+        callbacks=[Bytes()],
+        **options,
+    )
+    grid = InProcessGrid(split_client_app(tiny_resnet_64, cut=CUT, data_fn=load_partition_64, device="cpu"), K)
+    result = strategy.start(grid, ArrayRecord(model.state_dict()), rounds)
+    return result.arrays.to_torch_state_dict(), sent
+
+
+def test_accumulated_gradients_equal_those_of_torchs_loop(tmp_path):
+    """With weight decay for some, clipping and an average of the weights; also where a run resumes within a group."""
+    recipe, own = Recipe(), Recipe()
+    weights, sent = accumulating(2, recipe)
+    reference = tiny_resnet(torch.float64).train()
+    optimizer = own(list(reference.named_parameters()))
+    scheduler, count = warm_up(optimizer), 0
+    for epoch in range(2):
+        for x, y in planned_batches(SAMPLER.plan(population(K), epoch), K, seed=1, epoch=epoch, dtype=torch.float64):
+            (torch.nn.functional.cross_entropy(reference(x), y) / EVERY).backward()
+            count += 1
+            if count % EVERY == 0:
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+    assert count % EVERY
+    assert count // 2 % EVERY  # a group goes over the end of the first round
+    assert largest_difference(weights, reference.state_dict()) < 1e-9
+    assert recipe.norms == pytest.approx(own.norms)
+    assert len(own.norms) == count // EVERY
+    model = tiny_resnet_64()
+    head = sum(p.numel() * 8 for part in (model.stem, model.layer1) for p in part.parameters())
+    assert sent == [0 if at % EVERY else head for at in range(count)]  # weights travel after the optimizer's steps only
+    folder = {"output_dir": tmp_path, "checkpoint_every": 1}
+    accumulating(1, Recipe(), **folder)
+    resumed, _ = accumulating(2, Recipe(), resume_from="latest", **folder)
+    assert largest_difference(resumed, weights) == 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "text"),
+    [
+        (
+            torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1),
+            2,
+            "takes the function that makes the optimizer",
+        ),
+        (Recipe(), 0, "steps must be at least 1, got 0"),
+    ],
+)
+def test_accumulate_refuses(optimizer, steps, text):
+    with pytest.raises(ConfigError, match=text):
+        accumulate(optimizer, steps)
+
+
+# --- several losses --------------------------------------------------------------------------------------------------
+class TwoHeads(torch.nn.Module):
+    """Gives what many models give in training: its outputs, and those of an auxiliary head, by name."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.stem = torch.nn.Conv2d(1, 4, 3)
+            self.trunk = torch.nn.Conv2d(4, 4, 3)
+            self.auxiliary = torch.nn.Linear(16, NUM_CLASSES)
+            self.head = torch.nn.Linear(16, NUM_CLASSES)
+        self.double()
+
+    def forward(self, x):
+        x = self.trunk(self.stem(x).tanh()).tanh().flatten(1)
+        return {"logits": self.head(x), "auxiliary": self.auxiliary(x), "norm": x.square().mean(1)}
+
+
+def weighted_sum(outputs, labels):
+    """Add what counts alike: a mean over the examples each."""
+    auxiliary = torch.nn.functional.cross_entropy(outputs["auxiliary"], labels)
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels) + 0.3 * auxiliary + outputs["norm"].mean()
+
+
+def balanced(outputs, labels):
+    """Add a loss of the whole batch, as mixtures of experts have: no mean over its examples."""
+    share = outputs["auxiliary"].softmax(1).mean(0)
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels) + 0.5 * share.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "tail"), [(weighted_sum, None), (weighted_sum, "head"), (balanced, None)], ids=["sum", "u", "batch"]
+)
+def test_several_losses(loss, tail):
+    model, where = TwoHeads(), {"cut": "trunk", "tail": tail}
+    strategy = ParallelSplitLearning(
+        model,
+        sampler=SAMPLER,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        device="cpu",
+        min_available_nodes=K,
+        evaluate_every=0,
+        transport="streams",
+        **where,
+        **({} if tail else {"loss": loss}),
+    )
+    app = split_client_app(TwoHeads, data_fn=load_partition_64, device="cpu", loss=loss, **where)
+    result = strategy.start(InProcessGrid(app, K), ArrayRecord(model.state_dict()), 1)
+    reference = TwoHeads()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for x, y in planned_batches(SAMPLER.plan(population(K), 0), K, seed=1, epoch=0, dtype=torch.float64):
+        optimizer.zero_grad()
+        loss(reference(x), y).backward()
+        optimizer.step()
+    assert largest_difference(result.arrays.to_torch_state_dict(), reference.state_dict()) < 1e-9
+    assert float((reference.auxiliary.weight - TwoHeads().auxiliary.weight).detach().abs().max()) > 1e-4
