@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
+from psl_flower.app.dashboard import dashboard, with_logger
 from psl_flower.app.preflight import check_run
 from psl_flower.app.watchdog import Watchdog, stop_trees
 from psl_flower.threads import SLEEP_WHILE_WAITING
@@ -228,6 +229,7 @@ def run_app(
     home: Path | None,
     *,
     simulation: bool,
+    with_dashboard: bool = False,
 ) -> int:
     """Run an app on what `superlink` makes of a home, a temporary one unless it is given; return the exit code.
 
@@ -238,10 +240,14 @@ def run_app(
     ConfigError
         If a setting is refused; nothing is started then.
     """
-    check_run(app, run_config, num_supernodes, simulation=simulation)
+    config = check_run(app, run_config, num_supernodes, simulation=simulation)
+    page: AbstractContextManager[object] = nullcontext()
+    if with_dashboard:
+        run_config = with_logger(config, run_config)
+        page = dashboard(config["output-dir"], *free_ports(1))
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="psl-flower-") as temporary:
         try:
-            with superlink(home or Path(temporary)) as running:
+            with page, superlink(home or Path(temporary)) as running:
                 if running.watchdog is not None:
                     running.watchdog.remove(temporary)
                 running.run(app, num_supernodes=num_supernodes if simulation else None, run_config=run_config)

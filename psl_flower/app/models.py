@@ -9,7 +9,13 @@ from torch import nn
 
 from psl_flower.extras import extra
 
-_DEFAULT_CUTS = {"tiny-cnn": "stage2", "cnn": "stage2", "resnet18": "layer2", "resnet34": "layer2"}
+_DEFAULT_CUTS = {
+    "tiny-cnn": "stage2",
+    "strided-cnn": "stage2",
+    "cnn": "stage2",
+    "resnet18": "layer2",
+    "resnet34": "layer2",
+}
 
 
 def default_cut(name: str) -> str:
@@ -23,7 +29,7 @@ def build_model(name: str, *, in_channels: int, num_classes: int, seed: int) -> 
     Parameters
     ----------
     name : str
-        "tiny-cnn", "cnn", "resnet18" or "resnet34".
+        "tiny-cnn", "strided-cnn", "cnn", "resnet18" or "resnet34".
     in_channels, num_classes : int
         Of the dataset.
     seed : int
@@ -33,6 +39,8 @@ def build_model(name: str, *, in_channels: int, num_classes: int, seed: int) -> 
         torch.manual_seed(seed)
         if name == "tiny-cnn":
             return tiny_cnn(in_channels, num_classes)
+        if name == "strided-cnn":
+            return strided_cnn(in_channels, num_classes)
         if name == "cnn":
             return small_cnn(in_channels, num_classes)
         return small_image_resnet(name, in_channels, num_classes)
@@ -47,6 +55,23 @@ def tiny_cnn(in_channels: int, num_classes: int) -> nn.Sequential:
             head=nn.Sequential(
                 nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 32, 64), nn.ReLU(), nn.Linear(64, num_classes)
             ),
+        )
+    )
+
+
+def strided_cnn(in_channels: int, num_classes: int) -> nn.Sequential:
+    """Build a CNN of three narrow, strided convolutions without batch statistics: a cheap step on colour images."""
+
+    def stage(channels: int, out_channels: int) -> nn.Sequential:
+        convolution = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1)
+        return nn.Sequential(convolution, nn.GroupNorm(4, out_channels), nn.ReLU())
+
+    return nn.Sequential(
+        OrderedDict(
+            stage1=stage(in_channels, 16),
+            stage2=stage(16, 32),
+            stage3=stage(32, 64),
+            head=nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 64, num_classes)),
         )
     )
 

@@ -19,8 +19,8 @@ _SERVER_APP = "psl_flower.app.server_app:app"
 _ASSIGNMENT = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")  # as Flower's parse_config_args takes apart what -c says
 
 
-def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *, simulation: bool) -> None:
-    """Refuse what Flower, Ray or the app would refuse half a minute later.
+def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *, simulation: bool) -> dict[str, Any]:
+    """Refuse what Flower, Ray or the app would refuse half a minute later; return the app's configuration.
 
     Parameters
     ----------
@@ -32,6 +32,11 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
         How many clients there will be.
     simulation : bool
         Whether Ray will run them.
+
+    Returns
+    -------
+    dict
+        The keys of the app, dotted where they are nested, with the overrides.
 
     Raises
     ------
@@ -54,7 +59,7 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
     for name in overrides:
         check_choice(name, "a configuration key", keys)
     if flower.get("components", {}).get("serverapp") != _SERVER_APP:
-        return
+        return keys | overrides
     from psl_flower.app.task import check_model  # torch: only where its models are used
     from psl_flower.config import RunConfig
 
@@ -65,6 +70,7 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
             f"{config.min_available_nodes}: lower it, or raise --num-supernodes"
         )
     check_model(config)
+    return keys | overrides
 
 
 def read_overrides(run_config: Sequence[str]) -> dict[str, Any]:

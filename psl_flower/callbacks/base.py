@@ -42,6 +42,13 @@ class Callback:
     def on_round(self, record: RoundRecord) -> None:
         """Hear of a round and the evaluations after it."""
 
+    def on_progress(self, record: StepRecord, summary: Mapping[str, Any]) -> None:
+        """Hear how it goes, every few seconds: the last step, and what ``summary.json`` would hold now.
+
+        This is for looking on: the step comes again in `on_step`, there with its batch deviation; what went before a
+        checkpoint does not come again.
+        """
+
     def on_model(self, server_round: int, state: Mapping[str, Tensor]) -> None:
         """Hear the whole model's state dict after a round, next to `on_round`; not of rounds that come again.
 
@@ -93,6 +100,10 @@ class CallbackGroup(Callback):
     def on_round(self, record: RoundRecord) -> None:
         """Tell all."""
         self._tell(lambda callback: callback.on_round(record))
+
+    def on_progress(self, record: StepRecord, summary: Mapping[str, Any]) -> None:
+        """Tell all."""
+        self._tell(lambda callback: callback.on_progress(record, summary))
 
     def on_model(self, server_round: int, state: Mapping[str, Tensor]) -> None:
         """Tell all."""

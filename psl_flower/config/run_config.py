@@ -29,7 +29,7 @@ from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
 
 AUGMENTATIONS = ("none", "crop-flip")
 DATASETS = ("digits", "fashion-mnist", "cifar10", "cifar100")
-MODELS = ("tiny-cnn", "cnn", "resnet18", "resnet34")
+MODELS = ("tiny-cnn", "strided-cnn", "cnn", "resnet18", "resnet34")
 OPTIMIZERS = ("sgd", "adam")
 PARTITIONS = ("iid", "mild", "severe")
 SIMULATED_DELAYS = tuple(name for name in DELAY_MODELS if name != "measured")

@@ -108,7 +108,8 @@ class EpochLoop:
                         epoch.add(record, step, attempt.record.class_counts, attempt.record)
                     run.scheduler.on_step()
                     done, of = len(epoch), len(epoch) + ledger.steps_left()
-                    run.progress.step(server_round, done, of, record.loss, record.accuracy)
+                    if run.progress.step(server_round, done, of, record.loss, record.accuracy):
+                        run.recorder.progress(record, run.summary.report())
                     if self._checkpoint_every and done % self._checkpoint_every == 0 and ledger.steps_left():
                         self._saver.save(run, server_round, ledger, epoch, self._stragglers.planned)
             if not over and not len(epoch) and run.runner.secure is not None:

@@ -26,12 +26,13 @@ class Progress:
         self._begin: tuple[float, float] | None = None  # when, and what share of the run was done
         self._told = 0.0
 
-    def step(self, server_round: int, done: int, of: int, loss: float, accuracy: float | None) -> None:
-        """Count a step: the `done`-th `of` this round's."""
+    def step(self, server_round: int, done: int, of: int, loss: float, accuracy: float | None) -> bool:
+        """Count a step, the `done`-th `of` this round's; return whether it was worth a line."""
         now, share = time.monotonic(), (server_round - 1 + done / of) / self._num_rounds
         if self._begin is None:
             self._begin, self._told = (now, share), now
-        if now - self._told >= _INTERVAL or done == of:
+        told = now - self._told >= _INTERVAL or done == of
+        if told:
             self._told = now
             begin, share_before = self._begin
             left = (now - begin) * (1 - share) / (share - share_before) if share > share_before else None
@@ -41,6 +42,7 @@ class Progress:
                 "round %d/%d  step %*d/%d  loss %.4f%s%s",
                 *(server_round, self._num_rounds, len(str(of)), done, of, loss, score, eta),
             )
+        return told
 
 
 def clock(seconds: float) -> str:

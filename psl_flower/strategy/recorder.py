@@ -92,6 +92,10 @@ class RunRecorder:
         """Keep a step's record."""
         self._tell(record)
 
+    def progress(self, record: StepRecord, summary: Mapping[str, Any]) -> None:
+        """Let callbacks look on: the last step, and the summary as it is now."""
+        self._callbacks.on_progress(record, summary)
+
     def round(self, record: RoundRecord, state: Mapping[str, Tensor] | None = None) -> None:
         """Keep a round's record; let callbacks have the whole model as it is after it."""
         self._tell(record)

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import struct
 import sys
 
@@ -14,11 +15,13 @@ from support import load_partition
 
 from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
 from psl_flower.app.experiment import train_in_process
-from psl_flower.callbacks import Callback, TensorBoardLogger, WandbLogger, make_loggers
+from psl_flower.callbacks import Callback, TensorBoardLogger, WandbLogger, make_loggers, tensorboard
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
+from psl_flower.failures import Failure, Kind
 from psl_flower.records import RoundRecord, StepRecord, read_metrics
 from psl_flower.strategy.recorder import RunRecorder
+from psl_flower.strategy.summary import RunSummary
 
 SUMMARY = {"steps_committed": 3}
 
@@ -81,6 +84,7 @@ def record_a_run(folder, *callbacks, config=None):
     with RunRecorder(folder, config or {"seed": 7}, callbacks=callbacks) as recorder:
         for i in range(3):
             recorder.step(step(i))
+        recorder.progress(step(2), RunSummary(steps_committed=3).report())
         recorder.round(a_round(1, evaluate_serverapp={"accuracy": 0.6}))
         recorder.round(a_round(2, evaluate_clientapp={"loss": 0.4}, evaluate_serverapp={"accuracy": 0.8}))
         recorder.summary(SUMMARY)
@@ -105,7 +109,7 @@ def test_a_callback_hears_that_a_run_failed():
     assert listener.heard == [("start", 1), ("end", {"completed": False})]
 
 
-@pytest.mark.parametrize("where", ["on_run_start", "on_step", "on_round", "on_run_end"])
+@pytest.mark.parametrize("where", ["on_run_start", "on_step", "on_progress", "on_round", "on_run_end"])
 def test_a_callback_that_raises_is_dropped_with_one_warning_and_the_others_go_on(where, caplog, tmp_path):
     def fail(self, *args):
         calls.append(where)
@@ -189,6 +193,44 @@ def test_tensorboard_shows_the_last_run_of_its_folder_only(tmp_path):
     assert [event.step for event in events.Scalars("train_step/loss")] == [1, 2, 3]
     assert "train_metrics_clientapp/deviation_mean" in events.Tags()["scalars"]
     assert "train_step/deviation" not in events.Tags()["scalars"]  # not known
+
+
+def test_tensorboard_shows_while_a_run_goes_on_who_is_slow_who_fails_and_where_the_time_goes(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    summary = RunSummary(steps_committed=40)
+    summary.seconds.update(clients=3.0, wire=1.0)
+    summary.client_seconds.update({7: 2.0, 3: 0.5})
+    summary.client_examples.update({7: 100, 3: 100})
+    summary.refuse({client: Failure(Kind.TIMEOUT, "no reply") for client in (3, 5)})
+    with RunRecorder(None, {"seed": 7}, callbacks=[TensorBoardLogger(tmp_path)]) as recorder:
+        recorder.progress(step(39, loss=0.5), summary.report())
+        summary.excluded[9] = "raised KeyError"
+        recorder.progress(step(40), summary.report())
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+
+    def first(tag):
+        event = events.Scalars(tag)[0]
+        return event.step, round(event.value, 4)
+
+    assert first("now/loss") == (40, 0.5)
+    assert (first("time/clients"), first("time/wire")) == ((40, 3.0), (40, 1.0))
+    assert (first("slowest/client 7"), first("slowest/client 3")) == ((40, 20.0), (40, 5.0))  # ms an example
+    assert (first(f"failures/{Kind.TIMEOUT.value}"), first("failing/client 5")) == ((40, 2.0), (40, 1.0))
+    told = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("time and faults/text_summary")]
+    assert "| clients | 3.0 |\n| wire | 1.0 |" in told[0]
+    assert "| slowest clients | ms an example |\n|---|---|\n| 7 | 20.00 |\n| 3 | 5.00 |" in told[0]
+    assert "| timeout | 2 |" in told[0]
+    assert ["| 9 | raised KeyError |" in text for text in told] == [False, True]
+    pages = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0].decode(errors="replace")
+    tags = events.Tags()["scalars"]
+    for pattern in (tag for charts in tensorboard._LAYOUT.values() for tags in charts.values() for tag in tags):
+        assert pattern in pages
+    assert all(
+        any(re.fullmatch(p, tag) for charts in tensorboard._LAYOUT.values() for ps in charts.values() for p in ps)
+        for tag in tags
+    )
 
 
 def test_wandb_writes_offline(tmp_path, monkeypatch, caplog):

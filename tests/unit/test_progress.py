@@ -26,6 +26,12 @@ def lines(monkeypatch, caplog):
     return run
 
 
+def test_who_looks_on_hears_when_there_is_a_line(lines, caplog):
+    report = Progress(1)
+    told = [report.step(1, done, 3, 1.5, 0.25) for done in (1, 2, 3)]
+    assert told == [False, False, True]
+
+
 def test_the_start_does_not_count(lines):
     assert lines(steps=10, num_rounds=2, seconds=1.0, first=1000.0) == [
         "round 1/2  step  6/10  loss 1.5000  accuracy 0.250  ETA 0:14",

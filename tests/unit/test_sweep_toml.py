@@ -2,6 +2,7 @@
 
 import pytest
 
+from psl_flower.app.models import build_model
 from psl_flower.cli import main
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.command import parse_set
@@ -161,8 +162,8 @@ def test_unknown_sweeps_are_refused_with_the_nearest():
 
 
 def test_the_presets_are_those_of_the_paper_and_all_of_their_combinations_are_accepted():
-    assert preset_names() == ["baselines", "batch-size", "iid", "mild", "severe", "stragglers"]
-    for name in preset_names():
+    assert preset_names() == ["baselines", "batch-size", "cifar10-small", "iid", "mild", "severe", "stragglers"]
+    for name in set(preset_names()) - {"cifar10-small"}:
         quick, full = read_sweep(name, "quick"), read_sweep(name, "full")
         assert quick.title
         assert quick.axes["seed"] == [0, 1, 2]
@@ -173,6 +174,20 @@ def test_the_presets_are_those_of_the_paper_and_all_of_their_combinations_are_ac
         assert read_sweep(table).axes["num-clients"] == [16, 32, 64, 128]
         assert list(read_sweep(table).methods) == ["UGS", "FPLS", "FLS", "centralised"]
     assert read_sweep("batch-size").axes["batch-size"] == [64, 128, 256]
+
+
+def test_the_preset_for_a_processor_has_a_small_model_without_batch_statistics_and_every_kind_of_sampler():
+    quick, full = (read_sweep("cifar10-small", form) for form in ("quick", "full"))
+    for sweep in (quick, full):
+        experiments = sweep.experiments()
+        assert len(list(distinct(experiments))) == 3 * (2 * 5 + 1)  # seeds, clients by samplers, centralised
+        assert {e.setting.config.sampler for e in experiments} == {"ugs", "lds", "aligned", "fpls", "fls"}
+        assert {e.setting.config.partition for e in experiments if e.setting.algorithm == "psl"} == {"severe"}
+        assert {(e.engine, e.setting.config.dataset) for e in experiments} == {("vectorised", "cifar10")}
+        (name,) = {e.setting.config.model for e in experiments}
+        model = build_model(name, in_channels=3, num_classes=10, seed=0)
+        assert sum(parameter.numel() for parameter in model.parameters()) < 300_000
+        assert not list(model.buffers())
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""The containers of examples/deployment are given the commands of its README, which are tested without containers."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "deployment"
+SERVICES = yaml.safe_load((FOLDER / "compose.yaml").read_text(encoding="utf-8"))["services"]
+
+
+def options(text):
+    words = shlex.split(text)
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def by_hand(what):
+    """Return the options of each such command in the README."""
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    return [options(words) for words in re.findall(rf"^ *flower-{what} (.*)$", text, re.MULTILINE)]
+
+
+def test_the_superlink_is_the_readmes_but_can_be_reached():
+    (told,) = by_hand("superlink")
+    paths = {name: f"certificates/{told[name]}" for name in ("--ssl-ca-certfile", "--ssl-certfile", "--ssl-keyfile")}
+    assert options(SERVICES["superlink"]["command"]) == told | paths | {"--host": "0.0.0.0"}
+    assert SERVICES["superlink"]["ports"] == [f"127.0.0.1:{told['--port']}:{told['--port']}"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_supernode_is_the_readmes_with_the_superlinks_name(number):
+    told = by_hand("supernode")[number]
+    named = {"--superlink": "superlink:9093", "--root-certificates": "certificates/ca.crt", "--port": "9096"}
+    assert options(SERVICES[f"supernode-{number}"]["command"]) == told | named
+
+
+def test_images_are_of_the_flower_that_is_tested_with_and_the_certificate_is_for_the_superlinks_name():
+    (version,) = re.findall(r"^flwr==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for name, service in SERVICES.items():
+        assert service["build"]["args"]["BASE"] == f"flwr/{name.partition('-')[0]}:{version}"
+    guide = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    assert "psl_flower.app.certificates superlink 127.0.0.1 --folder certificates\n" in guide
