@@ -51,9 +51,10 @@ def check_cache(
         )
     if method.trains_on_clients() or not any(map(is_kept, method.stages().values())):
         raise ConfigError(f"{rule} rows that clients send first in a step, method {method.name!r} has none: {remedy}")
-    if sampler.needs_label_counts:
+    if sampler.needs_label_counts or sampler.clients_draw:
+        how = "plans by class" if sampler.needs_label_counts else "lets clients draw"
         raise ConfigError(
-            f"{rule} to know which examples a client takes, {type(sampler).__name__} plans by class, and only clients "
+            f"{rule} to know which examples a client takes, {type(sampler).__name__} {how}, and only clients "
             f"know which those are: take UniformGlobalSampler, {remedy}"
         )
     if streams.wire_dtype == "float16":

@@ -18,7 +18,7 @@ from psl_flower import (
 from psl_flower.errors import StepError
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.privacy import GaussianNoise
-from psl_flower.samplers import LatencyBudgetedSampler
+from psl_flower.samplers import LatencyBudgetedSampler, PoissonGlobalSampler
 
 K = 3
 SAMPLER = UniformGlobalSampler(40, seed=1)
@@ -149,6 +149,7 @@ def test_clients_see_that_their_own_parts_are_frozen(monkeypatch):
         ({"model": net(frozen=False)}, "a frozen head, 2 of its parameters train, '0.weight' is the first"),
         ({"method": "splitfed-v1"}, "method 'splitfed-v1' has none"),
         ({"sampler": LatencyBudgetedSampler(8), "delays": DELAYS}, "LatencyBudgetedSampler plans by class"),
+        ({"sampler": PoissonGlobalSampler(8)}, "PoissonGlobalSampler lets clients draw"),
         ({"stream_options": StreamOptions(wire_dtype="float16")}, "wire_dtype 'float16' scales all by the largest"),
         ({"cache_activations": "yes"}, "must be True or False, got 'yes'"),
     ],
