@@ -21,6 +21,7 @@ _COMMANDS = {
     "plan": ("psl_flower.plan.command:app", "Compare samplers on your clients before running anything."),
     "audit": ("psl_flower.audit.command:app", "Attack what the server receives, and report what leaks."),
     "experiments": ("psl_flower.experiments.command:app", "Run sweeps, and report what came out."),
+    "export": ("psl_flower.export:app", "Write the parts of a trained model as programs for a device and a server."),
     "info": ("psl_flower.info:app", "Say what is installed here, and on which machine: for reports of bugs."),
 }
 

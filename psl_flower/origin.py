@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 import traceback
+from functools import cache
 from pathlib import Path
+from types import CodeType, FrameType
 
 _OURS = str(Path(__file__).parent)
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {_OURS})
@@ -30,6 +33,24 @@ def place(error: BaseException) -> str | None:
     return None
 
 
+def running(since: CodeType) -> str | None:
+    """Return the line of the user's own code that is being run, as `place` does; None where there is none.
+
+    Parameters
+    ----------
+    since : code object
+        Of the function that has called the user's code: lines before it are not looked at.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not since:
+        code = frame.f_code
+        if _is_users(code.co_filename):
+            return f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
+        frame = frame.f_back
+    return None
+
+
+@cache
 def _is_users(filename: str) -> bool:
     if filename.startswith(("<frozen", "<psl_flower", "<eval_with_key")) or not filename:  # generated code
         return False

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec
 from psl_flower.errors import CutError
 from psl_flower.split.arguments import Arguments
 from psl_flower.split.place import is_text
-from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, first_line, pinned_modules
+from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, pinned_modules, told
 
 _LEFT_OUT = "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients"
 _FIRST_TORCH = "2.10"  # 2.6 cannot record GPT-2, BERT and ViT; 2.9 leaves a model's state out without a word
@@ -83,7 +83,7 @@ def _export_once(root: nn.Module, arguments: Arguments, inputs: Mapping[str, Ten
             return exported.module(check_guards=False)
     except Exception as error:  # the user's code, run with tensors that hold no values
         raise CutError(
-            f"torch.export cannot record {type(root).__name__} ({type(error).__name__}: {first_line(error)}). What it "
+            f"torch.export cannot record {type(root).__name__} ({told(error)}). What it "
             f"cannot see is code that depends on the values of tensors, keeps a state between calls, or is an autograd "
             f"function of one's own: change that, or {_REMEDY}"
         ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.split.half import as_activations
-from psl_flower.split.trace import Trace
+from psl_flower.split.trace import PLACE, Trace
 
 NAMES = {2: ("client half", "server half"), 3: ("head", "body", "tail")}
 _SIDES = ("client", "server")
@@ -119,9 +120,11 @@ def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Colle
         for node in sent:
             if _is_raw(node) and _input_name(node) not in shared:
                 name = _input_name(node)
+                later = (_at(user) for user in node.users if user in {*chain(*pieces.runs[piece + 1 :])})
                 raise CutError(
-                    f"the input {name!r} is used after the cut, so raw examples would be sent to the server: cut "
-                    f"later, or if that is intended, say so, Cut(name, share=({name!r},)), or cut by hand: {_BY_HAND}."
+                    f"the input {name!r} is used after the cut{next(later, '')}, so raw examples would be sent to the "
+                    f"server: cut later, or if that is intended, say so, Cut(name, share=({name!r},)), or cut by hand: "
+                    f"{_BY_HAND}."
                 )
         if not any(not _is_raw(node) for node in sent):
             what = "it" if piece == 0 else f"the tail {cuts[1]!r}"
@@ -313,14 +316,14 @@ def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
         elif not _is_shape_of_input(node):
             side = _SIDES[(piece + 1) % 2]
             raise CutError(
-                f"{node.format_node()} is a number that only the {side} knows, and only tensors cross the cut: compute "
-                f"it from a tensor that crosses, cut elsewhere, or cut by hand: {_BY_HAND}."
+                f"{node.format_node()}{_at(node)} is a number that only the {side} knows, and only tensors cross the "
+                f"cut: compute it from a tensor that crosses, cut elsewhere, or cut by hand: {_BY_HAND}."
             )
     if piece < last:
         inputs = tuple(given or (copies[node] for node in pieces.runs[piece] if _is_input(node)))
 
         def handed(nodes: list[fx.Node]) -> fx.Node:
-            names = tuple(repr(node.name) for node in nodes)
+            names = tuple(f"{node.name!r}{_at(node)}" for node in nodes)
             return graph.call_function(as_activations, (tuple(copies[node] for node in nodes), inputs, names))
 
         out = handed(pieces.sent[piece])
@@ -328,6 +331,12 @@ def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
         kept = handed(pieces.kept[piece]) if keeps and pieces.kept[piece] else ()
         graph.output((out, kept) if keeps else out)
     return graph
+
+
+def _at(node: fx.Node) -> str:
+    """Return which line of the user's code a step is from, in brackets, as far as torch.fx has recorded it."""
+    found = node.meta.get(PLACE)
+    return "" if found is None else f" ({found})"
 
 
 def _asks_for_fact(node: fx.Node) -> bool:

@@ -1,30 +1,45 @@
-"""The parts of a trained model as programs of their own, for where they are used apart: a device, and a server."""
+"""The parts of a trained model as programs of their own, for where they are used apart: a device, and a server.
+
+Two formats: `torch.export` programs (.pt2), which torch loads, and ONNX, which onnxruntime and many devices do.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from psl_flower.errors import CutError
+from psl_flower.errors import ConfigError, CutError
+from psl_flower.extras import check_extra
 from psl_flower.split.half import input_names
 from psl_flower.split.model import cut_model
 from psl_flower.split.place import NEEDS_EXAMPLE, example_of, is_text
 
 INDEX = "parts.json"
 NAMES = ("client", "server", "tail")
+FORMATS = ("pt2", "onnx")
 
 
-def export_halves(model: nn.Module, folder: str | Path, cut: str | None = None, tail: str | None = None) -> list[Path]:
-    """Write the parts of a model in evaluation mode, a `torch.export` program each, and what crosses between them.
+def export_halves(
+    model: nn.Module,
+    folder: str | Path,
+    cut: str | None = None,
+    tail: str | None = None,
+    formats: Sequence[str] = ("pt2",),
+) -> list[Path]:
+    """Write the parts of a model in evaluation mode, a program each, and what crosses between them.
 
-    A program is loaded with ``torch.export.load(path).module()``, without this package and the model's code, takes its
-    tensors by position and returns a dict of tensors. ``parts.json`` has for each part its file and its inputs and
+    Without this package and the model's code, ``torch.export.load(path).module()`` loads a program, which takes its
+    tensors by position and returns a dict of tensors; ``onnxruntime.InferenceSession(path)`` loads one in ONNX, whose
+    inputs and outputs have the names of ``parts.json``. That file has for each part its files and its inputs and
     outputs in order: name, dtype and shape, in which "batch" is any number of rows, and "length" any number that is
     the same wherever it stands. A client returns what crosses, and of three parts what it keeps (``kept_0``, ...),
     which the tail takes after what has come back.
@@ -39,16 +54,25 @@ def export_halves(model: nn.Module, folder: str | Path, cut: str | None = None, 
         As in training. An example batch comes from the model (``dummy_inputs``) or with the cut, see `Cut`; for a
         SplitModel, ``Cut("", example=...)`` names it.
 
+    formats : sequence of str
+        "pt2", "onnx", or both. ONNX needs the extra ``onnx``.
+
     Returns
     -------
     list of Path
-        The files, in the order in which the parts run.
+        The files, in the order in which the parts run, those of a part in that of the formats.
 
     Raises
     ------
     CutError
-        If there is no example batch, or `torch.export` cannot record a part.
+        If there is no example batch, or `torch.export` cannot record a part, or it has no form in ONNX.
+    ConfigError
+        If a format is another, or the packages for it are missing.
     """
+    if isinstance(formats, str) or not formats or not set(formats) <= set(FORMATS):
+        raise ConfigError(f"formats must name some of {', '.join(FORMATS)}, as in ('pt2', 'onnx'), got {formats!r}")
+    if "onnx" in formats:
+        check_extra("onnxscript", "onnx", "the format onnx")
     halves, batch = cut_model(model, cut or None, tail), example_of(model, "" if cut is None else cut)
     if batch is None:
         raise CutError(f"export_halves {NEEDS_EXAMPLE}")
@@ -58,12 +82,19 @@ def export_halves(model: nn.Module, folder: str | Path, cut: str | None = None, 
     if len(names) != len(batch):
         raise CutError(f"the client part takes {', '.join(input_names(halves.client))}, the example has {list(batch)}")
     given, kept = {name: batch[name] for name in names}, dict[str, Tensor]()
-    files, told = [], {}
+    files, told = list[Path](), dict[str, Any]()
     for name, part in zip(NAMES, halves.parts, strict=False):
         program = _Program(part, name, list(given) if name == "client" else None).eval()
-        files.append(folder / f"{name}.pt2")
         texts = [is_text(value) for value in given.values()] if name == "client" else getattr(part, "takes", ())
-        told[name] = {"file": files[-1].name, **_save(program, name, given, texts, files[-1])}
+        made = _record(program, name, given, texts)
+        written = {each: folder / f"{name}.{each}" for each in formats}
+        told[name] = {"files": {each: path.name for each, path in written.items()}, **_described(made, program, given)}
+        for each, path in written.items():
+            if each == "pt2":
+                torch.export.save(made, path)
+            else:
+                _save_onnx(made, told[name], path)
+        files += written.values()
         with torch.no_grad():
             returned = program(*given.values())
         if name == "client":
@@ -97,33 +128,69 @@ def _numbered(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     return {f"{name}_{i}": tensor for i, tensor in enumerate(tensors)}
 
 
-def _save(
-    program: nn.Module, name: str, given: Mapping[str, Tensor], texts: Sequence[bool], path: Path
-) -> dict[str, Any]:
-    """Write a program for any number of rows, and texts of any length; return what it takes and gives."""
+def _record(
+    program: nn.Module, name: str, given: Mapping[str, Tensor], texts: Sequence[bool]
+) -> torch.export.ExportedProgram:
+    """Return a program for any number of rows, and texts of any length."""
     sizes, tensors = torch.export.Dim, tuple(given.values())
     long = [*texts, *[False] * (len(tensors) - len(texts))]
     dynamic = tuple({0: sizes.DYNAMIC, 1: sizes.AUTO} if each else {0: sizes.DYNAMIC} for each in long)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = torch.export.export(program, tensors, dynamic_shapes=(dynamic,), strict=False)
-            torch.export.save(made, path)
+            return torch.export.export(program, tensors, dynamic_shapes=(dynamic,), strict=False)
     except Exception as error:
         raise CutError(f"torch.export cannot write the {name} part ({type(error).__name__}: {error})") from error
+
+
+def _save_onnx(made: torch.export.ExportedProgram, told: Mapping[str, Any], path: Path) -> None:
+    """Write a program in ONNX, with the names that are told."""
+    from onnx_ir import Shape
+
+    inputs, outputs = ([each["name"] for each in told[side]] for side in ("inputs", "outputs"))
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(made, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
+            assert program is not None, "it returns None for a file only"
+            graph = program.model.graph
+            for value, each in zip([*graph.inputs, *graph.outputs], [*told["inputs"], *told["outputs"]], strict=True):
+                value.shape = Shape(each["shape"])
+            program.save(path)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CutError(f"torch.onnx cannot write the {path.stem} part ({type(error).__name__}: {reason})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what torch.onnx prints and logs on its way."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _described(made: torch.export.ExportedProgram, program: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what a program takes and gives."""
     signature = made.graph_signature
     nodes = {node.name: node for node in made.graph.nodes}
-    returned = program(*tensors)
+    with torch.no_grad():
+        returned = program(*given.values())
     inputs = [nodes[str(each)] for each in signature.user_inputs]
     outputs = [nodes[str(each)] for each in signature.user_outputs]
     symbols: dict[str, str] = {}
     return {
-        "inputs": [_described(*pair, symbols) for pair in zip(given, inputs, strict=True)],
-        "outputs": [_described(*pair, symbols) for pair in zip(returned, outputs, strict=True)],
+        "inputs": [_tensor(*pair, symbols) for pair in zip(given, inputs, strict=True)],
+        "outputs": [_tensor(*pair, symbols) for pair in zip(returned, outputs, strict=True)],
     }
 
 
-def _described(name: str, node: fx.Node, symbols: dict[str, str]) -> dict[str, Any]:
+def _tensor(name: str, node: fx.Node, symbols: dict[str, str]) -> dict[str, Any]:
     """Return what is told of a tensor; sizes that vary have the names batch and length, as they come."""
     value, shape = node.meta["val"], list[int | str]()
     for size in value.shape:

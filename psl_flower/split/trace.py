@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from psl_flower.errors import CutError
+from psl_flower.origin import place, running
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
@@ -26,6 +28,8 @@ TRACING = threading.Lock()
 
 # What names begin with that recordings add to a model.
 RECORDED = "_psl_"
+
+PLACE = "psl_flower.place"  # where a node's meta has the line of the user's code that it is from
 
 _BY_HAND = "or cut by hand: SplitModel(client=..., server=...)."
 
@@ -110,12 +114,13 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
             root.train(mode)
             graph = _trace_once(root, opened, arguments.positions, arguments.inputs)
             graphs[root.training] = next((other for other in graphs.values() if alike(root, graph, other)), graph)
-    except CutError:
-        raise
+    except CutError as error:
+        at = place(error)
+        raise error if at is None else CutError(f"{at}: {error}") from error.__cause__
     except Exception as error:  # symbolic execution runs the user's code: anything may come
         raise CutError(
             f"torch.fx cannot trace {_class_names(root, opened)}, which a cut there needs "
-            f"({type(error).__name__}: {first_line(error)}). Cut at a module outside the code that cannot be traced, "
+            f"({told(error)}). Cut at a module outside the code that cannot be traced, "
             f"or cut by hand: SplitModel(client=..., server=...)."
         ) from error
     finally:
@@ -166,6 +171,7 @@ class _PathTracer(fx.Tracer):
         self._opened, self._call, self._inputs = opened, call, inputs
         self._contexts = _contexts()
         self._thread = threading.get_ident()
+        self._since: CodeType | None = None  # what calls the model's code
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened
@@ -180,6 +186,7 @@ class _PathTracer(fx.Tracer):
             positional, named = self._call(dict(zip(self._inputs, values, strict=True)))
             return self.root(*positional, **named)  # calling the module, not its forward, runs the hooks on it as well
 
+        self._since = run.__code__
         return run, proxies
 
     def call_module(
@@ -204,6 +211,7 @@ class _PathTracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
+        node.meta[PLACE] = None if self._since is None else running(self._since)
         if _contexts() != self._contexts:
             raise CutError(
                 f"{node.name!r} is computed under torch.no_grad, inference_mode or autocast, or by an "
@@ -285,6 +293,12 @@ def _attributes(root: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _class_names(root: nn.Module, names: frozenset[str]) -> str:
     return " or ".join(type(root.get_submodule(name)).__name__ for name in sorted(names))
+
+
+def told(error: Exception) -> str:
+    """Return the line of the user's code that an exception comes from, its kind, and the first line of its text."""
+    at = place(error)
+    return f"{'' if at is None else f'{at}: '}{type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:

@@ -66,6 +66,7 @@ def test_there_are_no_commands_in_the_readmes_but_those_tested_here():
         "vit-finetune",
         "compare-samplers",
         "stragglers",
+        "split-inference",
     ):
         lines = shell_lines(example)
         assert lines
@@ -339,6 +340,17 @@ def test_stragglers(folder, monkeypatch, capsys):
     assert 0.1 < time["LDS"] < time["Aligned"] <= time["LB"] < 0.7
     assert deviation["Aligned, tilt 0.1"] < 0.5 * deviation["UGS"]
     assert deviation["LDS"] > deviation["UGS"]
+
+
+@pytest.mark.slow
+def test_split_inference(folder):
+    words = shlex.split(script("split-inference"))
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=True)
+    right, of = map(int, re.findall(r"strategy.predict: (\d+) of (\d+) test images", done.stdout)[0])
+    assert of == 360
+    assert 0.9 * of < right < of
+    assert "100 images stayed here" in done.stdout
+    assert float(re.findall(r"outputs: (\S+)", done.stdout)[-1]) <= 1e-5
 
 
 @pytest.mark.slow

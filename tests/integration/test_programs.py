@@ -39,7 +39,7 @@ def test_a_device_and_a_server_give_the_whole_models_outputs(tmp_path):
     assert torch.allclose(logits, model(images), atol=1e-6)
     told = json.loads((tmp_path / "parts.json").read_text())
     assert told["client"] == {
-        "file": "client.pt2",
+        "files": {"pt2": "client.pt2"},
         "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 1, 6, 6]}],
         "outputs": [{"name": "client_0", "dtype": "float32", "shape": ["batch", 4, 6, 6]}],
     }

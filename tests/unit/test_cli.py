@@ -52,11 +52,11 @@ def test_help_and_completion_load_none_of_the_parts():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == "0 []\n"
-    words = {"_PSL_FLOWER_COMPLETE": "complete_bash", "COMP_WORDS": "psl-flower ex", "COMP_CWORD": "1"}
+    words = {"_PSL_FLOWER_COMPLETE": "complete_bash", "COMP_WORDS": "psl-flower exp", "COMP_CWORD": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "psl_flower"], env=os.environ | words, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["experiments"]
+    assert done.stdout.split() == ["experiments", "export"]
 
 
 def test_the_version_is_told(capsys):

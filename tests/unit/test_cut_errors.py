@@ -1,6 +1,9 @@
 """A cut that cannot be made is refused with its name, the reason and a way out."""
 
+import inspect
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,3 +277,60 @@ def test_what_shows_only_when_it_runs(go, words):
     with pytest.raises(CutError) as caught:
         client(x)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def line_of(function, text):
+    lines, first = inspect.getsourcelines(function)
+    (at,) = (i for i, line in enumerate(lines) if text in line)
+    return f"{Path(__file__).name}:{first + at} in {function.__name__}"
+
+
+class Shifted(nn.Module):
+    """What a library of layers may hold: its line is the user's as well."""
+
+    def forward(self, x):
+        return x + torch.randn(4)
+
+
+def by_way_of_a_module(net, x):
+    net.shifted = Shifted()
+    return net.middle(net.shifted.forward(net.stem(x)))
+
+
+@pytest.mark.parametrize(
+    ("go", "text"),
+    [
+        (branching, "if x.sum() > 0"),
+        (looping, "for row in x"),
+        (noise, "torch.randn(4)"),
+        (no_grad, "x = net.stem(x)"),
+        (autocast, "x = net.stem(x)"),
+        (around, "x"),
+        (number_of_the_input, "x.shape[1]"),
+        (read_out, "y.sum().item()"),
+        (inner_number, "y.shape[0]"),
+    ],
+)
+def test_the_line_is_named(go, text):
+    lines, _ = inspect.getsourcelines(go)
+    text = lines[-1].strip() if go is around else text
+    assert line_of(go, text) in refusal(Net(go), "middle")
+
+
+def test_the_line_is_that_within_which_it_happens():
+    assert line_of(Shifted.forward, "torch.randn(4)") in refusal(Net(by_way_of_a_module), "middle")
+
+
+@pytest.mark.parametrize(
+    ("go", "text"), [(time_first, "net.last(net.middle(net.stem(x).transpose"), (one_number, "mean = y.mean()")]
+)
+def test_the_line_of_what_shows_only_when_it_runs_is_named(go, text):
+    client, _ = split_module(Net(go), "middle")
+    with pytest.raises(CutError, match=re.escape(line_of(go, text))):
+        client(torch.randn(2, 3, 4) if go is time_first else torch.randn(2, 4))
+
+
+def test_no_line_is_named_where_none_is_the_users():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    message = refusal(nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 2)), "1.layers.1")
+    assert ".py:" not in message
