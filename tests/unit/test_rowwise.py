@@ -1,6 +1,7 @@
 """Whether a client half treats examples one by one is told by what it does."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -317,3 +318,10 @@ def test_what_is_the_same():
     assert not same(mask, torch.arange(4000) > 2010)
     assert not same(torch.tensor([3]), torch.tensor([4]))
     assert same(torch.zeros(0), torch.zeros(0))
+
+
+def test_looking_imports_no_compiler(monkeypatch):
+    """It takes seconds, in every client process, in the first step."""
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    assert find_mixing(nn.Linear(2, 2), torch.randn(3, 2)) is None
+    assert "torch._dynamo" not in sys.modules

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
@@ -38,9 +38,9 @@ from psl_flower.exchange.streams.endpoint import (
 from psl_flower.exchange.streams.open_files import make_room
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Ticket, Tokens
-from psl_flower.exchange.streams.under_way import Exchange, Home, Sent, Wait, connected
+from psl_flower.exchange.streams.under_way import Exchange, Home, Sent, Wait, connected, gone, refusal
 from psl_flower.failures import Failure, Kind
-from psl_flower.flower import error_kind, simulated_nodes
+from psl_flower.flower import simulated_nodes
 from psl_flower.protocol import ATTACH, Reply, Request
 
 log = logging.getLogger("flwr.psl_flower")
@@ -81,6 +81,7 @@ class StreamCarrier(Carrier):
         self._homeless: dict[int, str] = {}  # clients whose process ended, and why no other has them yet
         self._attaching: dict[int, str] = {}  # attach messages not known to have failed, by node
         self._refused: dict[int, Failure] = {}  # what came of those that have
+        self._awaited: set[int] = set()  # clients that are being attached, and are neither in nor refused
         self._unread: set[str] = set()  # attach messages of clients that are in, whose replies are still to come
         self._number = 0
         self._sent: dict[int, Sent] = {}
@@ -146,12 +147,13 @@ class StreamCarrier(Carrier):
     def _attach_group(self, group: list[int], wait: Wait) -> None:
         """Invite clients, and wait for all of them."""
         self._invite([node for node in group if node not in self._attaching])
-        look, waiting = _FIRST_LOOK, set(group)
-        while waiting := {node for node in waiting if node not in self._homes and node not in self._refused}:
+        look = _FIRST_LOOK
+        waiting = self._awaited = {node for node in group if node not in self._homes and node not in self._refused}
+        while waiting:
             wait.tell(len(group) - len(waiting))
             if wait.left() <= 0:
                 reason = f"it opened no stream within {wait.timeout:g} s: see whether its node still runs"
-                self._refused |= dict.fromkeys(waiting, _gone(reason))
+                self._refused |= dict.fromkeys(waiting, gone(reason))
                 break
             if self._next_event(min(look, wait.left())):
                 self._handle_waiting()
@@ -212,7 +214,7 @@ class StreamCarrier(Carrier):
         else:
             self._attaching |= {node: str(i) for node, i in zip(messages, ids, strict=True) if i}
         for node in messages.keys() - self._attaching.keys():
-            self._refused[node] = _gone("Flower did not accept a message to it: the node has left")
+            self._refused[node] = gone("Flower did not accept a message to it: the node has left")
 
     def _look_for_refusals(self) -> None:
         """Read the replies to attach messages: in the simulation they come at once, in a deployment only to fail."""
@@ -224,7 +226,8 @@ class StreamCarrier(Carrier):
             del self._attaching[node]
             self._handle_waiting()  # a client that says it joined has joined
             if node not in self._homes:
-                self._refused[node] = _refusal(message)
+                self._refused[node] = refusal(message)
+                self._awaited.discard(node)
 
     def _balance(self, nodes: Iterable[int]) -> None:
         """Spread clients evenly over the resident processes; whichever was free took their attach messages."""
@@ -293,7 +296,7 @@ class StreamCarrier(Carrier):
             look = min(1.5 * look, _LONGEST_LOOK)
             self._look_for_refusals()
             if current.elapsed() > self.options.attach_timeout:
-                self._refused |= {n: _gone(f"{why}; it did not come back") for n, why in self._homeless.items()}
+                self._refused |= {n: gone(f"{why}; it did not come back") for n, why in self._homeless.items()}
             for node in [n for n in current.open_nodes() if n in self._homeless and n in self._refused]:
                 refused = self._refused.pop(node)
                 current.fail([node], refused.kind, refused.detail)
@@ -378,6 +381,7 @@ class StreamCarrier(Carrier):
 
     def _joined(self, event: Joined) -> None:
         node = event.node
+        self._awaited.discard(node)
         self._homes[node] = Home(event.connection, event.resident, event.node_config)
         self._homeless.pop(node, None)
         self._refused.pop(node, None)
@@ -436,15 +440,3 @@ class StreamCarrier(Carrier):
 
 def _same(frame: Frame) -> Frame:
     return frame
-
-
-def _gone(reason: str) -> Failure:
-    return Failure(Kind.UNREACHABLE, reason)
-
-
-def _refusal(message: Message) -> Failure:
-    """Return why an attach message did not lead to a stream."""
-    if message.has_error():
-        return Failure(error_kind(message.error.code), f"error {message.error.code}: {message.error.reason}")
-    record = message.content.config_records.get("attach", ConfigRecord())
-    return _gone(str(record.get("failure") or record.get("ended") or "its reply names no reason"))

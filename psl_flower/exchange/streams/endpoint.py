@@ -58,7 +58,16 @@ _SERVER_OPTIONS = [
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 10_000),  # without a stream
     ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    # thousands may come at once, and wait until they are looked at; gRPC would send them away after 30 s
+    ("grpc.server_max_unrequested_time_in_server", 600),
+    ("grpc.max_concurrent_streams", 8),  # of a connection; ours have one
 ]
+# As many as may be connected; of those that wait to be looked at, gRPC would turn some away from 1,000 on.
+_BOUNDS = (
+    "grpc.max_allowed_incoming_connections",
+    "grpc.server.max_pending_requests",
+    "grpc.server.max_pending_requests_hard_limit",
+)
 _MAX_WAITING = 16  # frames on their way to one process
 _MAX_UNASKED = 16  # replies of one process that nobody asked for
 _CLOSE_SECONDS = 2.0
@@ -225,7 +234,7 @@ class Endpoint:
     async def _start(self, credentials: grpc.ServerCredentials) -> str:
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
         handlers = [grpc.method_handlers_generic_handler(SERVICE, {METHOD.rpartition("/")[2]: handler})]
-        options = [*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections())]
+        options = [*_SERVER_OPTIONS, *((bound, most_connections()) for bound in _BOUNDS)]
         self._server = grpc.aio.server(handlers=handlers, options=options)
         try:
             port = self._server.add_secure_port(self._options.bind, credentials)

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from flwr.app import ConfigRecord, Message
+
 from psl_flower.exchange.streams.endpoint import Connection
 from psl_flower.failures import Failure, Kind
+from psl_flower.flower import error_kind
 from psl_flower.protocol import Reply, Request
 
 log = logging.getLogger("flwr.psl_flower")
@@ -101,3 +104,16 @@ def connected(clients: int, streams: int) -> str:
     """Return what is told of clients that have streams."""
     who = "1 client is" if clients == 1 else f"{clients} clients are"
     return f"{who} connected by {streams} stream{'s' * (streams != 1)}"
+
+
+def gone(reason: str) -> Failure:
+    """Return the failure of a client that cannot be reached."""
+    return Failure(Kind.UNREACHABLE, reason)
+
+
+def refusal(message: Message) -> Failure:
+    """Return why an attach message did not lead to a stream."""
+    if message.has_error():
+        return Failure(error_kind(message.error.code), f"error {message.error.code}: {message.error.reason}")
+    record = message.content.config_records.get("attach", ConfigRecord())
+    return gone(str(record.get("failure") or record.get("ended") or "its reply names no reason"))
