@@ -60,11 +60,14 @@ class Leaf:
         ROWS: the rows of all clients, in their order. SUM, SHARED: one tree. EACH: a list with a tree a client.
     exact : bool
         Whether rows always travel in full precision; activations and gradients may travel in fewer bits.
+    packing : int, optional
+        Of rows that tell little: bits that an entry has; 0 where few are other than zero. They may be packed then.
     """
 
     kind: Kind
     value: Any
     exact: bool = False
+    packing: int | None = None
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

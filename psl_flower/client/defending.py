@@ -235,6 +235,12 @@ def introduce(defences: Sequence[Defence], client: SplitClient, secret: Secret) 
             each.meet(classes, secret)
 
 
+def packing_of(defences: Sequence[Defence]) -> int | None:
+    """Return how rows may be packed, after the last defence that changes rows."""
+    last = [each for each in defences if type(each).rows is not Defence.rows][-1:]
+    return last[0].packing if last else None
+
+
 def changes_labels(defence: Defence) -> bool:
     """Return whether a defence has a say in labels."""
     return type(defence).labels is not Defence.labels

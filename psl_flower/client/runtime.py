@@ -22,7 +22,7 @@ from psl_flower import tree
 from psl_flower.client.batch_tags import batch_tags, check_tags
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
-from psl_flower.client.defending import Defending, check_drawing
+from psl_flower.client.defending import Defending, check_drawing, packing_of
 from psl_flower.client.label_noise import with_noise
 from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
@@ -349,7 +349,10 @@ class _Work:
                     "Where the model drops the batch dimension (squeeze, mean over the batch), keep it: flatten(1), say"
                 )
             value = [outputs[name]] if kind is LeafKind.EACH else outputs[name]
-            leaves[name] = Leaf(kind, value, name in self.stage.exact)
+            activations = kind is LeafKind.ROWS and name not in (*self.stage.exact, *self.stage.gradients)
+            leaves[name] = Leaf(
+                kind, value, name in self.stage.exact, packing_of(self.state.defences) if activations else None
+            )
         return leaves
 
 

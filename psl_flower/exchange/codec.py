@@ -205,7 +205,7 @@ def _encode_leaves(leaves: Mapping[str, Leaf], packer: Packer) -> dict[str, Any]
     return {
         name: {
             "kind": leaf.kind.value,
-            "tree": packer.pack(leaf.value, reduce=leaf.kind is Kind.ROWS and not leaf.exact),
+            "tree": packer.pack(leaf.value, reduce=leaf.kind is Kind.ROWS and not leaf.exact, packing=leaf.packing),
         }
         for name, leaf in leaves.items()
     }

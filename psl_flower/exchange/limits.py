@@ -18,6 +18,7 @@ MAX_LEAVES = 100_000
 MAX_DEPTH = 16
 MAX_DIMENSIONS = 16
 MAX_ELEMENTS = 2**48  # as if no dimension were 0: torch's strides must not overflow
+MAX_PACKED = 2**28  # what is packed takes up to 32 times its bytes when it is not
 MAX_NAME = 1000
 MAX_PARTS = 64
 MAX_TEXT = 2000
@@ -61,6 +62,7 @@ LIMITS = (
     Limit("nesting", MAX_DEPTH, "levels of a tree of tensors", _REQUEST),
     Limit("dimensions", MAX_DIMENSIONS, "of a tensor", _REQUEST),
     Limit("elements", MAX_ELEMENTS, "of a tensor, 0 counted as 1", _REQUEST),
+    Limit("packed elements", MAX_PACKED, "in a frame", _REQUEST),
     Limit("name", MAX_NAME, "characters", _REQUEST),
     Limit("parts", MAX_PARTS, "of a model", _REQUEST),
     Limit("leaves", MAX_PARTS, "that a stage takes or gives", _REQUEST),

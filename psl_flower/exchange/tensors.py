@@ -22,7 +22,8 @@ from torch import Tensor
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.frames import Buffer
-from psl_flower.exchange.limits import MAX_DEPTH, MAX_DIMENSIONS, MAX_ELEMENTS, MAX_LEAVES, MAX_NAME
+from psl_flower.exchange.limits import MAX_DEPTH, MAX_DIMENSIONS, MAX_ELEMENTS, MAX_LEAVES, MAX_NAME, MAX_PACKED
+from psl_flower.exchange.packing import LEVELS, MAX_BITS, SPARSE, num_mask_bytes, packed, unpack_levels, unpack_sparse
 from psl_flower.tree import Tree
 
 _DTYPES = {
@@ -44,6 +45,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_EXPONENT = 12  # of scaled float16 values: far from the end of the range, so that nothing rounds to infinity
+_PACKABLE = (torch.float32, torch.float64)
 _CASTS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _WIDTHS = {"float32": 8, "int8": 1, **{name: dtype.itemsize for name, dtype in _CASTS.items()}}
 
@@ -72,19 +74,22 @@ class Packer:
         self.buffers: list[list[Buffer]] = []
         self.num_bytes = 0
 
-    def pack(self, tree: Tree, *, reduce: bool = False) -> Any:
+    def pack(self, tree: Tree, *, reduce: bool = False, packing: int | None = None) -> Any:
         """Add the tensors of a tree; return its description, in JSON's terms.
+
+        With `reduce` in fewer bits, where the wire has fewer; with `packing` in fewer bytes, where they tell little.
 
         None is null, a tuple a list, a dict ``{"keys": [...], "values": [...]}``, and a tensor has a dtype and a shape.
         """
         if tree is None:
             return None
         if isinstance(tree, Mapping):
-            return {"keys": list(tree), "values": [self.pack(value, reduce=reduce) for value in tree.values()]}
+            values = [self.pack(value, reduce=reduce, packing=packing) for value in tree.values()]
+            return {"keys": list(tree), "values": values}
         if isinstance(tree, tuple | list):
-            return [self.pack(value, reduce=reduce) for value in tree]
+            return [self.pack(value, reduce=reduce, packing=packing) for value in tree]
         before = len(self.buffers)
-        spec = self._tensor(tree.detach(), reduce)
+        spec = self._tensor(tree.detach(), reduce, packing)
         self.num_bytes += sum(piece.nbytes for pieces in self.buffers[before:] for piece in pieces)
         return spec
 
@@ -92,8 +97,14 @@ class Packer:
         """Add a numpy array; return its description."""
         return self._tensor(torch.from_numpy(np.array(values, order="C")), False)
 
-    def _tensor(self, tensor: Tensor, reduce: bool) -> dict[str, Any]:
+    def _tensor(self, tensor: Tensor, reduce: bool, packing: int | None = None) -> dict[str, Any]:
         spec: dict[str, Any] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape)}
+        packs = packing is not None and tensor.dtype in _PACKABLE and 0 < tensor.numel() <= MAX_PACKED
+        if packing is not None and packs and (not reduce or self._wire_dtype == "float32"):
+            found = packed(tensor.cpu().contiguous(), packing)
+            if found is not None:
+                self.buffers += [[raw_bytes(t)] for t in found[1]]
+                return {**spec, **found[0]}
         if not reduce or not _reducible(tensor.dtype, self._wire_dtype) or not tensor.numel():
             self.buffers.append([raw_bytes(tensor)])
             return spec
@@ -133,7 +144,7 @@ class Unpacker:
 
     def __init__(self, buffers: Sequence[Sequence[Buffer]]) -> None:
         self._buffers = iter(buffers)
-        self._leaves = 0
+        self._leaves = self._unpacked = 0
         self.num_bytes = 0
 
     def unpack(self, spec: Any, depth: int = 0) -> Tree:
@@ -180,6 +191,8 @@ class Unpacker:
         name, shape, wire = spec.get("dtype"), tuple(spec["shape"]), spec.get("wire")
         if not isinstance(name, str) or any(type(n) is not int for n in shape):
             raise ProtocolError(f"expected a dtype and a shape of whole numbers, got {spec!r:.80}")
+        if "packed" in spec:
+            return self._packed(name, shape, spec)
         if wire is None:
             return from_raw_bytes(name, shape, self._next())
         dtype = from_raw_bytes(name, (0,), b"").dtype
@@ -194,6 +207,25 @@ class Unpacker:
         if wire not in list(_CASTS) or type(exponent) is not int or abs(exponent) > 1000:
             raise ProtocolError(f"tensors do not travel as {wire!r:.80} with exponent {exponent!r:.80}")
         return _scaled(from_raw_bytes(wire, shape, self._next()).to(dtype), -exponent)
+
+    def _packed(self, name: str, shape: tuple[int, ...], spec: Mapping[str, Any]) -> Tensor:
+        dtype = from_raw_bytes(name, (0,), b"").dtype
+        how, bits, entries = spec["packed"], spec.get("bits", 1), spec.get("entries", 0)
+        if dtype not in _PACKABLE or not shape or any(n < 1 for n in shape) or len(shape) > MAX_DIMENSIONS:
+            raise ProtocolError(f"tensors of {name} {shape!r:.80} do not travel packed")
+        count = math.prod(shape)
+        self._unpacked += count
+        if self._unpacked > MAX_PACKED:
+            raise ProtocolError(f"a frame holds at most {MAX_PACKED} packed elements, got more")
+        if how not in (SPARSE, LEVELS) or type(bits) is not int or type(entries) is not int:
+            raise ProtocolError(f"tensors do not travel packed as {how!r:.80}")
+        if how == SPARSE:
+            mask = from_raw_bytes("uint8", (num_mask_bytes(count),), self._next())
+            return unpack_sparse(dtype, shape, mask, from_raw_bytes(name, (entries,), self._next()))
+        if not 2 <= bits <= MAX_BITS:
+            raise ProtocolError(f"an entry has 2 to {MAX_BITS} bits, got {bits}")
+        codes = from_raw_bytes("uint8", (num_mask_bytes(count, bits),), self._next())
+        return unpack_levels(dtype, shape, bits, codes, from_raw_bytes(name, (shape[0], 1), self._next()))
 
     def finish(self) -> None:
         """Raise ProtocolError if a buffer was not asked for."""

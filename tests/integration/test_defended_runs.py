@@ -32,6 +32,8 @@ from psl_flower import (
     split_client_app,
     tree,
 )
+from psl_flower.callbacks import Callback
+from psl_flower.client import runtime
 from psl_flower.client.process import forget_runs, run_state
 from psl_flower.client.runtime import answer
 from psl_flower.errors import ConfigError, StepError
@@ -133,6 +135,33 @@ def test_clients_that_a_process_serves_as_one_do_what_each_alone_would(method):
     )
     assert largest_difference(joint, alone) < 1e-9
     assert largest_difference(joint, trained(method, grid_of(method, []), everything)) > 1e-3
+
+
+class Received(Callback):
+    """Adds up the bytes of what clients send."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def on_step(self, record):
+        self.found.append(record.bytes_received)
+
+
+@pytest.mark.parametrize(("defence", "share"), [(TopK(9), 0.15), (Quantize(4), 0.15)])
+def test_what_tells_little_travels_in_few_bytes_and_trains_the_same(defence, share, monkeypatch):
+    """Over both carriers; gradients come back as ever."""
+    found = {}
+    for transport in TRANSPORTS:
+        for packs in (True, False):
+            with monkeypatch.context() as patch:
+                if not packs:
+                    patch.setattr(runtime, "packing_of", lambda defences: None)
+                received = []
+                options = {"transport": transport, "callbacks": [Received(received)]}
+                found[transport, packs] = trained("parallel", grid_of("parallel", [defence]), FEW, **options), received
+        (packed, few), (plain, many) = found[transport, True], found[transport, False]
+        assert largest_difference(packed, plain) == 0
+        assert sum(few) < share * sum(many)
 
 
 # --- each is what it says --------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ TRIALS = {
     "nesting": lambda n: unpack(nested(n)),
     "dimensions": lambda n: unpack({"dtype": "uint8", "shape": [1] * n}, [b"x"]),
     "elements": lambda n: unpack({"dtype": "uint8", "shape": [0, n]}, [b""]),
+    "packed elements": lambda n: unpack({"dtype": "float32", "shape": [n], "packed": "sparse", "entries": 0}),
     "name": lambda n: unpack({"keys": ["x" * n], "values": [None]}),
     "parts": lambda n: request("evaluate", weights={f"p{i}": empty_part() for i in range(n)}),
     "leaves": lambda n: request(inputs={f"x{i}": {"kind": "shared", "tree": None} for i in range(n)}),

@@ -69,6 +69,11 @@ class Defence:
 
     of_gradients: ClassVar[bool] = False
 
+    @property
+    def packing(self) -> int | None:
+        """Bits that an entry of its rows has; 0 where few entries are other than zero, None where neither is so."""
+        return None
+
     def meet(self, classes: IntArray, secret: Secret) -> None:
         """Take note of the classes that a client holds training examples of, (C,) int64 ascending.
 

@@ -16,7 +16,7 @@ class Quantize(Defence):
     """Rounds each example's activations to few levels, evenly spaced from minus to plus its largest magnitude.
 
     The gradient comes back as if nothing had been rounded (straight through). What leaves tells `bits` bits an entry,
-    and travels as the floats that it is: with ``wire_dtype="int8"`` a byte an entry, which rounds 8 bits no further.
+    and travels in as many; with ``wire_dtype="int8"`` in a byte an entry, which rounds 8 bits no further.
 
     Parameters
     ----------
@@ -28,6 +28,11 @@ class Quantize(Defence):
 
     def __post_init__(self) -> None:
         check_int(self.bits, "bits", least=2, most=16)
+
+    @property
+    def packing(self) -> int:
+        """Bits of an entry."""
+        return self.bits
 
     def rows(self, rows: Tensor, of: Leaving) -> Tensor:
         """Round."""
@@ -41,8 +46,8 @@ class Quantize(Defence):
 class TopK(Defence):
     """Keeps the k largest magnitudes of each example's activations, the rest are zero.
 
-    The gradient comes back through those that are kept only. What leaves has k numbers and their places an example, and
-    travels with its zeros: the wire gets no smaller.
+    The gradient comes back through those that are kept only. What leaves are k numbers an example, and a bit for each
+    entry, whether it is one of them.
 
     Parameters
     ----------
@@ -55,10 +60,15 @@ class TopK(Defence):
     def __post_init__(self) -> None:
         check_int(self.k, "k", least=1)
 
+    @property
+    def packing(self) -> int:
+        """Most entries are zero."""
+        return 0
+
     def rows(self, rows: Tensor, of: Leaving) -> Tensor:
         """Drop what is small."""
         flat = rows.detach().reshape(len(rows), -1)
         if self.k >= flat.shape[1]:
             return rows
-        kept = torch.zeros_like(flat).scatter_(1, flat.abs().topk(self.k, dim=1).indices, 1.0)
-        return rows * kept.reshape(rows.shape)
+        kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.abs().topk(self.k, dim=1).indices, True)
+        return torch.where(kept.reshape(rows.shape), rows, 0)
