@@ -20,6 +20,9 @@ TOGETHER = {
     "test_flwr_run_trains_on_the_simulation_as_in_one_process": "simulation",
     "test_deployment.py": "deployment",
     "test_bad_replies.py": "bad replies",
+    "test_audit.py": "audit",  # two trainings
+    "test_transformers.py": "transformers",  # the import of transformers
+    "test_cut_exported.py": "transformers",
     "test_run_folder.py": "forked",  # processes that are forked from one, see warm.py
     "test_stream_failures.py": "forked",
     "test_sweep.py": "forked",

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
 from psl_flower.torchvision_compat import import_torchvision
 
-import_torchvision()  # transformers' models import it
-
-from transformers import (  # noqa: E402
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-)
-
 TOKENS = 50
 
 
+def transformers() -> ModuleType:
+    """Return the package, which takes seconds to import: each process of pytest imports all tests."""
+    import_torchvision()  # transformers' models import it
+    import transformers
+
+    return transformers
+
+
 def llama(layers: int = 2) -> nn.Module:
-    config = LlamaConfig(
+    config = transformers().LlamaConfig(
         vocab_size=TOKENS,
         hidden_size=16,
         intermediate_size=24,
@@ -33,11 +30,11 @@ def llama(layers: int = 2) -> nn.Module:
         num_key_value_heads=2,
         max_position_embeddings=32,
     )
-    return seeded(LlamaForCausalLM, config)
+    return seeded(transformers().LlamaForCausalLM, config)
 
 
 def gpt2(dropout: float = 0.0) -> nn.Module:
-    config = GPT2Config(
+    config = transformers().GPT2Config(
         vocab_size=TOKENS,
         n_positions=32,
         n_embd=16,
@@ -49,11 +46,11 @@ def gpt2(dropout: float = 0.0) -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return seeded(GPT2LMHeadModel, config)
+    return seeded(transformers().GPT2LMHeadModel, config)
 
 
 def bert() -> nn.Module:
-    config = BertConfig(
+    config = transformers().BertConfig(
         vocab_size=TOKENS,
         hidden_size=16,
         num_hidden_layers=2,
@@ -62,11 +59,11 @@ def bert() -> nn.Module:
         max_position_embeddings=32,
         num_labels=3,
     )
-    return seeded(BertForSequenceClassification, config)
+    return seeded(transformers().BertForSequenceClassification, config)
 
 
 def vit() -> nn.Module:
-    config = ViTConfig(
+    config = transformers().ViTConfig(
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -75,7 +72,7 @@ def vit() -> nn.Module:
         patch_size=4,
         num_labels=3,
     )
-    return seeded(ViTForImageClassification, config)
+    return seeded(transformers().ViTForImageClassification, config)
 
 
 def lora_llama(dropout: float = 0.1) -> nn.Module:

@@ -13,20 +13,20 @@ from psl_flower.app.deployment import LocalDeployment
 pytestmark = pytest.mark.flower
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Train in one run as it comes, then with a ClientApp that dies, then with one that freezes.
-
-    Return what the run said, and its folder.
-    """
-    folder = tmp_path_factory.mktemp("deployment")
-    some = "UniformGlobalSampler-adam-64"  # all others are in the simulation, over the same streams
-    config = f"results='{folder / 'results'}' trainings='auto/{some}' traps='die freeze'"
+def deployed(folder, **config):
+    """Train in a deployment, which leaves no process; return what the run said, and its folder."""
+    words = " ".join(f"{key}='{value}'" for key, value in {"results": folder / "results", **config}.items())
     with prepared(LocalDeployment(folder / "home", 2, folder, tls=True)) as deployment:
-        output = deployment.run(TESTS / "apps" / "exactness", run_config=[config], quiet=True)
+        output = deployment.run(TESTS / "apps" / "exactness", run_config=[words], quiet=True)
         groups = {each.pid for each in deployment.supernodes}
     wait_until(lambda: not living(groups), 120, lambda: f"the end of {living(groups)}")
     return output, folder / "results"
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory):
+    """Train with a ClientApp that dies, then with one that freezes."""
+    return deployed(tmp_path_factory.mktemp("deployment"), trainings="", traps="die freeze")
 
 
 def living(groups):
@@ -51,23 +51,27 @@ def assert_exact(files):
         assert largest_difference({key: weights[key] for key in reference}, reference) < case.tolerance, file.stem
 
 
-def test_equals_centralised_training(trained):
-    output, folder = trained
+def test_equals_centralised_training(tmp_path):
+    some = "UniformGlobalSampler-adam-64"  # all others are in the simulation, over the same streams
+    output, folder = deployed(tmp_path, trainings=f"auto/{some}", traps="")
     files = list((folder / "auto").iterdir())
     assert len(files) == 1
     assert output.count("2 clients are connected by 2 streams") >= len(files)  # found by transport = "auto"
     assert_exact(files)
 
 
-def test_a_clientapp_that_dies_in_the_middle_of_a_step_is_started_again(trained):
-    output, folder = trained
+# Processes that die and freeze are in test_stream_failures.py, too, without Flower: a deployment is slow.
+@pytest.mark.slow
+def test_a_clientapp_that_dies_in_the_middle_of_a_step_is_started_again(disturbed):
+    output, folder = disturbed
     assert not (folder / "die" / "trap").exists()
     assert "The process of 1 clients is gone" in output
     assert_exact([folder / "die" / "UniformGlobalSampler-sgd-64.safetensors"])
 
 
-def test_a_frozen_clientapp_holds_nobody_up(trained):
-    output, folder = trained
+@pytest.mark.slow
+def test_a_frozen_clientapp_holds_nobody_up(disturbed):
+    output, folder = disturbed
     # it goes on after two steps only, which the other takes by itself: were that one held up, this would never end
     assert (folder / "freeze" / "trap.went-on").exists()
     assert "no reply within 10 s" in output

@@ -8,8 +8,10 @@ from psl_flower.config import MODELS
 from psl_flower.split import check_client_half, replace_batch_norm, split_module
 
 
-@pytest.mark.parametrize("dataset", sorted(SPECS))
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dataset"),  # resnet34 differs from resnet18 in its depth alone
+    [(name, dataset) for name in MODELS for dataset in sorted(SPECS) if name != "resnet34" or dataset == "digits"],
+)
 def test_every_model_takes_every_dataset_and_can_be_cut(name, dataset):
     spec = SPECS[dataset]
     model = build_model(name, in_channels=spec.shape[0], num_classes=spec.num_classes, seed=0)

@@ -1,6 +1,7 @@
 """The package keeps to its floors: what stands on one knows only those below, and no file is too long to be read."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -51,20 +52,23 @@ def floors() -> dict[str, int]:
     return dict(placed)
 
 
-# The package's own __init__ is left out: it loads what it names on first use.
-IMPORTS = {m: set(imports(m, path.read_text(encoding="utf-8"))) for m, path in MODULES.items()}
-del IMPORTS["psl_flower.__init__"]
+@functools.cache
+def all_imports() -> dict[str, set[str]]:
+    """Return what each module imports; the package's own __init__ is left out, it loads what it names on first use."""
+    found = {m: set(imports(m, path.read_text(encoding="utf-8"))) for m, path in MODULES.items()}
+    del found["psl_flower.__init__"]
+    return found
 
 
 def test_every_part_of_the_package_stands_on_a_floor() -> None:
-    assert floors().keys() == {part_of(module) for module in IMPORTS}
+    assert floors().keys() == {part_of(module) for module in all_imports()}
 
 
 def test_a_floor_knows_only_those_below_it() -> None:
     floor = floors()
     upward = {
         f"{module} (floor {floor[part_of(module)]}) imports {name} (floor {floor[part_of(name)]})"
-        for module, names in IMPORTS.items()
+        for module, names in all_imports().items()
         for name in names
         if part_of(name) != part_of(module) and floor[part_of(name)] >= floor[part_of(module)]
     }
@@ -72,7 +76,8 @@ def test_a_floor_knows_only_those_below_it() -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    assert len(list(TopologicalSorter(IMPORTS).static_order())) == len(IMPORTS)
+    graph = all_imports()
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
 
 
 @pytest.mark.parametrize(

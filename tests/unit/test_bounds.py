@@ -135,9 +135,10 @@ def test_bound_refuses_what_it_cannot_use():
         schedule_lower_bound(Population([0], [8], [[8]]), [[2]] * 4)
 
 
-@pytest.mark.parametrize("num_clients", [64, 128])
-@pytest.mark.parametrize("kind", ["latency 10 %", "latency 20 %", "per-sample 10 %"])
-def test_aligned_is_within_three_percent_of_the_bound_where_lb_and_ugs_are_not(num_clients, kind):
+@pytest.mark.parametrize(
+    ("kind", "num_clients"), [("latency 10 %", 128), ("latency 20 %", 64), ("per-sample 10 %", 64)]
+)
+def test_aligned_is_within_three_percent_of_the_bound_where_lb_and_ugs_are_not(kind, num_clients):
     population = severe_population(num_clients, kind, seed=2)
     plan = AlignedSampler(128, seed=2).plan(population)
     bound = schedule_lower_bound(population, class_table(plan))

@@ -26,9 +26,11 @@ from psl_flower.protocol import Kind as LeafKind
 NODE = 2
 
 
+HALF = split_module(tiny_resnet(), CUT)[0]
+
+
 def weights(change=lambda name, tensor: tensor, version="v0"):
-    half = split_module(tiny_resnet(), CUT)[0]
-    parameters = {name: change(name, p.detach().clone()) for name, p in half.named_parameters()}
+    parameters = {name: change(name, p.detach().clone()) for name, p in HALF.named_parameters()}
     return {"head": Weights(parameters, {}, version, "c0")}
 
 

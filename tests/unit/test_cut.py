@@ -18,10 +18,24 @@ models = import_torchvision().models
 IMAGE = (3, 32, 32)
 
 
+# The structures of torchvision's models, narrower and less deep; at full size below, without numbers
+def resnet():
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
+def densenet():
+    return models.DenseNet(8, (2, 4, 2, 2), 16, num_classes=10)
+
+
+def mobilenet():
+    return models.mobilenet_v2(inverted_residual_setting=[[1, 8, 1, 1], [6, 8, 2, 2], [6, 16, 2, 2]], num_classes=10)
+
+
 def vgg11():
     with torch.device("meta"):  # 100 million parameters less
-        model = models.vgg11(num_classes=10)
-        model.classifier[0] = nn.Linear(512 * 7 * 7, 16)
+        widths = [8, "M", 16, "M", 32, 32, "M", 64, 64, "M", 64, 64, "M"]
+        model = models.VGG(models.vgg.make_layers(widths), num_classes=10)
+        model.classifier[0] = nn.Linear(64 * 7 * 7, 16)
         model.classifier[3] = nn.Linear(16, 16)
         model.classifier[6] = nn.Linear(16, 10)
     model = model.to_empty(device="cpu")
@@ -71,19 +85,19 @@ def built(make):
 
 
 CUTS = [
-    (models.resnet18, "relu"),
-    (models.resnet18, "layer1.0.conv2"),
-    (models.resnet18, "layer2"),
-    (models.resnet18, "layer2.0.downsample"),
-    (models.resnet18, "fc"),
-    pytest.param(models.resnet34, "layer3.4", marks=pytest.mark.slow),  # resnet18 has all it has, less often
-    (models.mobilenet_v2, "features.1"),
-    (models.mobilenet_v2, "features.9.conv.1"),
-    (models.mobilenet_v2, "classifier"),
-    (models.densenet121, "features.denseblock1"),
-    (models.densenet121, "features.denseblock2.denselayer3"),
-    (models.densenet121, "features.denseblock2.denselayer3.relu1"),
-    (models.densenet121, "classifier"),
+    (resnet, "relu"),
+    (resnet, "layer1.0.conv2"),
+    (resnet, "layer2"),
+    (resnet, "layer2.0.downsample"),
+    (resnet, "fc"),
+    pytest.param(models.resnet34, "layer3.4", marks=pytest.mark.slow),  # resnet has all it has, less often
+    (mobilenet, "features.1"),
+    (mobilenet, "features.5.conv.1"),
+    (mobilenet, "classifier"),
+    (densenet, "features.denseblock1"),
+    (densenet, "features.denseblock2.denselayer3"),
+    (densenet, "features.denseblock2.denselayer3.relu1"),
+    (densenet, "classifier"),
     (vgg11, "features.1"),
     (vgg11, "features.11"),
     (vgg11, "classifier.6"),

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers.modeling_outputs import ImageClassifierOutput
 
 from psl_flower import tree
 from psl_flower.data import Batch, PadTexts, join_batches
@@ -76,6 +75,8 @@ def test_what_comes_back_is_cut_to_the_own_length():
 
 @pytest.mark.parametrize("loss", [torch.nn.functional.cross_entropy, torch.nn.CrossEntropyLoss()])
 def test_cross_entropy_takes_the_logits_of_what_transformers_return(loss):
+    from transformers.modeling_outputs import ImageClassifierOutput  # here: it takes seconds
+
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
     found = weighted(loss, ImageClassifierOutput(logits=logits), labels, 5)
     assert torch.equal(found.mean, loss(logits, labels))
