@@ -192,8 +192,8 @@ def _compile(code: str, names: Mapping[str, Any]) -> Callable[..., Any]:
     return program
 
 
-def copy_model(model: M) -> M:
-    """Return a deep copy of a model.
+def copy_model(model: M, *, share_frozen: bool = False) -> M:
+    """Return a deep copy of a model; the values of frozen parameters may be shared, so that memory holds them once.
 
     Raises
     ------
@@ -204,8 +204,9 @@ def copy_model(model: M) -> M:
     lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
     if lazy is not None:
         raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
+    frozen = [p for p in model.parameters() if not p.requires_grad] if share_frozen else []
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen})
     except RuntimeError as exc:
         computed = [
             f"{name}.{key}".lstrip(".")
