@@ -115,9 +115,16 @@ class LocalBackend:
         )
 
     def state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Return a copy of all parts' state, on the CPU; only of these names, if they are given."""
-        held = {name: t for part in self.parts.values() for name, t in part.state_dict().items()}
-        return {name: t.detach().to("cpu", copy=True) for name, t in held.items() if names is None or name in names}
+        """Return a copy of all parts' state, on the CPU; only of these names, if they are given.
+
+        Frozen parameters, which no step changes, are not copied where they are on the CPU.
+        """
+        held = {n: t for part in self.parts.values() for n, t in part.state_dict(keep_vars=True).items()}
+        return {
+            name: t.detach().to("cpu", copy=t.requires_grad or not isinstance(t, nn.Parameter))
+            for name, t in held.items()
+            if names is None or name in names
+        }
 
     def state_dict(self, names: Collection[str] | None = None) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on from here; the others are not to change, if names are given."""
@@ -227,7 +234,8 @@ class LocalBackend:
             for part, tensors in parts.items():
                 held = _state(self.parts[part])
                 for name, t in tensors.items():
-                    held[name].copy_(t if held[name].is_floating_point() else t.round())
+                    if held[name].requires_grad or not isinstance(held[name], nn.Parameter):  # not frozen
+                        held[name].copy_(t if held[name].is_floating_point() else t.round())
         self._changed()
 
     # --- copies of a part, one a client ------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ M = TypeVar("M", bound=nn.Module)
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
-def copy_model(model: M) -> M:
-    """Return a deep copy of a model.
+def copy_model(model: M, *, share_frozen: bool = False) -> M:
+    """Return a deep copy of a model; the values of frozen parameters may be shared, so that memory holds them once.
 
     Raises
     ------
@@ -36,8 +36,9 @@ def copy_model(model: M) -> M:
         raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
     _check_gradient_hooks(model)
     _check_functions(model)
+    frozen = [p for p in model.parameters() if not p.requires_grad] if share_frozen else []
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen})
     except RuntimeError as exc:
         computed = [
             f"{name}.{key}".lstrip(".")

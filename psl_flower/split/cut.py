@@ -73,10 +73,17 @@ def split_module(model: nn.Module, cut: str, tail: str | None = None) -> tuple[n
         parameter or buffer would be needed on both sides; if raw inputs or numbers that depend on them would have to
         cross; or if neither torch.fx nor torch.export can record it.
     """
+    return cut_apart(model, cut, tail)
+
+
+def cut_apart(
+    model: nn.Module, cut: str, tail: str | None = None, *, share_frozen: bool = False
+) -> tuple[nn.Module, ...]:
+    """Return the parts of a model, see `split_module`; the values of frozen parameters may be the model's own."""
     cuts = [cut] if tail is None else [cut, tail]
     for kind, name in zip(("cut", "tail"), cuts, strict=False):
         _check_name(model, kind, name)
-    root = copy_model(model)
+    root = copy_model(model, share_frozen=share_frozen)
     names = [_first_name(root, name) for name in cuts]
     where = f"cut {cut!r}" + ("" if tail is None else f", tail {tail!r}")
     try:

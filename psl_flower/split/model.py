@@ -13,7 +13,7 @@ from torch import nn
 
 from psl_flower.errors import ConfigError, CutError
 from psl_flower.split.copying import copy_model
-from psl_flower.split.cut import cut_candidates, listing, split_module
+from psl_flower.split.cut import cut_apart, cut_candidates, listing
 from psl_flower.split.half import CutNames, Part, as_activations
 from psl_flower.split.trace import pinned_modules
 
@@ -129,7 +129,9 @@ class Halves:
         return {**state, **{key: value for part in self.parts for key, value in part.state_dict().items()}}
 
 
-def cut_model(model: nn.Module, cut: str | None = None, tail: str | None = None) -> Halves:
+def cut_model(
+    model: nn.Module, cut: str | None = None, tail: str | None = None, *, share_frozen: bool = False
+) -> Halves:
     """Return copies of the parts of a model, cut by name or by hand.
 
     Parameters
@@ -140,6 +142,8 @@ def cut_model(model: nn.Module, cut: str | None = None, tail: str | None = None)
         The first server-side submodule; for a SplitModel there is none to name.
     tail : str, optional
         The first submodule that is back on the client.
+    share_frozen : bool
+        Whether the values of frozen parameters are the model's own, and no copies.
 
     Raises
     ------
@@ -166,13 +170,13 @@ def cut_model(model: nn.Module, cut: str | None = None, tail: str | None = None)
                 f"{listing(cut_candidates(model, depth=1))}, or a deeper one; or pass a "
                 f"SplitModel(client=..., server=...)"
             )
-        parts = split_module(model, cut) if tail is None else split_module(model, cut, tail)
+        parts = cut_apart(model, cut, tail, share_frozen=share_frozen)
     elif cut is not None or tail is not None:
         given = " and ".join(f"{name}={value!r}" for name, value in (("cut", cut), ("tail", tail)) if value is not None)
         raise ConfigError(f"a SplitModel is cut already, got {given}: leave cut and tail out")
     else:
         _check_parts(model)
-        parts = _hand_parts(copy_model(model))
+        parts = _hand_parts(copy_model(model, share_frozen=share_frozen))
     used = {key for part in parts for key in part.state_dict()}
     return Halves(
         parts[0],

@@ -125,7 +125,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         What a sampler that plans by class knows where labels stay with the clients: noisy counts of theirs, or yours.
     state : str
         "all", or "trainable": `start` takes and returns, and checkpoints hold, all but the frozen parameters, which are
-        those of `model`.
+        those of `model` itself, not copies.
     cache_activations : bool
         Whether the server keeps what a frozen head makes of each example, in its memory, and asks clients once for it.
         Exact; refused where the head trains, or dropout or augmentation would make it another one each time.
@@ -216,7 +216,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         self._output_dir, self._run_config = output_dir, dict(run_config or {})
         self.label_counts = label_counts
         check_labels_stay(self.method, self.sampler, loss, classification, self.metrics, label_counts)
-        self.halves = cut_model(model, cut, tail)
+        self.halves = cut_model(model, cut, tail, share_frozen=state == "trainable")  # `start` is given no others
         parts = self.method.assign(self.halves.parts)  # refuses another number of them
         self.precision = check_precision(precision, parts.values())
         self.private = check_private(

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,6 +192,26 @@ class Remembering(Base):
         return h
 
 
+class Caching(Base):
+    """Keeps keys and values as transformers do, in a list, where its configuration asks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.past = SimpleNamespace(use_cache=True), []
+
+    def inner(self, h):
+        if not self.config.use_cache:
+            return h
+        self.past.append(h.detach())
+        return h + torch.cat(self.past).mean()
+
+
+class CachingAlways(Caching):
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(use_cache="always")
+
+
 class Deciding(Base):
     def inner(self, h):
         return h * 2 if h.sum() > 0 else h
@@ -206,6 +227,7 @@ class OneSize(Base):
     [
         (Reversed, r"its backward would be lost: .*Reverse\)"),
         (Remembering, "assigned during export.*keeps a state between calls"),
+        (CachingAlways, r"assigned during export.*keeps a state between calls"),
         (Deciding, "depends on the values of tensors"),
         (OneSize, r"Constraints violated"),
     ],
@@ -216,6 +238,18 @@ def test_what_torch_export_cannot_see_is_told(model, said):
         split_module(model, Cut("b", example=EXAMPLE))
     assert "cut by hand: SplitModel(client=..., server=...)" in str(told.value)
     assert vars(model) == before
+
+
+def test_a_cache_of_keys_and_values_is_switched_off():
+    """In the parts; the model, which may generate with it, is left as it was."""
+    model = Caching()
+    halves = cut_model(model, Cut("b", example=EXAMPLE)).parts
+    assert (model.config.use_cache, model.past) == (True, [])
+    model.config.use_cache = False
+    for part in (model, *halves):
+        part.eval()
+    for _ in range(2):
+        assert torch.equal(halves[1](*halves[0](**EXAMPLE))["y"], model(**EXAMPLE)["y"])
 
 
 def test_no_example():
