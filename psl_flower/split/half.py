@@ -198,8 +198,15 @@ def copy_model(model: M) -> M:
     Raises
     ------
     ConfigError
-        If it has lazy layers that have seen no data yet, or tensors that were computed and cannot be copied.
+        If it has lazy layers that have seen no data yet, tensors that were computed and cannot be copied, or hooks on
+        parameters, which a copy would go without.
     """
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ConfigError(
+                f"{name!r} has a gradient hook, which no copy of the model has, and which would see the gradients of "
+                "one client: change them where they are all together, in the optimizer (register_step_pre_hook)"
+            )
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
     if lazy is not None:
