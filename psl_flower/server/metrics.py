@@ -313,4 +313,5 @@ def _number(value: Any, name: str) -> float:
         return float(value)  # a number of Python's, torch's or numpy's
     except (TypeError, ValueError, RuntimeError):
         shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ConfigError(f"metrics[{name!r}] must return one number, got {shape}: return its mean") from None
+        remedy = "name each by itself, metrics=dict(collection)" if isinstance(value, dict) else "return its mean"
+        raise ConfigError(f"metrics[{name!r}] must return one number, got {shape}: {remedy}") from None

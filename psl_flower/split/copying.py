@@ -58,8 +58,8 @@ def _check_gradient_hooks(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ConfigError(
-                f"{name!r} has a hook on its gradient, which would not be called: a step's gradient is a sum over the "
-                "clients. Change gradients in the optimizer, with a subclass whose step() does it first"
+                f"{name!r} has a gradient hook, which no copy of the model has, and which would see the gradients of "
+                "one client: change them where they are all together, in the optimizer (register_step_pre_hook)"
             )
 
 

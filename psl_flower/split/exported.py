@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec
 from psl_flower.errors import CutError
 from psl_flower.split.arguments import Arguments
 from psl_flower.split.place import is_text
-from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, pinned_modules, told
+from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, pinned_modules, refuse_backward_hooks, told
 
 _LEFT_OUT = "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients"
 _FIRST_TORCH = "2.10"  # 2.6 cannot record GPT-2, BERT and ViT; 2.9 leaves a model's state out without a word
@@ -54,6 +54,7 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
         raise CutError(f"a cut with torch.export needs torch {_FIRST_TORCH} or later, this is {torch.__version__}")
     arguments = Arguments.given(root, list(example), _LEFT_OUT)
     inputs = {name: example[name] for name in arguments.inputs}
+    refuse_backward_hooks(root, (name for name, _ in root.named_modules()))
     _without_cache(root)
     flags = {module: module.training for module in root.modules()}
     graphs: dict[bool, fx.Graph] = {}

@@ -161,6 +161,8 @@ def cut_model(
         raise ConfigError(
             "a model that torch.compile has wrapped cannot be cut: pass the model itself, and compile submodules of it"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError("a model of torch.jit cannot be cut: pass the nn.Module that it was made of")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ConfigError(f"a model that {type(model).__name__} has wrapped cannot be cut: pass model.module")
     if not isinstance(model, SplitModel):

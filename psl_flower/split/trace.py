@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +103,7 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
     """
     paths = [cut.split(".") for cut in cuts]
     opened = frozenset(".".join(path[:depth]) for path in paths for depth in range(len(path)))
+    refuse_backward_hooks(root, sorted(opened))
     flags = {module: module.training for module in root.modules()}
     graphs: dict[bool, fx.Graph] = {}
     try:
@@ -127,6 +128,24 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
         for module, flag in flags.items():
             module.training = flag
     return Trace(graphs, pinned_modules(root), arguments, frozenset(share) & set(arguments.inputs))
+
+
+def refuse_backward_hooks(root: nn.Module, names: Iterable[str]) -> None:
+    """Refuse modules of which the steps are recorded, but which have to do with gradients that come back.
+
+    Raises
+    ------
+    CutError
+        If one of these has a backward hook.
+    """
+    for name in names:
+        module = root.get_submodule(name)
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CutError(
+                f"{(name or type(root).__name__)!r} has a backward hook, which would be lost, for a cut goes through: "
+                f"put it on a module that stays whole, change gradients in the optimizer (register_step_pre_hook), "
+                f"{_BY_HAND}"
+            )
 
 
 def pinned_modules(root: nn.Module) -> dict[bool, frozenset[str]]:

@@ -20,7 +20,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate, random_split
 
-from psl_flower import FaultPolicy, InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower import (
+    FaultPolicy,
+    InProcessGrid,
+    ParallelSplitLearning,
+    SplitModel,
+    UniformGlobalSampler,
+    split_client_app,
+)
 from psl_flower.callbacks import BestModel, EarlyStopping
 from psl_flower.errors import ConfigError, CutError, DivergenceError, MembershipError, StepError
 from psl_flower.samplers import AlignedSampler, Population
@@ -226,8 +233,6 @@ def test_compiled_submodules():
     check_exact(parts(X, Y), lambda: Net(torch.compile(nn.Linear(8, 16), backend="eager")))
     with pytest.raises(ConfigError, match=r"torch\.compile has wrapped"):
         train(parts(X, Y), lambda: torch.compile(Net(), backend="eager"))
-    with pytest.raises(ConfigError, match=r"DataParallel has wrapped .* pass model\.module"):
-        train(parts(X, Y), lambda: nn.DataParallel(Net()))
 
 
 # --- B: a dataset's own items are what is trained on -----------------------------------------------------------------
@@ -385,6 +390,18 @@ def test_accuracy_is_told_of_classes_only(tensors, model_fn, loss, accuracy):
     assert told["loss"] == pytest.approx(loss(model(inputs), labels).item())
     if accuracy:
         assert told["accuracy"] == pytest.approx((model(inputs).argmax(1) == labels).double().mean().item())
+
+
+def test_a_collection_of_metrics_is_named_one_by_one():
+    import_torchvision()  # torchmetrics imports it where it is installed
+    from torchmetrics import MetricCollection  # here: it takes seconds
+    from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
+
+    collection = MetricCollection({"f1": MulticlassF1Score(3, average="macro"), "auroc": MulticlassAUROC(3)})
+    with pytest.raises(ConfigError, match=r"metrics\['all'\] must return one number, got a dict: name each by itself"):
+        train(parts(X, Y), metrics={"all": collection})
+    told = train(parts(X, Y), metrics=dict(collection)).train_metrics_clientapp[1]
+    assert {"f1", "auroc"} <= set(told)
 
 
 @pytest.mark.parametrize(("name", "options"), [("MulticlassF1Score", {"average": "macro"}), ("MulticlassAUROC", {})])
@@ -766,6 +783,37 @@ def test_a_model_that_cannot_be_copied():
         cut_model(nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 16)), nn.Linear(16, 3)), "1")
 
 
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("of_hand", [False, True])
+def test_hooks_on_parameters_are_refused_for_copies_lose_them(hook, of_hand):
+    model = SplitModel(client=nn.Linear(8, 16), server=nn.Linear(16, 3)) if of_hand else Net()
+    getattr(next(model.parameters()), hook)(lambda gradient: None)
+    with pytest.raises(ConfigError, match=r"weight' has a gradient hook, .*register_step_pre_hook"):
+        cut_model(model, None if of_hand else "head")
+
+
+def test_gradients_changed_in_the_optimizer():
+    """What the refusal of hooks on parameters advises: there, the gradient is that of the whole batch."""
+
+    def clipped(parameters):
+        optimizer = sgd(parameters)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_(parameters, 1e-2))
+        return optimizer
+
+    check_exact(parts(X, Y), optimizer=clipped)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_models_in_wrappings_are_told_to_unpack():
+    for wrapped, what in (
+        (nn.DataParallel(Net()), "DataParallel has wrapped cannot be cut: pass model.module"),
+        (torch.jit.trace(Net(), X[:2]), "torch.jit cannot be cut: pass the nn.Module"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            cut_model(wrapped, "head")
+
+
 NOISE = {
     "normal": lambda h: h + torch.randn_like(h),
     "numpy": lambda h: h + torch.from_numpy(np.random.rand(*h.shape)),  # noqa: NPY002
@@ -908,17 +956,11 @@ def hooked(model, module):
     return model
 
 
-def reversed_by_hand(model, module):
-    module.weight.register_hook(torch.neg)
-    return model
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (tripled, r"body\.0\.forward is a function that holds 'body\.0'"),
         (hooked, r"a hook of body\.0 is a function that holds 'the model'"),
-        (reversed_by_hand, r"'body\.0\.weight' has a hook on its gradient"),
     ],
 )
 def test_a_model_whose_copy_would_be_another_is_refused(change, text):

@@ -334,3 +334,13 @@ def test_no_line_is_named_where_none_is_the_users():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     message = refusal(nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 2)), "1.layers.1")
     assert ".py:" not in message
+
+
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_that_recording_would_lose(hook):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
+    getattr(model[1], hook)(lambda *_: None)
+    assert "'1' has a backward hook, which would be lost" in refusal(model, "1.1")
+    split_module(model, "1")  # which stays whole, and keeps it
+    getattr(model, hook)(lambda *_: None)
+    assert "'Sequential' has a backward hook" in refusal(model, "1")
