@@ -87,7 +87,7 @@ def resident():
 
 
 def measure(count):
-    """Return the median seconds of an exchange, those of connecting, and kB a stream."""
+    """Return the median seconds of an exchange, also of this process's cores, those of connecting, and kB a stream."""
     nodes = list(range(1000, 1000 + count))
     grid, context = Invitations(nodes), multiprocessing.get_context("spawn")
     with StreamCarrier(grid) as carrier:
@@ -102,16 +102,18 @@ def measure(count):
         connecting = time.perf_counter() - begin
         assert not refused, list(refused.values())[:1]
         grown = (resident() - before) / count
-        times = []
+        times, busy = [], []
         for _ in range(REPEATS):
-            begin = time.perf_counter()
+            begin, worked = time.perf_counter(), time.process_time()
             reply = carrier.exchange(Request(stage=DESCRIBE, nodes=tuple(nodes[:: count // ASKED][:ASKED])), 60)
             times.append(time.perf_counter() - begin)
+            busy.append(time.process_time() - worked)
             assert len(reply.descriptions) == ASKED
         for process in processes:
             process.kill()
             process.join()
-    return statistics.median(times[REPEATS // 5 :]), connecting, grown
+    settled = slice(REPEATS // 5, None)
+    return statistics.median(times[settled]), statistics.median(busy[settled]), connecting, grown
 
 
 def main():
@@ -120,13 +122,15 @@ def main():
     options = parser.parse_args()
     make_room(max(options.streams))
     become_server(1, 1)
-    print("| streams | exchange with 128 of them, ms | ratio to the first | connecting s | kB a stream |")
-    print("|---|---|---|---|---|")
+    columns = ("streams", "exchange with 128 of them, ms", "ratio to the first", "of the server's cores, ms", "ratio")
+    print(f"| {' | '.join((*columns, 'connecting s', 'kB a stream'))} |")
+    print(f"|{'---|' * 7}")
     first = None
     for count in options.streams:
-        seconds, connecting, grown = measure(count)
-        first = first or seconds
-        print(f"| {count} | {1e3 * seconds:.1f} | {seconds / first:.2f} | {connecting:.1f} | {grown:.0f} |", flush=True)
+        *exchange, connecting, grown = measure(count)
+        first = first or exchange
+        shown = [f"{1e3 * each:.1f} | {each / one:.2f}" for each, one in zip(exchange, first, strict=True)]
+        print(f"| {count} | {' | '.join(shown)} | {connecting:.1f} | {grown:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
