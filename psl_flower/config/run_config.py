@@ -24,7 +24,7 @@ from psl_flower.precision import PRECISIONS
 from psl_flower.privacy import DPSGD
 from psl_flower.privacy.defences import DEFENCES, parse_defences
 from psl_flower.samplers.base import Sampler
-from psl_flower.samplers.registry import DRAWN, NAMED, make_sampler
+from psl_flower.samplers.registry import NAMED, make_sampler
 from psl_flower.stragglers import DELAY_MODELS, DelayModel, delay_model
 
 AUGMENTATIONS = ("none", "crop-flip")
@@ -270,7 +270,7 @@ class RunConfig:
 
     def _dp_examples(self) -> int | None:
         """Return what steps are counted for, where they are drawn by chance."""
-        if self.sampler not in DRAWN:
+        if not self.make_sampler().clients_draw:
             return None
         if not self.dp_examples:
             raise ConfigError(

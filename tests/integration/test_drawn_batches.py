@@ -257,7 +257,7 @@ def test_the_default_app(tmp_path):
     assert lines[-1]["num_steps"] == 3
     assert lines[-1]["deviation_mean"] is None  # the labels of an epoch are not those of all data
     with pytest.raises(ConfigError, match="dp-examples must be the number of examples of all clients together, got 0"):
-        server_app.make_strategy(server_app.RunConfig.read({**config, "dp-examples": 0}))
+        server_app.make_strategy(server_app.RunConfig.read({**config, "sampler": "poisson-global", "dp-examples": 0}))
 
 
 def once(**options):

@@ -234,6 +234,37 @@ def test_labels_that_cannot_be_randomised_are_told(labels, message):
 
 
 # --- as they are written ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("epsilon", [0.3, 2.0])
+def test_its_loss_is_least_where_that_of_true_labels_is(epsilon):
+    """Over all labels that may be told, each as often as it is: what is learned are the true probabilities."""
+    defence = RandomizedResponse(epsilon, 3)
+    true = torch.tensor([0.7, 0.25, 0.05], dtype=torch.float64)
+    told = defence.keeps * true + (1 - defence.keeps) * (1 - true) / 2
+    found = {}
+    for name, loss in (("corrected", defence.loss), ("plain", torch.nn.functional.cross_entropy)):
+        logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0)
+
+        def expected():
+            optimizer.zero_grad()  # noqa: B023 - called at once
+            value = sum(p * loss(logits, torch.tensor([c])) for c, p in enumerate(told))  # noqa: B023
+            value.backward()
+            return value
+
+        optimizer.step(expected)
+        found[name] = logits.detach().softmax(dim=1)[0]
+    assert torch.allclose(found["corrected"], true, atol=1e-5)
+    assert torch.allclose(found["plain"], told, atol=1e-5)
+
+
+def test_its_loss_is_the_cross_entropy_where_all_labels_stay():
+    outputs, target = rows(20, 10) * 50, torch.arange(20) % 10
+    exact = RandomizedResponse(1e4, 10).loss(outputs, target)
+    assert torch.equal(exact, torch.nn.functional.cross_entropy(outputs, target))
+    with pytest.raises(ConfigError, match=r"logits \(n, 10\), got \(20, 3\)"):
+        RandomizedResponse(1, 10).loss(outputs[:, :3], target)
+
+
 def test_defences_are_read_from_a_text():
     assert parse_defences("") == parse_defences("  ") == ()
     found = parse_defences("GaussianNoise(0.1), RandomizedResponse(1.5, classes=10), TopK(k=3), ClipCutGradient(1)")

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from psl_flower.checks import check_float, check_int
 from psl_flower.errors import ConfigError
@@ -43,6 +46,28 @@ class RandomizedResponse(Defence):
     def keeps(self) -> float:
         """The probability that a label stays."""
         return 1 / (1 + (self.classes - 1) * math.exp(-self.epsilon))
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy of the replaced labels, (), with what replaced them taken into account.
+
+        The model's probabilities p are those of true labels; of told ones they are q = keeps p + (1 - keeps) (1 - p) /
+        (C - 1), and the loss is -log q of the told label ("forward correction", Patrini et al., arXiv 1609.03683). So
+        the outputs that it is least for, over many examples, are those of the cross-entropy of the true labels. Give
+        it to whoever takes the loss: ``loss=RandomizedResponse(1, 10).loss``.
+
+        Parameters
+        ----------
+        outputs : (n, C) Tensor
+            Logits.
+        target : (n,) int64
+            Told labels.
+        """
+        if outputs.ndim != 2 or outputs.shape[1] != self.classes:
+            raise ConfigError(f"the loss is for logits (n, {self.classes}), got {tuple(outputs.shape)}")
+        other = (1 - self.keeps) / (self.classes - 1)
+        true = functional.log_softmax(outputs, dim=1) + math.log(self.keeps - other)
+        told = torch.logaddexp(true, torch.full_like(true, math.log(other))) if other else true
+        return functional.nll_loss(told, target)
 
     def labels(self, labels: IntArray, examples: IntArray, secret: Secret, purpose: bytes) -> IntArray:
         """Draw them."""
