@@ -6,7 +6,7 @@ READY := .venv/ready
 # Processes that may not write what they compile each compile it all again: a third of what importing the tests takes.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: help run test slow lint types check bench chaos docs matrix format clean
+.PHONY: help run test slow lint types check bench chaos docs results matrix format clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -39,6 +39,12 @@ chaos: $(READY) ## train while everything fails: SEED=0 EPOCHS=300
 
 docs: $(READY) ## make the docs as a site, in site/; what Sphinx warns of is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs site
+
+SWEEPS ?= severe stragglers cifar10-small
+results: $(READY) ## train what docs/results.md shows, an hour or so, and put its tables there anew: DATA_PATH=folder of CIFAR-10
+	@for sweep in $(SWEEPS); do $(BIN)/psl-flower experiments run $$sweep --quick --out outputs/$$sweep-quick \
+		$$(test $$sweep != cifar10-small || echo $(if $(DATA_PATH),--data-path $(DATA_PATH))) || exit 1; done
+	$(BIN)/python docs/remake_results.py
 
 matrix: ## run the tests with the oldest and newest Python, Flower and torch: gigabytes, hours
 	@test -x .nox/tool/bin/nox || ($(PYTHON) -m venv .nox/tool && .nox/tool/bin/python -m pip install --quiet nox)

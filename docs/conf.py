@@ -18,6 +18,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.xref_missing"]
 
 autodoc_typehints = "none"  # they stand in the signature
+toc_object_entries_show_parents = "hide"
 autodoc_default_options = {"members": True, "inherited-members": False}
 napoleon_google_docstring = False
 napoleon_use_rtype = False

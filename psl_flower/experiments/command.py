@@ -19,6 +19,7 @@ from psl_flower.app.task import check_model
 from psl_flower.checks import check_int
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.data import check_data
+from psl_flower.experiments.estimate import estimate
 from psl_flower.experiments.findings import SWEEP_FILE, Findings
 from psl_flower.experiments.provenance import provenance
 from psl_flower.experiments.report import write_report
@@ -26,6 +27,7 @@ from psl_flower.experiments.results import RESULTS_FILE, RUNS_FOLDER, read_resul
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
 from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, preset_names, read_sweep
 from psl_flower.experiments.tables import make_tables
+from psl_flower.strategy.progress import clock
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -164,13 +166,16 @@ def _run_sweep(sweep: Sweep, folder: Path, workers: int | None, words: Sequence[
     if workers is not None:
         check_int(workers, "--workers", least=1)
     runs = folder / RUNS_FOLDER
-    _check(experiment for experiment in distinct(experiments) if read_result(runs / experiment.name) is None)
+    waiting = [experiment for experiment in distinct(experiments) if read_result(runs / experiment.name) is None]
+    _check(waiting)
     threads = max(config.threads or 1 for config in configs)  # of themselves, one: trainings fill the cores
     if workers is None:
         workers = default_workers(threads, configs[0].device)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before the trainings' processes import numpy
     signal.signal(signal.SIGTERM, _interrupt)
     with alone_in(folder):
+        if seconds := estimate(waiting):
+            say(f"{len(waiting)} trainings take about {clock(seconds / workers)} here, by some steps of each kind")
         return _train(sweep, experiments, folder, workers, words)
 
 

@@ -1,8 +1,10 @@
 """The report says what the results are, marks what is best, quick or the paper's, and is one file."""
 
 import csv
+import importlib.util
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from psl_flower.errors import ConfigError
 from psl_flower.experiments.findings import Findings
 from psl_flower.experiments.pictures import _legend, _styles
 from psl_flower.experiments.report import write_report
+from psl_flower.experiments.sweep import preset_names
 from psl_flower.experiments.tables import Cell, Table, make_tables
 
+DOCS = Path(__file__).parents[2] / "docs"
 METHODS = {
     "UGS": {"sampler": "ugs"},
     "FLS": {"sampler": "fls"},
@@ -225,3 +229,39 @@ def test_the_legend_fits_however_many_and_long_the_labels(panels, length):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no results of a sweep"):
         write_report(tmp_path)
+
+
+# --- the page of results ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def page_of_results():
+    spec = importlib.util.spec_from_file_location("remake_results", DOCS / "remake_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_the_docs_are_made_anew_where_the_sweep_is_there(tmp_path, page_of_results):
+    a_sweep(tmp_path / "outputs" / "two", axes={"num-clients": [16, 128]})
+    a_sweep(tmp_path / "outputs" / "one", axes={})
+    page = (
+        "before\n<!-- outputs/two: Accuracy (%), mean of the last 3 epochs; Steps an epoch -->\n| old |\n<!-- end -->\n"
+        "<!-- outputs/one: All metrics | steps an epoch | accuracy % -->\n| old |\n<!-- end -->\n"
+        "<!-- outputs/gone: Steps an epoch -->\n| kept |\n<!-- end -->\nafter\n"
+    )
+    made, missing = page_of_results.remade(page, tmp_path)
+    assert missing == ["outputs/gone"]
+    assert "| old |" not in made
+    assert "| kept |" in made
+    assert "*Steps an epoch*\n\n|" in made
+    assert "| UGS               | **81.0 ± 1.4** | **71.0 ± 1.4** |" in made
+    assert "| UGS               |         10 ± 0 | **81.0 ± 1.4** |" in made
+    assert page_of_results.remade(made, tmp_path)[0] == made
+    with pytest.raises(SystemExit, match="no table 'Step' in this sweep, only 'Accuracy"):
+        page_of_results.remade("<!-- outputs/two: Step -->\n<!-- end -->", tmp_path)
+
+
+def test_make_results_runs_the_sweeps_whose_tables_the_docs_have(page_of_results):
+    folders = [block[2] for block in page_of_results.BLOCK.finditer(page_of_results.PAGE.read_text(encoding="utf-8"))]
+    (sweeps,) = re.findall(r"^SWEEPS \?= (.*)$", (DOCS.parent / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert folders == [f"outputs/{sweep}-quick" for sweep in sweeps.split()]
+    assert set(sweeps.split()) <= set(preset_names())
