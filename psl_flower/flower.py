@@ -93,7 +93,7 @@ def cluster_host(grid: Any, patience: float = 60.0) -> str:
     if not (is_simulation(grid) and type(grid).__module__.startswith("flwr.")):
         return ""
     begin, told = time.monotonic(), False
-    while not ((ray := sys.modules.get("ray")) and ray.is_initialized()):
+    while (ray := _ray()) is None:
         waited = time.monotonic() - begin
         if waited > patience:
             return ""
@@ -133,10 +133,8 @@ def outlives_messages() -> bool:
 
     A deployment starts a process for each message, and ends it with the reply.
     """
-    ray = sys.modules.get("ray")  # a process of Ray's has imported it
-    if ray is None or not ray.is_initialized():
-        return False
-    return ray.get_runtime_context().get_actor_id() is not None
+    ray = _ray()
+    return ray is not None and ray.get_runtime_context().get_actor_id() is not None
 
 
 @contextmanager
@@ -168,6 +166,12 @@ def stopped_by_flower() -> Iterator[list[Callable[[], None]]]:
 
 
 def _shut_ray_down() -> None:
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
+    if (ray := _ray()) is not None:
         ray.shutdown()
+
+
+def _ray() -> Any:
+    """Return Ray, where this process has started it; None as well while another thread is importing it."""
+    ray = sys.modules.get("ray")
+    started = getattr(ray, "is_initialized", None)  # not there yet in a module that is being imported
+    return ray if started is not None and started() else None

@@ -1,13 +1,11 @@
 """Steps of split fine-tuning with LoRA against centralised ones of the same run, and bytes against what they must be.
 
     python tests/bench/bench_lora.py [--clients 8] [--steps 30] [--width 128] [--layers 4] [--transport streams]
-        [--simulation]
 
 A Llama with adapters on the attention's queries and values, in two parts, 64 texts of up to 32 tokens a step, in one
-process (InProcessGrid), or with --simulation in Flower's, as a user has it. After each split step comes a centralised
-one of the whole model on as many texts; medians are compared. The bytes of a step are those of SplitLoRA (arXiv
-2407.00952): hidden states up, their gradients down, and the head's adapters both ways, as often as there are processes:
-one in the first case. Besides, masks and labels go up.
+process (InProcessGrid). After each split step comes a centralised one of the whole model on as many texts; medians are
+compared. The bytes of a step are those of SplitLoRA (arXiv 2407.00952): hidden states up, their gradients down, and the
+head's adapters both ways, as often as there are processes: one here. Besides, masks and labels go up.
 """
 
 import argparse
@@ -18,8 +16,6 @@ import time
 import numpy as np
 import torch
 from flwr.app import ArrayRecord
-from flwr.serverapp import ServerApp
-from flwr.simulation import run_simulation
 
 import psl_flower.torchvision_compat  # noqa: F401 # isort: skip  (transformers' models import torchvision)
 from peft import LoraConfig, get_peft_model
@@ -76,14 +72,6 @@ class Central(Callback):
         self.seconds.append(time.perf_counter() - begin)
 
 
-def simulate(app, clients, train):
-    """Run training in Flower's simulation, a process a core."""
-    server = ServerApp()
-    server.main()(lambda grid, context: train(grid))
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    run_simulation(server, app, num_supernodes=clients, backend_config=resources)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--clients", type=int, default=8)
@@ -91,7 +79,6 @@ def main():
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--transport", default="streams")
-    parser.add_argument("--simulation", action="store_true")
     options = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.WARNING)
     each, loss = BATCH * options.steps // options.clients, {"loss": causal_lm_loss, "classification": False}
@@ -119,10 +106,7 @@ def main():
     )
     cutting = time.perf_counter() - begin
     adapters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if options.simulation:
-        simulate(app, options.clients, lambda grid: strategy.start(grid, ArrayRecord(adapters), num_rounds=1))
-    else:
-        strategy.start(InProcessGrid(app, options.clients), ArrayRecord(adapters), num_rounds=1)
+    strategy.start(InProcessGrid(app, options.clients), ArrayRecord(adapters), num_rounds=1)
     settled = slice(len(central.records) // 5, None)
     split = statistics.median(record.seconds_real for record in central.records[settled])
     alone = statistics.median(central.seconds[settled])
