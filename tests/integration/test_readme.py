@@ -70,7 +70,8 @@ def test_the_method_of_the_docs_is_that_of_the_package():
 
 def test_the_cuts_of_the_docs_are_as_they_say(capsys):
     run_blocks(ROOT / "docs" / "cutting.md")
-    candidates, shape, first, second, by_hand, crossing = capsys.readouterr().out.splitlines()
+    candidates, shape, first, second, by_hand, predicted, crossing = capsys.readouterr().out.splitlines()
+    assert predicted == "(20, 10) [0 1 2]"
     text = (ROOT / "docs" / "cutting.md").read_text(encoding="utf-8")
     assert f"# {candidates}\n" in text
     assert f"what each example sends: {shape}\n" in text

@@ -37,11 +37,11 @@ def test_the_script_the_module_and_an_unknown_command():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert pyproject["project"]["scripts"] == {"psl-flower": "psl_flower.cli:main"}
     done = subprocess.run(
-        [sys.executable, "-m", "psl_flower", "experimets"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "psl_flower", "deplyo"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "No such command 'experimets'" in done.stderr
-    assert "Did you mean 'experiments'?" in done.stderr
+    assert "No such command 'deplyo'" in done.stderr
+    assert "Did you mean 'deploy'?" in done.stderr
 
 
 def test_help_and_completion_load_none_of_the_parts():
