@@ -190,6 +190,7 @@ class LocalBackend:
         gradients : dict of str to dict
             By part, its parameters' gradients by name; None for those that took no part.
         """
+        self.clear_gradients()  # an earlier step's, of parts that have none in this one
         found: dict[nn.Parameter, Tensor | None] = {}  # a parameter that two parts share has the gradients of both
         for part, tensors in gradients.items():
             parameters = dict(self.parts[part].named_parameters())

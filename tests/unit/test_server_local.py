@@ -233,6 +233,14 @@ def test_gradients_do_not_pile_up_on_parameters_the_optimizer_leaves_out():
     assert norms == [1.0, 1.0]
 
 
+def test_a_step_of_nothing_does_not_repeat_the_last():
+    one = backend()
+    commit(one, run(one, *batch(4)))
+    before = one.state()
+    one.commit({name: {} for name in one.parts})
+    assert all(torch.equal(t, before[name]) for name, t in one.state().items())
+
+
 class ZebraFirst(nn.Module):
     """Two tied layers in the client half, of which the later name in the alphabet comes first."""
 
