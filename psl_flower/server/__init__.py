@@ -1,6 +1,6 @@
 """The server's end of a step, in pure torch: master copy, parts that run here, optimizer, loss, scores."""
 
-from psl_flower.server.accumulation import accumulate
+from psl_flower.server.accumulation import Accumulated, accumulate
 from psl_flower.server.additive import REFUSED, Additivity, adds_up
 from psl_flower.server.examples import example_gradients
 from psl_flower.server.language import causal_lm_loss
@@ -13,6 +13,7 @@ from psl_flower.server.part import Gradients, NothingCountsError, PartCopy, Serv
 from psl_flower.server.reduction import SUMMED, Reduction
 
 __all__ = [
+    "Accumulated",
     "REFUSED",
     "SUMMED",
     "Additivity",

@@ -25,7 +25,12 @@ def accumulate(optimizer: Callable[[Any], torch.optim.Optimizer], steps: int) ->
         As `ParallelSplitLearning` takes it.
     steps : int
         Committed steps to one of the optimizer. They are counted over rounds: what is left at the end of training is
-        not applied. A scheduler with the interval "step" steps with the optimizer.
+        not applied. A scheduler with the interval "step" steps with the optimizer. A run resumes with the same number,
+        and the same kind of optimizer.
+
+    Notes
+    -----
+    Not for what a round makes anew: copies of a part for each client (SplitFed V1), and what clients train themselves.
 
     Raises
     ------
@@ -59,13 +64,14 @@ class Accumulated(torch.optim.Optimizer):
 
     Attributes
     ----------
+    steps : int
     stepped : bool
         Whether the last `step` changed the parameters.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, steps: int) -> None:
         super().__init__(inner.param_groups, inner.defaults)
-        self.inner, self._steps, self._count = inner, steps, 0
+        self.inner, self.steps, self._count = inner, steps, 0
         self._sums: dict[int, Tensor] = {}  # by the parameter's place
         self.stepped = False
         self._share()
@@ -81,10 +87,10 @@ class Accumulated(torch.optim.Optimizer):
         """Take up the gradients that there are, and step when there are enough."""
         for at, p in enumerate(self._parameters()):
             if p.grad is not None:
-                share = p.grad / self._steps
+                share = p.grad / self.steps
                 self._sums[at] = self._sums[at] + share if at in self._sums else share
         self._count += 1
-        self.stepped = self._count == self._steps
+        self.stepped = self._count >= self.steps
         if not self.stepped:
             return
         for at, p in enumerate(self._parameters()):
@@ -95,12 +101,26 @@ class Accumulated(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return everything, the gradients that wait among it."""
         waiting = {str(at): t for at, t in self._sums.items()}
-        return {**self.inner.state_dict(), "accumulated": {"count": self._count, "gradients": waiting}}
+        return {
+            **self.inner.state_dict(),
+            "accumulated": {"steps": self.steps, "count": self._count, "gradients": waiting},
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Go on from what `state_dict` returned.
+
+        Raises
+        ------
+        ConfigError
+            If that is of no optimizer which takes as many gradients to a step: those that wait are shares of so many.
+        """
         kept = dict(state_dict)
-        waiting = kept.pop("accumulated")
+        waiting = kept.pop("accumulated", {"steps": 1})
+        if waiting["steps"] != self.steps:
+            raise ConfigError(
+                f"the optimizer's state has {waiting['steps']} gradients to a step, this one accumulates {self.steps}: "
+                "set it back, or start anew"
+            )
         self.inner.load_state_dict(kept)
         self._share()
         parameters = self._parameters()

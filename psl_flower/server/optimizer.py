@@ -15,6 +15,7 @@ from psl_flower.checks import check_choice
 from psl_flower.errors import ConfigError
 from psl_flower.monitor import Monitor, expected_mode
 from psl_flower.origin import where
+from psl_flower.server.accumulation import Accumulated
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -118,10 +119,20 @@ class RatedOptimizer:
     ----------
     factory, parameters
         See `make_optimizer`.
+
+    Raises
+    ------
+    ConfigError
+        If it accumulates gradients.
     """
 
     def __init__(self, factory: Callable[[Any], Any], parameters: Mapping[str, nn.Parameter]) -> None:
         self.optimizer = make_optimizer(factory, parameters)
+        if isinstance(self.optimizer, Accumulated):
+            raise ConfigError(
+                "accumulate counts steps over rounds, and what trains one copy of a part (of each client on the "
+                "server, or a client's own) is made anew every round: leave it out, and take larger batches"
+            )
         self._rates = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
 
     def step(self, rate: float) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from psl_flower.errors import ConfigError
+from psl_flower.server import Accumulated
 
 # Settings that decide what is in a checkpoint, or which examples an epoch has left.
 _FIXED = ("model", "cut", "method", "sampler", "classification")
@@ -96,7 +97,10 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
     A scheduler may have changed the learning rate already; the one it begins from is in ``initial_lr``.
     """
-    described: dict[str, Any] = {"class": type(optimizer).__name__}
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, Accumulated):
+        kind = f"{type(optimizer.inner).__name__}, {optimizer.steps} gradients to a step"
+    described: dict[str, Any] = {"class": kind}
     for i, group in enumerate(optimizer.param_groups):
         options = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         options["lr"] = group.get("initial_lr", group.get("lr"))

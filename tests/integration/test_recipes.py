@@ -22,6 +22,7 @@ from psl_flower import (
     ConfigError,
     InProcessGrid,
     ParallelSplitLearning,
+    StepError,
     UniformGlobalSampler,
     accumulate,
     split_client_app,
@@ -101,7 +102,7 @@ def test_a_recipe_equals_the_loop_that_it_is_from():
 EVERY = 3  # of 10 or 11 steps an epoch: groups go over its end
 
 
-def accumulating(rounds, recipe, scheduler=warm_up, **options):
+def accumulating(rounds, recipe, scheduler=warm_up, steps=EVERY, **options):
     """Return the weights, and how many bytes were sent in each step beside gradients."""
     sent, model = [], tiny_resnet_64()
 
@@ -113,7 +114,7 @@ def accumulating(rounds, recipe, scheduler=warm_up, **options):
         model,
         cut=CUT,
         sampler=SAMPLER,
-        optimizer=accumulate(recipe, EVERY),
+        optimizer=accumulate(recipe, steps),
         scheduler=lambda optimizer: {"scheduler": scheduler(optimizer), "interval": "step"},
         device="cpu",
         min_available_nodes=K,
@@ -154,6 +155,59 @@ def test_accumulated_gradients_equal_those_of_torchs_loop(tmp_path):
     accumulating(1, Recipe(), **folder)
     resumed, _ = accumulating(2, Recipe(), resume_from="latest", **folder)
     assert largest_difference(resumed, weights) == 0
+
+
+def test_a_run_does_not_resume_with_another_number_of_accumulated_steps(tmp_path):
+    """Gradients that wait are shares of the number they were taken up with."""
+    folder = {"output_dir": tmp_path, "checkpoint_every": 1}
+    accumulating(1, Recipe(), **folder)
+    for steps in (EVERY - 1, EVERY + 1):
+        with pytest.raises(ConfigError, match=f"optimizer: class: .*{EVERY} gradients to a step.*{steps} gradients"):
+            accumulating(2, Recipe(), steps=steps, resume_from="latest", **folder)
+
+
+def test_an_optimizer_does_not_go_on_from_another_number_of_accumulated_steps():
+    def make(steps):
+        return accumulate(lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps)(
+            [torch.nn.Parameter(torch.ones(1))]
+        )
+
+    waiting = make(4)
+    for _ in range(3):
+        waiting.param_groups[0]["params"][0].grad = torch.ones(1)
+        waiting.step()
+    with pytest.raises(ConfigError, match="has 4 gradients to a step, this one accumulates 2"):
+        make(2).load_state_dict(waiting.state_dict())
+
+
+@pytest.mark.parametrize("method", ["splitfed-v1", "splitfed-v2"])
+def test_copies_of_a_part_do_not_accumulate(method):
+    """They are made anew every round: what waits at its end would be lost, and with short rounds nothing would train."""
+
+    def plain(parameters):
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    model, own = tiny_resnet_64(), method == "splitfed-v2"  # whose body is one, but heads are the clients'
+    strategy = ParallelSplitLearning(
+        model,
+        cut=CUT,
+        method=method,
+        optimizer=plain if own else accumulate(plain, 2),
+        device="cpu",
+        min_available_nodes=K,
+        evaluate_every=0,
+        transport="messages",
+    )
+    app = split_client_app(
+        tiny_resnet_64,
+        cut=CUT,
+        method=method,
+        optimizer=accumulate(plain, 2) if own else plain,
+        data_fn=load_partition_64,
+        device="cpu",
+    )
+    with pytest.raises((ConfigError, StepError), match="accumulate counts steps over rounds"):
+        strategy.start(InProcessGrid(app, K), ArrayRecord(model.state_dict()), 1)
 
 
 @pytest.mark.parametrize(
