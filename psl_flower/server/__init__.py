@@ -13,9 +13,9 @@ from psl_flower.server.part import Gradients, NothingCountsError, PartCopy, Serv
 from psl_flower.server.reduction import SUMMED, Reduction
 
 __all__ = [
-    "Accumulated",
     "REFUSED",
     "SUMMED",
+    "Accumulated",
     "Additivity",
     "Gradients",
     "LocalBackend",
