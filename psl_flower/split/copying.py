@@ -6,8 +6,9 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Iterator
-from types import FunctionType
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from psl_flower.errors import ConfigError
 M = TypeVar("M", bound=nn.Module)
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_MOST_LOOKED_AT, _MOST_IN_ONE = 10_000, 1_000  # things that functions of a module hold, and in one container
 
 
 def copy_model(model: M, *, share_frozen: bool = False) -> M:
@@ -81,12 +83,40 @@ def _check_functions(model: nn.Module) -> None:
                 )
 
 
-def _held_by(function: Any) -> Iterator[Any]:
-    """Yield what a function has from around it: a copy of it has the same."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    if isinstance(function, FunctionType):
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # an empty one
-                yield getattr(cell.cell_contents, "__self__", cell.cell_contents)
-        yield from (function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__)
+def _held_by(value: Any) -> Iterator[Any]:
+    """Yield what the functions in a value have from around them, of whatever depth: a copy of it has the same.
+
+    A partial, a bound method or a container is copied with all it holds, unless a function holds it.
+    """
+    functions = [each for each in _reached([value]) if isinstance(each, FunctionType)]
+    yield from _reached([each for function in functions for each in _around(function)], through_functions=True)
+
+
+def _reached(values: Iterable[Any], *, through_functions: bool = False) -> Iterator[Any]:
+    waiting, seen = deque(values), set[int]()
+    while waiting and len(seen) < _MOST_LOOKED_AT:
+        value = waiting.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if isinstance(value, functools.partial):
+            waiting += (value.func, *value.args, *value.keywords.values())
+        elif isinstance(value, MethodType):
+            waiting += (value.__self__, value.__func__)
+        elif isinstance(value, Mapping):
+            waiting += itertools.islice(value.values(), _MOST_IN_ONE)
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += itertools.islice(value, _MOST_IN_ONE)
+        elif isinstance(value, FunctionType) and through_functions:
+            waiting += _around(value)
+
+
+def _around(function: FunctionType) -> Iterator[Any]:
+    """Yield what a function has itself."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty one
+            yield cell.cell_contents
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from (function.__globals__[n] for n in function.__code__.co_names if n in function.__globals__)

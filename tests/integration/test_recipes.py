@@ -182,7 +182,7 @@ def test_an_optimizer_does_not_go_on_from_another_number_of_accumulated_steps():
 
 @pytest.mark.parametrize("method", ["splitfed-v1", "splitfed-v2"])
 def test_copies_of_a_part_do_not_accumulate(method):
-    """They are made anew every round: what waits at its end would be lost, and with short rounds nothing would train."""
+    """They are made anew every round: what waits at its end would be lost, and in short rounds nothing trains."""
 
     def plain(parameters):
         return torch.optim.SGD(parameters, lr=0.1)

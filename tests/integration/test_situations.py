@@ -5,6 +5,7 @@ The right value is centralised training on the same examples, the loss of all te
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -956,9 +957,52 @@ def hooked(model, module):
     return model
 
 
+def by_default(model, module):
+    module.register_forward_hook(lambda _, __, out, other=model.head: out + other.weight.sum())
+    return model
+
+
+def by_keyword(model, module):
+    def hook(_, __, out, *, other=model.head):
+        return out + other.weight.sum()
+
+    module.register_forward_hook(hook)
+    return model
+
+
+def in_a_list(model, module):
+    layers = {"all": [(model.head,)]}
+    module.register_forward_hook(lambda _, __, out: out + layers["all"][0][0].weight.sum())
+    return model
+
+
+def one_function_in_another(model, module):
+    def inner(factor, other):
+        return factor * other.weight.sum()
+
+    total = functools.partial(inner, 2, other=model.head)
+    module.register_forward_hook(lambda _, __, out: out + total())
+    return model
+
+
+def in_a_list_of_functions(model, module):
+    module.more = [lambda: model.head.weight.sum()]
+    return model
+
+
+def of_an_object(model, module):
+    extra_repr = model.head.extra_repr
+    module.register_forward_hook(lambda *_: print(extra_repr()))
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
+        *((each, "a hook of body.0 is a function that holds 'head'") for each in (by_default, by_keyword, in_a_list)),
+        (one_function_in_another, "a hook of body.0 is a function that holds 'head'"),
+        (of_an_object, "a hook of body.0 is a function that holds 'head'"),
+        (in_a_list_of_functions, "body.0.more is a function that holds 'the model'"),
         (tripled, r"body\.0\.forward is a function that holds 'body\.0'"),
         (hooked, r"a hook of body\.0 is a function that holds 'the model'"),
     ],
@@ -969,4 +1013,4 @@ def test_a_model_whose_copy_would_be_another_is_refused(change, text):
         return change(model, model.body[0])
 
     with pytest.raises(ConfigError, match=text):
-        train(parts(X, Y), make)
+        cut_model(make(), "head")
