@@ -14,8 +14,10 @@ from flwr.app import ConfigRecord, Context
 from psl_flower import checkpoint
 from psl_flower.client.process import RunState
 from psl_flower.exchange.codec import CONSTANTS
+from psl_flower.exchange.limits import MAX_KEPT
 from psl_flower.exchange.streams.security import PROCESS_ID
 from psl_flower.privacy import GradientScrutiny, Party, Secret
+from psl_flower.tree import num_bytes
 
 _SECRET, _PARTY, _OWN = "psl_flower.secret", "psl_flower.party", "psl_flower.own"
 _PROCESS, _WEIGHTS = "psl_flower.process", "psl_flower.weights"
@@ -45,8 +47,11 @@ def keep(state: RunState, context: Context) -> None:
 
 
 def keep_weights(state: RunState, context: Context) -> None:
-    """Keep the weights that do not change for the process that answers the next message."""
-    text, tensors = checkpoint.dumps(state.weights.state_dict(CONSTANTS))
+    """Keep the weights that do not change for the process that answers the next message, unless they are too large."""
+    kept = state.weights.state_dict(CONSTANTS)
+    if sum(num_bytes(part["tensors"]) for part in kept.values()) > MAX_KEPT:
+        return
+    text, tensors = checkpoint.dumps(kept)
     _write(context, _WEIGHTS, {"tree": text, "tensors": tensors})
 
 

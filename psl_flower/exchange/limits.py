@@ -27,6 +27,7 @@ MAX_ENTRIES = 2**20
 MAX_CONFIG = 10_000
 MAX_ROWS = 10_000
 MAX_DELAY = 24 * 3600
+MAX_KEPT = 2**28  # bytes in the Flower state of a node, which travels whole, with every message, inside its machine
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from psl_flower.errors import ProtocolError
 from psl_flower.exchange.base import Carrier
 from psl_flower.exchange.codec import CONSTANTS, KEEP, Sent, decode_reply, encode_request
 from psl_flower.exchange.frames import Frame
+from psl_flower.exchange.limits import MAX_KEPT
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.failures import Failure, Kind
 from psl_flower.flower import error_kind, is_deployment
 from psl_flower.protocol import REFUSED, Reply, Request
+from psl_flower.tree import num_bytes
 
 # Note [Pulling]: an exchange takes 0.1 s in the simulation and 5 s in a deployment, so no fixed interval suits both.
 # Waiting a fixed share of the time already spent bounds both the overhead (that share) and the number of pulls.
@@ -35,7 +37,8 @@ class MessageCarrier(Carrier):
 
     Every message holds all that its request needs, trainable weights included. What stays as it is, frozen weights and
     buffers, is sent to a node once, and named after that: a process that does not have it says so, and is sent it with
-    the same request. In a deployment each message is answered in a new process, so there the node keeps it.
+    the same request. In a deployment each message is answered in a new process, so there the node keeps it, unless it is
+    more than `MAX_KEPT`, and sent every time.
 
     Parameters
     ----------
@@ -98,12 +101,15 @@ class MessageCarrier(Carrier):
         messages = {}
         for each in requests:
             (node,) = each.nodes
-            # a node that forgets again and again is sent everything at once
-            known = {} if self._forgot[node] > _MOST_FORGOTTEN else self._sent.get(node, {})
             needed = {(part, CONSTANTS): w.constants_version for part, w in each.weights.items() if w.constants}
+            # a node that forgets again and again, or cannot keep so much, is sent everything at once
+            large = self._keep and sum(num_bytes(dict(w.constants)) for w in each.weights.values()) > MAX_KEPT
+            every_time = large or self._forgot[node] > _MOST_FORGOTTEN
+            known = {} if every_time else self._sent.get(node, {})
             (self._named.add if needed.items() & known.items() else self._named.discard)(node)
             frame, size = encode_request(each, 0, sent=dict(known))
-            frame = Frame({**frame.header, KEEP: self._keep and bool(needed.items() - known.items())}, frame.buffers)
+            keep = self._keep and not every_time and bool(needed.items() - known.items())
+            frame = Frame({**frame.header, KEEP: keep}, frame.buffers)
             self._sent[node] = {**known, **needed}
             # a reply later than `timeout` is of no use: let Flower drop it
             content, ttl = frame_to_content(frame), max(timeout, 1.0)

@@ -7,10 +7,11 @@ from support import largest_difference, load_partition_64
 from torch import nn
 
 from psl_flower import Callback, InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower.client import keeping
 from psl_flower.client.process import forget_runs
 from psl_flower.errors import StepError
 from psl_flower.exchange import messages
-from psl_flower.exchange.codec import encode_reply
+from psl_flower.exchange.codec import KEEP, encode_reply
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.failures import Failure, Kind
 from psl_flower.protocol import Reply, Request
@@ -108,6 +109,51 @@ def test_in_a_deployment_the_node_keeps_them(over_streams, monkeypatch):
     monkeypatch.setattr(messages, "is_deployment", lambda grid: True)
     weights, records = trained(NewProcesses)
     check(over_streams, weights, records, times=[1] + [0] * 6)
+
+
+class Told(NewProcesses):
+    """Takes note of who is told to keep what it is sent, and whose state holds anything of it."""
+
+    asked, held = [], []
+
+    def _answer(self, message, context):
+        self.asked.append(content_to_frame(message.content).header[KEEP])
+        reply = super()._answer(message, context)
+        self.held.append("psl_flower.weights" in context.state)
+        if self.forgetful:
+            context.state.pop("psl_flower.weights", None)
+        return reply
+
+    forgetful = False
+
+
+def test_what_is_too_large_for_a_nodes_state_is_sent_every_time(over_streams, monkeypatch):
+    monkeypatch.setattr(messages, "is_deployment", lambda grid: True)
+    monkeypatch.setattr(messages, "MAX_KEPT", BASE * 8 - 1)
+
+    class Grid(Told):
+        asked, held = [], []
+
+    weights, records = trained(Grid)
+    check(over_streams, weights, records, times=[2] * 7)
+    assert not any(Grid.asked + Grid.held)
+
+
+@pytest.mark.parametrize("by_node", [True, False])
+def test_a_node_that_does_not_keep_them_is_told_so_no_more(by_node, over_streams, monkeypatch):
+    """It has none that stays with it, or keeps none so large by itself."""
+    monkeypatch.setattr(messages, "is_deployment", lambda grid: True)
+    if by_node:
+        monkeypatch.setattr(keeping, "MAX_KEPT", BASE * 8 - 1)
+
+    class Grid(Told):
+        asked, held, forgetful = [], [], not by_node
+
+    weights, _ = trained(Grid)
+    assert largest_difference(weights, over_streams) < 1e-12
+    assert any(Grid.held) != by_node
+    assert sum(Grid.asked) <= K * 4
+    assert not any(Grid.asked[-K * 8 :])
 
 
 class Liars(InProcessGrid):
