@@ -26,8 +26,11 @@ def computing(precision: str, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, torch.bfloat16) if precision == BF16 else nullcontext()
 
 
-def widened(inputs: Tree, precision: str) -> Tree:
-    """Return what a part takes as it takes it in full precision: what crossed a cut in bfloat16, in float32."""
+def widened(inputs: Tree, precision: str = BF16) -> Tree:
+    """Return what a part takes as it takes it in full precision: what crossed a cut in bfloat16, in float32.
+
+    So are outputs that users' code takes, as numpy knows no bfloat16.
+    """
     if precision != BF16:
         return inputs
     return tree.map_leaves(lambda t: t.float() if t.dtype is torch.bfloat16 else t, inputs)

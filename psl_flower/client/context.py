@@ -299,7 +299,9 @@ class ClientContext:
                 "split_client_app(..., on_predict=...) a function of (outputs, rows, context); what it returns goes to "
                 "the server, None does not"
             )
-        given = self._client.on_predict(tree.map_leaves(Tensor.cpu, outputs), self._client.draw(*self._orders.each()))
+        given = self._client.on_predict(
+            widened(tree.map_leaves(Tensor.cpu, outputs)), self._client.draw(*self._orders.each())
+        )
         return None if given is None else tree.as_tree(given, "what on_predict returns")
 
     def defend(self, stage: Stage, outputs: Mapping[str, Tree]) -> Mapping[str, Tree]:

@@ -37,8 +37,8 @@ class MessageCarrier(Carrier):
 
     Every message holds all that its request needs, trainable weights included. What stays as it is, frozen weights and
     buffers, is sent to a node once, and named after that: a process that does not have it says so, and is sent it with
-    the same request. In a deployment each message is answered in a new process, so there the node keeps it, unless it is
-    more than `MAX_KEPT`, and sent every time.
+    the same request. In a deployment each message is answered in a new process, so there the node keeps it; more
+    than `MAX_KEPT` is sent every time.
 
     Parameters
     ----------

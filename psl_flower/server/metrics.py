@@ -14,6 +14,7 @@ from torch import Tensor
 
 from psl_flower.errors import ConfigError
 from psl_flower.origin import where
+from psl_flower.precision import widened
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
@@ -208,7 +209,7 @@ class Scores:
         Parameters
         ----------
         outputs, labels
-            The part's; without a graph.
+            The part's; without a graph. Metrics are given outputs in bfloat16 as float32.
         rows : int
             Examples.
         loss : (float, float)
@@ -229,6 +230,8 @@ class Scores:
         self._scored &= score is not None
         if self._ours and score is not None:
             self._add("accuracy", *score)
+        if (self._functions or self._objects) and isinstance(outputs, Tensor | tuple | dict):
+            outputs = widened(outputs)
         with torch.no_grad():
             for name, function in self._functions.items():
                 mean = _number(_call(name, function, outputs, labels), name)

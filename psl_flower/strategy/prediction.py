@@ -11,6 +11,7 @@ import torch
 
 from psl_flower import tree
 from psl_flower.data import IGNORED
+from psl_flower.precision import widened
 from psl_flower.protocol import Orders
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
@@ -25,8 +26,8 @@ class Prediction:
     rows : (n,) int64
         Their places in the client's test data, ascending.
     outputs : tree
-        Of the model in evaluation mode, a row an example, on the CPU. In a U shape what the client's `on_predict` has
-        returned; None where that is nothing.
+        Of the model in evaluation mode, a row an example, on the CPU, bfloat16 as float32. In a U shape what the client's
+        `on_predict` has returned; None where that is nothing.
     labels : tree
         As the client tells them, a row an example; None where they stay there.
     """
@@ -69,7 +70,7 @@ def _rows(start: int, count: int, left_out: Sequence[int]) -> IntArray:
 def _split(rows: Tree, counts: Sequence[int]) -> list[Tree]:
     if not tree.leaves(rows):
         return [rows] * len(counts)
-    return tree.split(tree.to_device(rows, torch.device("cpu")), counts, "outputs")
+    return tree.split(widened(tree.to_device(rows, torch.device("cpu"))), counts, "outputs")
 
 
 def _joined(shares: Sequence[Prediction]) -> Prediction:

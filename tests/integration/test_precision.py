@@ -1,5 +1,6 @@
 """Training under autocast to bfloat16 equals centralised training under autocast, and sends half the bytes."""
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord
@@ -15,7 +16,7 @@ from psl_flower import (
     split_client_app,
 )
 from psl_flower.exchange.streams import StreamOptions
-from psl_flower.privacy import DPSGD
+from psl_flower.privacy import DPSGD, DistanceCorrelation
 
 K = 3
 SAMPLER = UniformGlobalSampler(40, seed=1)
@@ -125,6 +126,39 @@ def test_with_what_else_there_is(options):
     assert 0 < largest_difference(half, full) < 0.02
     first = small_net().state_dict()
     assert largest_difference(full, first) > 0.05
+
+
+@pytest.mark.parametrize("tail", [None, "5"])
+def test_users_are_given_outputs_that_numpy_takes(tail):
+    """And so is the distance correlation of what leaves in bfloat16, whose distances torch does not compute in it."""
+
+    def data(context):
+        return (load_partition(context),) * 2
+
+    def on_predict(outputs, rows, context):
+        assert outputs.numpy().shape == (len(rows), 4)
+        return outputs.to(torch.bfloat16)
+
+    model, cuts = small_net(), {"cut": "2", "tail": tail}
+    defended = {"defences": [DistanceCorrelation(0.5)]}
+    app = split_client_app(
+        small_net, data_fn=data, device="cpu", **cuts, **defended, **({"on_predict": on_predict} if tail else {})
+    )
+    strategy = ParallelSplitLearning(
+        model,
+        sampler=SAMPLER,
+        optimizer=sgd,
+        device="cpu",
+        min_available_nodes=K,
+        transport="messages",
+        precision="bf16",
+        metrics=None if tail else {"largest": lambda outputs, labels: float(outputs.numpy().max())},
+        **cuts,
+    )
+    result = strategy.start(InProcessGrid(app, K), ArrayRecord(model.state_dict()), 1)
+    assert tail or np.isfinite(result.evaluate_metrics_clientapp[1]["largest"])
+    found = strategy.predict(InProcessGrid(app, K), result)
+    assert {each.outputs.numpy().dtype for each in found.values()} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize(

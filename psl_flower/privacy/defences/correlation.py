@@ -10,6 +10,7 @@ from torch import Tensor
 from psl_flower import tree
 from psl_flower.checks import check_float
 from psl_flower.errors import ConfigError
+from psl_flower.precision import widened
 from psl_flower.privacy.defences.base import Defence, Leaving
 from psl_flower.privacy.distance_correlation import distance_correlation
 from psl_flower.tree import Tree
@@ -44,7 +45,7 @@ class DistanceCorrelation(Defence):
             if not floats:
                 raise ConfigError(f"DistanceCorrelation needs {what} that are numbers, not indices: leave it out")
             parts.append(torch.cat([leaf.reshape(len(leaf), -1) for leaf in floats], dim=1))
-        given, made = parts
+        given, made = widened(tuple(parts))  # distances are not for bfloat16
         given = given.to(made.device, made.dtype)
         counts = of.counts.tolist()
         pairs = zip(torch.split(given, counts), torch.split(made, counts), strict=True)
