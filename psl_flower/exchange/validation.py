@@ -312,6 +312,10 @@ def _difference(spec: Spec, expected: Spec) -> Failure | None:
     """Return how what a client sent differs from what most sent."""
     if spec == expected:
         return None
+    if not spec or not expected:
+        rule = "all clients must give it, with every batch, or none (what `on_predict` returns, too)"
+        got, wanted = (", ".join(path for path, _, _ in each) or "nothing" for each in (spec, expected))
+        return Failure(FailureKind.NAMES, f"expected {wanted} as of the others, got {got}: {rule}")
     theirs = {path: (dtype, shape) for path, dtype, shape in spec}
     for path, dtype, shape in expected:
         if path not in theirs:

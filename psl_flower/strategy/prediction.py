@@ -11,6 +11,7 @@ import torch
 
 from psl_flower import tree
 from psl_flower.data import IGNORED
+from psl_flower.errors import ConfigError
 from psl_flower.precision import widened
 from psl_flower.protocol import Orders
 from psl_flower.tree import Tree
@@ -26,8 +27,8 @@ class Prediction:
     rows : (n,) int64
         Their places in the client's test data, ascending.
     outputs : tree
-        Of the model in evaluation mode, a row an example, on the CPU, bfloat16 as float32. In a U shape what the client's
-        `on_predict` has returned; None where that is nothing.
+        Of the model in evaluation mode, a row an example, on the CPU, bfloat16 as float32. In a U shape what the
+        client's `on_predict` has returned; None where that is nothing, as it is for all clients then.
     labels : tree
         As the client tells them, a row an example; None where they stay there.
     """
@@ -75,6 +76,12 @@ def _split(rows: Tree, counts: Sequence[int]) -> list[Tree]:
 
 def _joined(shares: Sequence[Prediction]) -> Prediction:
     """Return a client's shares as one; shorter texts end in zeros, their labels in what no loss counts."""
+    given = [bool(tree.leaves(share.outputs)) for share in shares]
+    if any(given) and not all(given):
+        raise ConfigError(
+            "on_predict must return rows for every batch of every client, or None for all: it gave rows in "
+            f"{sum(given)} of {len(given)} batches of a client"
+        )
     return Prediction(
         np.concatenate([share.rows for share in shares]),
         tree.join([share.outputs for share in shares], "outputs", fill=0),

@@ -54,6 +54,10 @@ def whole(inputs, tail=None):
     return MODELS[tail][0]().eval()(inputs)
 
 
+def partition(context):
+    return context.node_config["partition-id"]
+
+
 def inputs_of(client):
     return client_data(client, K, torch.float64).tensors[0][: 20 + client]
 
@@ -160,6 +164,10 @@ def test_who_may_have_outputs_is_said():
         predict("tail")
     with pytest.raises(StepError, match="a batch of 20 gave 1"):
         predict("tail", {"on_predict": lambda outputs, rows, context: outputs.mean(0, keepdim=True)})
+    with pytest.raises(StepError, match=r"expected (predicted|nothing) as of .*all clients must give it, .*on_predict"):
+        predict("tail", {"on_predict": lambda outputs, rows, context: None if partition(context) else outputs})
+    with pytest.raises((ConfigError, StepError), match=r"on_predict must return rows for every batch|all clients must"):
+        predict("tail", {"on_predict": lambda outputs, rows, _: outputs if rows[0] else None}, evaluate_batch_size=30)
     with pytest.raises(ConfigError, match=r"on_predict must be a function of .* for a model with a tail"):
         predict(None, {"on_predict": lambda outputs, rows, context: outputs})
     with pytest.raises(ConfigError, match=r"on_predict must be a function.*got 'keep'"):
