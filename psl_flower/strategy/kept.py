@@ -1,4 +1,9 @@
-"""What frozen parts on the clients make of an example, kept on the server: no client is asked for it twice."""
+"""What frozen parts on the clients make of an example, kept on the server: no client is asked for it twice.
+
+Labels are kept with it, so that the two belong together whatever a client's process holds by then. Where labels stay
+with the clients, nothing would tell that they do: clients draw a batch again in a process that may be another, and
+whose data may be in another order.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +54,17 @@ def check_cache(
             f"{rule} a frozen {first[-1]}, {len(training)} of its parameters train, {training[0]!r} is the first: "
             f"freeze them, p.requires_grad_(False), on the server, {remedy}"
         )
-    if method.trains_on_clients() or not any(map(is_kept, method.stages().values())):
+    stages = method.stages().values()
+    if method.trains_on_clients() or not any(map(is_kept, stages)):
         raise ConfigError(f"{rule} rows that clients send first in a step, method {method.name!r} has none: {remedy}")
+    later = [each.name for each in stages if each.batch and not is_kept(each) and not set(each.outputs) <= set(first)]
+    if later or sum(map(is_kept, stages)) > 1:
+        raise ConfigError(
+            f"{rule} labels that come with the activations: method {method.name!r} leaves them with the clients, and "
+            f"{' and '.join(later) or 'several stages'} would go on from a batch drawn anew, of which nobody can tell "
+            "that it is the one whose activations are kept, if the client's process is another by then: take a method "
+            f"without a tail, {remedy}"
+        )
     if sampler.needs_label_counts or sampler.clients_draw:
         how = "plans by class" if sampler.needs_label_counts else "lets clients draw"
         raise ConfigError(

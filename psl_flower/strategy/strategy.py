@@ -128,7 +128,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         those of `model` itself, not copies.
     cache_activations : bool
         Whether the server keeps what a frozen head makes of each example, in its memory, and asks clients once for it.
-        Exact; refused where the head trains, or dropout or augmentation would make it another one each time.
+        Exact; refused in a U shape, and where the head trains, or dropout or augmentation would make it another one.
     evaluate_every : int
         Rounds between two split evaluations on the clients' test data; 0 for none.
     evaluate_batch_size : int

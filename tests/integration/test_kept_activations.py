@@ -66,14 +66,13 @@ class Steps(Callback):
         self.records.append(record)
 
 
-def trained(model_fn=net, data_fn=load, rounds=2, tail=None, client=None, **options):
+def trained(model_fn=net, data_fn=load, rounds=2, client=None, **options):
     """Return the result, and the record of each step."""
     steps, model = Steps(), model_fn()
-    app = split_client_app(model_fn, cut="3", tail=tail, data_fn=data_fn, device="cpu", **(client or {}))
+    app = split_client_app(model_fn, cut="3", data_fn=data_fn, device="cpu", **(client or {}))
     strategy = ParallelSplitLearning(
         model,
         cut="3",
-        tail=tail,
         optimizer=sgd,
         device="cpu",
         min_available_nodes=K,
@@ -85,17 +84,16 @@ def trained(model_fn=net, data_fn=load, rounds=2, tail=None, client=None, **opti
 
 
 @pytest.mark.parametrize(
-    ("transport", "tail", "client"),
+    ("transport", "client"),
     [
-        ("messages", None, {}),
-        ("streams", None, {"defences": [GaussianNoise(0.1)]}),
-        ("streams", "6", {}),
-        pytest.param("streams", None, {}, marks=pytest.mark.slow),
+        ("messages", {}),
+        ("streams", {"defences": [GaussianNoise(0.1)]}),
+        pytest.param("streams", {}, marks=pytest.mark.slow),
     ],
 )
-def test_equal_to_the_bit_and_nothing_is_sent_twice(transport, tail, client):
+def test_equal_to_the_bit_and_nothing_is_sent_twice(transport, client):
     (plain, each), (kept, once) = (
-        trained(transport=transport, tail=tail, client=client, cache_activations=cache) for cache in (False, True)
+        trained(transport=transport, client=client, cache_activations=cache) for cache in (False, True)
     )
     noise = bool(client)  # is the client's own secret's, which is another in each run
     difference = largest_difference(plain.arrays.to_torch_state_dict(), kept.arrays.to_torch_state_dict())
@@ -106,12 +104,8 @@ def test_equal_to_the_bit_and_nothing_is_sent_twice(transport, tail, client):
     assert [r.bytes_received for r in once[1:steps]] == [r.bytes_received for r in each[1:steps]]
     for full, record in zip(each[steps:], once[steps:], strict=True):
         assert record.batch_size == full.batch_size
-        rows = 36 * 8 * record.batch_size
-        if tail is None:
-            assert record.bytes_sent == record.bytes_received == 0
-            assert full.bytes_received == rows + 8 * record.batch_size
-        else:  # the body's outputs and their gradients still cross, for labels and loss are the clients'
-            assert full.bytes_received - record.bytes_received == rows
+        assert record.bytes_sent == record.bytes_received == 0
+        assert full.bytes_received == (36 * 8 + 8) * record.batch_size
 
 
 def test_a_resumed_run_asks_once_more(tmp_path):
@@ -147,6 +141,10 @@ def test_clients_see_that_their_own_parts_are_frozen(monkeypatch):
     ("options", "text"),
     [
         ({"model": net(frozen=False)}, "a frozen head, 2 of its parameters train, '0.weight' is the first"),
+        (
+            {"tail": "6"},
+            "labels that come with the activations: method 'u-shaped' leaves .* tail_loss and tail_predict",
+        ),
         ({"method": "splitfed-v1"}, "method 'splitfed-v1' has none"),
         ({"sampler": LatencyBudgetedSampler(8), "delays": DELAYS}, "LatencyBudgetedSampler plans by class"),
         ({"sampler": PoissonGlobalSampler(8)}, "PoissonGlobalSampler lets clients draw"),
