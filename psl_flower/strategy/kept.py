@@ -208,7 +208,7 @@ class KeptRows:
 
         row = {}
         for name, value in values.items():
-            if name in stage.exact:  # labels, a number for each position or one for all
+            if name in stage.exact:  # labels, a number for each position or one for all, see `_lengths`
                 cut = tree.map_leaves(lambda t: t[:, :length] if t.ndim > 1 and t.shape[1] == padded else t, value)
             else:
                 cut = shortened(value, self._long, length or None)
@@ -216,7 +216,11 @@ class KeptRows:
         return row
 
     def _lengths(self, stage: Stage, values: Mapping[str, Tree]) -> tuple[int, list[int]]:
-        """Return how long a batch of texts is padded, and how long each is, as their mask says; else 0 and none."""
+        """Return how long a batch of texts is padded, and how long each is, as their mask says; else 0 and none.
+
+        Where labels that are as long tell anything behind a text's end, or are no classes, all counts: they may be
+        several for each text.
+        """
         found: list[Tensor] = []
         for name, value in values.items():
             if name not in stage.exact and isinstance(value, tuple):
@@ -224,7 +228,12 @@ class KeptRows:
         if not found:
             return 0, []
         ends = [(mask != 0).int().cumsum(1).argmax(1) + 1 for mask in found]  # of the last position that is not hidden
-        return found[0].shape[1], torch.stack(ends).amax(0).tolist()
+        padded, lengths = found[0].shape[1], torch.stack(ends).amax(0)
+        behind = (torch.arange(padded, device=lengths.device) >= lengths[:, None]).cpu()
+        labels = [t for name in stage.exact for t in tree.leaves(values[name]) if t.shape[1:2] == behind.shape[1:]]
+        if any(t.is_floating_point() or bool((t.cpu()[behind] != IGNORED).any()) for t in labels):
+            lengths = torch.full_like(lengths, padded)
+        return padded, lengths.tolist()
 
 
 def is_mask(value: Any) -> bool:

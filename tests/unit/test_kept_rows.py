@@ -67,6 +67,20 @@ def test_texts_come_back_as_long_as_the_longest_that_is_asked_for():
     assert part.outputs["labels"].exact
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_several_labels_for_each_text_are_kept_whole(dtype):
+    """Also where a text is padded to as many positions as it has labels."""
+    kept, _ = keeper()
+    labels = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1]], dtype=dtype)
+    mask = torch.arange(4) < torch.tensor([[2], [1], [3], [2]])
+    sent = {"activations": Leaf(Kind.ROWS, (mask.long(), torch.ones(4, 4, 3))), "labels": Leaf(Kind.ROWS, labels, True)}
+    some = orders(4, 2).take(np.array([0]))
+    kept.put(STAGE, some, kept.find(STAGE, some, FROZEN)[2], [Part((0,), sent, 0, np.zeros(1))])
+    ((part,), _, _) = kept.find(STAGE, some, FROZEN)
+    assert torch.equal(part.outputs["labels"].value, labels)
+    assert torch.equal(part.outputs["activations"].value[0], mask.long())
+
+
 def test_an_order_is_there_if_all_of_it_is():
     kept, _ = keeper()
     fill(kept, orders(3, 2))
