@@ -410,7 +410,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         opened = open_carrier(grid, self.transport, self.stream_options)
         with last_word(), stopped_by_flower() as stops, opened as carrier:
             stops.append(carrier.stop)
-            met = Meeting.of(self, grid, carrier, train_config)
+            met = Meeting.of(self, grid, carrier, train_config, once=True)
             met.membership.refresh(self.min_available_nodes, timeout)
             with StepError.located("prediction", met.membership.name):
                 evaluator = met.evaluator(self, self._backend(state), timeout, evaluate_config)
