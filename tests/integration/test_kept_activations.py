@@ -19,6 +19,8 @@ from psl_flower.errors import StepError
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.privacy import GaussianNoise
 from psl_flower.samplers import LatencyBudgetedSampler, PoissonGlobalSampler
+from psl_flower.stragglers import DelayEstimator
+from psl_flower.strategy.kept import KeptRows
 
 K = 3
 SAMPLER = UniformGlobalSampler(40, seed=1)
@@ -106,6 +108,25 @@ def test_equal_to_the_bit_and_nothing_is_sent_twice(transport, client):
         assert record.batch_size == full.batch_size
         assert record.bytes_sent == record.bytes_received == 0
         assert full.bytes_received == (36 * 8 + 8) * record.batch_size
+
+
+def test_clients_that_are_not_asked_are_not_waited_for():
+    """Neither measured nor on the virtual clock."""
+    delays = DelayEstimator()
+    _, records = trained(cache_activations=True, delays=delays, simulated_delays=DELAYS)
+    steps = len(records) // 2
+    assert all(record.seconds_simulated > 0 for record in records[:steps])
+    assert [record.seconds_simulated for record in records[steps:]] == [0] * steps
+    assert len(delays.state_dict()["clients"]) == K
+
+
+def test_nothing_is_kept_of_a_prediction(monkeypatch):
+    monkeypatch.setattr(KeptRows, "put", lambda *_: pytest.fail("kept"))
+    model = net()
+    app = split_client_app(net, cut="3", data_fn=load, device="cpu")
+    strategy = ParallelSplitLearning(model, cut="3", device="cpu", min_available_nodes=K, cache_activations=True)
+    found = strategy.predict(InProcessGrid(app, K), ArrayRecord(model.state_dict()))
+    assert [len(each.rows) for each in found.values()] == [30] * K
 
 
 def test_a_resumed_run_asks_once_more(tmp_path):
