@@ -8,7 +8,7 @@ whose data may be in another order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -21,10 +21,11 @@ from psl_flower.errors import ConfigError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.methods.base import CLIENT, ROWS, SplitMethod, Stage
-from psl_flower.protocol import Description, Leaf, Orders, Part, Weights
+from psl_flower.protocol import Description, Leaf, Orders, Part, Weights, WorkOrder
 from psl_flower.samplers.base import Sampler
 from psl_flower.split import Halves, shortened
 from psl_flower.tree import Tree
+from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -111,6 +112,7 @@ class KeptRows:
         self._describe, self._long = describe, long
         self._versions: tuple[str, ...] = ()
         self._clients: dict[tuple[str, int, bool], _Client] = {}
+        self._drawn: dict[tuple[int, bool], tuple[Hashable, IntArray]] = {}  # orders of the epoch, by client and data
 
     @classmethod
     def of(cls, clients: Clients, halves: Halves) -> Self:
@@ -151,7 +153,7 @@ class KeptRows:
         for i, order in enumerate(orders.each()):
             held = self._of(stage, order.client, test=order.test)
             size = held.described.num_test_examples if order.test else held.described.num_examples
-            wanted = order.order_of(size)[order.start : order.start + order.count].tolist()
+            wanted = self._order_of(order, size)[order.start : order.start + order.count].tolist()
             examples.append(wanted)
             if len(wanted) == order.count and all(example in held.rows for example in wanted):
                 nodes.append(order.client)
@@ -180,6 +182,14 @@ class KeptRows:
                 for example in wanted[client]:
                     held.rows[example] = self._row(stage, values, at, lengths)
                     at += 1
+
+    def _order_of(self, order: WorkOrder, size: int) -> IntArray:
+        """Return a client's order of examples for the epoch, made once for all its steps."""
+        of = (order.seed, order.epoch, size, order.left_out, order.put_off)
+        made = self._drawn.get((order.client, order.test))
+        if made is None or made[0] != of:
+            made = self._drawn[order.client, order.test] = (of, order.order_of(size))
+        return made[1]
 
     def _of(self, stage: Stage, client: int, *, test: bool) -> _Client:
         described, key = self._describe(client), (stage.name, client, test)

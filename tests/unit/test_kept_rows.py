@@ -9,7 +9,7 @@ import torch
 
 from psl_flower.errors import ConfigError
 from psl_flower.methods import ParallelSplit
-from psl_flower.protocol import Description, Kind, Leaf, Orders, Part, Weights
+from psl_flower.protocol import Description, Kind, Leaf, Orders, Part, Weights, WorkOrder
 from psl_flower.strategy.kept import KeptRows
 
 STAGE = ParallelSplit.stages()["forward"]
@@ -96,6 +96,18 @@ def test_rows_that_cannot_be_read_shift_no_others():
     (part,), _, examples = kept.find(STAGE, orders(3, 2, left_out={0: (1,)}), FROZEN)
     assert sorted(examples[0]) == [0, 2, 3]
     assert part.outputs["labels"].value[:3, 0].tolist() == examples[0]
+
+
+def test_the_order_of_an_epoch_is_made_once(monkeypatch):
+    kept, _ = keeper()
+    made, order_of = [], WorkOrder.order_of
+    monkeypatch.setattr(WorkOrder, "order_of", lambda order, size: made.append(order.client) or order_of(order, size))
+    steps = [kept.find(STAGE, orders(1, 1, start=start), FROZEN)[2] for start in (0, 1)]
+    assert made == [0, 7]
+    assert {row for step in steps for row in step[1]} == {0, 1}
+    for other in ({"epoch": 1}, {"epoch": 1, "left_out": {0: (1,), 7: (0,)}}, {"test": True}):
+        kept.find(STAGE, orders(1, 1, **other), FROZEN)
+    assert made == [0, 7] * 4
 
 
 def test_other_data_or_other_weights_are_asked_for_anew():
