@@ -29,6 +29,8 @@ from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
 
+_Row = tuple[dict[str, Tree], int]  # trees of rows that came together, and which one it is
+
 Describe = Callable[[int], Description]  # what a client says of itself
 
 
@@ -91,7 +93,7 @@ class _Client:
     """What is kept of a client's training or test data."""
 
     described: Description
-    rows: dict[int, dict[str, Tree]] = field(default_factory=dict)  # by example; trees of one row
+    rows: dict[int, _Row] = field(default_factory=dict)  # by example
 
 
 class KeptRows:
@@ -121,8 +123,8 @@ class KeptRows:
 
     def num_bytes(self) -> int:
         """Return the bytes of all that is kept."""
-        rows = (row for client in self._clients.values() for row in client.rows.values())
-        return sum(tree.num_bytes(value) for row in rows for value in row.values())
+        came = {id(rows): rows for client in self._clients.values() for rows, _ in client.rows.values()}
+        return sum(tree.num_bytes(value) for rows in came.values() for value in rows.values())
 
     def find(
         self, stage: Stage, orders: Orders, weights: Collection[Weights]
@@ -149,7 +151,7 @@ class KeptRows:
         if versions != self._versions:  # a frozen part has other values than before
             self._versions = versions
             self._clients.clear()
-        nodes, rows, missing, examples = list[int](), list[dict[str, Tree]](), list[int](), list[list[int]]()
+        nodes, rows, missing, examples = list[int](), list[_Row](), list[int](), list[list[int]]()
         for i, order in enumerate(orders.each()):
             held = self._of(stage, order.client, test=order.test)
             size = held.described.num_test_examples if order.test else held.described.num_examples
@@ -177,10 +179,13 @@ class KeptRows:
         for part in parts:
             values = {name: leaf.value for name, leaf in part.outputs.items()}
             lengths, at = self._lengths(stage, values), 0
-            for client in part.nodes:
-                held = self._of(stage, client, test=orders.test)
+            held = [self._of(stage, client, test=orders.test).rows for client in part.nodes]
+            known = any(e in rows for rows, client in zip(held, part.nodes, strict=True) for e in wanted[client])
+            # a tensor for each row takes a kilobyte more; one for all would stay whole for the last of its rows
+            together = None if lengths[0] or known else {n: tree.map_leaves(torch.clone, v) for n, v in values.items()}
+            for rows, client in zip(held, part.nodes, strict=True):
                 for example in wanted[client]:
-                    held.rows[example] = self._row(stage, values, at, lengths)
+                    rows[example] = (together, at) if together else (self._row(stage, values, at, lengths), 0)
                     at += 1
 
     def _order_of(self, order: WorkOrder, size: int) -> IntArray:
@@ -198,12 +203,13 @@ class KeptRows:
             held = self._clients[key] = _Client(described)
         return held
 
-    def _part(self, stage: Stage, nodes: Sequence[int], rows: Sequence[Mapping[str, Tree]], step: int) -> Part:
+    def _part(self, stage: Stage, nodes: Sequence[int], rows: Sequence[_Row], step: int) -> Part:
         outputs = {}
         for name, kind in stage.outputs.items():
             exact = name in stage.exact
             fill = IGNORED if exact else 0
-            value = tree.join([row[name] for row in rows], name, fill=fill if any(self._long) else None)
+            each = [tree.map_leaves(lambda t, at=at: t[at : at + 1], came[name]) for came, at in rows]
+            value = tree.join(each, name, fill=fill if any(self._long) else None)
             outputs[name] = Leaf(kind, value, exact)
         return Part(tuple(nodes), outputs, step)
 

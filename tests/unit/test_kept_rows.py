@@ -81,6 +81,30 @@ def test_several_labels_for_each_text_are_kept_whole(dtype):
     assert torch.equal(part.outputs["activations"].value[0], mask.long())
 
 
+def test_rows_that_come_together_lie_together_and_those_that_come_again_in_their_place():
+    described = {k: Description(k, 4, 4) for k in (0, 7)}
+    kept = KeptRows(described.__getitem__)
+
+    def answer(some, value):
+        _, _, examples = kept.find(STAGE, some, FROZEN)
+        asked = [example for each in examples for example in each]
+        e = torch.tensor(asked)
+        given = {"activations": Leaf(Kind.ROWS, e + value), "labels": Leaf(Kind.ROWS, e, True)}
+        kept.put(STAGE, some, examples, [Part(tuple(some.clients.tolist()), given, 0, np.zeros(len(some)))])
+        return asked
+
+    first = answer(orders(2, 4), 10)
+    assert kept.num_bytes() == 6 * 16
+    rows = kept._clients["forward", 0, False].rows
+    assert len({id(came) for came, _ in rows.values()}) == 1
+    again = answer(orders(4, 4).take(np.array([0])), 20)
+    assert len({id(came) for came, _ in rows.values()}) == 4
+    ((part,), _, examples) = kept.find(STAGE, orders(4, 4), FROZEN)
+    assert examples == [again, first[2:]]
+    assert part.outputs["labels"].value.tolist() == again + first[2:]
+    assert part.outputs["activations"].value.tolist() == [e + 20 for e in again] + [e + 10 for e in first[2:]]
+
+
 def test_an_order_is_there_if_all_of_it_is():
     kept, _ = keeper()
     fill(kept, orders(3, 2))
