@@ -102,7 +102,7 @@ class EpochLoop:
                     ledger.done(step, _labels(attempt))
                     retries.succeeded()
                     self._stragglers.measure(attempt)
-                    simulated = clock.advance(step.clients, step.quotas) if clock else None
+                    simulated = self._stragglers.pass_time(clock, step, attempt)
                     record = _step_record(server_round, len(epoch), attempt, time.monotonic() - begin, simulated)
                     with run.summary.spending("records"):
                         epoch.add(record, step, attempt.record.class_counts, attempt.record)

@@ -72,8 +72,10 @@ class Meeting:
         grid: Grid,
         carrier: Carrier,
         config: Mapping[str, Any] | None,
+        *,
+        once: bool = False,
     ) -> Self:
-        """Return what a strategy's settings say; nobody is asked yet."""
+        """Return what a strategy's settings say, `once` if each example is asked for once; nobody is asked yet."""
         deployment, options = is_deployment(grid), strategy.secure_aggregation
         mistakes = strategy.faults.mistakes or default_mistakes(strategy.private, deployment)
         policy, config = replace(strategy.faults, mistakes=mistakes), dict(config or {})
@@ -91,7 +93,7 @@ class Meeting:
             model=signature(strategy.halves),
             session="" if secure is None else secure.session,
         )
-        kept = KeptRows.of(clients, strategy.halves) if strategy.cache_activations else None
+        kept = KeptRows.of(clients, strategy.halves) if strategy.cache_activations and not once else None
         return cls(Membership(clients), policy, config, RunSummary(), secure, kept)
 
     def shared(self) -> dict[str, Any]:

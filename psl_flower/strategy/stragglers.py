@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from psl_flower.batch_plan import PlanStep
 from psl_flower.errors import ConfigError
 from psl_flower.population import Population
@@ -80,9 +82,20 @@ class Stragglers:
         times = clock.reply_times(step.clients, step.quotas)
         return dict(zip(step.clients.tolist(), times.tolist(), strict=True))
 
+    def pass_time(self, clock: VirtualClock | None, step: PlanStep, attempt: Attempt) -> float | None:
+        """Have the clock go on by a committed step; return its seconds, none for clients that did not have to be asked.
+
+        Without a clock it is None.
+        """
+        if clock is None:
+            return None
+        asked = np.isin(step.clients, list(attempt.seconds))
+        return clock.advance(step.clients[asked], step.quotas[asked]) if asked.any() else 0.0
+
     def measure(self, attempt: Attempt) -> None:
         """Let an estimator see how long each client worked on a committed step: its first and its last request."""
         if isinstance(self.planned, DelayEstimator):
             for client, count in attempt.counts().items():
-                first, *more = attempt.seconds[client]
-                self.planned.observe(client, count, first + sum(more[-1:]))
+                if client in attempt.seconds:  # it is not asked for what is kept of it
+                    first, *more = attempt.seconds[client]
+                    self.planned.observe(client, count, first + sum(more[-1:]))

@@ -128,7 +128,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         those of `model` itself, not copies.
     cache_activations : bool
         Whether the server keeps what a frozen head makes of each example, in its memory, and asks clients once for it.
-        Exact; refused where the head trains, or dropout or augmentation would make it another one each time.
+        Exact; refused in a U shape, and where the head trains, or dropout or augmentation would make it another one.
     evaluate_every : int
         Rounds between two split evaluations on the clients' test data; 0 for none.
     evaluate_batch_size : int
@@ -410,7 +410,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         opened = open_carrier(grid, self.transport, self.stream_options)
         with last_word(), stopped_by_flower() as stops, opened as carrier:
             stops.append(carrier.stop)
-            met = Meeting.of(self, grid, carrier, train_config)
+            met = Meeting.of(self, grid, carrier, train_config, once=True)
             met.membership.refresh(self.min_available_nodes, timeout)
             with StepError.located("prediction", met.membership.name):
                 evaluator = met.evaluator(self, self._backend(state), timeout, evaluate_config)

@@ -19,6 +19,8 @@ from psl_flower.errors import StepError
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.privacy import GaussianNoise
 from psl_flower.samplers import LatencyBudgetedSampler, PoissonGlobalSampler
+from psl_flower.stragglers import DelayEstimator
+from psl_flower.strategy.kept import KeptRows
 
 K = 3
 SAMPLER = UniformGlobalSampler(40, seed=1)
@@ -66,14 +68,13 @@ class Steps(Callback):
         self.records.append(record)
 
 
-def trained(model_fn=net, data_fn=load, rounds=2, tail=None, client=None, **options):
+def trained(model_fn=net, data_fn=load, rounds=2, client=None, **options):
     """Return the result, and the record of each step."""
     steps, model = Steps(), model_fn()
-    app = split_client_app(model_fn, cut="3", tail=tail, data_fn=data_fn, device="cpu", **(client or {}))
+    app = split_client_app(model_fn, cut="3", data_fn=data_fn, device="cpu", **(client or {}))
     strategy = ParallelSplitLearning(
         model,
         cut="3",
-        tail=tail,
         optimizer=sgd,
         device="cpu",
         min_available_nodes=K,
@@ -85,17 +86,16 @@ def trained(model_fn=net, data_fn=load, rounds=2, tail=None, client=None, **opti
 
 
 @pytest.mark.parametrize(
-    ("transport", "tail", "client"),
+    ("transport", "client"),
     [
-        ("messages", None, {}),
-        ("streams", None, {"defences": [GaussianNoise(0.1)]}),
-        ("streams", "6", {}),
-        pytest.param("streams", None, {}, marks=pytest.mark.slow),
+        ("messages", {}),
+        ("streams", {"defences": [GaussianNoise(0.1)]}),
+        pytest.param("streams", {}, marks=pytest.mark.slow),
     ],
 )
-def test_equal_to_the_bit_and_nothing_is_sent_twice(transport, tail, client):
+def test_equal_to_the_bit_and_nothing_is_sent_twice(transport, client):
     (plain, each), (kept, once) = (
-        trained(transport=transport, tail=tail, client=client, cache_activations=cache) for cache in (False, True)
+        trained(transport=transport, client=client, cache_activations=cache) for cache in (False, True)
     )
     noise = bool(client)  # is the client's own secret's, which is another in each run
     difference = largest_difference(plain.arrays.to_torch_state_dict(), kept.arrays.to_torch_state_dict())
@@ -106,12 +106,27 @@ def test_equal_to_the_bit_and_nothing_is_sent_twice(transport, tail, client):
     assert [r.bytes_received for r in once[1:steps]] == [r.bytes_received for r in each[1:steps]]
     for full, record in zip(each[steps:], once[steps:], strict=True):
         assert record.batch_size == full.batch_size
-        rows = 36 * 8 * record.batch_size
-        if tail is None:
-            assert record.bytes_sent == record.bytes_received == 0
-            assert full.bytes_received == rows + 8 * record.batch_size
-        else:  # the body's outputs and their gradients still cross, for labels and loss are the clients'
-            assert full.bytes_received - record.bytes_received == rows
+        assert record.bytes_sent == record.bytes_received == 0
+        assert full.bytes_received == (36 * 8 + 8) * record.batch_size
+
+
+def test_clients_that_are_not_asked_are_not_waited_for():
+    """Neither measured nor on the virtual clock."""
+    delays = DelayEstimator()
+    _, records = trained(cache_activations=True, delays=delays, simulated_delays=DELAYS)
+    steps = len(records) // 2
+    assert all(record.seconds_simulated > 0 for record in records[:steps])
+    assert [record.seconds_simulated for record in records[steps:]] == [0] * steps
+    assert len(delays.state_dict()["clients"]) == K
+
+
+def test_nothing_is_kept_of_a_prediction(monkeypatch):
+    monkeypatch.setattr(KeptRows, "put", lambda *_: pytest.fail("kept"))
+    model = net()
+    app = split_client_app(net, cut="3", data_fn=load, device="cpu")
+    strategy = ParallelSplitLearning(model, cut="3", device="cpu", min_available_nodes=K, cache_activations=True)
+    found = strategy.predict(InProcessGrid(app, K), ArrayRecord(model.state_dict()))
+    assert [len(each.rows) for each in found.values()] == [30] * K
 
 
 def test_a_resumed_run_asks_once_more(tmp_path):
@@ -147,6 +162,10 @@ def test_clients_see_that_their_own_parts_are_frozen(monkeypatch):
     ("options", "text"),
     [
         ({"model": net(frozen=False)}, "a frozen head, 2 of its parameters train, '0.weight' is the first"),
+        (
+            {"tail": "6"},
+            "labels that come with the activations: method 'u-shaped' leaves .* tail_loss and tail_predict",
+        ),
         ({"method": "splitfed-v1"}, "method 'splitfed-v1' has none"),
         ({"sampler": LatencyBudgetedSampler(8), "delays": DELAYS}, "LatencyBudgetedSampler plans by class"),
         ({"sampler": PoissonGlobalSampler(8)}, "PoissonGlobalSampler lets clients draw"),

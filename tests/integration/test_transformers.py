@@ -151,11 +151,10 @@ def frozen_head():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tail", ["lm_head", None])
-def test_activations_of_texts_are_kept_as_long_as_the_texts_are(tail):
+def test_activations_of_texts_are_kept_as_long_as_the_texts_are():
     """The second epoch has other texts in a step, and so another longest one."""
     one, other = (
-        trained(frozen_head, "transformer.h.1", tail, rounds=2, transport="streams", cache_activations=cache)
+        trained(frozen_head, "transformer.h.1", None, rounds=2, transport="streams", cache_activations=cache)
         for cache in (False, True)
     )
     assert largest_difference(one.arrays.to_torch_state_dict(), other.arrays.to_torch_state_dict()) < 1e-12

@@ -9,7 +9,7 @@ import torch
 
 from psl_flower.errors import ConfigError
 from psl_flower.methods import ParallelSplit
-from psl_flower.protocol import Description, Kind, Leaf, Orders, Part, Weights
+from psl_flower.protocol import Description, Kind, Leaf, Orders, Part, Weights, WorkOrder
 from psl_flower.strategy.kept import KeptRows
 
 STAGE = ParallelSplit.stages()["forward"]
@@ -67,6 +67,44 @@ def test_texts_come_back_as_long_as_the_longest_that_is_asked_for():
     assert part.outputs["labels"].exact
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_several_labels_for_each_text_are_kept_whole(dtype):
+    """Also where a text is padded to as many positions as it has labels."""
+    kept, _ = keeper()
+    labels = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 0, 1]], dtype=dtype)
+    mask = torch.arange(4) < torch.tensor([[2], [1], [3], [2]])
+    sent = {"activations": Leaf(Kind.ROWS, (mask.long(), torch.ones(4, 4, 3))), "labels": Leaf(Kind.ROWS, labels, True)}
+    some = orders(4, 2).take(np.array([0]))
+    kept.put(STAGE, some, kept.find(STAGE, some, FROZEN)[2], [Part((0,), sent, 0, np.zeros(1))])
+    ((part,), _, _) = kept.find(STAGE, some, FROZEN)
+    assert torch.equal(part.outputs["labels"].value, labels)
+    assert torch.equal(part.outputs["activations"].value[0], mask.long())
+
+
+def test_rows_that_come_together_lie_together_and_those_that_come_again_in_their_place():
+    described = {k: Description(k, 4, 4) for k in (0, 7)}
+    kept = KeptRows(described.__getitem__)
+
+    def answer(some, value):
+        _, _, examples = kept.find(STAGE, some, FROZEN)
+        asked = [example for each in examples for example in each]
+        e = torch.tensor(asked)
+        given = {"activations": Leaf(Kind.ROWS, e + value), "labels": Leaf(Kind.ROWS, e, True)}
+        kept.put(STAGE, some, examples, [Part(tuple(some.clients.tolist()), given, 0, np.zeros(len(some)))])
+        return asked
+
+    first = answer(orders(2, 4), 10)
+    assert kept.num_bytes() == 6 * 16
+    rows = kept._clients["forward", 0, False].rows
+    assert len({id(came) for came, _ in rows.values()}) == 1
+    again = answer(orders(4, 4).take(np.array([0])), 20)
+    assert len({id(came) for came, _ in rows.values()}) == 4
+    ((part,), _, examples) = kept.find(STAGE, orders(4, 4), FROZEN)
+    assert examples == [again, first[2:]]
+    assert part.outputs["labels"].value.tolist() == again + first[2:]
+    assert part.outputs["activations"].value.tolist() == [e + 20 for e in again] + [e + 10 for e in first[2:]]
+
+
 def test_an_order_is_there_if_all_of_it_is():
     kept, _ = keeper()
     fill(kept, orders(3, 2))
@@ -82,6 +120,18 @@ def test_rows_that_cannot_be_read_shift_no_others():
     (part,), _, examples = kept.find(STAGE, orders(3, 2, left_out={0: (1,)}), FROZEN)
     assert sorted(examples[0]) == [0, 2, 3]
     assert part.outputs["labels"].value[:3, 0].tolist() == examples[0]
+
+
+def test_the_order_of_an_epoch_is_made_once(monkeypatch):
+    kept, _ = keeper()
+    made, order_of = [], WorkOrder.order_of
+    monkeypatch.setattr(WorkOrder, "order_of", lambda order, size: made.append(order.client) or order_of(order, size))
+    steps = [kept.find(STAGE, orders(1, 1, start=start), FROZEN)[2] for start in (0, 1)]
+    assert made == [0, 7]
+    assert {row for step in steps for row in step[1]} == {0, 1}
+    for other in ({"epoch": 1}, {"epoch": 1, "left_out": {0: (1,), 7: (0,)}}, {"test": True}):
+        kept.find(STAGE, orders(1, 1, **other), FROZEN)
+    assert made == [0, 7] * 4
 
 
 def test_other_data_or_other_weights_are_asked_for_anew():
