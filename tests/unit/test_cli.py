@@ -36,9 +36,7 @@ def test_words_and_exit_codes_are_passed_on(capsys):
 def test_the_script_the_module_and_an_unknown_command():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert pyproject["project"]["scripts"] == {"psl-flower": "psl_flower.cli:main"}
-    done = subprocess.run(
-        [sys.executable, "-m", "psl_flower", "deplyo"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "psl_flower", "deplyo"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "No such command 'deplyo'" in done.stderr
     assert "Did you mean 'deploy'?" in done.stderr
