@@ -237,6 +237,9 @@ def test_an_empty_step_is_one_of_noise_or_none(private, tmp_path):
     assert empty + made == rounds * 2 * K
     assert 1 <= empty < rounds * 2 * K  # a third of them; by chance none in 1e-5
     assert Counting.steps == (made if private is None else made + empty)
+    steps = [sorted(step for of, step in Recording.drawn if of == epoch) for epoch in range(rounds)]
+    assert sum(map(len, steps)) == made
+    assert any(seen != list(range(len(seen))) for seen in steps)  # numbered as planned; else by chance in 1e-4
 
 
 def test_the_default_app(tmp_path):
