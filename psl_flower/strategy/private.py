@@ -19,6 +19,7 @@ from psl_flower.methods import SplitMethod, check_options
 from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.records import RoundRecord
 from psl_flower.samplers.base import Sampler
+from psl_flower.samplers.poisson import PoissonGlobalSampler
 from psl_flower.split import batch_statistics_layers, most_positions
 
 log = logging.getLogger("flwr.psl_flower")
@@ -88,7 +89,13 @@ def check_private(
 
 def _check_drawing(private: DPSGD, sampler: Sampler, parts: Mapping[str, nn.Module]) -> None:
     """Refuse to count steps in another way than they are drawn."""
-    name = type(sampler).__name__
+    kind, its = type(sampler), PoissonGlobalSampler
+    name = kind.__name__
+    if sampler.clients_draw and not (issubclass(kind, its) and kind.plan is its.plan and kind._plan is its._plan):
+        raise ConfigError(
+            f"epsilon is counted for steps as PoissonGlobalSampler plans them, but {name} makes plans of its own: with "
+            "private use PoissonGlobalSampler itself, or a sampler that has each example once a round"
+        )
     if sampler.clients_draw and private.examples is None:
         raise ConfigError(
             f"{name} has an example in any number of steps, but private counts each once a round: give it the number "

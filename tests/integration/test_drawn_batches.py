@@ -267,9 +267,23 @@ def once(**options):
     return strategy_of(sampler=UniformGlobalSampler(B), **options)
 
 
+class Twice(PoissonGlobalSampler):
+    def _plan(self, population, rng):
+        return super()._plan(population, rng)
+
+
+class OwnDraws(UniformGlobalSampler):
+    clients_draw = True
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        *(
+            (lambda kind=kind, private=private: strategy_of(private=private, sampler=kind(B)), "makes plans of its own")
+            for kind in (Twice, OwnDraws)
+            for private in (PRIVATE, DPSGD(clip=1.0, noise=1.0, batch_size=B))
+        ),
         (lambda: strategy_of(private=DPSGD(clip=1.0, noise=1.0, batch_size=B)), r"DPSGD\(\.\.\., examples=N\)"),
         (lambda: once(private=PRIVATE), "which UniformGlobalSampler does not do: use PoissonGlobalSampler"),
         (lambda: strategy_of(private=PRIVATE, sampler=PoissonGlobalSampler(B, repeatable=True)), "repeatable=False"),
