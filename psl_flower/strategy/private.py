@@ -176,6 +176,7 @@ class Spending:
         ------
         ConfigError
             If delta promises nothing: to tell one of the examples to everybody has a chance of one over their number.
+            If so many rounds would give away more than `private` was made for, as the clients hold fewer examples.
         """
         if self._private is None:
             return
@@ -188,6 +189,13 @@ class Spending:
         if (expected := self._private.examples) is not None:
             self._steps[self._private.batch_size / examples] += steps
             if expected != examples:
+                found, most = self._private.epsilon_of_steps(self._steps), self._private.epsilon(self._rounds)
+                if found > most:
+                    raise ConfigError(
+                        f"private was made for {expected} examples, the clients hold {examples}: {self._rounds} rounds "
+                        f"would give away an epsilon of {found:.3g} instead of {most:.3g}. Make it, on both sides, for "
+                        f"the number that is always there: examples={examples} (dp-examples in the default app)"
+                    )
                 text = "private was made for %d examples, the clients hold %d: epsilon is told for these"
                 log.warning(text, expected, examples)
 

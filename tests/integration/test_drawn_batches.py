@@ -203,11 +203,19 @@ def test_no_draw_is_made_again_in_another_run():
 
 
 def test_other_numbers_of_examples_are_counted_as_they_are(caplog):
-    more = DPSGD(clip=1.0, noise=2.0, batch_size=B, examples=N + 100)
-    found = trained(private=more).train_metrics_clientapp[1]["epsilon"]
+    fewer = DPSGD(clip=1.0, noise=2.0, batch_size=B, examples=N - 100)
+    found = trained(private=fewer).train_metrics_clientapp[1]["epsilon"]
     assert found == pytest.approx(DPSGD(clip=1.0, noise=2.0, batch_size=B, examples=N).epsilon(1))
-    assert found != pytest.approx(more.epsilon(1), rel=1e-3)
-    assert f"private was made for {N + 100} examples, the clients hold {N}" in caplog.text
+    assert found < 0.999 * fewer.epsilon(1)
+    assert f"private was made for {N - 100} examples, the clients hold {N}" in caplog.text
+
+
+def test_fewer_examples_than_noise_was_made_for_are_refused_before_the_first_step():
+    with pytest.raises(
+        ConfigError, match=rf"made for {4 * N} examples, the clients hold {N}: 1 rounds would give away"
+    ):
+        trained(private=DPSGD.for_epsilon(8.0, rounds=2, clip=1.0, batch_size=B, examples=4 * N))
+    assert not Recording.drawn
 
 
 class Counting(torch.optim.SGD):
