@@ -33,10 +33,12 @@ from psl_flower import (
     split_client_app,
 )
 from psl_flower.app import client_app, server_app
+from psl_flower.callbacks import EarlyStopping
 from psl_flower.client import process
 from psl_flower.client.process import ContextCache
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.privacy import DPSGD
+from psl_flower.samplers import poisson
 from psl_flower.server import LocalBackend
 from psl_flower.strategy import drawn
 from psl_flower.strategy import strategy as strategy_module
@@ -248,6 +250,36 @@ def test_an_empty_step_is_one_of_noise_or_none(private, tmp_path):
     steps = [sorted(step for of, step in Recording.drawn if of == epoch) for epoch in range(rounds)]
     assert sum(map(len, steps)) == made
     assert any(seen != list(range(len(seen))) for seen in steps)  # numbered as planned; else by chance in 1e-4
+
+
+class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    given = []  # noqa: RUF012 - losses
+
+    def step(self, metrics, epoch=None):
+        Plateau.given.append(metrics)
+        super().step(metrics)
+
+
+def test_a_round_of_empty_steps_has_no_loss(monkeypatch, caplog, tmp_path):
+    successes, calls = poisson._successes, []
+
+    def none_at_first(*arguments):
+        calls.append(successes(*arguments))
+        return calls[-1][: 0 if len(calls) == 1 else None]
+
+    monkeypatch.setattr(poisson, "_successes", none_at_first)
+    found = trained(
+        num_rounds=2,
+        grid=grid_of(data_fn=two_examples),
+        sampler=PoissonGlobalSampler(5),
+        scheduler=lambda optimizer: {"scheduler": Plateau(optimizer), "monitor": "loss"},
+        callbacks=[EarlyStopping("loss")],
+        output_dir=tmp_path,
+    ).train_metrics_clientapp
+    assert found[1]["num_steps"] == 0
+    assert "loss" not in found[1]
+    assert Plateau.given == [found[2]["loss"]]
+    assert "round 1  no step with examples was made, so there is no loss" in caplog.text
 
 
 def test_the_default_app(tmp_path):
