@@ -104,6 +104,8 @@ class Monitor:
                 f"{self._who}: monitor={self.name!r} is measured on the clients' test data, and no client has any: let "
                 f"data_fn return (training data, test data), or monitor one of {', '.join(map(repr, values))}"
             )
+        if not group and self.name not in values and values.get("num_steps") == 0:
+            return None  # no example was drawn for any step of the round
         return float(values[check_choice(self.name, f"{self._who}: monitor", values)])
 
 

@@ -80,6 +80,8 @@ class RoundRecord:
         """Return the metrics of training that are known, by name: what Flower's ``MetricRecord`` takes."""
         skipped = ("round", "metrics_of_user", "evaluate_clientapp", "evaluate_serverapp")
         known = {k: v for k, v in asdict(self).items() if k not in skipped and v is not None}
+        if not self.num_steps:  # of no example there is no loss
+            del known["loss"]
         return {**known, **self.metrics_of_user}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from flwr.app import Context
 
 from psl_flower.app.datasets import SPECS
-from psl_flower.checks import check_float
+from psl_flower.checks import check_float, check_int
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
 from psl_flower.privacy import DPSGD, Defence, LabelNoise, parse_defences
@@ -55,7 +55,17 @@ def private(context: Context) -> DPSGD | None:
             f"this node demands differential privacy with an epsilon of at most {most:g} (target-epsilon in its own "
             f'configuration), the run {has}: submit it with -c "target-epsilon={most:g}"'
         )
-    return config.private()
+    found, known = config.private(), context.node_config.get("dp-examples")
+    if most is not None and found is not None and found.examples is not None:
+        most_examples = 0 if known is None else check_int(known, "dp-examples of the node's configuration", least=1)
+        if found.examples > most_examples:
+            has = f"says {most_examples}" if most_examples else "does not say"
+            raise ConfigError(
+                "the more examples a run says there are, the less noise it needs for its target-epsilon with batches "
+                f"drawn by chance: it says dp-examples={found.examples}, this node, which demands one, {has}. Give the "
+                "node dp-examples in its own configuration, those of all clients together, and the run no more"
+            )
+    return found
 
 
 def _epsilon(context: Context, name: str) -> float | None:

@@ -219,7 +219,13 @@ class RunConfig:
                 "classes-per-client and dirichlet-alpha shape the partitions 'mild' and 'severe', got "
                 f"{self.classes_per_client} and {self.dirichlet_alpha} with partition 'iid': choose another partition"
             )
-        self._check_delays(self.make_sampler())
+        sampler = self.make_sampler()
+        if self.dp_examples and not sampler.clients_draw:
+            raise ConfigError(
+                f"dp-examples goes with sampler 'poisson', got {self.dp_examples} with sampler {self.sampler!r}, which "
+                "does not draw by chance: leave one out"
+            )
+        self._check_delays(sampler)
 
     @classmethod
     def read(cls, run_config: Mapping[str, Any]) -> RunConfig:

@@ -37,9 +37,9 @@ def check_plain_mean(loss: WeightedLoss, rows: int) -> None:
 
 
 def example_gradients(
-    loss: Loss, outputs: Any, labels: Any, rows: int, whole: WeightedLoss
+    loss: Loss, outputs: Any, labels: Any, rows: int, whole: WeightedLoss, divisor: int | None = None
 ) -> tuple[WeightedLoss, dict[int, Tensor]]:
-    """Return the mean of the examples' losses, each computed alone, and its gradients of the outputs.
+    """Return the mean of the examples' losses, each computed alone, and gradients of the outputs.
 
     An example whose loss or gradient is not finite has a gradient of zero, and is left out of the loss that is told.
 
@@ -49,6 +49,8 @@ def example_gradients(
         See `weighted`.
     whole : WeightedLoss
         That of the batch.
+    divisor : int, optional
+        What an example's gradient is divided by, once: if not by the size of the batch, its rounding does not tell it.
 
     Returns
     -------
@@ -74,7 +76,7 @@ def example_gradients(
         given = tree_map(lambda t: alone.get(id(t), t), outputs)  # noqa: B023 - called at once
         try:
             value = loss(logits_for(loss, given), tree.map_leaves(lambda t: t[row : row + 1], labels))  # noqa: B023
-            found = torch.autograd.grad(value, roots, torch.full_like(value, 1 / rows), allow_unused=True)
+            found = torch.autograd.grad(value, roots, torch.full_like(value, 1 / (divisor or rows)), allow_unused=True)
         except PSLError:
             raise
         except Exception as exc:

@@ -93,7 +93,6 @@ class LocalBackend:
         self._told: set[str] = set()
         self._seen_apart = False
         self._session = secrets.token_hex(8)
-        self._version = 0
         self._constants_version = 0
         self._weights: dict[str, Weights] | None = None
 
@@ -110,7 +109,7 @@ class LocalBackend:
         return Weights(
             {n: p.detach() for n, p in part.named_parameters() if p.requires_grad},
             {**frozen, **{n: t.detach() for n, t in part.named_buffers()}},
-            f"{self._session}.{self._version}",
+            f"{self._session}.{secrets.token_hex(8)}",  # no number: clients could count steps that they are not in
             f"{self._session}.constants.{self._constants_version}",
         )
 
@@ -146,7 +145,6 @@ class LocalBackend:
         self._changed()
 
     def _changed(self) -> None:
-        self._version += 1
         self._weights = None
 
     # --- training ----------------------------------------------------------------------------------------------------

@@ -152,9 +152,8 @@ class ServerPart:
             else:
                 rows = tree.rows(leaves, "activations")
                 with self._told(leaves, labels), backend.computing():
-                    found, given = example_gradients(backend.loss, outputs, labels, rows, found)
-                share = rows / backend.divisor(rows)
-                given = {at: share * gradient for at, gradient in given.items()} if share != 1 else given
+                    divisor = backend.divisor(rows)
+                    found, given = example_gradients(backend.loss, outputs, labels, rows, found, divisor)
                 back = self._backward_rows(given, leaves, outputs)
         return Outcome(
             **self._told_of(outputs, labels, found),

@@ -63,8 +63,15 @@ class DrawnLedger(EpochLedger):
         return PlanStep(step.clients[quotas > 0], quotas[quotas > 0])
 
     def orders(self, index: int, step: PlanStep, left_out: Mapping[int, tuple[int, ...]] | None = None) -> Orders:
-        """Return the work orders of a step, the `index`-th of the epoch to be committed."""
-        return replace(super().orders(index, step, left_out), drawing=self._drawing)
+        """Return the work orders of the next step, whose number is that in the plan, whatever the `index`.
+
+        Were only those that examples are in counted, clients would see which were empty.
+        """
+        return replace(super().orders(self._taken, step, left_out), drawing=self._drawing)
+
+    def round_orders(self, index: int, clients: IntArray, *, over: bool) -> Orders:
+        """Return orders for what comes before or after the steps; see `EpochLedger`, and `orders` for the number."""
+        return super().round_orders(self._taken, clients, over=over)
 
     def done(self, step: PlanStep, labels: Mapping[int, NDArray[Any]], *, committed: bool = True) -> None:
         """Count what came of the next step as used, and what did not as lapsed."""

@@ -211,6 +211,9 @@ def _step_record(
 
 
 def _log_round(record: RoundRecord) -> None:
+    if not record.num_steps:
+        log.warning("round %d  no step with examples was made, so there is no loss", record.round)
+        return
     deviation = "" if record.deviation_mean is None else f", batch deviation {record.deviation_mean:.3f}"
     accuracy = "" if record.accuracy is None else f", accuracy {record.accuracy:.3f}"
     simulated = "" if record.seconds_simulated is None else f", {record.seconds_simulated:.1f} simulated seconds"

@@ -19,6 +19,7 @@ from psl_flower.methods import SplitMethod, check_options
 from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.records import RoundRecord
 from psl_flower.samplers.base import Sampler
+from psl_flower.samplers.poisson import PoissonGlobalSampler
 from psl_flower.split import batch_statistics_layers, most_positions
 
 log = logging.getLogger("flwr.psl_flower")
@@ -88,7 +89,13 @@ def check_private(
 
 def _check_drawing(private: DPSGD, sampler: Sampler, parts: Mapping[str, nn.Module]) -> None:
     """Refuse to count steps in another way than they are drawn."""
-    name = type(sampler).__name__
+    kind, its = type(sampler), PoissonGlobalSampler
+    name = kind.__name__
+    if sampler.clients_draw and not (issubclass(kind, its) and kind.plan is its.plan and kind._plan is its._plan):
+        raise ConfigError(
+            f"epsilon is counted for steps as PoissonGlobalSampler plans them, but {name} makes plans of its own: with "
+            "private use PoissonGlobalSampler itself, or a sampler that has each example once a round"
+        )
     if sampler.clients_draw and private.examples is None:
         raise ConfigError(
             f"{name} has an example in any number of steps, but private counts each once a round: give it the number "
@@ -169,6 +176,7 @@ class Spending:
         ------
         ConfigError
             If delta promises nothing: to tell one of the examples to everybody has a chance of one over their number.
+            If so many rounds would give away more than `private` was made for, as the clients hold fewer examples.
         """
         if self._private is None:
             return
@@ -181,6 +189,13 @@ class Spending:
         if (expected := self._private.examples) is not None:
             self._steps[self._private.batch_size / examples] += steps
             if expected != examples:
+                found, most = self._private.epsilon_of_steps(self._steps), self._private.epsilon(self._rounds)
+                if found > most:
+                    raise ConfigError(
+                        f"private was made for {expected} examples, the clients hold {examples}: {self._rounds} rounds "
+                        f"would give away an epsilon of {found:.3g} instead of {most:.3g}. Make it, on both sides, for "
+                        f"the number that is always there: examples={examples} (dp-examples in the default app)"
+                    )
                 text = "private was made for %d examples, the clients hold %d: epsilon is told for these"
                 log.warning(text, expected, examples)
 

@@ -33,10 +33,12 @@ from psl_flower import (
     split_client_app,
 )
 from psl_flower.app import client_app, server_app
+from psl_flower.callbacks import EarlyStopping
 from psl_flower.client import process
 from psl_flower.client.process import ContextCache
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.privacy import DPSGD
+from psl_flower.samplers import poisson
 from psl_flower.server import LocalBackend
 from psl_flower.strategy import drawn
 from psl_flower.strategy import strategy as strategy_module
@@ -203,11 +205,19 @@ def test_no_draw_is_made_again_in_another_run():
 
 
 def test_other_numbers_of_examples_are_counted_as_they_are(caplog):
-    more = DPSGD(clip=1.0, noise=2.0, batch_size=B, examples=N + 100)
-    found = trained(private=more).train_metrics_clientapp[1]["epsilon"]
+    fewer = DPSGD(clip=1.0, noise=2.0, batch_size=B, examples=N - 100)
+    found = trained(private=fewer).train_metrics_clientapp[1]["epsilon"]
     assert found == pytest.approx(DPSGD(clip=1.0, noise=2.0, batch_size=B, examples=N).epsilon(1))
-    assert found != pytest.approx(more.epsilon(1), rel=1e-3)
-    assert f"private was made for {N + 100} examples, the clients hold {N}" in caplog.text
+    assert found < 0.999 * fewer.epsilon(1)
+    assert f"private was made for {N - 100} examples, the clients hold {N}" in caplog.text
+
+
+def test_fewer_examples_than_noise_was_made_for_are_refused_before_the_first_step():
+    with pytest.raises(
+        ConfigError, match=rf"made for {4 * N} examples, the clients hold {N}: 1 rounds would give away"
+    ):
+        trained(private=DPSGD.for_epsilon(8.0, rounds=2, clip=1.0, batch_size=B, examples=4 * N))
+    assert not Recording.drawn
 
 
 class Counting(torch.optim.SGD):
@@ -237,6 +247,39 @@ def test_an_empty_step_is_one_of_noise_or_none(private, tmp_path):
     assert empty + made == rounds * 2 * K
     assert 1 <= empty < rounds * 2 * K  # a third of them; by chance none in 1e-5
     assert Counting.steps == (made if private is None else made + empty)
+    steps = [sorted(step for of, step in Recording.drawn if of == epoch) for epoch in range(rounds)]
+    assert sum(map(len, steps)) == made
+    assert any(seen != list(range(len(seen))) for seen in steps)  # numbered as planned; else by chance in 1e-4
+
+
+class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    given = []  # noqa: RUF012 - losses
+
+    def step(self, metrics, epoch=None):
+        Plateau.given.append(metrics)
+        super().step(metrics)
+
+
+def test_a_round_of_empty_steps_has_no_loss(monkeypatch, caplog, tmp_path):
+    successes, calls = poisson._successes, []
+
+    def none_at_first(*arguments):
+        calls.append(successes(*arguments))
+        return calls[-1][: 0 if len(calls) == 1 else None]
+
+    monkeypatch.setattr(poisson, "_successes", none_at_first)
+    found = trained(
+        num_rounds=2,
+        grid=grid_of(data_fn=two_examples),
+        sampler=PoissonGlobalSampler(5),
+        scheduler=lambda optimizer: {"scheduler": Plateau(optimizer), "monitor": "loss"},
+        callbacks=[EarlyStopping("loss")],
+        output_dir=tmp_path,
+    ).train_metrics_clientapp
+    assert found[1]["num_steps"] == 0
+    assert "loss" not in found[1]
+    assert Plateau.given == [found[2]["loss"]]
+    assert "round 1  no step with examples was made, so there is no loss" in caplog.text
 
 
 def test_the_default_app(tmp_path):
@@ -264,9 +307,23 @@ def once(**options):
     return strategy_of(sampler=UniformGlobalSampler(B), **options)
 
 
+class Twice(PoissonGlobalSampler):
+    def _plan(self, population, rng):
+        return super()._plan(population, rng)
+
+
+class OwnDraws(UniformGlobalSampler):
+    clients_draw = True
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        *(
+            (lambda kind=kind, private=private: strategy_of(private=private, sampler=kind(B)), "makes plans of its own")
+            for kind in (Twice, OwnDraws)
+            for private in (PRIVATE, DPSGD(clip=1.0, noise=1.0, batch_size=B))
+        ),
         (lambda: strategy_of(private=DPSGD(clip=1.0, noise=1.0, batch_size=B)), r"DPSGD\(\.\.\., examples=N\)"),
         (lambda: once(private=PRIVATE), "which UniformGlobalSampler does not do: use PoissonGlobalSampler"),
         (lambda: strategy_of(private=PRIVATE, sampler=PoissonGlobalSampler(B, repeatable=True)), "repeatable=False"),

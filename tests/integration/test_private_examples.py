@@ -17,7 +17,7 @@ from psl_flower import (
 )
 from psl_flower.errors import ConfigError, StepError
 from psl_flower.privacy import DPSGD
-from psl_flower.server import example_gradients, weighted
+from psl_flower.server import LocalBackend, example_gradients, weighted
 
 K, N = 3, 4  # clients, and examples of each; all are in one step
 TAIL = {"parallel": {}, "u-shaped": {"tail": "c"}}
@@ -100,6 +100,24 @@ def test_losses_of_either_sign_may_cancel():
     outputs, y = torch.cat([half, -half.flip(1)]).requires_grad_(), torch.zeros(128)
     _, found = example_gradients(signed, outputs, y, 128, weighted(signed, outputs, y, 128))
     assert torch.equal(found[0], torch.full((128, 3), 1 / 128))
+
+
+def test_what_goes_back_does_not_tell_the_size_of_a_drawn_step_by_its_rounding():
+    private = DPSGD(clip=1.0, noise=1.0, batch_size=16, examples=64)
+    body, generator = nn.Linear(16, 10), torch.Generator().manual_seed(0)
+    backend = LocalBackend(
+        {"head": nn.Linear(8, 16), "body": body},
+        {"head": "client", "body": "server"},
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        loss=cross_entropy,
+        device=torch.device("cpu"),
+        classification=True,
+        order=["weight", "bias"],
+        private=private,
+    )
+    x, y = torch.randn(33, 16, generator=generator), torch.randint(0, 10, (33,), generator=generator)
+    back = [backend.part("body", 0).forward_backward(x[:rows], y[:rows]).gradient[0] for rows in range(8, 33)]
+    assert all(torch.equal(each, back[0]) for each in back)
 
 
 # --- targets that do not count ---------------------------------------------------------------------------------------

@@ -284,6 +284,7 @@ def test_the_delays_file_may_start_at_home(tmp_path, monkeypatch):
         ({"sleep": True}, "sleep needs simulated delays to wait for, got none: set delays"),
         ({"sleep": True, "delays": "measured"}, "set simulated-delays, or leave sleep out"),
         ({"sleep": 1}, "sleep must be true or false, got 1"),
+        ({"dp-examples": 100, "target-epsilon": 8.0}, "dp-examples goes with sampler 'poisson', got 100 with sampler"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_remedy(values, message):
@@ -299,6 +300,8 @@ def test_what_does_not_go_together_is_refused_with_the_remedy(values, message):
         {"sampler": "lds", "delays": "csv", "delays-path": "/not/here.csv", "sleep": True},
         {"sampler": "lds", "delays": "measured"},
         {"delays": "measured", "simulated-delays": "none"},
+        {"dp-examples": 100, "target-epsilon": 8.0, "sampler": "poisson-global"},
+        {"dp-examples": 100, "target-epsilon": 8.0, "sampler": "psl_flower.samplers:PoissonGlobalSampler"},
     ],
 )
 def test_what_goes_together_is_accepted_and_survives_the_way_to_the_clients(values):

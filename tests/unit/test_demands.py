@@ -63,6 +63,16 @@ def test_differential_privacy_that_is_weaker_is_refused():
     assert demands.private(context(node, target_epsilon=3.0)) == demands.private(context({}, target_epsilon=3.0))
 
 
+def test_a_node_that_demands_an_epsilon_says_itself_of_how_many_examples():
+    """A run that says there are more than there are has less noise than its epsilon needs."""
+    drawn = {"target_epsilon": 3.0, "sampler": "poisson", "dp_examples": 1437}
+    for node, message in (({}, "does not say"), ({"dp-examples": 1436}, "says 1436"), ({"dp-examples": 0}, "least 1")):
+        with pytest.raises(ConfigError, match=message):
+            demands.private(context({"target-epsilon": 4.0, **node}, **drawn))
+    for node in ({"target-epsilon": 4.0, "dp-examples": 1437}, {}):
+        assert demands.private(context(node, **drawn)).examples == 1437
+
+
 def test_the_default_app_keeps_to_it():
     """Nothing has left the node when it refuses: it answers the first question with the reason."""
     config = RunConfig(dataset="digits").as_run_config()

@@ -289,6 +289,7 @@ def test_weights_are_one_object_until_they_change():
     commit(one, run(one, *batch(4)))
     second = one.weights()
     assert len({w["head"].version for w in (first, second, another.weights())}) == 3
+    assert all(len(w["head"].version.rpartition(".")[2]) == 16 for w in (first, second))  # no number of the step
     assert first["head"].constants_version == second["head"].constants_version  # nothing changes them in training
     assert first["head"].constants_version != another.weights()["head"].constants_version
 
