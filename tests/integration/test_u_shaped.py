@@ -203,11 +203,11 @@ class ListeningGrid(InProcessGrid):
 
     def __init__(self, client_app, num_nodes=K):
         super().__init__(client_app, num_nodes)
-        self.heard = []
+        self.heard, self._store = [], WeightStore()  # frozen weights are sent once
 
     def _answer(self, message, context):
         reply = super()._answer(message, context)
-        _, _, request = decode_request(content_to_frame(message.content), WeightStore())
+        _, _, request = decode_request(content_to_frame(message.content), self._store)
         self.heard.append((request, decode_reply(content_to_frame(reply.content), request)))
         return reply
 
