@@ -22,7 +22,7 @@ for the end of a run.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from psl_flower.failures import Failure, Kind, told
+from psl_flower.failures import Failure, Kind, failure_lines
 
 _NAME = "client {}".format
 
@@ -98,7 +98,7 @@ class StepError(PSLError, RuntimeError):
     ) -> None:
         self.message = message
         self.failures = dict(failures or {})
-        super().__init__("\n  ".join([message, *told(self.failures, name)]))
+        super().__init__("\n  ".join([message, *failure_lines(self.failures, name)]))
 
     @classmethod
     @contextmanager

@@ -94,7 +94,7 @@ def alike(failures: Iterable[Failure]) -> bool:
     return len({(failure.kind, likeness(failure.detail)) for failure in failures}) <= 1
 
 
-def told(failures: Mapping[int, Failure], name: Callable[[int], str]) -> list[str]:
+def failure_lines(failures: Mapping[int, Failure], name: Callable[[int], str]) -> list[str]:
     """Return what went wrong, a line for each mistake: the first client that made it, and how many others did.
 
     Parameters

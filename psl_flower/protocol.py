@@ -20,7 +20,7 @@ from psl_flower.errors import ProtocolError
 from psl_flower.failures import Failure
 from psl_flower.orders import Orders, WorkOrder
 from psl_flower.precision import FULL
-from psl_flower.privacy import Company
+from psl_flower.privacy import Cohort
 from psl_flower.seeds import PutOff, client_epoch_rng, step_seed
 from psl_flower.tree import Tree
 from psl_flower.typing import IntArray
@@ -115,7 +115,7 @@ class Request:
         To describe: whether to count the examples of each class.
     session : str
         To describe: names the run that a key is made for; empty without secure aggregation.
-    company : Company, optional
+    cohort : Cohort, optional
         Who gives the sums together, where they are masked.
     kept : bool
         Whether what comes is kept by example, so that it must depend on nothing but the example and frozen weights.
@@ -134,7 +134,7 @@ class Request:
     separate: bool = False
     label_counts: bool = False
     session: str = ""
-    company: Company | None = None
+    cohort: Cohort | None = None
     kept: bool = False
     precision: str = FULL
     config: Config = field(default_factory=dict)

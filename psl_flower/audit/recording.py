@@ -19,7 +19,7 @@ from psl_flower.data import Batch
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request
 from psl_flower.exchange.records import content_to_frame
 from psl_flower.grid import InProcessGrid
-from psl_flower.privacy import Company
+from psl_flower.privacy import Cohort
 from psl_flower.protocol import Leaf, Weights, WorkOrder
 
 
@@ -37,7 +37,7 @@ class Exchange:
         Of the parts on the clients, as they were sent.
     sent, received : dict of str to Leaf
         The stage's inputs and outputs.
-    company : Company or None
+    cohort : Cohort or None
         Who gave masked sums together.
     tag : int or None
         What the client gave for its batch, to tell whether it is the same when drawn again.
@@ -48,7 +48,7 @@ class Exchange:
     weights: Mapping[str, Weights]
     sent: Mapping[str, Leaf]
     received: Mapping[str, Leaf]
-    company: Company | None = None
+    cohort: Cohort | None = None
     tag: int | None = None
 
     @property
@@ -128,7 +128,7 @@ class RecordingGrid(InProcessGrid):
                     weights=weights,
                     sent=request.inputs,
                     received=part.outputs,
-                    company=request.company,
+                    cohort=request.cohort,
                     tag=None if part.checksums is None else int(part.checksums[0]),
                 )
             )

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from psl_flower.client.client import SplitClient
 from psl_flower.client.defending import check_defences, check_private
+from psl_flower.client.factory import ClientFactory, make_client, method_of
 from psl_flower.client.keeping import (
     keep,
     keep_own,
@@ -25,7 +26,6 @@ from psl_flower.client.keeping import (
 )
 from psl_flower.client.part import LossFn
 from psl_flower.client.process import run_state
-from psl_flower.client.recipe import ClientRecipe, make_client, method_of
 from psl_flower.client.runtime import answer
 from psl_flower.client.stream import attach_stream
 from psl_flower.data import check_data_fn
@@ -149,7 +149,7 @@ def split_client_app(
     secure = secure_aggregation if callable(secure_aggregation) else secure_options(secure_aggregation)
     if not callable(private) and isinstance(method, SplitMethod):
         check_private(private, method, () if callable(defences) else defences, None if callable(secure) else secure)
-    recipe = ClientRecipe(
+    factory = ClientFactory(
         model_fn,
         cut,
         tail,
@@ -169,15 +169,15 @@ def split_client_app(
     )
     app = ClientApp()
 
-    # The handlers hold nothing but the recipe (see Note [Process state] in process.py).
-    app.query(DESCRIBE, mods=mods)(partial(serve, recipe))
+    # The handlers hold nothing but the factory (see Note [Process state] in process.py).
+    app.query(DESCRIBE, mods=mods)(partial(serve, factory))
     # where the method is not known yet, its client refuses what is not its own
     methods = [method] if isinstance(method, SplitMethod) else METHODS.values()
     for stage in {name for each in methods for name in each.stages()}:
-        app.train(stage, mods=mods)(partial(serve, recipe))
-        app.evaluate(stage, mods=mods)(partial(serve, recipe))
+        app.train(stage, mods=mods)(partial(serve, factory))
+        app.evaluate(stage, mods=mods)(partial(serve, factory))
     app.query(REFUSED, mods=mods)(hear_refusal)
-    app.train(ATTACH.removeprefix("train."), mods=mods)(partial(attach_stream, recipe))
+    app.train(ATTACH.removeprefix("train."), mods=mods)(partial(attach_stream, factory))
     return app
 
 
@@ -188,7 +188,7 @@ def hear_refusal(message: Message, context: Context) -> Message:
     return Message(RecordDict(), reply_to=message)
 
 
-def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
+def serve(factory: ClientFactory, message: Message, context: Context) -> Message:
     """Answer one message of the server; with an error, if it is none."""
     state = run_state(context.run_id)
     try:
@@ -207,10 +207,10 @@ def serve(recipe: ClientRecipe, message: Message, context: Context) -> Message:
         state.refusals.add(f"node {context.node_id}", error)
         return Message(Error(ERROR_CLIENT_APP, f"refused: {error}"), reply_to=message)
 
-    method = method_of(recipe, state, context)
+    method = method_of(factory, state, context)
 
     def client(node: int, config: Config) -> SplitClient:
-        made = make_client(recipe, state, context, config)
+        made = make_client(factory, state, context, config)
         if method.trains_on_clients():
             take_own(state, context)
         return made

@@ -19,7 +19,7 @@ from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.methods import check_options
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.privacy import DPSGD, GradientScrutiny, RandomizedResponse, Secret, SecureAggregation
-from psl_flower.privacy.defences import Defence, Leaving
+from psl_flower.privacy.defences import Defence, OutgoingRows
 from psl_flower.protocol import Kind, Orders
 from psl_flower.server.metrics import is_integer
 from psl_flower.tree import Tree
@@ -184,7 +184,7 @@ class Defending:
         left = tree.map_leaves(lambda t: self._left.get(id(t), (t, t))[1], outputs)
         return left, torch.stack(penalties).sum() if penalties else None
 
-    def _leaf(self, given: Tensor, of: Callable[[int], Leaving], gradient: bool) -> Tensor:
+    def _leaf(self, given: Tensor, of: Callable[[int], OutgoingRows], gradient: bool) -> Tensor:
         if not given.is_floating_point():
             return given
         rows = given
@@ -193,15 +193,15 @@ class Defending:
         self._left[id(given)] = (given, rows)
         return rows
 
-    def _punish(self, outputs: Tree, inputs: Tree, of: Callable[[int], Leaving]) -> None:
+    def _punish(self, outputs: Tree, inputs: Tree, of: Callable[[int], OutgoingRows]) -> None:
         terms = [each.penalty(inputs, outputs, of(at)) for at, each in enumerate(self.defences)]
         there = [term for term in terms if term is not None]
         roots = [leaf for leaf in tree.leaves(outputs) if leaf.is_floating_point()]
         if there and roots:
             self._penalties[id(roots[0])] = torch.stack(there).sum()
 
-    def _leaving(self, stage: Stage, weights: Callable[[], bytes], path: str, at: int) -> Leaving:
-        return Leaving(
+    def _leaving(self, stage: Stage, weights: Callable[[], bytes], path: str, at: int) -> OutgoingRows:
+        return OutgoingRows(
             secrets=self.secrets,
             counts=self.counts,
             examples=self.examples,

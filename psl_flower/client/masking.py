@@ -21,7 +21,7 @@ from psl_flower.client.process import RunState
 from psl_flower.errors import ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import Stage
-from psl_flower.privacy import DPSGD, FACTOR, Company, OutOfRangeError, Party, encode, fingerprint
+from psl_flower.privacy import DPSGD, FACTOR, Cohort, OutOfRangeError, Party, encode, fingerprint
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.protocol import Leaf, Request
 from psl_flower.typing import IntArray
@@ -54,38 +54,38 @@ def agree(
     state: RunState, stage: Stage, request: Request, clients: Sequence[SplitClient]
 ) -> tuple[Masking | None, dict[int, Failure]]:
     """Take note of the sums that clients are to give; return what masks them, and why some do not give them."""
-    company, orders = request.company, request.orders
-    if LeafKind.SUM not in stage.outputs.values() or orders is None or (state.secure is None and company is None):
+    cohort, orders = request.cohort, request.orders
+    if LeafKind.SUM not in stage.outputs.values() or orders is None or (state.secure is None and cohort is None):
         return None, {}
     failures, parties = {}, {}
     version = " ".join(weights.version for weights in request.weights.values())
     for node, client, order in zip(request.nodes, clients, orders.each(), strict=True):
         try:
-            if company is None or state.secure is None:
+            if cohort is None or state.secure is None:
                 raise ProtocolError(
                     "this client gives sums masked, the server asks for its own"
-                    if company is None
+                    if cohort is None
                     else "the server asks for masked sums: split_client_app(..., secure_aggregation=True)"
                 )
             if node not in state.parties:
                 raise ProtocolError("this process has no key of the client: it must describe itself anew", Kind.KEY)
             data = "test" if order.test else "train"
             rows = client.draw(order)
-            state.parties[node].agree(company, state.secure, order.client, stage.name, version, rows, data)
+            state.parties[node].agree(cohort, state.secure, order.client, stage.name, version, rows, data)
             parties[order.client] = state.parties[node]
         except ProtocolError as error:
             failures[node] = error.failure()
         except PSLError:
             continue  # it cannot draw its batch: that is told when it is to
-    if company is None:
+    if cohort is None:
         return None, failures
-    _tell_keys(state, company)
-    return Masking(company, request, stage.name, parties, state.private), failures
+    _tell_keys(state, cohort)
+    return Masking(cohort, request, stage.name, parties, state.private), failures
 
 
-def _tell_keys(state: RunState, company: Company) -> None:
+def _tell_keys(state: RunState, cohort: Cohort) -> None:
     """Log the fingerprints of keys that this process has not met before, for people to compare."""
-    keys = {int(client): company.key(i) for i, client in enumerate(company.clients)}
+    keys = {int(client): cohort.key(i) for i, client in enumerate(cohort.clients)}
     own = {party.key for party in state.parties.values()}
     new = {client: key for client, key in keys.items() if key not in state.keys_told}
     if new:
@@ -101,7 +101,7 @@ class Masking:
 
     Parameters
     ----------
-    company : Company
+    cohort : Cohort
     request : Request
         Has the parameters that sums of gradients are of.
     stage : str
@@ -113,13 +113,13 @@ class Masking:
 
     def __init__(
         self,
-        company: Company,
+        cohort: Cohort,
         request: Request,
         stage: str,
         parties: Mapping[int, Party],
         private: DPSGD | None = None,
     ) -> None:
-        self._company, self._stage, self._parties, self._private = company, stage, parties, private
+        self._cohort, self._stage, self._parties, self._private = cohort, stage, parties, private
         self._training = request.orders is not None and not request.orders.test
         self._parameters = {name: weights.parameters for name, weights in request.weights.items()}
 
@@ -138,7 +138,7 @@ class Masking:
             present, filled = _filled(value, self._parameters.get(name))
             if self._private is not None and self._training and name in self._parameters:
                 present = np.ones_like(present)  # there is noise, at least
-                filled = self._private.noised(filled, self._private.share(len(clients), len(self._company)))
+                filled = self._private.noised(filled, self._private.share(len(clients), len(self._cohort)))
             whole[name] = filled
             numbers += [present, *scaled, *(self._encoded(name, leaf) for leaf in tree.leaves(filled))]
         if not numbers:
@@ -165,16 +165,16 @@ class Masking:
         return bool(tree.leaves(leaf.value)) or (self._training and name in self._parameters)
 
     def _scales(self, name: str) -> bool:
-        return self._company.max_norm is not None and name in self._parameters
+        return self._cohort.max_norm is not None and name in self._parameters
 
     def _scaled(self, name: str, value: tree.Tree, clients: IntArray) -> tuple[tree.Tree, list[IntArray]]:
         """Return a client's gradient within the norm that all keep to, and by how much it was scaled down."""
-        most, company = self._company.max_norm, self._company
+        most, cohort = self._cohort.max_norm, self._cohort
         if most is None or not self._scales(name):
             return value, []
         assert len(clients) == 1, "each client keeps to the norm by itself"
         # of the mean over the batch: a client's own mean is that times the batch over its share
-        share = int(company.counts[np.searchsorted(company.clients, clients[0])]) / int(company.counts.sum())
+        share = int(cohort.counts[np.searchsorted(cohort.clients, clients[0])]) / int(cohort.counts.sum())
         norm = tree.norm(value) / share
         if not norm > most:
             return value, [np.zeros(2, dtype=np.int64)]
@@ -192,19 +192,19 @@ class Masking:
         try:
             # with DP-SGD the loss of no example stops a step; what clipped gradients have is noise's, and stays whole
             clip = self._private is not None and name not in self._parameters
-            return encode(values, self._company.places.get(name, 0), len(self._company), clip=clip)
+            return encode(values, self._cohort.places.get(name, 0), len(self._cohort), clip=clip)
         except OutOfRangeError as error:
             raise ProtocolError(f"{name}: {error}", Kind.RANGE) from error
 
     def _add_masks(self, total: IntArray, clients: IntArray) -> None:
         """Add the masks that these clients share with those elsewhere; those among themselves cancel."""
-        company = self._company
-        neighbours = company.neighbours()
-        mine = np.flatnonzero(np.isin(company.clients, clients))
+        cohort = self._cohort
+        neighbours = cohort.neighbours()
+        mine = np.flatnonzero(np.isin(cohort.clients, clients))
         for at in mine.tolist():
-            party = self._parties[int(company.clients[at])]
+            party = self._parties[int(cohort.clients[at])]
             others = neighbours[at][~np.isin(neighbours[at], mine)]
-            party.add_masks(total, company, self._stage, at, others.tolist())
+            party.add_masks(total, cohort, self._stage, at, others.tolist())
 
 
 def _filled(value: tree.Tree, parameters: Mapping[str, Tensor] | None) -> tuple[IntArray, tree.Tree]:

@@ -23,11 +23,11 @@ from psl_flower.client.batch_tags import batch_tags, check_tags
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
 from psl_flower.client.defending import Defending, check_drawing, packing_of
+from psl_flower.client.factory import NotBuiltError
 from psl_flower.client.label_noise import with_noise
 from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
 from psl_flower.client.process import RunState
-from psl_flower.client.recipe import NotBuiltError
 from psl_flower.client.watching import Watch, WatchedSeeds, check_frozen
 from psl_flower.data import PadTexts, Seeds, join_batches
 from psl_flower.data.batch import Batch, checksum, checksums
@@ -184,7 +184,7 @@ class _Work:
         orders = request.orders
         assert orders is not None  # `_stage` has seen to it, with the codec
         sums = LeafKind.SUM in self.stage.outputs.values()
-        scaled = request.company is not None and request.company.max_norm is not None
+        scaled = request.cohort is not None and request.cohort.max_norm is not None
         if len(clients) > 1 and (request.separate or scaled) and sums:
             raise CannotJoinError("each client's own sum is needed", lasting=False)
         for name, weights in request.weights.items():
@@ -315,7 +315,7 @@ class _Work:
         for i, (client, order) in enumerate(zip(clients, orders.each(), strict=True)):
             seed(i)
             batches.append(self._draw(client, order))
-        drawn = [checksum(batch) for batch in batches]  # before padding, which depends on the company
+        drawn = [checksum(batch) for batch in batches]  # before padding, which depends on the cohort
         return _join(batches, clients[0].padding), drawn
 
     def _draw(self, client: SplitClient, order: WorkOrder) -> Batch:

@@ -20,9 +20,9 @@ import grpc
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from psl_flower.client.client import SplitClient
+from psl_flower.client.factory import ClientFactory, make_client, method_of
 from psl_flower.client.keeping import keep, restore
 from psl_flower.client.process import run_state
-from psl_flower.client.recipe import ClientRecipe, make_client, method_of
 from psl_flower.client.runtime import answer
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.codec import REQUEST, WeightStore, decode_request, encode_reply
@@ -52,7 +52,7 @@ _residents: dict[str, StreamClient] = {}  # by session; see Note [Process state]
 _residents_lock = threading.Lock()
 
 
-def attach_stream(recipe: ClientRecipe, message: Message, context: Context) -> Message:
+def attach_stream(factory: ClientFactory, message: Message, context: Context) -> Message:
     """Answer a ``train.attach`` message: open the process's stream, or join it.
 
     The reply comes at once from a process that goes on, else when the stream has ended. It names a `failure` if the
@@ -72,20 +72,20 @@ def attach_stream(recipe: ClientRecipe, message: Message, context: Context) -> M
     reply = ConfigRecord({"resident": resident, "failure": ""})
     try:
         if resident:
-            _resident(recipe, ticket, context).join(ticket, context)
+            _resident(factory, ticket, context).join(ticket, context)
         else:
-            reply["ended"] = StreamClient(recipe, ticket, context, resident=False).run()
+            reply["ended"] = StreamClient(factory, ticket, context, resident=False).run()
     except StreamError as error:
         log.warning("No stream to the server: %s", error)
         reply["failure"] = str(error)
     return Message(RecordDict({"attach": reply}), reply_to=message)
 
 
-def _resident(recipe: ClientRecipe, ticket: Ticket, context: Context) -> StreamClient:
+def _resident(factory: ClientFactory, ticket: Ticket, context: Context) -> StreamClient:
     with _residents_lock:
         client = _residents.get(ticket.session)
         if client is None or client.ended:
-            client = _residents[ticket.session] = StreamClient(recipe, ticket, context, resident=True)
+            client = _residents[ticket.session] = StreamClient(factory, ticket, context, resident=True)
             serving = (ticket.session, client)
             client.thread = threading.Thread(target=_serve, args=serving, name="psl-resident", daemon=True)
             client.thread.start()
@@ -123,7 +123,7 @@ class StreamClient:
 
     Parameters
     ----------
-    recipe : ClientRecipe
+    factory : ClientFactory
         How clients are built.
     ticket : Ticket
         That of the client which opens the stream.
@@ -138,8 +138,8 @@ class StreamClient:
         If the server cannot be reached.
     """
 
-    def __init__(self, recipe: ClientRecipe, ticket: Ticket, context: Context, *, resident: bool) -> None:
-        self._recipe, self._ticket, self._resident = recipe, ticket, resident
+    def __init__(self, factory: ClientFactory, ticket: Ticket, context: Context, *, resident: bool) -> None:
+        self._factory, self._ticket, self._resident = factory, ticket, resident
         self._first = context
         self._contexts = {context.node_id: context}
         self._outgoing: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
@@ -229,7 +229,7 @@ class StreamClient:
         if kind == REQUEST:
             number, wire_dtype, request = decode_request(frame, self._weights)
             state = run_state(self._first.run_id)
-            method = method_of(self._recipe, state, self._first)
+            method = method_of(self._factory, state, self._first)
             reply = answer(method, state, self._client, request)
             self._outgoing.put(encode_reply(number, reply, request, wire_dtype))
         elif kind == "joined":
@@ -276,7 +276,7 @@ class StreamClient:
         context = self._contexts.get(node)
         if context is None:
             raise ProtocolError(f"node {node} is not served by this process")
-        return make_client(self._recipe, run_state(context.run_id), context, config)
+        return make_client(self._factory, run_state(context.run_id), context, config)
 
 
 def _is_client(value: Any) -> bool:

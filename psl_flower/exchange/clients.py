@@ -14,7 +14,7 @@ import numpy as np
 
 from psl_flower.errors import MembershipError, ProtocolError
 from psl_flower.exchange.base import Carrier
-from psl_flower.failures import Failure, Kind, told
+from psl_flower.failures import Failure, Kind, failure_lines
 from psl_flower.privacy import fingerprint
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
 from psl_flower.split import difference
@@ -125,7 +125,7 @@ class Clients:
         self._turned_away.clear()
         failures = self._describe(new, timeout)
         nodes = [node for node in nodes if node in self._descriptions]
-        lines = told(failures, partial(_who, failures))
+        lines = failure_lines(failures, partial(_who, failures))
         mistaken = not self._tolerate_mistakes and any(failure.kind.is_mistake for failure in failures.values())
         if failures and (not self._tolerate or mistaken or len(nodes) < min_nodes):
             raise MembershipError("every client must describe itself:\n  " + "\n  ".join(lines))
@@ -367,7 +367,7 @@ class Clients:
 
 def _warn(failures: Mapping[int, Failure]) -> None:
     """Tell of nodes that do not describe themselves, while a round goes on."""
-    for line in told(failures, partial(_who, failures)):
+    for line in failure_lines(failures, partial(_who, failures)):
         log.warning("it is asked again later: %s", line)
 
 

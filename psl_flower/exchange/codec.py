@@ -25,12 +25,12 @@ from psl_flower.exchange.fields import (
 )
 from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.limits import MAX_DELAY, MAX_HEADER_BYTES, MAX_MODEL, MAX_PARTS, MAX_ROWS, MAX_TEXT
-from psl_flower.exchange.orders import decode_company, decode_orders, encode_company, encode_orders
+from psl_flower.exchange.orders import decode_cohort, decode_orders, encode_cohort, encode_orders
 from psl_flower.exchange.tensors import Packer, Unpacker
 from psl_flower.failures import Failure
 from psl_flower.failures import Kind as FailureKind
 from psl_flower.precision import PRECISIONS
-from psl_flower.privacy.company import KEY_BYTES
+from psl_flower.privacy.cohort import KEY_BYTES
 from psl_flower.protocol import (
     DESCRIBE,
     Description,
@@ -118,7 +118,7 @@ def encode_request(request: Request, number: int, *, sent: Sent, wire_dtype: str
         "session": request.session,
         "kept": request.kept,
         "precision": request.precision,
-        "company": None if request.company is None else encode_company(request.company, packer),
+        "cohort": None if request.cohort is None else encode_cohort(request.cohort, packer),
         "orders": None if request.orders is None else encode_orders(request.orders, packer),
         "weights": {part: _encode_weights(part, each, packer, sent) for part, each in request.weights.items()},
         "inputs": _encode_leaves(request.inputs, packer),
@@ -136,9 +136,9 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
     """
     header, unpacker = frame.header, Unpacker(frame.buffers)
     nodes = nodes_of(header)
-    company = None
-    if header.get("company") is not None:
-        company = decode_company(field(header, "company", dict), unpacker)
+    cohort = None
+    if header.get("cohort") is not None:
+        cohort = decode_cohort(field(header, "cohort", dict), unpacker)
     orders = None
     if header.get("orders") is not None:
         orders = decode_orders(field(header, "orders", dict), len(nodes), unpacker)
@@ -163,7 +163,7 @@ def decode_request(frame: Frame, store: WeightStore) -> tuple[int, str, Request]
         separate=field(header, "separate", bool),
         label_counts=field(header, "label-counts", bool),
         session=field(header, "session", str),
-        company=company,
+        cohort=cohort,
         kept=field(header, "kept", bool),
         precision=precision,
         config=decode_config(header, "config"),

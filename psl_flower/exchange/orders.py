@@ -13,8 +13,8 @@ from psl_flower.errors import ProtocolError
 from psl_flower.exchange.fields import field, integers, limited, node_of
 from psl_flower.exchange.limits import MAX_ENTRIES
 from psl_flower.exchange.tensors import Packer, Unpacker
-from psl_flower.privacy import Company
-from psl_flower.privacy.company import KEY_BYTES
+from psl_flower.privacy import Cohort
+from psl_flower.privacy.cohort import KEY_BYTES
 from psl_flower.protocol import MAX_CLASSES, Orders
 
 _SCALARS = ("seed", "epoch", "step")
@@ -85,22 +85,22 @@ def _put_off(moved: Any) -> tuple[tuple[int, int, int], ...]:
     return tuple(found)
 
 
-def encode_company(company: Company, packer: Packer) -> dict[str, Any]:
-    """Return a company as a header, with columns."""
+def encode_cohort(cohort: Cohort, packer: Packer) -> dict[str, Any]:
+    """Return a cohort as a header, with columns."""
     return {
-        "session": company.session,
-        "attempt": company.attempt,
-        "degree": company.degree,
-        "places": dict(company.places),
-        "max-norm": company.max_norm,
-        "clients": packer.column(company.clients),
-        "counts": packer.column(company.counts),
-        "keys": packer.column(company.keys),
+        "session": cohort.session,
+        "attempt": cohort.attempt,
+        "degree": cohort.degree,
+        "places": dict(cohort.places),
+        "max-norm": cohort.max_norm,
+        "clients": packer.column(cohort.clients),
+        "counts": packer.column(cohort.counts),
+        "keys": packer.column(cohort.keys),
     }
 
 
-def decode_company(header: Mapping[str, Any], unpacker: Unpacker) -> Company:
-    """Return a company.
+def decode_cohort(header: Mapping[str, Any], unpacker: Unpacker) -> Cohort:
+    """Return a cohort.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def decode_company(header: Mapping[str, Any], unpacker: Unpacker) -> Company:
     """
     clients = unpacker.column(header.get("clients"), torch.int64, (None,))
     length = len(clients)
-    company = Company(
+    cohort = Cohort(
         session=field(header, "session", str),
         attempt=field(header, "attempt", int),
         degree=field(header, "degree", int),
@@ -120,10 +120,10 @@ def decode_company(header: Mapping[str, Any], unpacker: Unpacker) -> Company:
         keys=unpacker.column(header.get("keys"), torch.uint8, (length, KEY_BYTES)),
     )
     if (
-        company.attempt < 0
-        or not 0 <= company.degree < max(length, 1)
-        or any(abs(n) > 1000 for n in company.places.values())
-        or not (company.max_norm is None or 0 < company.max_norm < math.inf)
+        cohort.attempt < 0
+        or not 0 <= cohort.degree < max(length, 1)
+        or any(abs(n) > 1000 for n in cohort.places.values())
+        or not (cohort.max_norm is None or 0 < cohort.max_norm < math.inf)
     ):
-        raise ProtocolError("attempt, degree, places or largest norm of a company are out of range")
-    return company
+        raise ProtocolError("attempt, degree, places or largest norm of a cohort are out of range")
+    return cohort

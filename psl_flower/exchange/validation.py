@@ -79,8 +79,8 @@ class Validator:
         for part in reply.parts:
             try:
                 _check_form(part, stage, step)
-                if request.company is not None:
-                    _check_masked(part, expected, scaled=request.company.max_norm is not None)
+                if request.cohort is not None:
+                    _check_masked(part, expected, scaled=request.cohort.max_norm is not None)
                 specs[id(part)] = _spec(part, expected, self._longest)
                 passed.append(part)
             except ProtocolError as error:
@@ -92,17 +92,17 @@ class Validator:
         parts = []
         for part in passed:
             wrong = None if spec is None else _difference(specs[id(part)], spec)
-            sums = {} if request.company is not None else expected
+            sums = {} if request.cohort is not None else expected
             guilty = self._values(part, counts, sums) if wrong is None else _of_all(part, wrong)
             guilty = guilty or _other_classes(part, stage, request)
-            if request.company is None:
+            if request.cohort is None:
                 guilty = guilty or self._counted(part, stage)
             failures |= guilty
             parts += _innocent(part, guilty, counts, failures)
         self._everyone.update(request.nodes)
         training = request.orders is not None and not request.orders.test
         if self.bounds is not None and training and len(self._everyone) > 1:
-            readable = (Kind.ROWS,) if request.company is not None else (Kind.ROWS, Kind.SUM)  # not what is masked
+            readable = (Kind.ROWS,) if request.cohort is not None else (Kind.ROWS, Kind.SUM)  # not what is masked
             guilty = self._outliers(self.bounds, stage, parts, counts, readable)
             failures |= guilty
             parts = [each for part in parts for each in _innocent(part, guilty, counts, failures)] if guilty else parts

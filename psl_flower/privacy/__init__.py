@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from psl_flower.privacy.company import FACTOR, Company
+from psl_flower.privacy.cohort import FACTOR, Cohort
 from psl_flower.privacy.defences import (
     ClipCutGradient,
     Defence,
@@ -30,7 +30,7 @@ __all__ = [
     "DPSGD",
     "FACTOR",
     "ClipCutGradient",
-    "Company",
+    "Cohort",
     "Defence",
     "DistanceCorrelation",
     "GaussianNoise",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from psl_flower.errors import ProtocolError
 from psl_flower.failures import Kind
-from psl_flower.privacy.company import Company
+from psl_flower.privacy.cohort import Cohort
 from psl_flower.privacy.options import SecureAggregation
 from psl_flower.typing import IntArray
 
@@ -34,9 +34,9 @@ def fingerprint(key: bytes) -> str:
 class Party:
     """One client in one run: a pair of keys, and what it has given.
 
-    Note [Given once]: with two sums over the same examples at the same weights, of companies that differ by one client,
+    Note [Given once]: with two sums over the same examples at the same weights, of cohorts that differ by one client,
     the server could take one from the other. So at one state of the weights a client gives each example in one attempt
-    only, and in an attempt each stage only once, in one company. Then all sums at these weights are of different
+    only, and in an attempt each stage only once, in one cohort. Then all sums at these weights are of different
     unknowns, each a row of at least `least` ones: nothing about a single one follows from them, whoever is lost when.
 
     Parameters
@@ -60,7 +60,7 @@ class Party:
     # --- what it agrees to -------------------------------------------------------------------------------------------
     def agree(
         self,
-        company: Company,
+        cohort: Cohort,
         options: SecureAggregation,
         client: int,
         stage: str,
@@ -72,7 +72,7 @@ class Party:
 
         Parameters
         ----------
-        company : Company
+        cohort : Cohort
         options : SecureAggregation
             The client's own.
         client : int
@@ -91,29 +91,29 @@ class Party:
         ProtocolError
             If it does not give it.
         """
-        at = np.flatnonzero(company.clients == client)
-        if company.session != self.session or len(at) != 1 or company.key(int(at[0])) != self.key:
+        at = np.flatnonzero(cohort.clients == client)
+        if cohort.session != self.session or len(at) != 1 or cohort.key(int(at[0])) != self.key:
             raise ProtocolError(
                 "the request must name this client's key in this run: it is to describe itself anew", Kind.KEY
             )
-        if len(company) < options.least:
+        if len(cohort) < options.least:
             raise ProtocolError(
-                f"{len(company)} clients take part, this client gives sums of at least {options.least} only: "
+                f"{len(cohort)} clients take part, this client gives sums of at least {options.least} only: "
                 "give the server the same secure_aggregation, and batches of more clients"
             )
-        if company.degree != options.degree(len(company)):
+        if cohort.degree != options.degree(len(cohort)):
             raise ProtocolError(
-                f"the server wants masks with {company.degree} neighbours, this client with "
-                f"{options.degree(len(company))}: give both the same secure_aggregation"
+                f"the server wants masks with {cohort.degree} neighbours, this client with "
+                f"{options.degree(len(cohort))}: give both the same secure_aggregation"
             )
-        if not company.is_sound:
+        if not cohort.is_sound:
             raise ProtocolError("clients that give a sum together must be named once each, with a key of their own")
-        digest, once = company.digest, "a client gives each example once at the same weights"
-        if company.attempt < self._attempt:
-            raise ProtocolError(f"attempt {company.attempt} comes after attempt {self._attempt}: {once}")
-        same = company.attempt == self._attempt
+        digest, once = cohort.digest, "a client gives each example once at the same weights"
+        if cohort.attempt < self._attempt:
+            raise ProtocolError(f"attempt {cohort.attempt} comes after attempt {self._attempt}: {once}")
+        same = cohort.attempt == self._attempt
         if same and (digest != self._digest or stage in self._stages):
-            raise ProtocolError(f"stage {stage!r} of attempt {company.attempt} was answered: {once}, in one company")
+            raise ProtocolError(f"stage {stage!r} of attempt {cohort.attempt} was answered: {once}, in one cohort")
         if not same:
             given = self._rows.get(data) if version == self._version else None
             if given is not None and np.isin(rows, given).any():
@@ -122,11 +122,11 @@ class Party:
                 self._version, self._rows = version, {}
             before = self._rows.get(data, np.zeros(0, dtype=np.int64))
             self._rows[data] = np.concatenate((before, rows))
-            self._attempt, self._digest, self._stages = company.attempt, digest, set()
+            self._attempt, self._digest, self._stages = cohort.attempt, digest, set()
         self._stages.add(stage)
 
     # --- masks -------------------------------------------------------------------------------------------------------
-    def add_masks(self, total: NDArray[np.int64], company: Company, stage: str, at: int, others: Sequence[int]) -> None:
+    def add_masks(self, total: NDArray[np.int64], cohort: Cohort, stage: str, at: int, others: Sequence[int]) -> None:
         """Add to whole numbers, modulo 2^64, the masks that a client shares with some of the others.
 
         Parameters
@@ -140,10 +140,10 @@ class Party:
         others : sequence of int
             Positions.
         """
-        terms = company.terms(stage)
+        terms = cohort.terms(stage)
         numbers = total.view(np.uint64)
         for other in others:
-            key = hmac.digest(self._secret(company.key(other)), terms, "sha256")
+            key = hmac.digest(self._secret(cohort.key(other)), terms, "sha256")
             stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
             combine = np.add if other > at else np.subtract
             for begin in range(0, len(numbers), _CHUNK):

@@ -145,14 +145,14 @@ class CallContext:
                 f"stage {stage.name!r} takes {', '.join(stage.inputs) or 'nothing'}, got {', '.join(inputs)}"
             )
         clients = tuple(orders.clients.tolist())
-        first, secure, company = stage.after is None, self._asking.secure, None
+        first, secure, cohort = stage.after is None, self._asking.secure, None
         each = secure is None and not self.orders.test and self._asking.validator.wants_each(stage)
         size = sum(tree.num_bytes(dict(part.parameters)) for part in self._weights.values())
         if secure is not None and LeafKind.SUM in stage.outputs.values():
             if len(orders) < secure.options.least:
                 raise TooFewError
             self._secure_attempt = self._secure_attempt or secure.next_attempt()
-            company = secure.company(stage, orders, self._secure_attempt, self._asking.keys())
+            cohort = secure.cohort(stage, orders, self._secure_attempt, self._asking.keys())
             self.given = True
         return Request(
             stage=stage.name,
@@ -162,7 +162,7 @@ class CallContext:
             inputs={name: Leaf(kind, inputs[name]) for name, kind in stage.inputs.items()},
             delays=tuple(self._delays.get(c, 0.0) for c in clients) if first and self._delays else (),
             separate=self._asking.separate or (each and size * len(orders) <= _MOST_SEPARATE),
-            company=company,
+            cohort=cohort,
             precision=self.backend.precision,
             config=self._asking.config,
             evaluate_config=self._asking.evaluate_config if orders.test else {},
@@ -190,13 +190,13 @@ class CallContext:
 
     def _gather(self, stage: Stage, request: Request | None, parts: list[Part], asked: Orders, clip: Any) -> Any:
         sent = gather(stage, parts, self.orders, asked, clip, texts=self._asking.texts)
-        secure, company = self._asking.secure, None if request is None else request.company
-        if secure is not None and company is not None:
+        secure, cohort = self._asking.secure, None if request is None else request.cohort
+        if secure is not None and cohort is not None:
             for name in [name for name, kind in stage.outputs.items() if kind is LeafKind.SUM]:
                 check_given_alike(name, [part.outputs[name].value for part in parts])
                 weights, total = self._weights.get(name), getattr(sent, name)
                 parameters = None if weights is None else weights.parameters
-                setattr(sent, name, secure.total(stage, name, total, company, parameters, test=self.orders.test))
+                setattr(sent, name, secure.total(stage, name, total, cohort, parameters, test=self.orders.test))
         return sent
 
     def _once_more(
@@ -273,7 +273,7 @@ class StepContext(CallContext):
             request = self._request(stage, self.orders, inputs)
             parts, failures = self._ask(stage, request)
             if failures:
-                again = {} if request.company is not None else failures if self._begun else _joint(failures)
+                again = {} if request.cohort is not None else failures if self._begun else _joint(failures)
                 self._asking.refuse(_own(failures) if again else failures, len(request.nodes), stage.name)
                 more, still = self._once_more(stage, request, again) if again else ([], {})
                 parts += more

@@ -12,7 +12,7 @@ from flwr.app import MetricRecord
 
 from psl_flower.errors import LabelError, StepError
 from psl_flower.exchange.validation import Validator
-from psl_flower.failures import Failure, Kind, told
+from psl_flower.failures import Failure, Kind, failure_lines
 from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
@@ -151,7 +151,7 @@ class Evaluator:
             found = found or outcome is not None
             if failures and (not self._policy.tolerate or not (found or self._secure)):
                 raise StepError(f"{len(failures)} of {len(counts)} clients failed", failures)
-            for line in told(failures, self._membership.name):
+            for line in failure_lines(failures, self._membership.name):
                 log.warning("evaluation goes on without %s", line)
             for client in failures:
                 del left[client], counts[client]

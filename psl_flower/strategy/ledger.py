@@ -102,10 +102,10 @@ class EpochLedger:
 
     def unfinished(self) -> IntArray:
         """Return the ids of the clients with examples remaining that can be drawn now, ascending."""
-        return np.asarray(self.population.client_ids[self._at_hand > 0])
+        return np.asarray(self.population.client_ids[self._available > 0])
 
     @property
-    def _at_hand(self) -> IntArray:
+    def _available(self) -> IntArray:
         return np.asarray(self.remaining - self._resting)
 
     def contributors(self) -> IntArray:
@@ -123,7 +123,7 @@ class EpochLedger:
 
         Some of the clients must have examples remaining.
         """
-        available = np.isin(self.population.client_ids, clients) & (self._at_hand > 0)
+        available = np.isin(self.population.client_ids, clients) & (self._available > 0)
         absent = (self._planned > 0) & ~available
         if self._outdated or self._replanning_pays(available) or not self._put_off(absent):
             self._replan(available)
@@ -252,7 +252,7 @@ class EpochLedger:
     # --- planning anew -----------------------------------------------------------------------------------------------
     def _replanning_pays(self, available: BoolArray) -> bool:
         """Return whether enough remains of the `available` clients, (K,), beyond the plan; Note [When to plan anew]."""
-        remaining = self._at_hand[available]
+        remaining = self._available[available]
         left, beyond = len(self._plan) - self._next, int((remaining - self._planned[available]).sum())
         return beyond > 0 and (left <= _LAST_STEPS or beyond * self._taken >= _WORTH * left * int(remaining.sum()))
 
@@ -273,18 +273,18 @@ class EpochLedger:
         population, rows = self.population, np.flatnonzero(available)
         rest = Population(
             population.client_ids[rows],
-            self._at_hand[rows],
+            self._available[rows],
             self._remaining_by_class(rows),
             None if population.delays is None else population.delays.take(rows),
         )
         self._plan = self._sampler.plan(rest, self._epoch, replan=self.replans).of_at_least(self._least)
-        self._next, self._taken, self._planned = 0, 0, np.where(available, self._at_hand, 0)
+        self._next, self._taken, self._planned = 0, 0, np.where(available, self._available, 0)
 
     def _remaining_by_class(self, rows: IndexArray) -> IntArray | None:
         counts = self.population.label_counts
         if counts is None or self._seen is None:
             return None
-        remaining, left = self._at_hand[rows], (counts - self._seen - self._resting_by_class)[rows]
+        remaining, left = self._available[rows], (counts - self._seen - self._resting_by_class)[rows]
         # labels that are not those a client reported (soft ones, say): its classes are spread as they were
         rng = np.random.default_rng([self._sampler.seed, self._epoch, self.replans])
         for i in np.flatnonzero((left < 0).any(axis=1) | (left.sum(axis=1) != remaining)):

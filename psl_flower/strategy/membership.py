@@ -11,7 +11,7 @@ import numpy as np
 
 from psl_flower.errors import MembershipError
 from psl_flower.exchange import Clients
-from psl_flower.failures import Failure, Kind, told
+from psl_flower.failures import Failure, Kind, failure_lines
 from psl_flower.population import Population
 from psl_flower.samplers.rounding import round_to_sum
 from psl_flower.strategy.tolerance import Backoff
@@ -177,7 +177,7 @@ class Membership:
     def leave_out_of_round(self, lost: Mapping[int, Failure]) -> None:
         """Leave clients out until the next round."""
         self._out_of_round |= lost.keys()
-        for line in told(lost, self.name):
+        for line in failure_lines(lost, self.name):
             log.warning("out of the round: %s", line)
 
     def repeated(self, outliers: Mapping[int, Failure]) -> dict[int, Failure]:
@@ -188,7 +188,7 @@ class Membership:
     def exclude(self, failures: Mapping[int, Failure], reason: str = "for a mistake") -> None:
         """Leave clients out for the rest of the run."""
         self._excluded |= failures.keys()
-        for line in told(failures, self.name):
+        for line in failure_lines(failures, self.name):
             log.warning("left out for the rest of the run, %s: %s", reason, line)
 
     def leave_out_rows(self, client: int, failure: Failure, *, test: bool = False) -> list[int]:

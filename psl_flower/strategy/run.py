@@ -13,7 +13,7 @@ import torch
 from flwr.serverapp.strategy import Result
 
 from psl_flower.errors import StepError
-from psl_flower.failures import Failure, Kind, alike, told
+from psl_flower.failures import Failure, Kind, alike, failure_lines
 from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
@@ -116,7 +116,9 @@ class Run:
         summary = self.summary
         examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
         what = "is redone without" if nothing else "goes on without"
-        for line in told({c: f for c, f in attempt.lost.items() if not self._was_told(f)}, self.membership.name):
+        for line in failure_lines(
+            {c: f for c, f in attempt.lost.items() if not self._was_told(f)}, self.membership.name
+        ):
             log.warning("step %d %s %s", orders.step, what, line)
         if attempt.skipped:
             summary.steps_skipped += 1

@@ -17,7 +17,7 @@ from psl_flower.exchange.streams import StreamOptions
 from psl_flower.failures import Failure, Kind
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.population import Population
-from psl_flower.privacy import FACTOR, Company, SecureAggregation, decode, places_for, secure_options
+from psl_flower.privacy import FACTOR, Cohort, SecureAggregation, decode, places_for, secure_options
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.protocol import Orders
 from psl_flower.samplers.base import Sampler
@@ -59,12 +59,12 @@ class SecureSums:
         self._attempt += 1
         return self._attempt
 
-    def company(self, stage: Stage, orders: Orders, attempt: int, keys: Mapping[int, bytes]) -> Company:
+    def cohort(self, stage: Stage, orders: Orders, attempt: int, keys: Mapping[int, bytes]) -> Cohort:
         """Return what the clients of a stage must know of each other."""
         size = len(orders)
         named = [np.frombuffer(keys.get(client) or bytes(32), dtype=np.uint8) for client in orders.clients.tolist()]
         exponents = {name: self._exponents.get(_name(stage, name, orders.test), _FIRST) for name in _sums(stage)}
-        return Company(
+        return Cohort(
             session=self.session,
             attempt=attempt,
             clients=orders.clients,
@@ -80,7 +80,7 @@ class SecureSums:
         stage: Stage,
         name: str,
         value: Tree,
-        company: Company,
+        cohort: Cohort,
         parameters: Mapping[str, Tensor] | None,
         *,
         test: bool,
@@ -98,7 +98,7 @@ class SecureSums:
         """
         if not tree.leaves(value):
             return value
-        places, largest = company.places[name], 0.0
+        places, largest = cohort.places[name], 0.0
 
         def real(total: Tensor, like: Tensor) -> Tensor:
             nonlocal largest

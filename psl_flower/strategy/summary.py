@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from psl_flower.failures import Failure, Kind, told
+from psl_flower.failures import Failure, Kind, failure_lines
 from psl_flower.protocol import Reply
 from psl_flower.strategy.progress import clock
 
@@ -194,7 +194,9 @@ class RunSummary:
             log.warning("%d steps of %d examples were not finite", self.steps_skipped, self.examples_skipped)
         if self.excluded:
             mistakes = {client: Failure(Kind.RAISED, why) for client, why in self.excluded.items()}
-            log.warning("The run went without clients that made a mistake: %s", "; ".join(told(mistakes, name)))
+            log.warning(
+                "The run went without clients that made a mistake: %s", "; ".join(failure_lines(mistakes, name))
+            )
         if self.examples_unseen:
             log.warning("Examples not seen, by client: %s", _shown(self.examples_unseen))
 

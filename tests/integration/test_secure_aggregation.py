@@ -135,7 +135,7 @@ def test_a_client_that_is_told_another_norm_gives_a_mask_that_stays():
         def _answer(self, message, context):
             if message.metadata.message_type == "train.backward" and context.node_config["partition-id"] == 2:
                 frame = content_to_frame(message.content)
-                frame.header["company"]["max-norm"] = 1e3
+                frame.header["cohort"]["max-norm"] = 1e3
                 message.content = frame_to_content(frame)
             return super()._answer(message, context)
 
@@ -472,7 +472,7 @@ class CuriousGrid(InProcessGrid):
         for part in decode_reply(content_to_frame(reply.content), request).parts:
             for name, leaf in part.outputs.items():
                 if leaf.kind.value == "sum" and (leaves := tree.leaves(leaf.value)):
-                    leaves = tree.leaves(leaf.value["values"]) if request.company else leaves
+                    leaves = tree.leaves(leaf.value["values"]) if request.cohort else leaves
                     flat = torch.cat([t.flatten() for t in leaves]).numpy()
                     of_all = self.received.setdefault((request.stage, name), {})
                     of_all.setdefault(context.node_config["partition-id"], []).append(flat)

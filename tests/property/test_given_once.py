@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from psl_flower import SecureAggregation, SplitClient
 from psl_flower.errors import ProtocolError
-from psl_flower.privacy import Company, Party
+from psl_flower.privacy import Cohort, Party
 from psl_flower.samplers import Delays, Population
 from psl_flower.samplers.registry import SAMPLERS
 from psl_flower.strategy.ledger import EpochLedger, part
@@ -32,16 +32,16 @@ class Client:
     def rows(self, order) -> IntArray:
         return self.data.draw(order)
 
-    def answer(self, company, stage, version, order) -> list[tuple[str, int, int]]:
+    def answer(self, cohort, stage, version, order) -> list[tuple[str, int, int]]:
         """Return the unknowns that its part is the sum of: the gradient of each of its examples, at these weights."""
         rows = self.rows(order)
-        self.party.agree(company, OPTIONS, self.client, stage, version, rows, "train")
+        self.party.agree(cohort, OPTIONS, self.client, stage, version, rows, "train")
         return [(f"{version} {stage}", self.client, int(row)) for row in rows]
 
 
-def company_of(clients, orders, attempt):
+def cohort_of(clients, orders, attempt):
     keys = [np.frombuffer(clients[c].party.key, np.uint8) for c in orders.clients.tolist()]
-    return Company(
+    return Cohort(
         session="run",
         attempt=attempt,
         clients=orders.clients,
@@ -109,13 +109,13 @@ class Play:
         """Return whether nobody is lost."""
         self.attempts += 1
         for stage in STAGES:
-            company = company_of(self.clients, orders, self.attempts)
+            cohort = cohort_of(self.clients, orders, self.attempts)
             victim, late = next(self.losses, (None, False))
             victim = orders.clients[victim % len(orders)] if victim is not None else None
             unknowns = []
             for order in orders.each():
                 if order.client != victim or late:
-                    unknowns += self.clients[order.client].answer(company, stage, f"w{self.version}", order)
+                    unknowns += self.clients[order.client].answer(cohort, stage, f"w{self.version}", order)
             if victim is None or late:
                 self.equations.append(unknowns)
             if victim is not None:
@@ -165,7 +165,7 @@ def test_made_again_without_the_lost_client_its_gradient_would_follow():
     orders = orders.orders(0, orders.step(np.arange(4)))
     clients = {k: Client(k, n) for k, n in enumerate(sizes)}
     without = orders.take(np.arange(3))
-    first, second = (company_of(clients, each, i) for i, each in enumerate((orders, without)))
+    first, second = (cohort_of(clients, each, i) for i, each in enumerate((orders, without)))
     equations = [[u for o in orders.each() for u in clients[o.client].answer(first, "backward", "w0", o)]]
     for order in without.each():
         try:
@@ -175,6 +175,6 @@ def test_made_again_without_the_lost_client_its_gradient_would_follow():
         else:
             raise AssertionError("it gave its example twice")
     forgetful = {k: Client(k, n) for k, n in enumerate(sizes)}
-    company = replace(second, keys=company_of(forgetful, without, 1).keys)
-    equations.append([u for o in without.each() for u in forgetful[o.client].answer(company, "backward", "w0", o)])
+    cohort = replace(second, keys=cohort_of(forgetful, without, 1).keys)
+    equations.append([u for o in without.each() for u in forgetful[o.client].answer(cohort, "backward", "w0", o)])
     assert isolated(equations) == {3}

@@ -18,7 +18,7 @@ from psl_flower.exchange.frames import Decoder, Frame, encode
 from psl_flower.exchange.records import RAW, content_to_frame, frame_to_content
 from psl_flower.failures import Failure
 from psl_flower.failures import Kind as FailureKind
-from psl_flower.privacy import Company
+from psl_flower.privacy import Cohort
 from psl_flower.protocol import DESCRIBE, Description, Kind, Leaf, Orders, Part, Reply, Request, Weights
 
 CONFIG = {"a": 1, "b": [1.5, float("-inf")], "c": b"\0\xff", "d": "x", "e": True, "empty": []}
@@ -49,7 +49,7 @@ def rows(n, *shape):
 
 
 NODES = (BIG, 7, 4)
-COMPANY = Company(
+COHORT = Cohort(
     session="s1",
     attempt=2**40,
     clients=np.array([0, 1, 2, 9]),
@@ -66,7 +66,7 @@ REQUESTS = {
         orders=orders(put_off={0: ((-1, 4, 2), (-1, 0, 1)), 2: ((1, 0, 3),)}),
         weights={"head": weights()},
         inputs={"gradient": Leaf(Kind.ROWS, rows(6, 2))},
-        company=COMPANY,
+        cohort=COHORT,
     ),
     "forward": Request(
         stage="forward", nodes=NODES, orders=orders(), weights={"head": weights()}, config=CONFIG, delays=(0.5, 0.0, 2)
@@ -373,14 +373,14 @@ def drop(*path):
         ("forward", put("orders", "put-off", {"0": [[0, 1]]}), "expected class, start and count of examples"),
         ("forward", put("orders", "put-off", {"0": 3}), "expected class, start and count of examples"),
         ("forward", put("orders", "put-off", {"0": [[-2, 1, 1]]}), "expected class, start and count of examples"),
-        ("masked", put("company", []), "expected 'company' to be of type dict"),
-        ("masked", drop("company", "keys"), "expected the description of a tensor, got None"),
-        ("masked", put("company", "attempt", -1), "of a company are out of range"),
-        ("masked", put("company", "degree", 4), "of a company are out of range"),
-        ("masked", put("company", "places", {"head": 1001}), "of a company are out of range"),
-        ("masked", put("company", "max-norm", 0.0), "of a company are out of range"),
-        ("masked", put("company", "max-norm", "1"), "expected 'max-norm' to be of type float, got '1'"),
-        ("masked", put("company", "places", {"head": 1.0}), "expected 'head' to be of type int, got 1.0"),
+        ("masked", put("cohort", []), "expected 'cohort' to be of type dict"),
+        ("masked", drop("cohort", "keys"), "expected the description of a tensor, got None"),
+        ("masked", put("cohort", "attempt", -1), "of a cohort are out of range"),
+        ("masked", put("cohort", "degree", 4), "of a cohort are out of range"),
+        ("masked", put("cohort", "places", {"head": 1001}), "of a cohort are out of range"),
+        ("masked", put("cohort", "max-norm", 0.0), "of a cohort are out of range"),
+        ("masked", put("cohort", "max-norm", "1"), "expected 'max-norm' to be of type float, got '1'"),
+        ("masked", put("cohort", "places", {"head": 1.0}), "expected 'head' to be of type int, got 1.0"),
         ("masked", put("session", 5), "expected 'session' to be of type str, got 5"),
         ("by class", drop("orders", "class_starts"), "must name the same classes"),
         ("forward", put("delays", [1.0]), "expected 3 delays, got 1"),

@@ -22,13 +22,13 @@ from psl_flower.privacy import (
     distance_correlation,
     parse_defences,
 )
-from psl_flower.privacy.defences import Leaving
+from psl_flower.privacy.defences import OutgoingRows
 
 SECRETS = [Secret(bytes([i] * 32)) for i in range(2)]
 
 
 def leaving(examples, counts, secrets=SECRETS, weights=b"some"):
-    return Leaving(
+    return OutgoingRows(
         secrets=secrets,
         counts=np.array(counts),
         examples=np.array(examples),
@@ -54,7 +54,7 @@ def test_a_secret_draws_uniform_numbers_for_each_example():
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_an_example_has_the_same_numbers_in_any_company_at_the_same_weights(width):
+def test_an_example_has_the_same_numbers_in_any_cohort_at_the_same_weights(width):
     of = leaving([4, 9, 2, 4], [3, 1])
     drawn, x = of.uniform(torch.zeros(4, width)), torch.zeros(2, width)
     alone = leaving([2, 9], [2], SECRETS[:1])

@@ -11,7 +11,7 @@ from torch import nn
 
 from psl_flower.client.masking import Masking
 from psl_flower.errors import ConfigError, ProtocolError
-from psl_flower.privacy import DPSGD, Company, Party, decode
+from psl_flower.privacy import DPSGD, Cohort, Party, decode
 from psl_flower.privacy.accounting import epsilon, noise_for
 from psl_flower.privacy.per_example import clipped_sum
 from psl_flower.protocol import Kind, Leaf
@@ -92,7 +92,7 @@ def test_a_client_without_a_gradient_adds_its_share():
     weights = {"tail": SimpleNamespace(parameters={"w": torch.zeros(100, 50)})}
     request = SimpleNamespace(orders=SimpleNamespace(test=False), weights=weights)
     clients, parties = np.arange(4), {client: Party("s") for client in range(4)}
-    company = Company(
+    cohort = Cohort(
         session="s",
         attempt=1,
         clients=clients,
@@ -104,7 +104,7 @@ def test_a_client_without_a_gradient_adds_its_share():
     )
     private = DPSGD(clip=2.0, noise=5.0, batch_size=10)
     given = {"tail": Leaf(Kind.SUM, {"w": None})}
-    found = Masking(company, request, "s", parties, private).mask(given, clients)["tail"].value
+    found = Masking(cohort, request, "s", parties, private).mask(given, clients)["tail"].value
     assert found["present"].tolist() == [1]
     law = stats.norm(scale=2.0 * 5.0 / 10 * math.sqrt(4 / (4 - private.colluding)))
     assert stats.kstest(decode(found["values"]["w"].numpy(), 20).reshape(-1), law.cdf).pvalue > 1e-3

@@ -3,7 +3,7 @@
 import pytest
 
 from psl_flower.errors import DivergenceError, StepError
-from psl_flower.failures import Failure, Kind, alike, likeness, told, without_values
+from psl_flower.failures import Failure, Kind, alike, failure_lines, likeness, without_values
 
 
 def name(client):
@@ -37,12 +37,14 @@ def test_what_is_another_mistake():
 
 def test_each_mistake_is_told_once_with_the_first_client_that_made_it():
     failures = {5: raised("no img_5.png"), 2: raised("no img_2.png"), 9: raised("KeyError: 'x'"), 7: raised("no img_7")}
-    assert told(failures, name) == [
+    assert failure_lines(failures, name) == [
         "client 2 (node 12) and 1 other likewise: no img_2.png",
         "client 7 (node 17): no img_7",
         "client 9 (node 19): KeyError: 'x'",
     ]
-    assert told(dict.fromkeys(range(4), raised("a bug")), name) == ["client 0 (node 10) and 3 others likewise: a bug"]
+    assert failure_lines(dict.fromkeys(range(4), raised("a bug")), name) == [
+        "client 0 (node 10) and 3 others likewise: a bug"
+    ]
 
 
 def test_a_step_error_names_its_clients_as_the_run_calls_them():

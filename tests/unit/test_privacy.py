@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from psl_flower import SecureAggregation
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.failures import Kind
-from psl_flower.privacy import Company, OutOfRangeError, Party, decode, encode, fingerprint, places_for, secure_options
+from psl_flower.privacy import Cohort, OutOfRangeError, Party, decode, encode, fingerprint, places_for, secure_options
 
 OPTIONS = SecureAggregation()
 ROWS = np.arange(5)
 
 
-def make_company(parties, attempt=1, options=OPTIONS, **changes):
+def make_cohort(parties, attempt=1, options=OPTIONS, **changes):
     size = len(parties)
     keys = [np.frombuffer(party.key, np.uint8) for party in parties]
     values = {
@@ -25,17 +25,17 @@ def make_company(parties, attempt=1, options=OPTIONS, **changes):
         "keys": np.stack(keys),
         "degree": options.degree(size),
     }
-    return Company(**{**values, **changes})
+    return Cohort(**{**values, **changes})
 
 
 def parties(size):
     return [Party("run") for _ in range(size)]
 
 
-def masked(values, company, members, stage="backward"):
+def masked(values, cohort, members, stage="backward"):
     result = values.copy()
     for at, (numbers, party) in enumerate(zip(result, members, strict=True)):
-        party.add_masks(numbers, company, stage, at, company.neighbours()[at].tolist())
+        party.add_masks(numbers, cohort, stage, at, cohort.neighbours()[at].tolist())
     return result
 
 
@@ -74,9 +74,9 @@ def test_whole_numbers_stay_what_they_are():
 @pytest.mark.parametrize("size", [2, 3, 8, 9, 30])
 def test_masks_cancel_in_the_sum_of_all_and_in_no_other(size):
     members = parties(size)
-    company = make_company(members)
+    cohort = make_cohort(members)
     values = np.random.default_rng(0).integers(-(2**40), 2**40, (size, 70_000))  # more than a chunk
-    sent = masked(values, company, members)
+    sent = masked(values, cohort, members)
     assert np.array_equal(sent.sum(axis=0), values.sum(axis=0))
     for few in (range(1), range(size - 1), range(1, size)):
         wrong = sent[few].sum(axis=0) != values[few].sum(axis=0)
@@ -84,8 +84,8 @@ def test_masks_cancel_in_the_sum_of_all_and_in_no_other(size):
 
 
 def test_masks_look_like_noise():
-    company = make_company(members := parties(3))
-    sent = masked(np.zeros((3, 100_000), np.int64), company, members)
+    cohort = make_cohort(members := parties(3))
+    sent = masked(np.zeros((3, 100_000), np.int64), cohort, members)
     for each in sent:
         bits = np.unpackbits(each.view(np.uint8)).reshape(-1, 8)
         assert np.abs(bits.mean(axis=0) - 0.5).max() < 0.004
@@ -94,7 +94,7 @@ def test_masks_look_like_noise():
 
 def test_every_stage_and_attempt_has_masks_of_its_own():
     members, zeros = parties(3), np.zeros((3, 100), np.int64)
-    first, second = make_company(members), make_company(members, attempt=2)
+    first, second = make_cohort(members), make_cohort(members, attempt=2)
     found = [masked(zeros, first, members), masked(zeros, first, members, "other"), masked(zeros, second, members)]
     assert np.array_equal(found[0], masked(zeros, first, members))
     for a, b in ((0, 1), (0, 2), (1, 2)):
@@ -106,8 +106,8 @@ def test_every_stage_and_attempt_has_masks_of_its_own():
 def test_neighbours_are_mutual_and_everyone_is_reached(size, degree):
     options = SecureAggregation(neighbours=degree)
     keys = np.random.default_rng(size).integers(0, 256, (size, 32)).astype(np.uint8)
-    company = make_company([Party("run")] * size, options=options, keys=keys)
-    table = company.neighbours()
+    cohort = make_cohort([Party("run")] * size, options=options, keys=keys)
+    table = cohort.neighbours()
     assert table.shape == (size, min(degree + degree % 2, size - 1))
     for at, row in enumerate(table.tolist()):
         assert at not in row
@@ -125,35 +125,35 @@ def test_many_clients_have_few_neighbours():
 
 
 # --- what a client agrees to -----------------------------------------------------------------------------------------
-def agree(party, company, client=0, stage="backward", version="w1", rows=ROWS, data="train", options=OPTIONS):
-    party.agree(company, options, client, stage, version, np.asarray(rows), data)
+def agree(party, cohort, client=0, stage="backward", version="w1", rows=ROWS, data="train", options=OPTIONS):
+    party.agree(cohort, options, client, stage, version, np.asarray(rows), data)
 
 
 def test_an_example_is_given_once_at_the_same_weights():
     members = parties(4)
-    agree(members[0], make_company(members))
-    agree(members[0], make_company(members), stage="another")
+    agree(members[0], make_cohort(members))
+    agree(members[0], make_cohort(members), stage="another")
     with pytest.raises(ProtocolError, match="examples of an earlier attempt are asked for again"):
-        agree(members[0], make_company(members[:3], attempt=2), rows=[9, 4])
-    agree(members[0], make_company(members[:3], attempt=3), rows=[9, 5])
+        agree(members[0], make_cohort(members[:3], attempt=2), rows=[9, 4])
+    agree(members[0], make_cohort(members[:3], attempt=3), rows=[9, 5])
     with pytest.raises(ProtocolError, match="asked for again"):
-        agree(members[0], make_company(members[:3], attempt=4), rows=[9])
-    agree(members[0], make_company(members[:3], attempt=5), rows=[9], data="test")
-    agree(members[0], make_company(members[:3], attempt=6), rows=ROWS, version="w2")
+        agree(members[0], make_cohort(members[:3], attempt=4), rows=[9])
+    agree(members[0], make_cohort(members[:3], attempt=5), rows=[9], data="test")
+    agree(members[0], make_cohort(members[:3], attempt=6), rows=ROWS, version="w2")
 
 
-def test_in_an_attempt_each_stage_is_answered_once_and_in_one_company():
+def test_in_an_attempt_each_stage_is_answered_once_and_in_one_cohort():
     members = parties(4)
-    agree(members[0], make_company(members, attempt=2))
-    for company, stage in (
-        (make_company(members, attempt=2), "backward"),
-        (make_company(members[:3], attempt=2), "another"),
-        (make_company(members, attempt=2, counts=np.array([5, 5, 5, 6])), "another"),
+    agree(members[0], make_cohort(members, attempt=2))
+    for cohort, stage in (
+        (make_cohort(members, attempt=2), "backward"),
+        (make_cohort(members[:3], attempt=2), "another"),
+        (make_cohort(members, attempt=2, counts=np.array([5, 5, 5, 6])), "another"),
     ):
         with pytest.raises(ProtocolError, match="attempt 2 was answered"):
-            agree(members[0], company, stage=stage)
+            agree(members[0], cohort, stage=stage)
     with pytest.raises(ProtocolError, match="attempt 1 comes after attempt 2"):
-        agree(members[0], make_company(members, attempt=1), version="w2")
+        agree(members[0], make_cohort(members, attempt=1), version="w2")
 
 
 @pytest.mark.parametrize(
@@ -170,38 +170,38 @@ def test_in_an_attempt_each_stage_is_answered_once_and_in_one_company():
 def test_what_a_client_does_not_agree_to(changes, options, message, kind):
     members = parties(4)
     with pytest.raises(ProtocolError, match=message) as error:
-        agree(members[0], make_company(members, **changes), options=options)
+        agree(members[0], make_cohort(members, **changes), options=options)
     assert error.value.kind is kind
 
 
 def test_one_key_under_two_names_is_refused():
     members = parties(3)
     with pytest.raises(ProtocolError, match="a key of their own"):
-        agree(members[0], make_company([members[0], members[1], members[1]]))
+        agree(members[0], make_cohort([members[0], members[1], members[1]]))
 
 
 def test_a_key_without_a_secret_is_refused():
     members = parties(3)
-    keys = make_company(members).keys.copy()
+    keys = make_cohort(members).keys.copy()
     keys[1] = 0
     with pytest.raises(ProtocolError, match="a key that no mask can be made with"):
-        members[0].add_masks(np.zeros(3, np.int64), make_company(members, keys=keys), "backward", 0, [1, 2])
+        members[0].add_masks(np.zeros(3, np.int64), make_cohort(members, keys=keys), "backward", 0, [1, 2])
 
 
 def test_another_process_goes_on_where_one_has_ended():
     members = parties(4)
-    agree(members[0], company := make_company(members))
+    agree(members[0], cohort := make_cohort(members))
     state = members[0].state_dict()
     again = Party(state["session"], state["private"])
     again.load_state_dict(state)
     assert again.key == members[0].key
     with pytest.raises(ProtocolError, match="was answered"):
-        agree(again, company)
+        agree(again, cohort)
     with pytest.raises(ProtocolError, match="asked for again"):
-        agree(again, make_company(members, attempt=2))
+        agree(again, make_cohort(members, attempt=2))
     sent = [np.zeros(9, np.int64) for _ in range(2)]
     for numbers, party in zip(sent, (members[0], again), strict=True):
-        party.add_masks(numbers, company, "backward", 0, [1, 2])
+        party.add_masks(numbers, cohort, "backward", 0, [1, 2])
     assert np.array_equal(*sent)
 
 

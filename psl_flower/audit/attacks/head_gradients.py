@@ -29,7 +29,7 @@ def read_inputs(scene: Scene) -> Found:
     guesses, originals, nobody = list[Tensor](), list[Tensor](), mean_image(rows)[0]
     for exchange, leaf in scene.sums("head"):
         given = leaf.value
-        if exchange.company is not None or exchange.order.client in scene.shadow or f"{layer}.bias" not in given:
+        if exchange.cohort is not None or exchange.order.client in scene.shadow or f"{layer}.bias" not in given:
             continue
         weight, bias = given[f"{layer}.weight"], given[f"{layer}.bias"]
         if weight is None or bias is None:

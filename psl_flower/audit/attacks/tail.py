@@ -100,10 +100,10 @@ def _read(scene: Scene, exchanges: list[Exchange], bias: str) -> list[FloatArray
             logits = run(_tail_of(scene, exchange), exchange.sent["outputs"].value)
         expected.append(logits.softmax(dim=1).sum(dim=0).double().numpy())
     sums = [exchange.received["tail"].value for exchange in exchanges]
-    company = exchanges[0].company
-    if company is None:
+    cohort = exchanges[0].cohort
+    if cohort is None:
         return [e - sum(rows) * value[bias].double().numpy() for e, value in zip(expected, sums, strict=True)]
-    total = decode(sum(value["values"][bias].numpy() for value in sums), company.places["tail"])
+    total = decode(sum(value["values"][bias].numpy() for value in sums), cohort.places["tail"])
     together = sum(expected) - sum(rows) * total
     return [together * n / sum(rows) for n in rows]
 

@@ -1,6 +1,6 @@
 """What clients do to what leaves them: noise, clipping, compression, a penalty on the loss, labels told with chance."""
 
-from psl_flower.privacy.defences.base import Defence, Leaving
+from psl_flower.privacy.defences.base import Defence, OutgoingRows
 from psl_flower.privacy.defences.compression import Quantize, TopK
 from psl_flower.privacy.defences.correlation import DistanceCorrelation
 from psl_flower.privacy.defences.cut_gradient import ClipCutGradient
@@ -17,7 +17,7 @@ __all__ = [
     "GaussianNoise",
     "GradientScrutiny",
     "LaplaceNoise",
-    "Leaving",
+    "OutgoingRows",
     "Quantize",
     "RandomizedResponse",
     "TopK",

@@ -16,7 +16,7 @@ from psl_flower.typing import FloatArray, IntArray
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Leaving:
+class OutgoingRows:
     """Whose rows leave, and what random numbers they have.
 
     Parameters
@@ -80,15 +80,15 @@ class Defence:
         A subclass that overrides it is told before the client first draws; labels are read for it.
         """
 
-    def rows(self, rows: Tensor, of: Leaving) -> Tensor:
+    def rows(self, rows: Tensor, of: OutgoingRows) -> Tensor:
         """Return what leaves in place of activations, (n, ...); differentiable, the gradient comes back this way."""
         return rows
 
-    def gradients(self, rows: Tensor, of: Leaving) -> Tensor:
+    def gradients(self, rows: Tensor, of: OutgoingRows) -> Tensor:
         """Return what leaves in place of gradients at a cut, (n, ...)."""
         return rows
 
-    def penalty(self, inputs: Tree, rows: Tree, of: Leaving) -> Tensor | None:
+    def penalty(self, inputs: Tree, rows: Tree, of: OutgoingRows) -> Tensor | None:
         """Return a term that is added to the loss, (); None for none.
 
         Parameters

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from psl_flower.checks import check_int
-from psl_flower.privacy.defences.base import Defence, Leaving
+from psl_flower.privacy.defences.base import Defence, OutgoingRows
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Quantize(Defence):
         """Bits of an entry."""
         return self.bits
 
-    def rows(self, rows: Tensor, of: Leaving) -> Tensor:
+    def rows(self, rows: Tensor, of: OutgoingRows) -> Tensor:
         """Round."""
         flat = rows.detach().reshape(len(rows), -1)
         step = flat.abs().amax(dim=1, keepdim=True) / (2 ** (self.bits - 1) - 1) if flat.numel() else flat
@@ -65,7 +65,7 @@ class TopK(Defence):
         """Most entries are zero."""
         return 0
 
-    def rows(self, rows: Tensor, of: Leaving) -> Tensor:
+    def rows(self, rows: Tensor, of: OutgoingRows) -> Tensor:
         """Drop what is small."""
         flat = rows.detach().reshape(len(rows), -1)
         if self.k >= flat.shape[1]:

@@ -11,7 +11,7 @@ from psl_flower import tree
 from psl_flower.checks import check_float
 from psl_flower.errors import ConfigError
 from psl_flower.precision import widened
-from psl_flower.privacy.defences.base import Defence, Leaving
+from psl_flower.privacy.defences.base import Defence, OutgoingRows
 from psl_flower.privacy.distance_correlation import distance_correlation
 from psl_flower.tree import Tree
 
@@ -35,7 +35,7 @@ class DistanceCorrelation(Defence):
     def __post_init__(self) -> None:
         check_float(self.weight, "weight", least=0)
 
-    def penalty(self, inputs: Tree, rows: Tree, of: Leaving) -> Tensor | None:
+    def penalty(self, inputs: Tree, rows: Tree, of: OutgoingRows) -> Tensor | None:
         """Return the term."""
         if not self.weight:
             return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from psl_flower.checks import check_float
-from psl_flower.privacy.defences.base import Defence, Leaving
+from psl_flower.privacy.defences.base import Defence, OutgoingRows
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ClipCutGradient(Defence):
         check_float(self.noise, "noise", least=0)
         check_float(self.everywhere, "everywhere", least=0)
 
-    def gradients(self, rows: Tensor, of: Leaving) -> Tensor:
+    def gradients(self, rows: Tensor, of: OutgoingRows) -> Tensor:
         """Clip, and add the noise."""
         flat = rows.reshape(len(rows), -1)
         norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)

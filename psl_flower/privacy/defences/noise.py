@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from psl_flower.checks import check_float
-from psl_flower.privacy.defences.base import Defence, Leaving, like
+from psl_flower.privacy.defences.base import Defence, OutgoingRows, like
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class GaussianNoise(Defence):
     def __post_init__(self) -> None:
         check_float(self.sigma, "sigma", least=0)
 
-    def rows(self, rows: Tensor, of: Leaving) -> Tensor:
+    def rows(self, rows: Tensor, of: OutgoingRows) -> Tensor:
         """Add the noise."""
         return rows + self.sigma * of.normal(rows) if self.sigma else rows
 
@@ -49,7 +49,7 @@ class LaplaceNoise(Defence):
     def __post_init__(self) -> None:
         check_float(self.scale, "scale", least=0)
 
-    def rows(self, rows: Tensor, of: Leaving) -> Tensor:
+    def rows(self, rows: Tensor, of: OutgoingRows) -> Tensor:
         """Add the noise."""
         if not self.scale:
             return rows

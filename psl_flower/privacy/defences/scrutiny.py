@@ -13,7 +13,7 @@ from torch import Tensor
 
 from psl_flower.checks import check_float, check_int
 from psl_flower.errors import ConfigError, HijackedError
-from psl_flower.privacy.defences.base import Defence, Leaving
+from psl_flower.privacy.defences.base import Defence, OutgoingRows
 from psl_flower.privacy.defences.labels import check_labels, replaced
 from psl_flower.privacy.secret import Secret
 from psl_flower.typing import FloatArray, IntArray
@@ -103,7 +103,7 @@ class GradientScrutiny(Defence):
         self._labels.setdefault(secret.value, {}).update(zip(keys, pairs, strict=True))
         return told
 
-    def rows(self, rows: Tensor, of: Leaving) -> Tensor:
+    def rows(self, rows: Tensor, of: OutgoingRows) -> Tensor:
         """Leave them as they are, and have a look at the gradient when it comes."""
         if rows.requires_grad:
             rows = rows.view_as(rows)
@@ -114,7 +114,7 @@ class GradientScrutiny(Defence):
         """Return what the clients of this process have seen."""
         return list(self._watches.values())
 
-    def _look(self, of: Leaving, gradient: Tensor) -> None:
+    def _look(self, of: OutgoingRows, gradient: Tensor) -> None:
         flat = gradient.detach().flatten(1).double().cpu().numpy()
         bounds = np.cumsum(of.counts)[:-1]
         blocks = zip(of.secrets, np.split(flat, bounds), np.split(of.examples, bounds), strict=True)
@@ -132,7 +132,7 @@ class GradientScrutiny(Defence):
 
 
 def _data(purpose: bytes) -> bytes:
-    """Return which data it is about: purposes end with it, see `Leaving`."""
+    """Return which data it is about: purposes end with it, see `OutgoingRows`."""
     return purpose.split()[-1]
 
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from psl_flower.client.recipe import _call
+from psl_flower.client.factory import _call
 
 
 class Net:

@@ -1,4 +1,4 @@
-"""How a client is built, in any process: from the recipe the ClientApp holds and a node's context."""
+"""How a client is built, in any process: from the factory the ClientApp holds and a node's context."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from psl_flower.split import check_client_half, cut_model, signature
 
 
 @dataclass(frozen=True)
-class ClientRecipe:
+class ClientFactory:
     """All that is needed to build a client in any process."""
 
     model_fn: Callable[..., Any]
@@ -54,12 +54,12 @@ class ClientRecipe:
     on_predict: Callable[..., Any] | None = None
 
 
-def method_of(recipe: ClientRecipe, state: RunState, context: Context) -> SplitMethod:
+def method_of(factory: ClientFactory, state: RunState, context: Context) -> SplitMethod:
     """Return the way of splitting in a run."""
-    if isinstance(recipe.method, SplitMethod):
-        return recipe.method
+    if isinstance(factory.method, SplitMethod):
+        return factory.method
     if state.method is None:
-        state.method = make_method(_call(recipe.method, context=context))
+        state.method = make_method(_call(factory.method, context=context))
     return state.method
 
 
@@ -71,7 +71,7 @@ class NotBuiltError(PSLError):
         self.partition_id = partition_id if type(partition_id) is int else None
 
 
-def make_client(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
+def make_client(factory: ClientFactory, state: RunState, context: Context, config: Config) -> SplitClient:
     """Return the client of a node, built at its first request and kept.
 
     Raises
@@ -85,45 +85,45 @@ def make_client(recipe: ClientRecipe, state: RunState, context: Context, config:
         for old in [other for other in state.clients if other[0] == context.node_id][:-1]:
             del state.clients[old]
         try:
-            state.clients[key] = _build(recipe, state, context, config)
+            state.clients[key] = _build(factory, state, context, config)
         except Exception as error:
             raise NotBuiltError(context.node_config.get("partition-id")) from error
     return state.clients[key]
 
 
-def _build(recipe: ClientRecipe, state: RunState, context: Context, config: Config) -> SplitClient:
+def _build(factory: ClientFactory, state: RunState, context: Context, config: Config) -> SplitClient:
     if state.parts is None:
-        cut = _call(recipe.cut, context=context) if callable(recipe.cut) else recipe.cut
-        tail = _call(recipe.tail, context=context) if callable(recipe.tail) else recipe.tail
-        halves = cut_model(_call(recipe.model_fn, context=context), cut, tail)
-        method = method_of(recipe, state, context)
+        cut = _call(factory.cut, context=context) if callable(factory.cut) else factory.cut
+        tail = _call(factory.tail, context=context) if callable(factory.tail) else factory.tail
+        halves = cut_model(_call(factory.model_fn, context=context), cut, tail)
+        method = method_of(factory, state, context)
         parts = method.assign(halves.parts)
         mine = {name: parts[name] for name in method.client_parts()}
         for part in mine.values():
             check_client_half(part)
-        device = pick_device(recipe.device)
-        noise = recipe.label_noise
+        device = pick_device(factory.device)
+        noise = factory.label_noise
         state.label_noise = _call(noise, context=context) if callable(noise) else noise
-        secure = _call(recipe.secure, context=context) if callable(recipe.secure) else recipe.secure
+        secure = _call(factory.secure, context=context) if callable(factory.secure) else factory.secure
         state.secure = secure_options(secure)
-        defences = _call(recipe.defences, context=context) if callable(recipe.defences) else recipe.defences
+        defences = _call(factory.defences, context=context) if callable(factory.defences) else factory.defences
         state.defences = check_defences(defences, method)
         if state.secure is None:
             warn_of_sums(state.defences)
-        state.private = _call(recipe.private, context=context) if callable(recipe.private) else recipe.private
+        state.private = _call(factory.private, context=context) if callable(factory.private) else factory.private
         check_private(state.private, method, state.defences, state.secure)
-        state.signature, state.loss = json.dumps(signature(halves)), recipe.loss
+        state.signature, state.loss = json.dumps(signature(halves)), factory.loss
         state.parts = {name: ClientPart(name, part, device) for name, part in mine.items()}
-    if recipe.optimizer is not None:
-        state.own.make_optimizer[context.node_id] = _with_context(recipe.optimizer, context)
-    data = _call(recipe.data_fn, context=context, config=config)
-    train, test = open_data(data, target=recipe.target, collate_fn=recipe.collate_fn)
+    if factory.optimizer is not None:
+        state.own.make_optimizer[context.node_id] = _with_context(factory.optimizer, context)
+    data = _call(factory.data_fn, context=context, config=config)
+    train, test = open_data(data, target=factory.target, collate_fn=factory.collate_fn)
     partition = context.node_config.get("partition-id")
     if partition is not None and type(partition) is not int:
         raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
-    client = recipe.client_class(train, test, partition_id=partition, config=config)
+    client = factory.client_class(train, test, partition_id=partition, config=config)
     client.secret = partial(state.secret, context.node_id)
-    if (on_predict := recipe.on_predict) is not None:
+    if (on_predict := factory.on_predict) is not None:
         client.on_predict = lambda outputs, rows: on_predict(outputs, rows, context)
     introduce(state.defences, client, state.secret(context.node_id))
     if any(map(changes_labels, state.defences)):

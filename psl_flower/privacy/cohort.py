@@ -17,7 +17,7 @@ FACTOR = 2**32  # parts of one that clients tell factors in
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Company:
+class Cohort:
     """The clients of one attempt at a step: they give its sums together.
 
     Parameters
