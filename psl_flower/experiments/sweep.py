@@ -27,7 +27,7 @@ _TABLES = ("title", "description", "engine", "config", "axes", "methods", "paper
 # The runner's own: where results go, and how an interrupted run goes on.
 _TAKEN = ("output-dir", "resume-from", "checkpoint-every", "keep-checkpoints")
 _SETTING = {f.name.replace("_", "-"): f.name for f in fields(Setting) if f.name != "config"}
-_CONFIG = {key: key.replace("-", "_") for key in RunConfig().as_run_config() if key not in _TAKEN}
+_CONFIG = {key: key.replace("-", "_") for key in RunConfig().as_run_config() if key not in {*_TAKEN, *_SETTING}}
 _VECTORISED_ONLY = ("examples", "precision", "channels_last")
 
 # Keys that change where or how fast a training runs, not what comes out.

@@ -70,6 +70,8 @@ def _check_functions(model: nn.Module) -> None:
         id(value): name for name, value in itertools.chain(model.named_parameters(), model.named_buffers())
     }
     for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            continue  # of torch.compile: a copy makes its forward anew
         held = {key: value for key, value in vars(module).items() if key not in _HOOKS}
         hooks = {
             f"a hook of {name or 'the model'}": hook for key in _HOOKS for hook in vars(module).get(key, {}).values()
