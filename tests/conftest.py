@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import os
+import signal
 import sys
 import time
 
@@ -28,6 +29,10 @@ TOGETHER = {
     "test_sweep.py": "forked",
     "test_sweep_runner.py": "forked",
 }
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background jobs; what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
