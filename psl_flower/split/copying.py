@@ -72,11 +72,9 @@ def _check_functions(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
             continue  # of torch.compile: a copy makes its forward anew
-        held = {key: value for key, value in vars(module).items() if key not in _HOOKS}
-        hooks = {
-            f"a hook of {name or 'the model'}": hook for key in _HOOKS for hook in vars(module).get(key, {}).values()
-        }
-        for where, value in [*hooks.items(), *((f"{name}.{key}".lstrip("."), value) for key, value in held.items())]:
+        held = [(f"{name}.{key}".lstrip("."), value) for key, value in vars(module).items() if key not in _HOOKS]
+        hooks = [hook for key in _HOOKS for hook in vars(module).get(key, {}).values()]
+        for where, value in [*((f"a hook of {name or 'the model'}", hook) for hook in hooks), *held]:
             known = next((names[id(v)] for v in _held_by(value) if id(v) in names), None)
             if known is not None:
                 raise ConfigError(

@@ -954,6 +954,7 @@ def tripled(model, module):
 
 def hooked(model, module):
     module.register_forward_hook(lambda *_: model.head.weight.sum())
+    module.register_forward_hook(lambda *_: None)
     return model
 
 
