@@ -292,12 +292,11 @@ class _Work:
                 given = run()
                 if watch is not None:
                     watch.check("the part that is run draws random numbers: set its dropout to 0")
-                    check_frozen(context.used)
-                return context, context.defend(stage, given)
-            if any(type(client).forward is not SplitClient.forward for client in clients):
+            elif any(type(client).forward is not SplitClient.forward for client in clients):
                 raise CannotJoinError(f"{type(clients[0]).__name__} has a forward pass of its own", lasting=True)
-            given = self._without_random(device, run)
-            if request.kept:
+            else:
+                given = self._without_random(device, run)
+            if watch is not None:
                 check_frozen(context.used)
             return context, context.defend(stage, given)
 

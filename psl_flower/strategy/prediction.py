@@ -54,18 +54,13 @@ def by_client(
     for orders, outputs, labels in batches:
         pieces = (_split(each, orders.counts.tolist()) for each in (outputs, labels))
         for order, *theirs in zip(orders.each(), *pieces, strict=True):
-            share = Prediction(_rows(order.start, order.count, order.left_out), *theirs)
+            end = order.start + order.count
+            share = Prediction(order.order_of(end + len(order.left_out))[order.start : end], *theirs)
             if on_batch is None:
                 found.setdefault(order.client, []).append(share)
             else:
                 on_batch(order.client, share)
     return {client: _joined(found[client]) for client in sorted(found)}
-
-
-def _rows(start: int, count: int, left_out: Sequence[int]) -> IntArray:
-    """Return which examples are drawn of those that are not left out."""
-    rows = np.arange(start + count + len(left_out))
-    return np.setdiff1d(rows, left_out)[start : start + count] if left_out else rows[start:]
 
 
 def _split(rows: Tree, counts: Sequence[int]) -> list[Tree]:
