@@ -14,20 +14,15 @@ from psl_flower.audit.presets import PRESETS
 from psl_flower.privacy import parse_defences
 from psl_flower.split import cut_candidates
 
+QUICK = ["--num-clients", "2", "--rounds", "1", "--cut", "stage2", "--attack", "labels"]
+
 
 def test_it_trains_attacks_and_reports(tmp_path, capsys):
     words = [
         "audit",
         "--examples",
         "96",
-        "--num-clients",
-        "2",
-        "--rounds",
-        "1",
-        "--cut",
-        "stage2",
-        "--attack",
-        "labels",
+        *QUICK,
     ]
     words += ["--defences", "none", "--defences", "RandomizedResponse(0.01, 10)", "--output", str(tmp_path), "--json"]
     assert cli.main(words) == 0
@@ -88,14 +83,7 @@ def test_fashion_mnist_from_files_of_its_format(tmp_path, capsys):
     words = [
         "--data-path",
         str(tmp_path),
-        "--num-clients",
-        "2",
-        "--rounds",
-        "1",
-        "--cut",
-        "stage2",
-        "--attack",
-        "labels",
+        *QUICK,
     ]
     assert cli.main(["audit", "fashion-mnist", *words, "--output", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
