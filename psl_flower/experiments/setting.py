@@ -17,6 +17,7 @@ _WITHOUT_CLIENTS = {
     "tail": "",
     "sleep": False,
     "wire_dtype": "float32",
+    "precision": "full",
     "non_finite_loss": "stop",
     "max_gradient_norm": 0.0,
     "checkpoint_every": 0,
