@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
+from killed import Killed, dying_after
 from support import (
     CUT,
     client_data,
@@ -39,7 +40,6 @@ from psl_flower.client.process import ContextCache
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.privacy import DPSGD
 from psl_flower.samplers import poisson
-from psl_flower.server import LocalBackend
 from psl_flower.strategy import drawn
 from psl_flower.strategy import strategy as strategy_module
 
@@ -349,10 +349,6 @@ def test_clients_that_draw_themselves_take_no_orders_by_name(monkeypatch):
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
-class Killed(BaseException):
-    """Ends a run as a signal would."""
-
-
 def test_a_resumed_run_draws_the_same(tmp_path, monkeypatch):
     """The secrets of its clients, which live on here, and the name of the epoch's draws decide."""
     monkeypatch.setattr(drawn.secrets, "randbits", lambda _: 12345)
@@ -360,17 +356,9 @@ def test_a_resumed_run_draws_the_same(tmp_path, monkeypatch):
     grid = grid_of()
     whole = trained(num_rounds=2, grid=grid, output_dir=tmp_path / "whole", **options)
 
-    class Dies(LocalBackend):
-        left = math.ceil(N / B) + 8  # in the second round, between two checkpoints
-
-        def commit(self, gradients):
-            Dies.left -= 1
-            if Dies.left < 0:
-                raise Killed
-            super().commit(gradients)
-
+    # in the second round, between two checkpoints
     with monkeypatch.context() as patch:
-        patch.setattr(strategy_module, "LocalBackend", Dies)
+        patch.setattr(strategy_module, "LocalBackend", dying_after(math.ceil(N / B) + 8))
         with pytest.raises(Killed):
             trained(num_rounds=2, grid=grid, output_dir=tmp_path / "cut", **options)
     monkeypatch.setattr(drawn.secrets, "randbits", lambda _: 1)  # what is drawn for is in the checkpoint

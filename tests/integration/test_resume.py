@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from flwr.app import ArrayRecord, MetricRecord
+from killed import Killed, dying_after
 from support import (
     CUT,
     NUM_CLASSES,
@@ -27,15 +28,10 @@ from psl_flower import (
 from psl_flower.errors import ConfigError, MembershipError
 from psl_flower.exchange.messages import MessageCarrier
 from psl_flower.samplers.registry import SAMPLERS
-from psl_flower.server import LocalBackend
 from psl_flower.stragglers import DelayEstimator, delay_model
 from psl_flower.strategy import strategy as strategy_module
 
 K = 5
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would: nothing handles it."""
 
 
 def make(folder, *, sampler=None, model=None, cut=CUT, optimizer=sgd, **options):
@@ -138,17 +134,8 @@ def test_resuming_while_a_client_is_left_out(name, tmp_path, monkeypatch):
     whole = run("whole")
     commits = sum(line["kind"] == "step" and line["round"] == 1 for line in lines(tmp_path / "whole")) + 8
 
-    class Dies(LocalBackend):
-        left = commits
-
-        def commit(self, gradients):
-            Dies.left -= 1
-            if Dies.left < 0:
-                raise Killed
-            super().commit(gradients)
-
     with monkeypatch.context() as patch:
-        patch.setattr(strategy_module, "LocalBackend", Dies)
+        patch.setattr(strategy_module, "LocalBackend", dying_after(commits))
         with pytest.raises(Killed):
             run("cut")
     resumed = run("cut", resume_from="latest")
