@@ -18,7 +18,7 @@ from flwr.serverapp import ServerApp
 from cost.task import BATCH, CUT, images, model_fn, num_examples
 from psl_flower import ParallelSplitLearning, UniformGlobalSampler
 from psl_flower.exchange.streams import StreamOptions
-from psl_flower.strategy import strategy as strategy_module
+from psl_flower.strategy import meeting
 from psl_flower.strategy.summary import RunSummary
 from psl_flower.threads import set_threads
 
@@ -83,7 +83,7 @@ def main(grid, context):
     times, optimizers, model = [], [], model_fn()
     central = Central(num_examples(config["steps"], num_clients))
     connected = []
-    strategy_module.RunSummary = Watched
+    meeting.RunSummary = Watched
     logging.getLogger("flwr.psl_flower").addFilter(partial(_note, connected))
     with tempfile.TemporaryDirectory() as folder:
         strategy = ParallelSplitLearning(
