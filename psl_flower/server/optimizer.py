@@ -51,7 +51,13 @@ def make_optimizer(factory: Callable[[Any], Any], parameters: Mapping[str, nn.Pa
         raise ConfigError("the model has no parameter to train: set requires_grad on some")
     check_optimizer_fn(factory)
     wants_names = next(iter(_parameters_of(factory)), None) == "named_parameters"
-    optimizer = factory(list(parameters.items()) if wants_names else list(parameters.values()))
+    try:
+        optimizer = factory(list(parameters.items()) if wants_names else list(parameters.values()))
+    except Exception as exc:
+        raise ConfigError(
+            f"optimizer failed: {where(exc)}; it is called with the list of parameters to train and nothing else, as "
+            "in lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        ) from exc
     _check_kind(optimizer)
     _check_parameters(optimizer, parameters)
     if "closure" in _required(optimizer.step):
@@ -250,7 +256,13 @@ def make_scheduler(
             "scheduler must be a function that takes the optimizer and returns a scheduler, got "
             f"{type(factory).__name__}: pass lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)"
         )
-    made = factory(optimizer)
+    try:
+        made = factory(optimizer)
+    except Exception as exc:
+        raise ConfigError(
+            f"scheduler failed: {where(exc)}; it is called with the optimizer and nothing else, as in lambda "
+            "optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)"
+        ) from exc
     options = made if isinstance(made, dict) else {"scheduler": made}
     for key in options:
         check_choice(key, "a key of the dict that scheduler returns", ("scheduler", "interval", "monitor"))

@@ -23,8 +23,8 @@ def alike(inputs: Any) -> bool:
     return all(same(leaf, leaf[:1].expand_as(leaf)) for leaf in tensors(inputs) if leaf.dim())
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal, but for rounding; NaN equals NaN."""
+def same(one: Tensor, other: Tensor, eps: float = 0.0) -> bool:
+    """Return whether two tensors are equal, but for rounding, to `eps` if it was coarser; NaN equals NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.numel():
@@ -34,7 +34,9 @@ def same(one: Tensor, other: Tensor) -> bool:
         return (one != other).double().mean().item() <= _TURNED
     largest = max(part.abs().nan_to_num(0.0, 0.0, 0.0).max().item() for part in (one, other))
     # rounding is some multiples of eps, what batch statistics do is far above its root
-    return torch.allclose(one, other, rtol=0.0, atol=torch.finfo(one.dtype).eps ** 0.5 * largest, equal_nan=True)
+    return torch.allclose(
+        one, other, rtol=0.0, atol=max(eps, torch.finfo(one.dtype).eps) ** 0.5 * largest, equal_nan=True
+    )
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from psl_flower.devices import seeded
 from psl_flower.errors import CutError
+from psl_flower.split.backward import mixed_gradient
 from psl_flower.split.chance import alone_by_chance, beside_others
 from psl_flower.split.compare import CannotTellError, Dice, alike, pick_rows, same, tensors
 
@@ -29,6 +30,11 @@ _NORMALISE = (
     "replace layers that normalise over the batch with replace_batch_norm(model, before=cut) (before='server' for a "
     "SplitModel, and tail=tail for a U shape) where the model is made, on the server and in model_fn, and compute "
     "nothing over dimension 0 (attention and recurrent layers need batch_first=True)"
+)
+_STATE = (
+    "it computes other values when it is run again on the same examples, though no random numbers are drawn: it keeps "
+    "a state (a counter, a hidden state), and clients keep none between steps; let it depend on its inputs and weights "
+    "only, or cut the model before it"
 )
 _RESHAPE = "keep the batch as the first dimension, with x.flatten(1) instead of x.squeeze() or x.view(-1)"
 
@@ -41,12 +47,13 @@ def find_mixing(
     The first and the last row are each run alone and compared with the batch's, within rounding. Dropout, which makes
     rows differ rightly, is off meanwhile; all else is as it is. Where random numbers are drawn otherwise, rows are
     compared with themselves beside other rows, with the same random numbers: noise is the same then, mixup is not.
+    Where nothing is random, the gradients of the module's parameters are looked at as well.
 
     Parameters
     ----------
     run : callable
         Takes a tree of inputs (dict, list, tuple, tensor) and returns a tree of tensors, each with a row an example.
-        It is called some times, without gradients, and with copies of rows; buffers that it changes are changed.
+        It is called some times, with copies of rows; buffers that it changes are changed.
     inputs : tree
         A batch; tensors have the batch first, what is no tensor is given as it is.
     module : nn.Module, optional
@@ -72,13 +79,15 @@ def find_mixing(
     device = next(iter(tensors(inputs))).device
     dice = Dice(device)
     with _eager(), torch.no_grad(), seeded(0, device):
-        with _NoDropout(), _resting(module, dice, lambda: run(pick_rows(inputs))) as drawing:
+        with _NoDropout() as watch, _resting(module, dice, lambda: run(pick_rows(inputs))) as drawing:
             before = dice.state()
             whole = tensors(run(pick_rows(inputs)))
             if found := _misshapen(whole, rows):
                 return f"{who} {_RULE}: {found}; {_RESHAPE}"
             drawn = before != dice.state()
-            found = _difference(run, inputs, whole, rows, module, drawn=drawn)
+            found = _difference(run, inputs, whole, rows, module, watch.eps, drawn=drawn)
+            if not found and not drawn and module is not None:
+                found = mixed_gradient(run, inputs, rows, module, watch.eps)
             chance = alone_by_chance(run, inputs, rows, device) if drawn and not found else None
         if not found and not chance and (drawn or drawing):
             chance = beside_others(run, inputs, rows, device)
@@ -95,6 +104,7 @@ def _difference(
     whole: list[Tensor],
     rows: int,
     module: nn.Module | None,
+    eps: float,
     *,
     drawn: bool,
 ) -> str | None:
@@ -118,10 +128,12 @@ def _difference(
         if drawn:  # no two passes are alike
             return None
         for i, (joint, single) in enumerate(zip(whole, alone, strict=True)):
-            if not same(joint[row : row + 1], single):
+            if not same(joint[row : row + 1], single, eps):
                 with _Watch(module, row, rows) as joint_watch:
-                    run(pick_rows(inputs))
-                where = joint_watch.first_difference(watch) or f"output {i}{watch.last()}"
+                    again = tensors(run(pick_rows(inputs)))
+                if not all(same(*pair, eps) for pair in zip(whole, again, strict=True)):
+                    return _STATE
+                where = joint_watch.first_difference(watch, eps) or f"output {i}{watch.last()}"
                 return f"{where} for an example depends on the other {rows - 1} in its batch; {_NORMALISE}"
     return None
 
@@ -156,10 +168,25 @@ _ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_
 
 
 class _NoDropout(TorchFunctionMode):
-    """No dropout while this is entered; on this thread only, and however the functions were imported."""
+    """No dropout while this is entered; on this thread only, and however the functions were imported.
+
+    Attributes
+    ----------
+    eps : float
+        Of the coarsest floating-point numbers that were computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        result = self._without_dropout(func, args, kwargs or {})
+        if isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex()):
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
+
+    def _without_dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _PLAIN_DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func in _SWITCHES:
@@ -228,12 +255,12 @@ class _Watch:
     def __exit__(self, *exc: object) -> None:
         self._hooks.close()
 
-    def first_difference(self, other: _Watch) -> str | None:
+    def first_difference(self, other: _Watch, eps: float) -> str | None:
         """Return the first that differs from what another watch saw of the same row."""
         for (what, mine), (same_what, theirs) in zip(self._seen, other._seen, strict=False):
             if what != same_what:
                 return None
-            if mine is not None and theirs is not None and not same(mine, theirs):
+            if mine is not None and theirs is not None and not same(mine, theirs, eps):
                 return what
         return None
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from psl_flower.errors import CutError
 from psl_flower.origin import place, running
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
+from psl_flower.split.stored import refusing_reads
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
 # traces apart, and the tracer lets modules that other threads call meanwhile run as ever.
@@ -172,7 +173,7 @@ def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tup
 def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
     for _ in range(3):  # more than once, for these generators are global: it may have been another thread that drew
         states = _random_states()
-        with TRACING, _RefuseRandomTensors():  # type: ignore[no-untyped-call]
+        with TRACING, _RefuseRandomTensors(), refusing_reads(root, opened):  # type: ignore[no-untyped-call]
             graph = _PathTracer(opened, call, inputs).trace(root)
         if _random_states() == states:
             return graph
@@ -276,14 +277,16 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     Raises
     ------
     CutError
-        If an attribute is another one afterwards that is neither parameter nor buffer.
+        If an attribute or a buffer is another one afterwards.
     """
-    before, held = _attributes(root), [(module, dict(vars(module))) for module in root.modules()]
+    before, held = _attributes(root), [(each, dict(vars(each)), dict(each._buffers)) for each in root.modules()]
 
     def restore() -> None:
-        for module, attributes in held:
+        for module, attributes, buffers in held:
             vars(module).clear()
             vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
     try:
         yield
@@ -295,6 +298,12 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     changed = [name for name in changed if not name.startswith(RECORDED)]
     if changed:
         restore()
+        if changed[0] in dict(root.named_buffers()):
+            raise CutError(
+                f"the model's forward puts another tensor in the place of its buffer {changed[0]!r}, and that would "
+                f"not be recorded: change it in place (self.{changed[0]}.add_(1), copy_), move it into a submodule of "
+                f"its own, {_BY_HAND}"
+            )
         raise CutError(
             f"the model's forward changes {changed[0]!r}, which is neither parameter nor buffer, and that would not be "
             f"recorded: register it as a buffer, move it into a submodule of its own, {_BY_HAND}"
@@ -302,11 +311,12 @@ def unchanged(root: nn.Module) -> Iterator[None]:
 
 
 def _attributes(root: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return what tells whether a module's own attribute was set, or changed in place."""
+    """Return what tells whether a module's own attribute was set, or changed in place, or a buffer set."""
     return {
-        f"{name}.{key}".lstrip("."): (id(value), value._version if isinstance(value, torch.Tensor) else 0)
+        f"{name}.{key}".lstrip("."): (id(value), value._version if own and isinstance(value, torch.Tensor) else 0)
         for name, module in root.named_modules()
-        for key, value in vars(module).items()
+        for own, held in ((True, vars(module)), (False, module._buffers))
+        for key, value in held.items()
     }
 
 

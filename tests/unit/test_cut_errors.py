@@ -344,3 +344,56 @@ def test_backward_hooks_that_recording_would_lose(hook):
     split_module(model, "1")  # which stays whole, and keeps it
     getattr(model, hook)(lambda *_: None)
     assert "'Sequential' has a backward hook" in refusal(model, "1")
+
+
+class Gate(nn.Linear):
+    """Leaves an auxiliary loss on itself, as mixtures of experts do."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.loss = 0.0
+
+    def forward(self, x):
+        return self._kept(super().forward(x))
+
+    def _kept(self, h):
+        self.loss = h.square().mean()
+        return h
+
+
+def test_what_a_forward_leaves_on_a_module():
+    def make(go):
+        model = Net(go)
+        model.middle = nn.Sequential(Gate())
+        return model
+
+    def unread(net, x):
+        return net.last(net.middle(net.stem(x)))
+
+    def read(net, x):
+        return unread(net, x), net.middle[0].loss
+
+    words = "'middle.0.loss' is read, which the forward of 'middle.0' (Gate) sets"
+    assert words in refusal(make(read), "middle")
+    server = split_module(make(unread), "middle")[1]
+    assert type(server.middle[0]) is Gate
+    server(torch.randn(2, 4))
+    assert isinstance(server.middle[0].loss, torch.Tensor)
+
+
+def test_a_buffer_that_forward_replaces():
+    def plus_one(net, x):
+        net.level += 1
+        return net.last(net.middle(net.stem(x)))
+
+    def in_place(net, x):
+        h = net.last(net.middle(net.stem(x)))
+        net.level.add_(1)
+        return h
+
+    model = Net(plus_one)
+    assert "puts another tensor in the place of its buffer 'level'" in refusal(model, "middle")
+    assert torch.equal(model.level, torch.ones(4))
+    server = split_module(Net(in_place), "middle")[1]
+    server(torch.randn(2, 4))
+    assert torch.equal(server.level, torch.full((4,), 2.0))

@@ -325,3 +325,72 @@ def test_looking_imports_no_compiler(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     assert find_mixing(nn.Linear(2, 2), torch.randn(3, 2)) is None
     assert "torch._dynamo" not in sys.modules
+
+
+def test_coarser_numbers_within_are_no_mixing():
+    class Cast(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, x):
+            return x.to(self.dtype)
+
+    for coarse, fine in ((torch.float32, torch.float64), (torch.bfloat16, torch.float32)):
+        half = nn.Sequential(nn.Linear(64, 64).to(coarse), nn.Tanh(), Cast(fine))
+        x = torch.randn(33, 64).to(coarse)
+        assert find_mixing(half, x, module=half) is None
+        assert "depends on the other 32" in find_mixing(lambda x, half=half: half(x) - half(x).mean(0), x)
+
+
+def test_a_state_is_told_as_what_it_is():
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    half = Counting(4, 4)
+    assert "it keeps a state (a counter, a hidden state)" in find_mixing(half, torch.randn(3, 4), module=half)
+
+
+class Backward(nn.Module):
+    """What it computes is each example's own; its gradient is what `change` makes of it."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.layer, self.change = nn.Linear(4, 4), change
+
+    def forward(self, x):
+        h = self.layer(x)
+        if h.requires_grad:
+            h.register_hook(self.change)
+        return h
+
+
+@pytest.mark.parametrize(
+    ("change", "mixes"),
+    [
+        (lambda g: g / g.norm(), True),
+        (lambda g: g / len(g), True),
+        (lambda g: g - g.mean(0), True),
+        (lambda g: -g, False),
+        (lambda g: g / g.norm(dim=1, keepdim=True), False),
+        (lambda g: g.clamp(-0.1, 0.1), False),
+    ],
+)
+def test_gradients_that_depend_on_the_batch(change, mixes):
+    half = Backward(change)
+    found = find_mixing(half, torch.randn(5, 4), module=half)
+    assert (found is not None) is mixes
+    assert not mixes or "gradient of 'layer.weight' in a batch is not the sum of those of its examples" in found
+    assert all(p.grad is None for p in half.parameters())
+
+
+def test_an_embedding_that_scales_gradients():
+    tokens = torch.randint(0, 9, (5, 7))
+    for sparse in (False, True):
+        assert find_mixing(half := nn.Embedding(9, 3, sparse=sparse), tokens, module=half) is None
+    half = nn.Embedding(9, 3, scale_grad_by_freq=True)
+    assert "gradient of 'weight'" in find_mixing(half, tokens, module=half)
