@@ -1,4 +1,4 @@
-"""Centralised steps between the split ones of a run, so that both see the same machine: what the benchmarks' apps share."""
+"""Centralised steps between the split ones of a run, on the same machine: what the apps of benchmarks share."""
 
 import contextlib
 import cProfile
@@ -21,7 +21,7 @@ from psl_flower.strategy.summary import RunSummary
 
 
 class Beside:
-    """After each step of an optimizer takes centralised ones, with one and with all threads, and keeps the times of all.
+    """After each step of an optimizer takes centralised ones, with one and with all threads, and keeps all times.
 
     Parameters
     ----------
