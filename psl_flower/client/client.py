@@ -9,9 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from psl_flower.data import Batch, Examples, PadTexts, Seeds, bind_inputs, forward_signature, read_together
+from psl_flower.data import (
+    Batch,
+    Examples,
+    PadTexts,
+    Seeds,
+    bind_inputs,
+    forward_signature,
+    read_together,
+    unwrapped,
+)
 from psl_flower.errors import BadRowsError, ConfigError, ProtocolError
 from psl_flower.failures import Failure, Kind
+from psl_flower.origin import where
 from psl_flower.privacy import Secret
 from psl_flower.protocol import Config, Description, Orders, WorkOrder
 from psl_flower.seeds import PutOff, to_end
@@ -84,7 +94,12 @@ class SplitClient:
         """Run the client half on a batch; the tensors returned cross the cut."""
         signature = half.signature() if isinstance(half, ModelPart) else forward_signature(half)
         arguments, named = bind_inputs(signature, inputs)
-        return half(*arguments, **named)
+        try:
+            return half(*arguments, **named)
+        except (AttributeError, IndexError, TypeError) as error:  # so says a tensor that is taken for a dict
+            if not (hint := unwrapped(signature, inputs)):
+                raise
+            raise ConfigError(f"{where(error)} ({hint})") from error
 
     # --- what the server asks ----------------------------------------------------------------------------------------
     def describe(self, *, label_counts: bool = False, method: str = "", model: str = "") -> Description:

@@ -1,7 +1,7 @@
 """A client's data: whatever people bring, read as batches of inputs and target. Pure torch and numpy."""
 
 from psl_flower.data.batch import Batch, check_drawn_again, checksum, checksums
-from psl_flower.data.binding import bind_inputs, forward_signature
+from psl_flower.data.binding import bind_inputs, forward_signature, unwrapped
 from psl_flower.data.examples import Examples
 from psl_flower.data.opening import check_data_fn, open_data
 from psl_flower.data.padding import IGNORED, PadTexts, join_batches
@@ -22,4 +22,5 @@ __all__ = [
     "join_batches",
     "open_data",
     "read_together",
+    "unwrapped",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_origin
 
 from torch import nn
 
 from psl_flower.errors import ConfigError
 from psl_flower.tree import Tree
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def forward_signature(model: nn.Module) -> inspect.Signature | None:
@@ -26,7 +29,8 @@ def bind_inputs(signature: inspect.Signature | None, inputs: Tree) -> tuple[tupl
     """Return the positional and keyword arguments that hand a batch's inputs to a model's ``forward``.
 
     A tuple goes by position, and so does a single tensor. A dict goes by name where ``forward`` has these names; a
-    dict of one may have another name.
+    dict of one may have another name. Where the one argument that ``forward`` needs is annotated as a dict, it is given
+    the whole.
 
     Parameters
     ----------
@@ -60,8 +64,28 @@ def bind_inputs(signature: inspect.Signature | None, inputs: Tree) -> tuple[tupl
     return args, kwargs
 
 
+def unwrapped(signature: inspect.Signature | None, inputs: Tree) -> str:
+    """Return what to say of a dict row's one input that `bind_inputs` gives as it is, to an argument of another name.
+
+    Empty where it does not.
+    """
+    if signature is None or not isinstance(inputs, dict) or len(inputs) != 1:
+        return ""
+    (name,), (argument, *_) = inputs, signature.parameters
+    if name in signature.parameters:
+        return ""
+    return f"given was the rows' one input {name!r}; {_if_whole(argument)}"
+
+
+def _if_whole(argument: str) -> str:
+    return f"if {argument!r} is the row's whole dict, annotate it, {argument}: dict"
+
+
 def _by_name(signature: inspect.Signature | None, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     parameters = {} if signature is None else dict(signature.parameters)
+    needed = [p for p in parameters.values() if p.default is p.empty and p.kind not in _VARIABLE]
+    if len(needed) == 1 and needed[0].name not in inputs and _is_dict(needed[0].annotation):
+        return ((), {needed[0].name: inputs}) if needed[0].kind is inspect.Parameter.KEYWORD_ONLY else ((inputs,), {})
     named = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     kinds = {p.kind for p in parameters.values()}
     unknown = [name for name in inputs if name not in named]
@@ -69,10 +93,11 @@ def _by_name(signature: inspect.Signature | None, inputs: dict[str, Any]) -> tup
     if unknown and len(inputs) == 1 and by_position:
         return tuple(inputs.values()), {}
     if unknown and signature is not None and inspect.Parameter.VAR_KEYWORD not in kinds:
+        whole = f"; {_if_whole(needed[0].name)}" if len(needed) == 1 else ""
         raise ConfigError(
             f"a dict row's inputs go to the model by name, its forward takes {_takes(signature)}, but rows hold "
             f"{_holds(inputs)}: rename or remove {', '.join(map(repr, unknown))} "
-            "(a datasets.Dataset: rename_column, remove_columns), or name the label with target="
+            f"(a datasets.Dataset: rename_column, remove_columns), or name the label with target={whole}"
         )
     rest = dict(inputs)
     leading = []
@@ -81,6 +106,14 @@ def _by_name(signature: inspect.Signature | None, inputs: dict[str, Any]) -> tup
             break
         leading.append(rest.pop(name))
     return tuple(leading), rest
+
+
+def _is_dict(annotation: Any) -> bool:
+    """Return whether an annotation, which may be a string, is of a dict or another mapping."""
+    if isinstance(annotation, str):
+        return annotation.rpartition("typing.")[2].startswith(("dict", "Dict", "Mapping"))
+    kind = get_origin(annotation) or annotation
+    return isinstance(kind, type) and issubclass(kind, Mapping)
 
 
 def _takes(signature: inspect.Signature) -> str:

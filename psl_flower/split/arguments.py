@@ -10,7 +10,8 @@ tracing, but its effect can: a recording with the argument must be the one witho
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +101,13 @@ class Arguments:
         """Let arguments keep their default."""
         inputs = tuple(name for name in self.inputs if name not in names)
         return replace(self, inputs=inputs, fixed={**self.fixed, **dict.fromkeys(names, reason)})
+
+    def annotated(self, graphs: Iterable[fx.Graph]) -> Arguments:
+        """Say of inputs that the code asks for entries by name that they are dicts."""
+        asked = (node for graph in graphs for node in graph.nodes if node.target is operator.getitem)
+        dicts = {str(node.args[0].target) for node in asked if isinstance(node.args[1], str)}
+        own = [p.replace(annotation=dict) if p.name in dicts else p for p in self.signature.parameters.values()]
+        return replace(self, signature=self.signature.replace(parameters=own))
 
     def positions(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return what to call the model with, as hooks on it expect: by position as far as that goes."""

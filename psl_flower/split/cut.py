@@ -92,7 +92,7 @@ def cut_apart(
     except CutError as error:
         raise CutError(f"{where}: {error}{_suggestions(model, cut)}") from error.__cause__
     parts = [TracedHalf(root, programs, recorded, CutNames(cut, tail)) for programs in graphs]
-    parts[0].arguments, parts[-1].returns = recorded.arguments, recorded.returns
+    parts[0].arguments, parts[-1].returns = recorded.arguments.annotated(recorded.graphs.values()), recorded.returns
     mark_lengths(parts, root, recorded, names)
     _separate(parts)
     return tuple(parts)

@@ -44,7 +44,7 @@ def gather(
     found: dict[str, Any] = {}
     for name, kind in stage.outputs.items():
         if kind is LeafKind.ROWS:
-            fill = IGNORED if name in stage.exact else 0
+            fill = IGNORED if name in stage.exact and stage.trains else 0  # labels; predictions end in zeros
             joined = tree.join([part.outputs[name].value for part in parts], name, fill=fill if texts else None)
             found[name] = joined if chosen is None else tree.take(joined, chosen)
         elif kind is LeafKind.SUM:

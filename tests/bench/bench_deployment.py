@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from steps import Table, measure, prepared
+from steps import Table, prepared, run
 
 from psl_flower.app.deployment import LocalDeployment
 
@@ -29,7 +29,7 @@ def main():
             tempfile.TemporaryDirectory() as folder,
             prepared(LocalDeployment(Path(folder) / "home", SUPERNODES, folder)) as link,
         ):
-            table.add(measure(link, SUPERNODES, shared_memory=shared_memory, steps=options.steps))
+            table.add(run(link, "cost", shared_memory=shared_memory, steps=options.steps))
 
 
 if __name__ == "__main__":

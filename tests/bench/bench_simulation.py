@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from steps import Table, measure, prepared, ray_seconds
+from steps import Table, prepared, ray_seconds, run
 
 from psl_flower.app.local import LocalSuperLink
 
@@ -36,9 +36,9 @@ def main():
         for count in options.clients:
             profile = str(Path(options.profile).resolve() / f"{count}.pstats") if options.profile else ""
             table.add(
-                measure(
+                run(
                     link,
-                    count,
+                    "cost",
                     num_supernodes=count,
                     transport=options.transport,
                     shared_memory=not options.no_shared_memory,

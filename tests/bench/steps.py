@@ -1,4 +1,4 @@
-"""What the benchmarks of whole runs share: a run of the app ``cost`` through Flower, and the table of what it found."""
+"""What the benchmarks of whole runs share: a run of an app through Flower, and the table of what it found."""
 
 import csv
 import importlib.metadata
@@ -21,24 +21,28 @@ COLUMNS = (
 )
 
 
-def measure(link, num_clients, *, num_supernodes=None, transport="streams", shared_memory=True, steps=40, profile=""):
-    """Return a row of the table: a run on a SuperLink that is started."""
+def run(link, app, *, num_supernodes=None, **settings):
+    """Return what an app of tests/apps has found, on a SuperLink that is started."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        config = [f"out='{out}'", f"steps={steps}", f"transport='{transport}'", f"profile='{profile}'"]
-        config.append(f"shared-memory={str(shared_memory).lower()}")
+        config = [f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in settings.items()]
+        config.append(f"out={json.dumps(str(out))}")
         begin = time.time()
-        link.run(TESTS / "apps" / "cost", num_supernodes=num_supernodes, run_config=config, quiet=True)
-        found = json.loads(out.read_text())
+        link.run(TESTS / "apps" / app, num_supernodes=num_supernodes, run_config=config, quiet=True)
+        return {**json.loads(out.read_text()), "begin": begin}
+
+
+def row(found):
+    """Return the row of the table that a run makes."""
     one, many = found["central"]
-    carrier = transport + (" and shared memory" if transport == "streams" and shared_memory else "")
+    carrier = found["transport"] + (" and shared memory" if found["shared_memory"] else "")
     times = [found["split"], one, many]
-    ratio = found["split"] / min(one, many)
-    row = [num_clients, carrier, found["steps"], *(f"{1e3 * t:.1f}" for t in times), f"{ratio:.2f}"]
-    row += [f"{1e3 * found['spent'][part]:.1f}" for part in PARTS]
-    row += [f"{found[moment] - begin:.1f}" for moment in ("main", "connected", "first_step")]
-    row += [f"{each:.0f}" for each in found["megabytes"]]
-    return dict(zip(COLUMNS, map(str, row), strict=True))
+    cells = [found["clients"], carrier, found["steps"], *(f"{1e3 * t:.1f}" for t in times)]
+    cells += [f"{found['split'] / min(one, many):.2f}"]
+    cells += [f"{1e3 * found['spent'][part]:.1f}" for part in PARTS]
+    cells += [f"{found[moment] - found['begin']:.1f}" for moment in ("main", "connected", "first_step")]
+    cells += [f"{each:.0f}" for each in found["megabytes"]]
+    return dict(zip(COLUMNS, map(str, cells), strict=True))
 
 
 def prepared(link):
@@ -70,10 +74,10 @@ class Table:
             print(f"{fact}: {value}", flush=True)
         print(_line(COLUMNS), _line(["---"] * len(COLUMNS)), sep="\n", flush=True)
 
-    def add(self, row):
-        """Take a row in."""
-        self._rows.append(row)
-        print(_line(row.values()), flush=True)
+    def add(self, found):
+        """Take in what a run has found."""
+        self._rows.append(row(found))
+        print(_line(self._rows[-1].values()), flush=True)
         with self._path.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, [*COLUMNS, *self._facts])
             writer.writeheader()

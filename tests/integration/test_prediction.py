@@ -9,7 +9,9 @@ from test_u_shaped import u_net
 from torch.utils.data import TensorDataset
 
 from psl_flower import (
+    Cut,
     InProcessGrid,
+    PadTexts,
     ParallelSplitLearning,
     SplitClient,
     UniformGlobalSampler,
@@ -202,3 +204,67 @@ def test_texts_of_many_lengths_end_in_zeros_and_in_labels_that_do_not_count():
     assert found[4].rows.tolist() == [0, 2]
     assert found[1].outputs["logits"].sum((1, 2)).tolist() == [6, 6, 10, 10]
     assert found[1].labels.tolist()[0] == [1, 1, 1, -100, -100]
+
+
+class Tagger(torch.nn.Module):
+    """Says something of each token, of those it may look at; torch.export records it, so its texts have any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.tags = torch.nn.Embedding(30, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, input_ids, attention_mask):
+        if input_ids.ndim != 2:  # torch.fx cannot tell
+            raise ValueError("texts are rows of tokens")
+        seen = attention_mask[..., None].to(torch.float64)
+        hidden = self.mix(torch.tanh(self.embed(input_ids))) * seen
+        return self.tags(torch.tanh(hidden + hidden.sum(1, keepdim=True)))
+
+
+def tagger():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Tagger().double()
+
+
+def texts(client):
+    """Return texts of one to nine tokens; the longest is another client's in most batches."""
+    lengths = np.random.default_rng(client).integers(1, 6, 5 + client) + 2 * client
+    return [{"input_ids": list(range(1, n + 1)), "labels": [0] * n} for n in lengths]
+
+
+@pytest.mark.parametrize(("tail", "transport"), [(None, "streams"), ("tags", "streams"), ("tags", "messages")])
+def test_texts_of_many_lengths_are_as_long_as_the_longest(tail, transport):
+    example = {name: torch.ones(2, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    cut, kept = Cut("mix", example=example), {}
+
+    def keep(outputs, rows, context):
+        kept.update({(partition(context), row): len(each) for row, each in zip(rows.tolist(), outputs, strict=True)})
+        return {"tags": outputs, "best": outputs.argmax(2)}
+
+    app = split_client_app(
+        tagger,
+        cut=cut,
+        tail=tail,
+        data_fn=lambda context: (texts(partition(context)), texts(partition(context))),
+        collate_fn=PadTexts(0),
+        on_predict=keep if tail else None,
+        device="cpu",
+    )
+    strategy = ParallelSplitLearning(
+        tagger(), cut=cut, tail=tail, device="cpu", min_available_nodes=K, evaluate_batch_size=6, transport=transport
+    )
+    found = strategy.predict(InProcessGrid(app, K), ArrayRecord(tagger().state_dict()))
+    model = tagger().eval()
+    for client in range(K):
+        outputs = found[client].outputs["tags"] if tail else found[client].outputs
+        for row, text in enumerate(texts(client)):
+            ids = torch.tensor([text["input_ids"]])
+            with torch.no_grad():
+                alone = model(ids, torch.ones_like(ids))[0]
+            torch.testing.assert_close(outputs[row, : len(alone)], alone, rtol=0, atol=1e-12)
+            if tail:  # what is beyond a client's own batch are zeros
+                assert not outputs[row, kept[client, row] :].any()
+                assert torch.equal(found[client].outputs["best"][row, : len(alone)], alone.argmax(1))
+                assert not found[client].outputs["best"][row, kept[client, row] :].any()
+    assert any(n < outputs.shape[1] for n in kept.values()) == bool(tail)

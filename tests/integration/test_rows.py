@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader
 
-from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app, tree
+from psl_flower.errors import StepError
 from psl_flower.samplers import Population
 
 K, N = 2, 12
@@ -34,6 +35,21 @@ class Pairs(Vectors):
 
     def forward(self, left, right):
         return super().forward(left * 2 - right)
+
+
+class Rows(Vectors):
+    """Takes the whole dict of a row, as models of many a Lightning project do."""
+
+    def forward(self, batch):
+        return super().forward(batch["x"] * 2 - batch["kind"][:, None] if "kind" in self.names else batch["x"])
+
+
+class OneNamed(Rows):
+    names = ("x",)
+
+
+class BothNamed(Rows):
+    names = ("x", "kind")
 
 
 class Text(nn.Module):
@@ -73,6 +89,14 @@ def named_target(k):
     return [{"x": x, "kind": int(y), "label": -1} for x, y in zip(VECTORS[k], LABELS[k], strict=True)]
 
 
+def one_named(k):
+    return [{"x": x, "label": int(y)} for x, y in zip(VECTORS[k], LABELS[k], strict=True)]
+
+
+def both_named(k):
+    return [{"x": x, "kind": int(y), "label": int(y)} for x, y in zip(VECTORS[k], LABELS[k], strict=True)]
+
+
 def without_label(rows):
     return {"x": torch.stack([row["x"] for row in rows]), "kind": torch.tensor([row["kind"] for row in rows])}
 
@@ -89,6 +113,13 @@ CASES = {
         ),
     ),
     "several inputs": (Pairs, inputs_of_pairs, {}, lambda k, r: ((VECTORS[k][r], VECTORS[k][r].flip(1)), LABELS[k][r])),
+    "a dict of one": (OneNamed, one_named, {}, lambda k, r: (({"x": VECTORS[k][r]},), LABELS[k][r])),
+    "a dict": (
+        BothNamed,
+        both_named,
+        {},
+        lambda k, r: (({"x": VECTORS[k][r], "kind": LABELS[k][r]},), LABELS[k][r]),
+    ),
     "tensors as labels": (Vectors, tensor_labels, {}, lambda k, r: ((VECTORS[k][r],), VECTORS[k][r][:, :3] * 2)),
     "target and collate_fn": (
         Vectors,
@@ -125,7 +156,7 @@ def test_equals_centralised_training(name):
             order = np.random.default_rng([3, 0, k]).permutation(N)
             parts.append(batch_of(k, order[used[k] : used[k] + quota]))
             used[k] += quota
-        inputs = [torch.cat(column) for column in zip(*(x for x, _ in parts), strict=True)]
+        inputs = [tree.join(column, "inputs") for column in zip(*(x for x, _ in parts), strict=True)]
         optimizer.zero_grad()
         loss(model(*inputs), torch.cat([y for _, y in parts])).backward()
         optimizer.step()
@@ -157,3 +188,29 @@ def test_the_load_data_of_flowers_quickstart_is_taken_as_it_is():
     result = strategy.start(InProcessGrid(app, K), ArrayRecord(Vectors().state_dict()), num_rounds=1)
     assert result.train_metrics_clientapp[1]["num_examples"] == K * 9
     assert result.evaluate_metrics_clientapp[1]["num_examples"] == K * 3
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_a_module_that_wants_the_dict_of_one_input_says_what_to_annotate():
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, rows):
+            return self.layer(rows["x"])
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.rest = First(), nn.Linear(5, 3)
+
+        def forward(self, rows):
+            return self.rest(self.first(rows))
+
+    app = split_client_app(Whole, cut="rest", data_fn=lambda context: one_named(0))
+    strategy = ParallelSplitLearning(Whole(), cut="rest", sampler=SAMPLER, optimizer=sgd, device="cpu")
+    with pytest.raises(
+        StepError, match=r"test_rows.py:\d+ in forward: .* \(given was the rows' one input 'x'; .*rows: dict"
+    ):
+        strategy.start(InProcessGrid(app, K), ArrayRecord(Whole().state_dict()), num_rounds=1)

@@ -1,5 +1,8 @@
 """Inputs go to a model's forward pass by name or by position, never to the wrong argument."""
 
+from collections import UserDict
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import nn
@@ -51,7 +54,8 @@ def test_inputs_reach_the_arguments_of_their_names(function, inputs, expected):
             {"ids": A, "idx": B},
             r"takes \(ids\), but rows hold 'ids', 'idx': .* remove 'idx'",
         ),
-        (lambda self, x, y: 0, {"a": A, "b": B}, "rename or remove 'a', 'b'"),
+        (lambda self, x, y: 0, {"a": A, "b": B}, "rename or remove 'a', 'b' .*target=$"),
+        (lambda self, x: 0, {"a": A, "b": B}, r"if 'x' is the row's whole dict, annotate it, x: dict$"),
         (lambda self, ids, mask: 0, {"ids": A}, r"takes \(ids, mask\), rows hold 'ids': missing .*'mask'"),
         (lambda self, ids, mask: 0, {"img": A}, "rows hold 'img': missing"),
         (lambda self, x: 0, (A, B), "takes .x., rows hold 2 inputs: too many"),
@@ -68,3 +72,27 @@ def test_a_model_that_does_not_tell():
     assert bind_inputs(None, {"img": A}) == ((A,), {})
     assert bind_inputs(None, {"a": A, "b": B}) == ((), {"a": A, "b": B})
     assert bind_inputs(None, (A, C)) == ((A, C), {})
+
+
+@pytest.mark.parametrize("kind", [dict, dict[str, torch.Tensor], Mapping[str, object], UserDict, "dict[str, Tensor]"])
+def test_the_one_argument_that_is_annotated_as_a_dict_is_given_the_whole_row(kind):
+    def forward(self, batch, gain=1.0):
+        return batch
+
+    forward.__annotations__["batch"] = kind
+    for row in ({"a": A}, {"a": A, "b": B}):
+        (given,), named = bound(forward, row)
+        assert given is row
+        assert not named
+    assert bound(forward, {"batch": {"a": A}}) == (({"a": A},), {})
+    by_name = {"batch": kind}
+    only = lambda self, *, batch: batch  # noqa: E731
+    only.__annotations__ = by_name
+    assert bound(only, {"a": A}) == ((), {"batch": {"a": A}})
+
+
+def test_an_argument_is_no_dict_for_being_annotated():
+    def forward(self, x: torch.Tensor):
+        return x
+
+    assert bound(forward, {"img": A}) == ((A,), {})

@@ -1,0 +1,160 @@
+"""Centralised steps between the split ones of a run, on the same machine: what the apps of benchmarks share."""
+
+import contextlib
+import cProfile
+import json
+import logging
+import statistics
+import tempfile
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from psl_flower import ParallelSplitLearning
+from psl_flower.exchange.streams import StreamOptions
+from psl_flower.records import StepRecord, read_metrics
+from psl_flower.strategy import meeting
+from psl_flower.strategy.summary import RunSummary
+
+
+class Beside:
+    """After each step of an optimizer takes centralised ones, with one and with all threads, and keeps all times.
+
+    Parameters
+    ----------
+    central : callable
+        Takes one centralised step, from the examples to the new weights.
+    """
+
+    def __init__(self, central):
+        self.central, self.threads = central, torch.get_num_threads()
+        self.times = []  # of a split step by what it was spent on, of a centralised one with one thread and with all
+        self.first = None  # when the first step was over
+        self.summary = None  # of the run
+        self._before = None
+
+    def of(self, optimizer):
+        """Return an optimizer whose steps these are taken beside."""
+        optimizer.register_step_post_hook(lambda *_: self._step())
+        return optimizer
+
+    @contextmanager
+    def watching(self):
+        """Look into the summary of the run within."""
+
+        def watched(*args, **kwargs):
+            self.summary = RunSummary(*args, **kwargs)
+            return self.summary
+
+        made, meeting.RunSummary = meeting.RunSummary, watched
+        try:
+            yield
+        finally:
+            meeting.RunSummary = made
+
+    def _step(self):
+        spent = self.summary.spent()
+        if self._before is None:
+            self.first = time.time()
+        else:
+            split = {on: spent[on] - self._before[on] for on in spent}
+            self.times.append((split, self._timed(1), self._timed(self.threads)))
+        self._before = self.summary.spent()
+
+    def _timed(self, threads):
+        torch.set_num_threads(threads)
+        begin = time.perf_counter()
+        self.central()
+        seconds = time.perf_counter() - begin
+        torch.set_num_threads(self.threads)
+        return seconds
+
+
+def measure(grid, config, begin, *, model, central, optimizer, arrays, **settings):
+    """Run a strategy as an app's configuration says, and write what was found to its file `out`.
+
+    Parameters
+    ----------
+    begin : float
+        When the app began.
+    optimizer : callable
+        Makes one of the strategy's parameters.
+    arrays : ArrayRecord
+        What the run begins with.
+    **settings
+        Further arguments of the strategy.
+    """
+    beside, connected = Beside(central), []
+    logging.getLogger("flwr.psl_flower").addFilter(partial(_note, connected))
+    with tempfile.TemporaryDirectory() as folder, beside.watching():
+        cutting = time.time()
+        strategy = ParallelSplitLearning(
+            model,
+            optimizer=lambda parameters: beside.of(optimizer(parameters)),
+            transport=config["transport"],
+            stream_options=StreamOptions(shared_memory=config["shared-memory"]),
+            min_available_nodes=len(list(grid.get_node_ids())),
+            evaluate_every=0,
+            keep_checkpoints=0,
+            output_dir=folder,
+            **settings,
+        )
+        cutting = time.time() - cutting
+        run = partial(strategy.start, grid, arrays, num_rounds=1)
+        if config["profile"]:
+            profile = cProfile.Profile()
+            profile.runcall(run)
+            profile.dump_stats(config["profile"])
+        else:
+            run()
+        whole = json.loads((Path(folder) / "summary.json").read_text())["seconds"]
+        records = [each for each in read_metrics(Path(folder) / "metrics.jsonl") if isinstance(each, StepRecord)]
+    settled = beside.times[len(beside.times) // 5 :]
+    split, *centrals = zip(*settled, strict=True)
+    actors = _actors()
+    found = {
+        "clients": strategy.min_available_nodes,
+        "transport": config["transport"],
+        "shared_memory": config["transport"] == "streams" and config["shared-memory"],
+        "steps": len(settled),
+        "split": statistics.median(sum(each.values()) for each in split),
+        "central": [statistics.median(each) for each in centrals],
+        "spent": {on: statistics.median(each[on] for each in split) for on in split[0]},
+        "bytes": {
+            way: statistics.median(getattr(each, f"bytes_{way}") for each in records[-len(settled) :])
+            for way in ("sent", "received")
+        },
+        "processes": max(1, len(actors)),
+        "whole": whole,
+        "main": begin,
+        "cutting": cutting,
+        "connected": connected[0] if connected else begin,
+        "first_step": beside.first,
+        "megabytes": [sum(map(_peak, pids)) for pids in (["self"], actors)],
+    }
+    Path(str(config["out"])).write_text(json.dumps(found))
+
+
+def _peak(pid):
+    """Return the most memory that a process had so far, MB; 0 where the system does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.exists() else []
+    return int(lines[0].split()[1]) / 1e3 if lines else 0.0
+
+
+def _actors():
+    """Return the ids of the processes that the clients are in, of all simulations on this machine."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            pids += [path.parent.name] if path.read_bytes().startswith(b"ray::ClientAppActor") else []
+    return pids
+
+
+def _note(connected, record):
+    if "connected by" in record.getMessage():
+        connected.append(time.time())
+    return True
