@@ -1,4 +1,4 @@
-"""Run the default app as Flower alone does, on any Flower that is allowed: ``plain_flower.py simulation | deployment``."""
+"""Run the default app by Flower's own commands, on any Flower that is allowed: simulation, or deployment."""
 
 import os
 import subprocess
@@ -41,7 +41,9 @@ def deployment(home, environment):
         commands += [["flower-supernode", "--insecure", "--superlink", fleet, *words, "--node-config", config]]
     for i, (program, *words) in enumerate(commands):
         with (home / f"{program}-{i}.log").open("wb") as log:
-            subprocess.Popen([BIN / program, *words], env=environment, cwd=home, stdout=log, stderr=log)
+            subprocess.Popen(
+                [BIN / program, *words], env=environment, cwd=home, stdout=log, stderr=log, start_new_session=True
+            )  # the leader of a group, which stop_trees stops
     return "plain"
 
 
