@@ -1,59 +1,74 @@
 """What pyproject.toml declares, tried: ``make matrix``, or ``nox -s "flower(1.28.0)"`` for one of them.
 
-Each session installs releases of its own, gigabytes of them. An interpreter that is not there is skipped, and says so.
+Each session installs releases of its own, gigabytes of them: an interpreter that is not there is skipped, and says so.
+Words after ``--`` go to pytest instead of the tests that a session takes by itself.
 """
+
+import os
+import re
+from pathlib import Path
 
 import nox
 
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
-# Releases that are not the newest fit others of their time only.
-OF_THEIR_TIME = {
-    "1.28.0": ["flwr-datasets==0.5.0", "safetensors==0.4.5", "rich<14"],
-    "1.42.0": [],
+# uv reads none of pip's settings: what ``make`` installs from a folder is to be found here, too.
+if "PIP_FIND_LINKS" in os.environ:
+    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"].replace(" ", ","))
+
+# The oldest Flower fits others of its time only.
+FLOWERS = {
+    "1.28.0": ["flwr[simulation]==1.28.0", "flwr-datasets==0.5.0", "datasets==3.1.0"],
+    "1.42.0": ["flwr[simulation]==1.42.0"],
 }
-WITHOUT_FLOWER = ["-m", "not flower and not slow", "-q", "-p", "no:cacheprovider"]
 
 
-def install(session: nox.Session, *pins: str, constrained: bool = False) -> None:
-    """Install the package for its tests, with what is pinned here."""
-    extra = ["-c", "constraints.txt"] if constrained else []
-    session.install(*extra, "-e", ".[dev]", *pins)
+def install(session: nox.Session, *pins: str) -> None:
+    """Install the package with all extras, in the releases of constraints.txt but for what is pinned here."""
+    others = {re.split(r"[\[=]", pin)[0] for pin in pins} | ({"ray"} if "flwr" in str(pins) else set())
+    lines = Path("constraints.txt").read_text().splitlines()
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join(line for line in lines if line.split("==")[0] not in others))
+    session.install("-c", str(constraints), "-e", ".[all,test]", *pins)
 
 
 def test(session: nox.Session, *words: str) -> None:
-    """Run the tests that start no Flower processes; words after ``--`` go to pytest instead of `words`."""
-    session.run("pytest", *WITHOUT_FLOWER, *(session.posargs or words), env={"OMP_NUM_THREADS": "1"})
+    """Run the tests that start no Flower processes."""
+    words = tuple(session.posargs) or ("-n", "auto", *words)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    session.run("pytest", "-q", "-p", "no:cacheprovider", "-m", "not flower and not slow", *words, env=environment)
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def python(session: nox.Session) -> None:
     """Try every Python, with the releases of constraints.txt."""
-    install(session, constrained=True)
+    install(session)
     test(session)
 
 
 @nox.session(python="3.11")
-@nox.parametrize("flwr", list(OF_THEIR_TIME), ids=list(OF_THEIR_TIME))
+@nox.parametrize("flwr", list(FLOWERS), ids=list(FLOWERS))
 def flower(session: nox.Session, flwr: str) -> None:
-    """Try the oldest and the newest Flower: tests, and a simulation by ``flwr run``."""
-    install(session, f"flwr[simulation]=={flwr}", *OF_THEIR_TIME[flwr])
+    """Try the oldest and the newest Flower: tests, a simulation and a deployment."""
+    install(session, *FLOWERS[flwr])
     test(session)
-    session.run("python", "tests/plain_flower.py")
+    session.run("python", "tests/plain_flower.py", "simulation")
+    session.run("python", "tests/plain_flower.py", "deployment")
 
 
-@nox.session(python="3.11", name="torch")
+@nox.session(python="3.11", name="newest-torch")
 def newest_torch(session: nox.Session) -> None:
     """Try the newest torch."""
-    install(session, "torch", "torchvision")
+    install(session, "torch==2.14.1", "torchvision==0.29.1")
     test(session)
 
 
-@nox.session(python="3.11", name="oldest-torch")
-def oldest_torch(session: nox.Session) -> None:
-    """Try the oldest torch, with all but transformers, which need a newer one."""
-    extras = "samplers,simulation,vision,experiments,tensorboard,wandb"
-    tools = ["pytest", "pytest-timeout", "hypothesis", "torchmetrics", "pyyaml", "nbclient", "ipykernel"]
-    session.install("-e", f".[{extras}]", "torch==2.4.1", "torchvision==0.19.1", "numpy<2.3", *tools)
-    test(session, "tests/unit", "--ignore", "tests/unit/test_cut_exported.py")
+@nox.session(python="3.11", venv_backend="uv")
+def oldest(session: nox.Session) -> None:
+    """Try the oldest release of everything, torch and Flower among them, but for two extras that need a newer torch."""
+    extras = "samplers,simulation,vision,experiments,tensorboard,wandb,test"
+    session.install("--resolution", "lowest-direct", "-e", f".[{extras}]")
+    test(session)

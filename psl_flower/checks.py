@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 from psl_flower.errors import ConfigError
 from psl_flower.typing import FloatArray, IntArray
 
+_MANY = 20  # choices; more are not listed where some are near
+
 
 def check_int(value: Any, name: str, *, least: int, most: int | None = None) -> int:
     """Return `value` as an int from `least` to `most`, or raise ConfigError naming it."""
@@ -46,13 +48,14 @@ def check_not_negative(values: FloatArray, name: str, unit: str = "") -> None:
 
 
 def check_choice(value: Any, name: str, allowed: Iterable[str]) -> str:
-    """Return `value` if it is one of `allowed`, or raise ConfigError listing them and the nearest."""
+    """Return `value` if it is one of `allowed`, or raise ConfigError listing them, or of many the nearest only."""
     choices = list(allowed)
     if value in choices:
         return str(value)
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+    listed = f"{len(choices)} names" if near and len(choices) > _MANY else ", ".join(map(repr, choices))
+    raise ConfigError(f"{name} must be one of {listed}, got {value!r}{hint}")
 
 
 def check_options(

@@ -137,7 +137,7 @@ def find(run: Path) -> Trained:
         config = {name: value for name, value in config.items() if name not in ("strategy", "changes")}
         return Trained(run, state, own.get("cut") or "", own.get("tail") or "", config)
     if not run.exists():
-        raise ConfigError(f"there is no run in {run}: name the output_dir of one, or a checkpoint")
+        raise ConfigError(f"there is no run in {run}: name the output folder of one, or a checkpoint")
     path = run
     if run.is_dir():
         found = Checkpoints(run / checkpoint.FOLDER, 1).latest()

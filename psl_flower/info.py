@@ -21,7 +21,7 @@ _VARIABLES = (
     *("FLWR_HOME", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "RAY_ADDRESS", "TMPDIR"),
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"),
 )
-_COLLECTIONS = ("all", "dev")
+_COLLECTIONS = ("all", "test", "dev")
 
 app = typer.Typer(add_completion=False)
 

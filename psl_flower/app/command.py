@@ -42,7 +42,7 @@ def _run(
 ) -> None:
     """Train a Flower app in Flower's simulation, on a SuperLink of its own that is stopped at the end.
 
-    APP is the folder with the app's pyproject.toml: this one unless another is given.
+    APP is the folder with the app's pyproject.toml: the current one, unless it is given.
     """
     words = (app, LocalSuperLink, num_supernodes, run_config or (), home)
     raise typer.Exit(run_app(*words, simulation=True, with_dashboard=dashboard))
@@ -65,7 +65,7 @@ def _deploy(
 ) -> None:
     """Train a Flower app on a SuperLink and SuperNodes on this machine, all stopped at the end.
 
-    APP is the folder with the app's pyproject.toml: this one unless another is given.
+    APP is the folder with the app's pyproject.toml: the current one, unless it is given.
     """
     superlink = partial(LocalDeployment, num_supernodes=num_supernodes, tls=tls)
     words = (app, superlink, num_supernodes, run_config or (), home)

@@ -94,9 +94,10 @@ def read_overrides(run_config: Sequence[str]) -> dict[str, Any]:
 
 def _flower_table(app: Path) -> dict[str, Any]:
     """Return ``[tool.flwr.app]`` of an app."""
-    table: dict[str, Any] = _read_toml(app / "pyproject.toml").get("tool", {}).get("flwr", {}).get("app", {})
+    path = app.absolute() / "pyproject.toml"
+    table: dict[str, Any] = _read_toml(path).get("tool", {}).get("flwr", {}).get("app", {}) if path.exists() else {}
     if not table:
-        raise ConfigError(f"{app / 'pyproject.toml'} must have [tool.flwr.app], as a Flower app does: name its folder")
+        raise ConfigError(f"there is no Flower app here: {path} must have [tool.flwr.app]. Name the folder of one")
     return table
 
 

@@ -26,16 +26,19 @@ def format_table(results: Results, digits: Mapping[str, int]) -> str:
     lines += [
         [name, *(_cell([seed[c] for seed in seeds], n) for c, n in digits.items())] for name, seeds in results.items()
     ]
+    return markdown_table(lines)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of a head and rows, aligned as it stands: the first column to the left, others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
+    head, *rows = lines
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    cells = (
+        [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in (head, rule, *rows)
     )
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def save_table(folder: Path, results: Results, digits: Mapping[str, int]) -> None:

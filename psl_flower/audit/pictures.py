@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from psl_flower.audit.frontier import draw_frontier
 from psl_flower.audit.result import AuditResult, Case, Line
 
 _DPI = 110
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's, for colour-blind eyes
 _DRAWN = ("SSIM", "AUC", "dCor", "share that is right")  # measures from 0 to 1, whose curves are drawn
 
 
@@ -44,7 +46,7 @@ def _save(figure: Figure, folder: Path, name: str) -> Path:
 def _gallery(case: Case) -> Figure:
     rows = [(f"{g.attack}:\n{what}", g, images) for g in case.galleries for what, images in _three(g)]
     columns = max(len(images) for _, _, images in rows)
-    figure = Figure(figsize=(1.0 * columns + 1.6, 1.02 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.0 * columns + 1.9, 1.02 * len(rows) + 0.5), layout="constrained")
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for line, (name, gallery, images) in zip(panels, rows, strict=True):
         low, high = float(gallery.originals.min()), float(gallery.originals.max())
@@ -52,8 +54,8 @@ def _gallery(case: Case) -> Figure:
             panel.set_axis_off()
         for panel, image in zip(line, images, strict=False):
             _show(panel, image, low, high)
-        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
-    figure.suptitle(f"Cut {case.cut}, {case.defence}", fontsize=10)
+        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=11)
+    figure.suptitle(f"Images that the server found, cut {case.cut}, defence {case.defence}")
     return figure
 
 
@@ -70,28 +72,36 @@ def _show(panel: Any, image: Tensor, low: float, high: float) -> None:
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 def _over_cuts(result: AuditResult, cuts: Sequence[str]) -> Figure:
-    """Draw every measure from 0 to 1 over the cuts, a panel a defence."""
+    """Draw every measure from 0 to 1 over the cuts, a panel for each attack on each defence."""
     defences = list(dict.fromkeys(case.defence for case in result.cases))
-    figure = Figure(figsize=(4.2 * len(defences) + 3.0, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(defences), squeeze=False, sharey=True)[0]
-    for panel, defence in zip(panels, defences, strict=True):
-        curves: dict[str, dict[str, Line]] = {}
+    panels: dict[str, dict[str, dict[str, Line]]] = {}
+    accuracy = dict[str, list[float]]()
+    for defence in defences:
+        own = [[c.accuracy for c in result.cases if (c.cut, c.defence) == (cut, defence)] for cut in cuts]
         for line in result.lines():
             if line.defence == defence and line.measure.endswith(_DRAWN):
-                curves.setdefault(f"{line.attack}: {line.measure}", {})[line.cut] = line
-        for number, (name, found) in enumerate(curves.items()):
+                title = f"{line.attack}, {defence}" if len(defences) > 1 else line.attack
+                panels.setdefault(title, {}).setdefault(line.measure, {})[line.cut] = line
+                accuracy[title] = [float(np.mean(values)) for values in own]
+    columns = min(4, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(3.4 * columns, 3.6 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    for (title, measures), axes in zip(panels.items(), grid, strict=False):
+        for (measure, found), color in zip(measures.items(), cycle(_COLORS)):
             there = [cut for cut in cuts if cut in found]
-            x, style = [cuts.index(cut) for cut in there], {"color": f"C{number % 10}", "ms": 4}
-            panel.plot(x, [found[cut].value for cut in there], "o-" if number < 10 else "s-", label=name, **style)
-            floors = [float(np.mean(found[cut].floors)) for cut in there]
-            panel.plot(x, floors, ":", color=style["color"], lw=1, alpha=0.6)
-        accuracy = [np.mean([c.accuracy for c in result.cases if (c.cut, c.defence) == (cut, defence)]) for cut in cuts]
-        panel.plot(range(len(cuts)), accuracy, "k--", label="accuracy of the model")
-        panel.set_xticks(range(len(cuts)), cuts)
-        panel.set_ylim(-0.05, 1.05)
-        panel.set_title(defence, fontsize=10)
-        panel.set_xlabel("cut: first part on the server")
-        panel.grid(alpha=0.25)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+            x = [cuts.index(cut) for cut in there]
+            axes.plot(x, [found[cut].value for cut in there], "o-", color=color, label=measure)
+            axes.plot(x, [np.mean(found[cut].floors) for cut in there], ":", color=color)
+        axes.plot(range(len(cuts)), accuracy[title], "k--", lw=1)
+        axes.set_xticks(range(len(cuts)), cuts)
+        axes.set_ylim(-0.05, 1.05)
+        axes.set_title(title)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    for axes in grid:  # those that are left
+        axes.set_axis_off()
+    figure.suptitle(
+        "What leaks at each cut (first part on the server). Dotted: by guessing; dashed: the model's accuracy"
+    )
     return figure

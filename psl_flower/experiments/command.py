@@ -132,8 +132,9 @@ def _list(as_json: _Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
+    width = max(len(name) for name in preset_names())
     for row in rows:
-        print("{preset:12} --{form:6} {trainings:4} trainings   {title}".format_map(row))
+        print(f"{row['preset']:{width}} --{row['form']:6} {row['trainings']:4} trainings   {row['title']}")
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -126,8 +126,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def _compare(options: SimpleNamespace) -> None:
-    for name in ("epochs", "seeds"):
-        check_int(getattr(options, name), f"--{name}", least=1)
+    for name in ("num_clients", "num_examples", "num_classes", "batch_size", "epochs", "seeds"):
+        check_int(getattr(options, name), f"--{name.replace('_', '-')}", least=1)
     check_int(options.seed, "--seed", least=0)
     reference: list[float] = []  # UGS's epoch times
     runs: dict[str, list[Epoch]] = {}

@@ -41,10 +41,10 @@ def save_curves(path: Path, steps: Sequence[StepRecord], rounds: Sequence[RoundR
         _noisy(accuracy, x, [s.accuracy for s in steps], "training batch")
     accuracy.set(title="Accuracy", ylabel="accuracy", ylim=(0, 1.02))
     _noisy(deviation, x, [s.deviation for s in steps], "training batch")
-    deviation.set(title="Batch deviation from the pooled classes", ylabel="L1 distance", ylim=(0, None))
-    evaluations = (
-        ("evaluate_clientapp", "clients' test data", "o-"),
-        ("evaluate_serverapp", "server's test data", "s--"),
+    deviation.set(title="Batch deviation", ylabel="0: like all data, 2: nothing alike", ylim=(0, None))
+    evaluations: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("evaluate_clientapp", "clients' test data", {"marker": "o", "ms": 8, "mfc": "none", "color": "#0072B2"}),
+        ("evaluate_serverapp", "server's test data", {"marker": "s", "ms": 4, "ls": "--", "color": "#D55E00"}),
     )
     for axes, metric in ((loss, "loss"), (accuracy, "accuracy")):
         for where, label, style in evaluations:
@@ -54,13 +54,13 @@ def save_curves(path: Path, steps: Sequence[StepRecord], rounds: Sequence[RoundR
                 if metric in getattr(r, where)
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), style, ms=4, label=label)
+                axes.plot(*zip(*points, strict=True), **style, label=label)  # both are seen where they are equal
     for axes in (loss, accuracy, deviation):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -77,4 +77,4 @@ def _noisy(axes: Any, x: np.ndarray, values: Sequence[float | None], label: str)
         for each in (np.where(told, y, 0.0), told.astype(float))
     )
     smooth = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-    axes.plot(x, smooth, color="C7", lw=1.5, label=f"{label} (mean of {window})" if window > 1 else label)
+    axes.plot(x, smooth, color="C7", lw=1.5, label=f"{label} (mean of {window} steps)" if window > 1 else label)

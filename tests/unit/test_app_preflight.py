@@ -10,10 +10,12 @@ from ray._private.utils import validate_socket_filepath
 from psl_flower import cli, flower, temporary_folder
 from psl_flower.app import local
 from psl_flower.app.preflight import check_run, read_overrides
+from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
 from psl_flower.temporary_folder import check_temporary_folder
 
 ROOT = Path(__file__).parents[2]
+KEYS = RunConfig().as_run_config()
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,11 @@ def nothing_starts(monkeypatch):
     ("words", "message"),
     [
         (["-c", "batch-size=0"], "batch-size must be at least 1, got 0"),
-        (["-c", "batch_size=8"], "a configuration key must be one of 'num-server-rounds'"),
+        (
+            ["-c", "batch_size=8"],
+            f"a configuration key must be one of {len(KEYS)} names, got 'batch_size' (did you mean",
+        ),
+        (["-c", "zzz=8"], "a configuration key must be one of 'num-server-rounds', 'evaluate-every'"),
         (
             ["-c", "seed=1", "-c", "sampler=lds"],
             "-c takes numbers, true, false and strings in quotes",
@@ -60,7 +66,7 @@ def test_of_another_app_the_keys_are_known(tmp_path):
     check_run(tmp_path, ["rounds=0 net.width=9"], 2, simulation=False)
     with pytest.raises(ConfigError, match=r"'net.widht' \(did you mean 'net.width'\?\)"):
         check_run(tmp_path, ["net.widht=9"], 2, simulation=False)
-    with pytest.raises(ConfigError, match="must be a TOML file that can be read"):
+    with pytest.raises(ConfigError, match=r"there is no Flower app here: .*nowhere"):
         check_run(tmp_path / "nowhere", [], 2, simulation=False)
     (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\n")
     with pytest.raises(ConfigError, match=r"must have \[tool.flwr.app\]"):

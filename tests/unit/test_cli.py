@@ -29,6 +29,8 @@ def test_words_and_exit_codes_are_passed_on(capsys):
     assert "severe" in capsys.readouterr().out
     assert cli.main(["plan", "usg"]) == 2
     assert "did you mean 'ugs'" in capsys.readouterr().err
+    assert cli.main(["rum"]) == 2
+    assert capsys.readouterr().err.count("Did you mean") == 1
     assert cli.main(["plan", "--batch-sise", "3"]) == 2
     assert "No such option" in capsys.readouterr().err
 
