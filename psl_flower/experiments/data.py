@@ -135,7 +135,7 @@ def load_data(setting: Setting) -> Data:
             mean=spec.mean,
             std=spec.std,
             device=pick_device(config.device),
-            dtype=torch.float64 if setting.precision == "float64" else torch.float32,
+            dtype=torch.float64 if setting.double else torch.float32,
             memory_format=torch.channels_last if setting.channels_last else torch.preserve_format,
         )
 

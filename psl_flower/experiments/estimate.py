@@ -34,7 +34,7 @@ def estimate(experiments: Iterable[Experiment]) -> float:
         if experiment.engine != "vectorised":
             continue
         setting, config = experiment.setting, experiment.setting.config
-        machine = (config.device, config.threads, setting.precision, setting.channels_last)
+        machine = (config.device, config.threads, config.precision, setting.double, setting.channels_last)
         kind = (config.dataset, config.model, config.batch_size, setting.algorithm, setting.examples, *machine)
         if kind not in known:
             known[kind] = (0.0, 0)

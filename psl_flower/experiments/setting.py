@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from psl_flower.checks import check_choice, check_int
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
+from psl_flower.precision import FULL
 
 ALGORITHMS = ("psl", "centralised", "sl", "splitfed-v1", "splitfed-v2", "fedavg")
-PRECISIONS = ("float32", "float64", "bfloat16")
 
 # Keys that say how real clients are reached, kept waiting or mistrusted, and the one value that goes without them.
 _WITHOUT_CLIENTS = {
@@ -17,7 +17,6 @@ _WITHOUT_CLIENTS = {
     "tail": "",
     "sleep": False,
     "wire_dtype": "float32",
-    "precision": "full",
     "non_finite_loss": "stop",
     "max_gradient_norm": 0.0,
     "checkpoint_every": 0,
@@ -45,9 +44,8 @@ class Setting:
         Passes over a client's data in a round, for the same algorithms.
     examples : int
         Train on that many examples of the training set, a subset that depends on the seed alone; 0: on all of it.
-    precision : str
-        "float32"; "float64", for comparisons; "bfloat16", which computes in mixed precision (torch.autocast) and is not
-        exact.
+    double : bool
+        Whether weights, images and all that is computed are in float64, for comparisons.
     channels_last : bool
         Whether images and weights lie in the memory format that tensor cores prefer. The numbers are the same but for
         rounding.
@@ -64,19 +62,23 @@ class Setting:
     local_batch_size: int = 0
     local_epochs: int = 1
     examples: int = 0
-    precision: str = "float32"
+    double: bool = False
     channels_last: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, RunConfig):
             raise ConfigError(f"config must be a RunConfig, got {self.config!r:.80}")
         check_choice(self.algorithm, "algorithm", ALGORITHMS)
-        check_choice(self.precision, "precision", PRECISIONS)
         least = {"num_clients": 1, "local_batch_size": 0, "local_epochs": 1, "examples": 0}
         for name, minimum in least.items():
             object.__setattr__(self, name, check_int(getattr(self, name), name, least=minimum))
-        if not isinstance(self.channels_last, bool):
-            raise ConfigError(f"channels_last must be true or false, got {self.channels_last!r}")
+        for name in ("double", "channels_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.double and self.config.precision != FULL:
+            raise ConfigError(
+                f"double computes in float64, precision {self.config.precision!r} does not: leave one out"
+            )
         if self.config.delays == "measured":
             raise ConfigError("delays 'measured' needs clients that take time: simulate them, or leave delays out")
         for name, value in _WITHOUT_CLIENTS.items():

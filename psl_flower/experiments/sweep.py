@@ -28,7 +28,9 @@ _TABLES = ("title", "description", "engine", "config", "axes", "methods", "paper
 _TAKEN = ("output-dir", "resume-from", "checkpoint-every", "keep-checkpoints")
 _SETTING = {f.name.replace("_", "-"): f.name for f in fields(Setting) if f.name != "config"}
 _CONFIG = {key: key.replace("-", "_") for key in RunConfig().as_run_config() if key not in {*_TAKEN, *_SETTING}}
-_VECTORISED_ONLY = ("examples", "precision", "channels_last")
+_VECTORISED_ONLY = ("examples", "double", "channels_last")
+# What was written before sweeps read the app's `precision`, and what is now.
+_FORMER_PRECISIONS = {"float32": "precision = 'full'", "bfloat16": "precision = 'bf16'", "float64": "double = true"}
 
 # Keys that change where or how fast a training runs, not what comes out.
 _OUTSIDE = ("output-dir", "data-path", "threads", "loggers")
@@ -117,6 +119,8 @@ class Sweep:
     def _experiment(self, method: str, values: Mapping[str, Any]) -> Experiment:
         keys = {"num-clients": 2, **self.config, **values, **self.methods[method]}
         try:
+            if now := _FORMER_PRECISIONS.get(str(keys.get("precision"))):
+                raise ConfigError(f"precision is the app's key by now, got {keys['precision']!r}: write {now}")
             config = RunConfig.read({key: value for key, value in keys.items() if key in _CONFIG})
             setting = Setting(config=config, **{name: keys[key] for key, name in _SETTING.items() if key in keys})
             engine = _engine_of(self.engine, setting)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +20,7 @@ from psl_flower.experiments.data import Data, load_data
 from psl_flower.experiments.draws import draw_all
 from psl_flower.experiments.schedule import Schedule
 from psl_flower.experiments.setting import Setting
+from psl_flower.precision import computing
 from psl_flower.records import RoundRecord, StepRecord
 from psl_flower.server import run_on_batch
 from psl_flower.strategy.epoch import Epoch
@@ -61,7 +61,7 @@ class Training:
     """
 
     def __init__(self, setting: Setting, data: Data, model: nn.Module) -> None:
-        if setting.precision == "float64":
+        if setting.double:
             model = model.double()
         memory_format = torch.channels_last if setting.channels_last else torch.preserve_format
         self.model: nn.Module = model.to(data.train.device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -117,7 +117,7 @@ class Training:
             algorithm.before(step)
             for optimizer in algorithm.optimizers:
                 optimizer.zero_grad()
-            with self._autocast():
+            with computing(self._setting.config.precision, self._device):
                 outputs = run_on_batch(model, [inputs], len(targets))
                 loss = functional.cross_entropy(outputs, targets)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -127,10 +127,6 @@ class Training:
             losses.append(loss.detach())
             correct.append((outputs.argmax(dim=1) == targets).sum())
         return torch.stack([torch.stack(losses).double(), torch.stack(correct).double()])
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        mixed = self._setting.precision == "bfloat16"
-        return torch.autocast(self._device.type, torch.bfloat16) if mixed else nullcontext()
 
     # --- testing -----------------------------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -157,7 +153,7 @@ class Training:
         training = self.model.training
         self.model.eval()
         for inputs, targets in self._data.test.batches(_TEST_BATCH):
-            with self._autocast():
+            with computing(self._setting.config.precision, self._device):
                 outputs = self.model(inputs)
             yield outputs.to(torch.promote_types(outputs.dtype, torch.float32)), targets
         self.model.train(training)

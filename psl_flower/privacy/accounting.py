@@ -43,14 +43,14 @@ def epsilon(noise: float, rounds: int, delta: float) -> float:
         return 0.0
     if not noise or _delta(math.sqrt(rounds) / noise, _LARGEST) > delta:
         return math.inf
-    return _smallest(lambda value: _delta(math.sqrt(rounds) / noise, value) <= delta, _LARGEST)
+    return smallest(lambda value: _delta(math.sqrt(rounds) / noise, value) <= delta, _LARGEST)
 
 
 def noise_for(epsilon: float, rounds: int, delta: float) -> float:
     """Return the least noise with which so many rounds stay within (epsilon, delta); see `epsilon`."""
     target, rounds = check_float(epsilon, "target_epsilon", above=0), check_int(rounds, "rounds", least=1)
     delta = _check_delta(delta)
-    return _smallest(lambda value: _delta(math.sqrt(rounds) / value, target) <= delta, 1e6 * math.sqrt(rounds))
+    return smallest(lambda value: _delta(math.sqrt(rounds) / value, target) <= delta, 1e6 * math.sqrt(rounds))
 
 
 def _check_delta(delta: float) -> float:
@@ -65,12 +65,12 @@ def _delta(mu: float, epsilon: float) -> float:
     return first - math.exp(epsilon + math.log(second)) if second > 0 else first
 
 
-def _smallest(holds: Callable[[float], bool], largest: float) -> float:
-    """Return the smallest number from 0 to `largest` for which a rule holds that holds for all larger ones."""
+def smallest(holds: Callable[[float], bool], largest: float, within: float = 0.0) -> float:
+    """Return the smallest number from 0 to `largest` for which a rule holds that holds for all larger ones.
+
+    It may be too large by `within`, or by what floats cannot tell apart.
+    """
     low, high = 0.0, largest
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
+    while high - low > within and low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high

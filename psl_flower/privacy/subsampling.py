@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 import numpy as np
 
 from psl_flower.errors import ConfigError
+from psl_flower.privacy.accounting import smallest
 from psl_flower.typing import FloatArray
 
 # Orders of the divergences. Any would do: each gives a bound of its own, and the least is told.
@@ -61,17 +62,13 @@ def noise_for_steps(epsilon: float, steps: int, rate: float, delta: float) -> fl
     ConfigError
         If there is none.
     """
-    low, high = 0.0, 1.0
-    while epsilon_of_steps(high, {rate: steps}, delta) > epsilon:
-        low, high = high, 2 * high
-        if high > _MOST:
-            raise ConfigError(
-                f"no noise keeps {steps} steps within epsilon {epsilon:g} and delta {delta:g}: allow more"
-            )
-    while high - low > 0.25 / _PARTS:
-        middle = (low + high) / 2
-        low, high = (low, middle) if epsilon_of_steps(middle, {rate: steps}, delta) <= epsilon else (middle, high)
-    return math.ceil(high * _PARTS) / _PARTS
+
+    def holds(noise: float) -> bool:
+        return epsilon_of_steps(noise, {rate: steps}, delta) <= epsilon
+
+    if not holds(_MOST):
+        raise ConfigError(f"no noise keeps {steps} steps within epsilon {epsilon:g} and delta {delta:g}: allow more")
+    return math.ceil(smallest(holds, _MOST, within=0.25 / _PARTS) * _PARTS) / _PARTS
 
 
 @lru_cache(maxsize=256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -106,4 +107,7 @@ class Sampler(ABC):
         """Make the plan; every client of `population` holds data and 1 <= B <= N."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(batch_size={self.batch_size}, seed={self.seed})"
+        options = inspect.signature(type(self).__init__).parameters.values()
+        held = [(option, getattr(self, option.name)) for option in options if hasattr(self, option.name)]
+        told = [f"{option.name}={v!r}" for option, v in held if repr(v) != repr(option.default)]
+        return f"{type(self).__name__}({', '.join(told)})"

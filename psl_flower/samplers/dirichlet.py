@@ -131,9 +131,6 @@ class LatentDirichletSampler(Sampler):
         )
         return plan.shuffled(rng) if self.order == "shuffled" else plan
 
-    def __repr__(self) -> str:
-        return f"LatentDirichletSampler(batch_size={self.batch_size}, seed={self.seed}, delta={self.delta}, c={self.c})"
-
 
 def prior_strength(sample_size: int, total: int) -> float:
     """Return Z: the shares of S examples drawn without replacement from N vary as a Dirichlet(r * Z) does."""

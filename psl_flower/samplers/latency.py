@@ -70,12 +70,6 @@ class LatencyBudgetedSampler(TargetedSampler):
             plans.append(flow_allocation(suppliers, targets, for_search).plan(population))
         return min(plans, key=epoch_time)
 
-    def __repr__(self) -> str:
-        return (
-            f"LatencyBudgetedSampler(batch_size={self.batch_size}, seed={self.seed}, method={self.method!r}, "
-            f"targets={self.targets!r})"
-        )
-
 
 def _flow_may_pay(suppliers: Suppliers, greedy: BatchPlan) -> bool:
     """Return whether a flow schedule could save more seconds than building it takes; Note [What a flow schedule costs].

@@ -57,10 +57,6 @@ class PoissonGlobalSampler(Sampler):
         offsets = np.searchsorted(entries, np.arange(num_steps + 1) * num_clients)
         return BatchPlan(population, offsets, population.client_ids[entries % num_clients], quotas)
 
-    def __repr__(self) -> str:
-        repeatable = ", repeatable=True" if self.repeatable else ""
-        return f"{type(self).__name__}(batch_size={self.batch_size}, seed={self.seed}{repeatable})"
-
 
 def _successes(rate: float, trials: int, uniform: Callable[[int], FloatArray]) -> IntArray:
     """Return which of so many independent trials of one rate succeed, ascending (m,) int64; O(m).

@@ -48,6 +48,3 @@ class TurnsSampler(Sampler):
         by_step = np.argsort(index, kind="stable")
         offsets = np.concatenate(([0], np.cumsum(np.bincount(index))))
         return BatchPlan(population, offsets, clients[by_step], quotas[by_step])
-
-    def __repr__(self) -> str:
-        return f"TurnsSampler(batch_size={self.batch_size}, seed={self.seed}, turns={self.turns!r})"

@@ -6,23 +6,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from psl_flower.batch_plan import BatchPlan
-from psl_flower.checks import check_float
 from psl_flower.errors import ConfigError
 from psl_flower.population import Delays
 from psl_flower.typing import FloatArray
 
 
-def step_times(
-    plan: BatchPlan,
-    delays: Delays | None = None,
-    *,
-    server_latency: float = 0.0,
-    server_per_sample: float = 0.0,
-) -> FloatArray:
+def step_times(plan: BatchPlan, delays: Delays | None = None) -> FloatArray:
     """Return how long every step of a plan takes (docs/method.md, 1).
 
-    A step of b examples takes ``max_k(latency_k + per_sample_k * b_k)`` over its participants, plus the server's share
-    ``server_latency + server_per_sample * b``.
+    A step takes ``max_k(latency_k + per_sample_k * b_k)`` over its participants.
 
     Parameters
     ----------
@@ -30,10 +22,6 @@ def step_times(
         T steps; every step has at least one client.
     delays : Delays, optional
         Delays of ``plan.population``'s clients, in its order; by default the population's own.
-    server_latency : float
-        Seconds a step.
-    server_per_sample : float
-        Seconds an example of the global batch.
 
     Returns
     -------
@@ -43,10 +31,8 @@ def step_times(
     Raises
     ------
     ConfigError
-        If there are no delays, they are not the population's, or the server's share is negative.
+        If there are no delays, or they are not the population's.
     """
-    server_latency = check_float(server_latency, "server_latency", least=0)
-    server_per_sample = check_float(server_per_sample, "server_per_sample", least=0)
     delays = plan.population.delays if delays is None else delays
     if delays is None:
         raise ConfigError("step times need delays, the plan's population has none: pass `delays`")
@@ -58,8 +44,8 @@ def step_times(
         return np.zeros(0)
     rows = plan.rows()
     replies = delays.latency[rows] + delays.per_sample[rows] * plan.quotas
-    slowest: FloatArray = np.maximum.reduceat(replies, plan.offsets[:-1])
-    return slowest + server_latency + server_per_sample * plan.batch_sizes()
+    times: FloatArray = np.maximum.reduceat(replies, plan.offsets[:-1])
+    return times
 
 
 class VirtualClock:
@@ -71,12 +57,6 @@ class VirtualClock:
         Unique, in any order.
     delays : Delays
         Of these clients, in the same order.
-    server_latency : float
-        The server's own seconds a step.
-    server_per_sample : float
-        The server's own seconds an example of the global batch.
-    elapsed : float
-        Seconds already on the clock (a resumed run).
 
     Attributes
     ----------
@@ -86,21 +66,11 @@ class VirtualClock:
     Raises
     ------
     ConfigError
-        If ids repeat, delays do not match them, or a number is negative.
+        If ids repeat, or delays do not match them.
     """
 
-    def __init__(
-        self,
-        client_ids: ArrayLike,
-        delays: Delays,
-        *,
-        server_latency: float = 0.0,
-        server_per_sample: float = 0.0,
-        elapsed: float = 0.0,
-    ) -> None:
-        self.server_latency = check_float(server_latency, "server_latency", least=0)
-        self.server_per_sample = check_float(server_per_sample, "server_per_sample", least=0)
-        self.elapsed = check_float(elapsed, "elapsed", least=0)
+    def __init__(self, client_ids: ArrayLike, delays: Delays) -> None:
+        self.elapsed = 0.0
         self.update(client_ids, delays)
 
     def update(self, client_ids: ArrayLike, delays: Delays) -> None:
@@ -153,7 +123,6 @@ class VirtualClock:
         replies = self.reply_times(clients, quotas)
         if not replies.size:
             raise ConfigError("a step needs at least one client, got none")
-        examples = int(np.sum(quotas))
-        seconds = float(replies.max()) + self.server_latency + self.server_per_sample * examples
+        seconds = float(replies.max())
         self.elapsed += seconds
         return seconds

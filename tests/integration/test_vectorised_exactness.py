@@ -101,7 +101,7 @@ def split_run(config, *, double, monkeypatch):
 
 
 def vectorised(config, *, double):
-    setting = Setting(config=config, num_clients=NUM_CLIENTS, precision="float64" if double else "float32")
+    setting = Setting(config=config, num_clients=NUM_CLIENTS, double=double)
     training = open_training(setting)
     records = list(training.records())
     steps = [r for r in records if isinstance(r, StepRecord)]

@@ -23,10 +23,6 @@ class TestStepTimes:
     def test_given_delays_replace_the_population_s(self):
         assert step_times(PLAN, Delays([0, 0, 0], [1, 10, 100])).tolist() == [10.0, 200.0, 10.0]
 
-    def test_server_share_is_added_to_every_step(self):
-        times = step_times(PLAN, server_latency=0.25, server_per_sample=2.0)
-        assert times.tolist() == [2.0 + 0.25 + 6, 10.0 + 0.25 + 6, 2.0 + 0.25 + 2]
-
     def test_order_of_the_population_does_not_matter(self):
         population = Population(IDS[::-1], [2, 2, 3], delays=Delays([10.0, 0.0, 1.0], [0.0, 2.0, 0.5]))
         plan = BatchPlan(population, PLAN.offsets, PLAN.clients, PLAN.quotas)
@@ -52,18 +48,12 @@ class TestStepTimes:
         with pytest.raises(ConfigError, match="3 clients of the plan's population, got 2"):
             step_times(PLAN, Delays([1, 1], [0, 0]))
 
-    @pytest.mark.parametrize("option", ["server_latency", "server_per_sample"])
-    @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1"])
-    def test_refuses_an_impossible_server_share(self, option, value):
-        with pytest.raises(ConfigError, match=option):
-            step_times(PLAN, **{option: value})
-
 
 class TestVirtualClock:
     def test_adds_up_what_step_times_says(self):
-        clock = VirtualClock(IDS, DELAYS, server_latency=0.1, server_per_sample=0.2)
+        clock = VirtualClock(IDS, DELAYS)
         taken = [clock.advance(step.clients, step.quotas) for step in PLAN]
-        np.testing.assert_allclose(taken, step_times(PLAN, server_latency=0.1, server_per_sample=0.2))
+        np.testing.assert_allclose(taken, step_times(PLAN))
         assert clock.elapsed == pytest.approx(sum(taken))
 
     def test_ids_may_come_in_any_order(self):
@@ -71,11 +61,6 @@ class TestVirtualClock:
         assert clock.advance([9, 3], [2, 1]) == 10.0
         assert clock.reply_times([5, 3], [1, 4]).tolist() == [2.0, 3.0]
         assert clock.elapsed == 10.0  # asking does not move it
-
-    def test_resumes(self):
-        clock = VirtualClock(IDS, DELAYS, elapsed=100.0)
-        clock.advance([5], [1])
-        assert clock.elapsed == 102.0
 
     def test_update_changes_clients_and_keeps_the_time(self):
         clock = VirtualClock(IDS, DELAYS)
@@ -108,11 +93,6 @@ class TestVirtualClock:
     def test_refuses_ids_that_do_not_fit(self, ids, message):
         with pytest.raises(ConfigError, match=message):
             VirtualClock(ids, DELAYS)
-
-    @pytest.mark.parametrize("option", ["server_latency", "server_per_sample", "elapsed"])
-    def test_refuses_negative_time(self, option):
-        with pytest.raises(ConfigError, match=option):
-            VirtualClock(IDS, DELAYS, **{option: -0.1})
 
 
 @pytest.mark.parametrize("module", ["psl_flower.stragglers", "psl_flower.samplers", "psl_flower.plan"])

@@ -57,7 +57,7 @@ def tiny_data():
 def tiny_training(algorithm, rounds=2, seed=0, config=None, **options):
     settings = {"batch_size": 3, "learning_rate": RATE, "momentum": MOMENTUM, "cut": "server", "seed": seed}
     config = RunConfig(**{**settings, "num_server_rounds": rounds, **(config or {})})
-    setting = Setting(config=config, num_clients=2, algorithm=algorithm, precision="float64", **options)
+    setting = Setting(config=config, num_clients=2, algorithm=algorithm, double=True, **options)
     linear = {"client": torch.nn.Linear(1, 1, bias=False), "server": torch.nn.Linear(1, 2, bias=False)}
     model = torch.nn.Sequential(OrderedDict(flat=torch.nn.Flatten(), **linear)).double()
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_fedavg_is_flowers():
         num_clients=num_clients,
         algorithm="fedavg",
         local_batch_size=batch_size,
-        precision="float64",
+        double=True,
     )
     app = ClientApp()
 

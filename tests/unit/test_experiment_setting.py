@@ -27,7 +27,11 @@ def test_a_local_batch_size_that_is_given_is_kept():
     [
         ({"config": {}}, "config must be a RunConfig"),
         ({"algorithm": "splitfed"}, r"algorithm must be one of .* \(did you mean 'splitfed-v"),
-        ({"precision": "float16"}, "precision must be one of"),
+        ({"double": 1}, "double must be true or false"),
+        (
+            {"double": True, "config": RunConfig(precision="bf16")},
+            "double computes in float64, precision 'bf16' does not",
+        ),
         ({"num_clients": 0}, "num_clients must be at least 1"),
         ({"local_epochs": 0}, "local_epochs must be at least 1"),
         ({"local_batch_size": -1}, "local_batch_size must be at least 0"),

@@ -91,8 +91,8 @@ def test_divergence_is_told_with_its_step():
 
 def test_other_precisions_and_formats_learn_the_same():
     state = {}
-    for name, options in {"": {}, "last": {"channels_last": True}, "half": {"precision": "bfloat16"}}.items():
-        training = open_training(setting(config={"augment": "crop-flip"}, **options))
+    for name, precision, options in (("", "full", {}), ("last", "full", {"channels_last": True}), ("half", "bf16", {})):
+        training = open_training(setting(config={"augment": "crop-flip", "precision": precision}, **options))
         list(training.records())
         state[name] = torch.cat([p.detach().flatten() for p in training.model.parameters()])
         assert state[name].dtype == torch.float32

@@ -12,6 +12,7 @@ from psl_flower.samplers import (
     Delays,
     FixedLocalSampler,
     FixedProportionalSampler,
+    LatentDirichletSampler,
     Population,
     Sampler,
     UniformGlobalSampler,
@@ -88,6 +89,7 @@ class TestSampler:
 
     def test_repr_can_be_read(self):
         assert repr(UniformGlobalSampler(128, seed=3)) == "UniformGlobalSampler(batch_size=128, seed=3)"
+        assert repr(LatentDirichletSampler(9, c=2.0)) == "LatentDirichletSampler(batch_size=9, c=2.0)"
 
 
 def test_numpy_parts_import_no_framework():

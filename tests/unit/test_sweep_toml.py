@@ -67,7 +67,13 @@ def test_the_name_of_a_training_is_its_content_not_where_or_how_fast_it_runs(rea
     names = [e.name for e in read().experiments()]
     assert names == [e.name for e in read(data_path="/somewhere", threads=2, loggers="tensorboard").experiments()]
     assert names == [e.name for e in read(SWEEP.replace("UGS = {", '"Ours" = {')).experiments()]
-    for change in ({"learning_rate": 0.5}, {"examples": 1000}, {"num_server_rounds": 9}, {"precision": "float64"}):
+    for change in (
+        {"learning_rate": 0.5},
+        {"examples": 1000},
+        {"num_server_rounds": 9},
+        {"precision": "bf16"},
+        {"double": True},
+    ):
         assert not set(names) & {e.name for e in read(**change).experiments()}
     in_process = SWEEP.replace("[config]", 'engine = "in-process"\n[config]', 1)
     by_clients = [e.name for e in read(in_process).experiments() if e.method != "centralised"]
@@ -138,6 +144,8 @@ def test_a_sweep_needs_no_methods_and_no_seed(read):
             ("[axes]", "examples = 900\n[axes]\n", 'engine = "in-process"\n'),
             "examples is for engine 'vectorised', got 900",
         ),
+        (("[axes]", 'precision = "bfloat16"\n[axes]'), "got 'bfloat16': write precision = 'bf16'"),
+        (("[axes]", 'precision = "float64"\n[axes]'), "got 'float64': write double = true"),
         (("[config]", "[config"), "is no TOML"),
         (("[config]", "axes = 3\n[config]"), "is no TOML"),  # twice
         (("[config]", "paper = 3\n[config]"), r"\[paper\] must be a table of keys and values, got 3"),

@@ -104,9 +104,3 @@ class AlignedSampler(TargetedSampler):
         targets = tilted_targets(targets, durations.level, durations.tilt, tilt, rng)
         durations = replace(durations, level=cover(suppliers, targets, durations.seconds, durations.level))
         return slowest_first_allocation(suppliers, targets, durations, rng)
-
-    def __repr__(self) -> str:
-        return (
-            f"AlignedSampler(batch_size={self.batch_size}, seed={self.seed}, targets={self.targets!r}, "
-            f"tilt={self.tilt})"
-        )
