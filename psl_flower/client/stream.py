@@ -40,6 +40,7 @@ from psl_flower.exchange.streams.endpoint import (
 )
 from psl_flower.exchange.streams.security import PROCESS_ID, SERVER_NAME, Ticket
 from psl_flower.flower import ERROR_CLIENT_APP, outlives_messages
+from psl_flower.freed_memory import keep_freed_memory
 from psl_flower.protocol import Config
 
 log = logging.getLogger("flwr.psl_flower")
@@ -139,6 +140,7 @@ class StreamClient:
     """
 
     def __init__(self, factory: ClientFactory, ticket: Ticket, context: Context, *, resident: bool) -> None:
+        keep_freed_memory()
         self._factory, self._ticket, self._resident = factory, ticket, resident
         self._first = context
         self._contexts = {context.node_id: context}
