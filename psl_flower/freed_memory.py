@@ -24,4 +24,4 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # no glibc: macOS, Alpine, Windows
         return False
     wanted = {_MMAP_THRESHOLD: _LARGEST_KEPT, _TRIM_THRESHOLD: _MOST_KEPT, _TOP_PAD: _PAD}
-    return all([mallopt(name, size) == 1 for name, size in wanted.items()])
+    return all(mallopt(name, size) == 1 for name, size in wanted.items())
