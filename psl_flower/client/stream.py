@@ -24,9 +24,10 @@ from psl_flower.client.factory import ClientFactory, make_client, method_of
 from psl_flower.client.keeping import keep, restore
 from psl_flower.client.process import run_state
 from psl_flower.client.runtime import answer
+from psl_flower.client.two_ways import frames
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.codec import REQUEST, WeightStore, decode_request, encode_reply
-from psl_flower.exchange.frames import Decoder, Frame, encode
+from psl_flower.exchange.frames import Decoder, Frame, encode, put
 from psl_flower.exchange.shared_memory import SharedMemory, accept, whereabouts
 from psl_flower.exchange.streams.endpoint import (
     ACCEPTED,
@@ -40,6 +41,7 @@ from psl_flower.exchange.streams.endpoint import (
 )
 from psl_flower.exchange.streams.security import PROCESS_ID, SERVER_NAME, Ticket
 from psl_flower.flower import ERROR_CLIENT_APP, outlives_messages
+from psl_flower.freed_memory import keep_freed_memory
 from psl_flower.protocol import Config
 
 log = logging.getLogger("flwr.psl_flower")
@@ -114,6 +116,10 @@ def _end() -> None:
             client.thread.join(_END_SECONDS)
 
 
+# A frame, how many went before, and how many have been taken out of shared memory.
+Numbered = tuple[Frame, int, int | None]
+
+
 class StreamError(Exception):
     """A stream could not be opened, or broke."""
 
@@ -139,10 +145,13 @@ class StreamClient:
     """
 
     def __init__(self, factory: ClientFactory, ticket: Ticket, context: Context, *, resident: bool) -> None:
+        keep_freed_memory()
         self._factory, self._ticket, self._resident = factory, ticket, resident
         self._first = context
         self._contexts = {context.node_id: context}
-        self._outgoing: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Numbered | None] = queue.SimpleQueue()  # by the stream
+        self._sending = threading.Lock()
+        self._number = 0  # frames sent so far
         self._joining: dict[int, Future[None]] = {}
         self._weights = WeightStore()
         self._memory: SharedMemory | None = None  # with a server of this machine
@@ -163,7 +172,7 @@ class StreamClient:
         answer = self._joining[context.node_id] = Future()
         if self.ended:
             raise StreamError("the stream has ended")
-        self._outgoing.put(self._join_frame(ticket, context))
+        self._send(self._join_frame(ticket, context))
         try:
             answer.result(_JOIN_SECONDS)
         except TimeoutError as exc:
@@ -186,7 +195,7 @@ class StreamClient:
         """
         ticket, node = self._ticket, str(self._first.node_id)
         if not self._resident:
-            self._outgoing.put(self._join_frame(ticket, self._first))
+            self._send(self._join_frame(ticket, self._first))
         metadata = ((SESSION, ticket.session), (NODE, node), (TOKEN, ticket.token), (WHEREABOUTS, whereabouts()))
         call = self._channel.stream_stream(METHOD)(self._chunks(), metadata=metadata)
         decoder, why = Decoder(), StreamError("the server ended the stream")
@@ -195,7 +204,11 @@ class StreamClient:
                 frame = decoder.feed(chunk)
                 if frame is not None and not self._handle(frame):
                     return "the run is over"
-                decoder.memory = self._memory
+                if self._memory is not None:
+                    decoder.memory = self._memory
+                    for frame in frames(call, decoder, self._memory):
+                        if not self._handle(frame):
+                            return "the run is over"
         except ProtocolError as error:
             why = StreamError(f"the server sent something wrong: {error}")
         except grpc.RpcError as error:
@@ -204,7 +217,11 @@ class StreamClient:
             why = StreamError(f"{error.code().name}: {error.details()}")
         finally:
             self.ended = True
-            self._outgoing.put(None)
+            with self._sending:
+                self._outgoing.put(None)
+                if self._memory is not None:
+                    self._memory.close()
+                    self._memory = None
             for answer in list(self._joining.values()):
                 if not answer.done():
                     answer.set_exception(why)
@@ -217,11 +234,16 @@ class StreamClient:
         self._stopped = True
         self._channel.close()
 
+    def _send(self, frame: Frame) -> None:
+        with self._sending:
+            number, memory = self._number, self._memory
+            self._number += 1
+            if memory is None or not put(frame, number, memory):
+                self._outgoing.put((frame, number, None if memory is None else memory.incoming.taken))
+
     def _chunks(self) -> Iterator[bytes]:
-        number = 0
-        while (frame := self._outgoing.get()) is not None:
-            yield from encode(frame, number, self._memory)
-            number += 1
+        while (numbered := self._outgoing.get()) is not None:
+            yield from encode(*numbered)
 
     def _handle(self, frame: Frame) -> bool:
         """Do what a frame asks for; return whether the stream goes on."""
@@ -231,7 +253,7 @@ class StreamClient:
             state = run_state(self._first.run_id)
             method = method_of(self._factory, state, self._first)
             reply = answer(method, state, self._client, request)
-            self._outgoing.put(encode_reply(number, reply, request, wire_dtype))
+            self._send(encode_reply(number, reply, request, wire_dtype))
         elif kind == "joined":
             self._settle(node, None)
         elif kind == "refused":
@@ -267,10 +289,13 @@ class StreamClient:
 
     def _share(self, offer: Any) -> None:
         try:
-            self._memory = accept(offer)
+            memory = accept(offer)
         except OSError as error:
             log.debug("no memory is shared with the server: %s", error)
-        self._outgoing.put(Frame({"kind": ACCEPTED, "accepted": self._memory is not None}))
+            memory = None
+        self._send(Frame({"kind": ACCEPTED, "accepted": memory is not None}))
+        with self._sending:
+            self._memory = memory
 
     def _client(self, node: int, config: Config) -> SplitClient:
         context = self._contexts.get(node)

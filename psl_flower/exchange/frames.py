@@ -9,8 +9,8 @@ Note [Frame layout]: a frame is a JSON header and raw buffers. It travels as chu
 
 The first chunk holds the header whole. Frames are numbered from 0 and their chunks follow each other in order, so what
 is lost, repeated, cut short or made up is noticed at once. The header is a list: how long each buffer is, and an
-object; between two processes of one machine also how many payloads its sender has taken out of the memory they share,
-and whether this frame's lies there, see Note [Shared memory] in shared_memory.py: then no chunk holds any of it.
+object; between two processes of one machine also how many frames its sender has taken out of the memory they share,
+see Note [Shared memory] in shared_memory.py: a frame that lies there is all bodies in one.
 """
 
 from __future__ import annotations
@@ -61,29 +61,47 @@ class Frame:
         return sum(piece.nbytes for pieces in self.buffers for piece in pieces)
 
 
-def encode(frame: Frame, number: int, memory: SharedMemory | None = None) -> Iterator[bytes]:
+def encode(frame: Frame, number: int, taken: int | None = None) -> Iterator[bytes]:
     """Cut a frame into chunks, one at a time: no more than a chunk of it is ever copied ahead of the network.
 
     Parameters
     ----------
     number : int
         How many frames went before on this stream.
-    memory : SharedMemory, optional
-        What the payload may take instead of the stream.
+    taken : int, optional
+        How many frames have been taken out of shared memory, if there is one.
     """
+    lengths, payload = _lengths(frame)
+    first, pieces = _first(frame, lengths, payload, taken), _pieces(frame.buffers, lengths)
+    for index, body in enumerate(_bodies(first, pieces)):
+        yield b"".join([_PREFIX.pack(_MAGIC, _VERSION, number & 0xFFFFFFFF, index), *body])
+
+
+def put(frame: Frame, number: int, memory: SharedMemory) -> bool:
+    """Lay a frame into shared memory; return whether there is room. If not, it is to take the stream."""
+    lengths, payload = _lengths(frame)
+    if not memory.outgoing.has_room(payload):  # before its header is written
+        return False
+    first = _first(frame, lengths, payload, memory.incoming.taken)
+    if not memory.outgoing.has_room(sum(map(len, first)) + payload):
+        return False
+    memory.outgoing.put(number, [*first, *_pieces(frame.buffers, lengths)])
+    return True
+
+
+def _lengths(frame: Frame) -> tuple[list[int], int]:
+    """Return the bytes of each buffer, and of all with their padding."""
     lengths = [sum(piece.nbytes for piece in pieces) for pieces in frame.buffers]
-    payload = sum(map(_padded, lengths))
-    shared = memory is not None and memory.outgoing.has_room(payload)
-    content = [lengths, frame.header] if memory is None else [lengths, frame.header, memory.incoming.taken, shared]
+    return lengths, sum(map(_padded, lengths))
+
+
+def _first(frame: Frame, lengths: list[int], payload: int, taken: int | None) -> list[bytes]:
+    """Return what comes before the payload."""
+    content = [lengths, frame.header] if taken is None else [lengths, frame.header, taken]
     header = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(header)} bytes is too long, the most is {MAX_HEADER_BYTES}")
-    pieces = _pieces(frame.buffers, lengths)
-    if memory is not None and shared:
-        memory.outgoing.put(pieces)  # and so exhausts them
-    first = [_LENGTHS.pack(len(header), payload), header, _PADDING[: -(_LENGTHS.size + len(header)) % _ALIGNMENT]]
-    for index, body in enumerate(_bodies(first, pieces)):
-        yield b"".join([_PREFIX.pack(_MAGIC, _VERSION, number & 0xFFFFFFFF, index), *body])
+    return [_LENGTHS.pack(len(header), payload), header, _PADDING[: -(_LENGTHS.size + len(header)) % _ALIGNMENT]]
 
 
 def _pieces(buffers: Sequence[Sequence[Buffer]], lengths: Sequence[int]) -> Iterator[Buffer]:
@@ -115,18 +133,19 @@ class Decoder:
     ----------
     max_frame_bytes : int
         Payload of the largest frame let in.
-    memory : SharedMemory, optional
-        Where payloads may lie.
 
     Attributes
     ----------
+    memory : SharedMemory or None
+        Where frames may lie.
     max_header : int
         Bytes of the longest header let in next.
     """
 
-    def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES, memory: SharedMemory | None = None) -> None:
+    def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._max = max_frame_bytes
-        self.memory, self.max_header = memory, MAX_HEADER_BYTES
+        self.memory: SharedMemory | None = None
+        self.max_header = MAX_HEADER_BYTES
         self._number = 0
         self._open: _Open | None = None
 
@@ -151,11 +170,33 @@ class Decoder:
             self._open = self._begin(body)
         else:
             self._open.add(body)
-        if self._open.missing():
+        return None if self._open.missing() else self._finish(self._open)
+
+    def take(self) -> Frame | None:
+        """Return the frame that lies in shared memory, if one does and it is the next.
+
+        Raises
+        ------
+        ProtocolError
+            If it is not one. The stream is of no use any more.
+        """
+        if self.memory is None or self._open is not None or (number := self.memory.incoming.next()) is None:
             return None
-        frame, self._open = self._open.frame(), None
+        if number != self._number:
+            if number < self._number:
+                raise ProtocolError(
+                    f"out of order: expected frame {self._number}, frame {number} lies in shared memory"
+                )
+            return None  # those before it are on their way
+        found = self._begin(self.memory.incoming.take())
+        if missing := found.missing():
+            raise ProtocolError(f"a frame in shared memory lacks {missing} bytes of its payload")
+        return self._finish(found)
+
+    def _finish(self, whole: _Open) -> Frame:
+        self._open = None
         self._number += 1
-        return frame
+        return whole.frame()
 
     def _begin(self, body: memoryview) -> _Open:
         if len(body) < _LENGTHS.size:
@@ -168,16 +209,12 @@ class Decoder:
         start = _LENGTHS.size + header_length
         if len(body) < start:
             raise ProtocolError(f"the header is cut short: {len(body) - _LENGTHS.size} of {header_length} bytes")
-        lengths, header, taken, shared = _parse(bytes(body[_LENGTHS.size : start]))
+        lengths, header, taken = _parse(bytes(body[_LENGTHS.size : start]))
         if sum(map(_padded, lengths)) != payload_length:
             raise ProtocolError(f"buffers of {sum(lengths)} bytes do not make a payload of {payload_length}")
         body = body[start + -start % _ALIGNMENT :]
         if self.memory is not None and taken is not None:
             self.memory.outgoing.acknowledge(taken)
-        if shared:
-            if self.memory is None or body:
-                raise ProtocolError("a payload lies in shared memory, and there is none, or it came with the stream")
-            body = self.memory.incoming.take(payload_length)
         return _Open(header, lengths, payload_length, body)
 
 
@@ -232,20 +269,20 @@ def parse_header(text: bytes) -> Any:
         raise ProtocolError(f"the header is not JSON: {exc!s:.80}") from exc
 
 
-def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None, bool]:
+def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None]:
     content = parse_header(text)
     if isinstance(content, list) and len(content) == 2:
-        content += [None, False]
-    if not isinstance(content, list) or len(content) != 4 or not isinstance(content[1], dict):
+        content.append(None)
+    if not isinstance(content, list) or len(content) != 3 or not isinstance(content[1], dict):
         raise ProtocolError("the header must be a pair: lengths of the buffers, and an object")
-    lengths, header, taken, shared = content
-    if not (taken is None or type(taken) is int) or type(shared) is not bool:
-        raise ProtocolError("what the header says of shared memory must be a whole number, and true or false")
+    lengths, header, taken = content
+    if not (taken is None or type(taken) is int):
+        raise ProtocolError("what the header says of shared memory must be a whole number")
     if not isinstance(lengths, list) or len(lengths) > MAX_BUFFERS:
         raise ProtocolError(f"the header must name the lengths of at most {MAX_BUFFERS} buffers")
     if any(type(n) is not int or not 0 <= n <= 2**62 for n in lengths):
         raise ProtocolError("lengths of buffers must be whole numbers, not negative")
-    return lengths, header, taken, shared
+    return lengths, header, taken
 
 
 def _refuse_constant(name: str) -> Any:

@@ -1,14 +1,16 @@
-"""Memory that two processes of one machine share: payloads lie there, and the stream only says so.
+"""Memory that two processes of one machine share: frames lie there, and a pipe says so.
 
 Note [Shared memory]: between two processes of one machine gRPC encrypts, cuts up and copies what both could simply look
-at: 2 MB took 13 ms, and take one here. Each direction has a memory of its own. It has no name in any file system: the
-server makes it with ``memfd_create``, and the client opens it through the server's ``/proc/PID/fd``, which the system
+at: 2 MB took 13 ms, and take one here. Each direction has a memory and a pipe of its own. They have no names in any
+file system: the server makes them, and the client opens them through the server's ``/proc/PID/fd``, which the system
 lets only the same user do, and which it is told of over its stream, where it has shown its token. So no other user can
-read or write it, and nothing is left of it when the two processes have ended, however they do. Its size is sealed:
-nobody can cut it off under the other's hands. Who reads copies first and checks the copy, which nobody else can change.
+read or write them, and nothing is left of them when the two processes have ended, however they do. The size of the
+memory is sealed: nobody can cut it off under the other's hands. Who reads copies first and checks the copy, which
+nobody else can change.
 
-Who writes never waits: where the other has not yet said that it has copied what lies there, or a payload is too long
-for the memory, it takes the stream. Systems other than Linux have no such memory, and always do that.
+Who writes never waits: where the other has not yet said that it has copied what lies there, or a frame is too long for
+the memory, it takes the stream. Frames are numbered, so it does not matter which of the two is looked at first. Systems
+other than Linux have no such memory, and always take the stream.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,8 +30,8 @@ import numpy as np
 from psl_flower.errors import ProtocolError
 
 MEMORY_BYTES = 64 * 2**20  # of each direction; the system gives it out as it is written to
-_LEAST_BYTES = 2**14  # less is sent as fast
 _ALIGNMENT = 64
+_RING = struct.Struct("<QQ")  # what a pipe says: the number of a frame, and its bytes
 _PREFIX = "psl-flower-"
 
 
@@ -42,38 +45,47 @@ def whereabouts() -> str:
 
 
 class Outgoing:
-    """The writer's side of one direction: holds one payload until the reader has copied it.
+    """The writer's side of one direction: holds one frame until the reader has copied it.
 
     Parameters
     ----------
     view : memoryview
         Of the memory.
+    bell : int
+        The pipe's end to write to.
     """
 
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
+    def __init__(self, view: memoryview, bell: int) -> None:
+        self._view, self._bell = view, bell
         self._written = self._taken = 0
         self.open = False  # whether the other is known to have the memory
 
     def has_room(self, length: int) -> bool:
-        """Return whether a payload of so many bytes can be put, and is worth it."""
-        return self.open and self._written == self._taken and _LEAST_BYTES <= length <= len(self._view)
+        """Return whether a frame of so many bytes can be put."""
+        return self.open and self._written == self._taken and length <= len(self._view)
 
-    def put(self, pieces: Iterable[memoryview]) -> None:
-        """Write a payload that there is room for."""
-        begin = 0
+    def put(self, number: int, pieces: Iterable[bytes | memoryview]) -> None:
+        """Write a frame that there is room for, and tell the other."""
+        end = 0
         for piece in pieces:
-            self._view[begin : begin + len(piece)] = piece
-            begin += len(piece)
+            begin, end = end, end + len(piece)
+            self._view[begin:end] = piece
         self._written += 1
+        with suppress(OSError):  # it has ended, as its stream will tell
+            os.write(self._bell, _RING.pack(number, end))
 
     def acknowledge(self, taken: int) -> None:
-        """Note how many payloads the other has copied so far."""
+        """Note how many frames the other has copied so far."""
         if not self._taken <= taken <= self._written:
             raise ProtocolError(
-                f"{taken} payloads cannot have been taken out of shared memory, {self._written} lay there"
+                f"{taken} frames cannot have been taken out of shared memory, {self._written} lay there"
             )
         self._taken = taken
+
+    def close(self) -> None:
+        """Put nothing more."""
+        self.open = False
+        os.close(self._bell)
 
 
 class Incoming:
@@ -83,20 +95,43 @@ class Incoming:
     ----------
     view : memoryview
         Of the memory.
+    bell : int
+        The pipe's end to read from.
     """
 
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-        self.taken = 0  # payloads copied so far
+    def __init__(self, view: memoryview, bell: int) -> None:
+        self._view, self.bell = view, bell
+        self.taken = 0  # frames copied so far
+        self.ended = False  # whether the other has closed the pipe
+        self._next: tuple[int, int] | None = None
 
-    def take(self, length: int) -> memoryview:
-        """Return a copy of the payload of so many bytes that lies there."""
+    def next(self) -> int | None:
+        """Return the number of the frame that lies there, if one does."""
+        if self._next is None:
+            try:
+                told = os.read(self.bell, _RING.size)
+            except BlockingIOError:
+                return None
+            if len(told) != _RING.size:
+                self.ended = True
+                return None
+            self._next = _RING.unpack(told)
+        return self._next[0]
+
+    def take(self) -> memoryview:
+        """Return a copy of the frame that lies there, as `next` has said."""
+        assert self._next is not None, "nothing lies there"
+        (_, length), self._next = self._next, None
         if length > len(self._view):
-            raise ProtocolError(f"a payload of {length} bytes does not lie in a shared memory of {len(self._view)}")
+            raise ProtocolError(f"a frame of {length} bytes does not lie in a shared memory of {len(self._view)}")
         copy = aligned(length)
         copy[:] = self._view[:length]
         self.taken += 1
         return copy
+
+    def close(self) -> None:
+        """Take nothing more."""
+        os.close(self.bell)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +140,11 @@ class SharedMemory:
 
     outgoing: Outgoing
     incoming: Incoming
+
+    def close(self) -> None:
+        """Use it no more; the memory is gone with the last tensor that was read from it."""
+        self.outgoing.close()
+        self.incoming.close()
 
 
 class Offer:
@@ -118,19 +158,26 @@ class Offer:
 
     def __init__(self) -> None:
         self._name = _PREFIX + secrets.token_hex(16)
-        self._files: list[int] = []
+        self._files: list[int] = []  # of the client: two memories, and its ends of two pipes
+        mine: list[int] = []
         try:
-            for _ in range(2):
-                self._files.append(_make(self._name))
-            down, up = (mmap.mmap(file, MEMORY_BYTES) for file in self._files)
+            self._files += [_make(self._name) for _ in range(2)]
+            down, up = (memoryview(mmap.mmap(file, MEMORY_BYTES)) for file in self._files)
+            for end in (1, 0):  # down, and up
+                pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                mine.append(pipe[end])
+                self._files.append(pipe[1 - end])
+            self._pipes = [os.fstat(file).st_ino for file in mine]
         except OSError:
             self.close()
+            for file in mine:
+                os.close(file)
             raise
-        self.memory = SharedMemory(Outgoing(memoryview(down)), Incoming(memoryview(up)))
+        self.memory = SharedMemory(Outgoing(down, mine[0]), Incoming(up, mine[1]))
 
     def header(self) -> dict[str, Any]:
         """Return what the client needs to find it."""
-        return {"name": self._name, "process": os.getpid(), "files": list(self._files)}
+        return {"name": self._name, "process": os.getpid(), "files": list(self._files), "pipes": self._pipes}
 
     def close(self) -> None:
         """Let nobody else open it; who has it keeps it."""
@@ -149,14 +196,22 @@ def accept(header: Mapping[str, Any]) -> SharedMemory:
     ProtocolError
         If this is no offer.
     """
-    name, process, files = header.get("name"), header.get("process"), header.get("files")
-    numbers = [process, *files] if isinstance(files, list) and len(files) == 2 else [None]
-    if not isinstance(name, str) or not name.startswith(_PREFIX) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ProtocolError(f"not an offer of shared memory: {dict(header)!r:.200}")
-    down, up = (_open(f"/proc/{process}/fd/{file}", name) for file in numbers[1:])
-    memory = SharedMemory(Outgoing(memoryview(up)), Incoming(memoryview(down)))
-    memory.outgoing.open = True
-    return memory
+    name, process, files, pipes = (header.get(key) for key in ("name", "process", "files", "pipes"))
+    lists = [each if isinstance(each, list) else [] for each in (files, pipes)]
+    numbers = [process, *lists[0], *lists[1]]
+    whole = list(map(len, lists)) == [4, 2] and all(type(n) is int and n >= 0 for n in numbers)
+    if not whole or not isinstance(name, str) or not name.startswith(_PREFIX):
+        raise ProtocolError(f"not an offer of shared memory: {dict(header)!r:.300}")
+    down, up, told, tell = (f"/proc/{process}/fd/{file}" for file in lists[0])
+    views = [_map(path, f"/memfd:{name} (deleted)") for path in (down, up)]
+    bell = _open(told, f"pipe:[{lists[1][0]}]", os.O_RDONLY)
+    try:
+        outgoing = Outgoing(views[1], _open(tell, f"pipe:[{lists[1][1]}]", os.O_WRONLY))
+    except OSError:
+        os.close(bell)
+        raise
+    outgoing.open = True
+    return SharedMemory(outgoing, Incoming(views[0], bell))
 
 
 def aligned(length: int) -> memoryview:
@@ -180,12 +235,16 @@ def _make(name: str) -> int:
     return file
 
 
-def _open(path: str, name: str) -> mmap.mmap:
-    # before it is opened: under this path another machine, or container, may have anything
-    if os.readlink(path) != f"/memfd:{name} (deleted)":
-        raise FileNotFoundError(f"{path} is not the memory {name}")
-    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+def _map(path: str, what: str) -> memoryview:
+    file = _open(path, what, os.O_RDWR)
     try:
-        return mmap.mmap(file, MEMORY_BYTES)
+        return memoryview(mmap.mmap(file, MEMORY_BYTES))
     finally:
         os.close(file)
+
+
+def _open(path: str, what: str, how: int) -> int:
+    # before it is opened: under this path another machine, or container, may have anything
+    if os.readlink(path) != what:
+        raise FileNotFoundError(f"{path} is not {what}")
+    return os.open(path, how | os.O_CLOEXEC | os.O_NONBLOCK)

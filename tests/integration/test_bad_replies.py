@@ -263,7 +263,7 @@ def test_replies_that_come_twice_over_a_stream_are_ignored_and_counted(tmp_path,
     def handled(self, frame):
         goes_on = handle(self, frame)
         if frame.header.get("stage") in ("forward", "backward") and len(sent) <= 6:  # the first describes
-            self._outgoing.put(sent[-1])
+            self._send(sent[-1])
         return goes_on
 
     monkeypatch.setattr(stream_module, "encode_reply", encoded)

@@ -106,25 +106,25 @@ class ChaosStream(stream.StreamClient):
         if what == "cut":
             raise BrokenError
         if what == "garbled":
-            self._outgoing.put(Frame({"kind": "nonsense"}))
+            self._send(Frame({"kind": "nonsense"}))
             return True
-        real, sent = self._outgoing, []
-        self._outgoing = mock.Mock(put=sent.append)
+        real, sent = self._send, []
+        self._send = sent.append
         try:
             going_on = super()._handle(frame)
         finally:
-            self._outgoing = real
+            self._send = real
         if what == "late":
-            timer = threading.Timer(1.5 * STEP_SECONDS, lambda: [real.put(each) for each in sent])
+            timer = threading.Timer(1.5 * STEP_SECONDS, lambda: [real(each) for each in sent])
             timer.daemon = True
             timer.start()
         if what == "delayed":
             time.sleep(STEP_SECONDS / 10)
         for _ in range({"dropped": 0, "late": 0, "twice": 2, "unasked": 1, "delayed": 1}[what]):
             for each in sent:
-                real.put(each)
+                real(each)
         if what == "unasked":
-            real.put(Frame({"kind": "reply", "number": 10**9}))
+            real(Frame({"kind": "reply", "number": 10**9}))
         return going_on
 
 

@@ -1,6 +1,7 @@
 """Memory shared by processes of one machine: what goes through it, who may open it, and what is left of it."""
 
 import os
+import struct
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange import shared_memory
-from psl_flower.exchange.frames import Decoder, Frame, encode
+from psl_flower.exchange.frames import Decoder, Frame, encode, put
 from psl_flower.exchange.shared_memory import Offer, accept, aligned, whereabouts
 
 pytestmark = pytest.mark.skipif(not whereabouts(), reason="only Linux has such memory")
@@ -21,97 +22,144 @@ class End:
     """One end of a stream."""
 
     def __init__(self, memory):
-        self.memory, self.decoder, self.number = memory, Decoder(memory=memory), 0
+        self.memory, self.decoder, self.number = memory, Decoder(), 0
+        self.decoder.memory = memory
 
     def send(self, *sizes, fill=1):
-        buffers = [[memoryview(np.full(size, fill, np.uint8).data)] for size in sizes]
-        chunks = list(encode(Frame({"fill": fill}, buffers), self.number, self.memory))
-        self.number += 1
-        return chunks
+        """Return the chunks that the stream has to carry."""
+        frame = Frame({"fill": fill}, [[memoryview(np.full(size, fill, np.uint8).data)] for size in sizes])
+        number, self.number = self.number, self.number + 1
+        return [] if put(frame, number, self.memory) else list(encode(frame, number, self.memory.incoming.taken))
 
-    def receive(self, chunks):
+    def receive(self, chunks=()):
+        if not chunks:
+            return self.decoder.take()
         *before, last = map(self.decoder.feed, chunks)
         assert not any(before)
         return last
 
 
-@pytest.fixture
-def ends():
-    offer = Offer()
+def taken_up(offer):
     client = End(accept(offer.header()))
     offer.close()
     offer.memory.outgoing.open = True
     return End(offer.memory), client
 
 
-def length(chunks):
-    return sum(map(len, chunks))
+@pytest.fixture
+def ends():
+    server, client = taken_up(Offer())
+    yield server, client
+    for end in (server, client):
+        end.memory.close()
 
 
-def test_payloads_lie_in_the_memory_and_the_stream_carries_headers(ends):
+def test_frames_lie_in_the_memory_and_the_stream_carries_nothing(ends):
     server, client = ends
     for sender, receiver, fill in [(server, client, 1), (client, server, 2), (server, client, 3)]:
-        chunks = sender.send(SIZE, 7, SIZE, fill=fill)
-        assert length(chunks) < 300
-        frame = receiver.receive(chunks)
+        assert receiver.receive() is None
+        assert not sender.send(SIZE, 7, SIZE, fill=fill)
+        frame = receiver.receive()
+        assert frame.header == {"fill": fill}
         assert [bytes(pieces[0]) for pieces in frame.buffers] == [bytes([fill]) * n for n in (SIZE, 7, SIZE)]
+        assert np.frombuffer(frame.buffers[2][0], np.uint8).ctypes.data % 64 == 0  # as tensors of torch's own
 
 
-def test_a_payload_is_not_written_over_before_it_was_copied(ends):
+def test_a_frame_is_not_written_over_before_it_was_copied(ends):
     server, client = ends
-    first, second = server.send(SIZE, fill=1), server.send(SIZE, fill=2)
-    assert length(first) < 300 < SIZE < length(second)  # the second takes the stream
-    frames = [client.receive(chunks) for chunks in (first, second)]
+    assert not server.send(SIZE, fill=1)
+    second = server.send(SIZE, fill=2)  # takes the stream
+    frames = [client.receive(), client.receive(second)]
     third = server.send(SIZE, fill=3)  # nobody has said yet that the first was copied
-    assert length(third) > SIZE
     frames.append(client.receive(third))
-    server.receive(client.send())
-    fourth = server.send(SIZE, fill=4)
-    assert length(fourth) < 300
-    frames.append(client.receive(fourth))
+    client.send()
+    assert server.receive().header == {"fill": 1}
+    assert not server.send(SIZE, fill=4)
+    frames.append(client.receive())
     assert [bytes(frame.buffers[0][0]) for frame in frames] == [bytes([n]) * SIZE for n in (1, 2, 3, 4)]
 
 
-def test_what_is_small_or_does_not_fit_takes_the_stream(ends, monkeypatch):
-    server, _ = ends
-    assert length(server.send(100)) > 100
+def test_a_frame_in_the_memory_waits_for_those_before_it(ends):
+    server, client = ends
+    server.memory.outgoing.open = False
+    first = server.send(SIZE, fill=1)
+    server.memory.outgoing.open = True
+    assert not server.send(SIZE, fill=2)
+    assert client.receive() is None
+    assert client.receive(first).header == {"fill": 1}
+    assert client.receive().header == {"fill": 2}
+
+
+def test_what_does_not_fit_takes_the_stream(monkeypatch):
     monkeypatch.setattr(shared_memory, "MEMORY_BYTES", 2**16)
-    offer = Offer()
-    offer.memory.outgoing.open = True
-    assert length(End(offer.memory).send(SIZE)) > SIZE
-    offer.close()
+    server, client = taken_up(Offer())
+    assert not server.send(2**16 - 128)
+    assert client.receive() is not None
+    client.send()
+    server.receive()
+    assert server.send(2**16 - 60)  # its header is too much
+    assert server.send(SIZE)
 
 
 def test_nothing_is_written_before_the_other_has_the_memory():
     offer = Offer()
-    assert length(End(offer.memory).send(SIZE)) > SIZE
+    assert End(offer.memory).send(SIZE)
     offer.close()
 
 
-@pytest.mark.parametrize("sizes", [(SIZE,), (2**26 + 1,)])
-def test_a_payload_that_is_not_there_is_refused(ends, sizes):
+@pytest.mark.parametrize("length", [2**26 + 1, 2**63, 10])
+def test_a_frame_that_is_not_there_is_refused(ends, length):
     server, client = ends
-    server.memory.outgoing.open = False
-    chunks = [chunk.replace(b"0,false]", b"0,true] ") for chunk in server.send(*sizes)]
-    with pytest.raises(ProtocolError, match=r"lies? in (a )?shared memory"):
-        client.receive(chunks[:1])
+    os.write(server.memory.outgoing._bell, struct.pack("<QQ", 0, length))
+    with pytest.raises(ProtocolError, match=r"does not lie in a shared memory of 67108864|at least 16 bytes long"):
+        client.receive()
+
+
+def test_a_frame_cut_short_is_refused(ends):
+    server, client = ends
+    server.send(SIZE)
+    os.read(client.memory.incoming.bell, 16)
+    os.write(server.memory.outgoing._bell, struct.pack("<QQ", 0, SIZE))
+    with pytest.raises(ProtocolError, match="lacks 96 bytes"):
+        client.receive()
+
+
+def test_a_frame_that_was_there_before_is_refused(ends):
+    server, client = ends
+    server.send(SIZE)
+    client.receive()
+    os.write(server.memory.outgoing._bell, struct.pack("<QQ", 0, SIZE))
+    with pytest.raises(ProtocolError, match="out of order: expected frame 1, frame 0 lies in shared memory"):
+        client.receive()
 
 
 def test_more_copied_than_was_written_is_refused(ends):
     server, client = ends
     client.memory.incoming.taken = 5
-    with pytest.raises(ProtocolError, match="5 payloads cannot have been taken out of shared memory, 0 lay there"):
-        server.receive(client.send())
+    client.send()
+    with pytest.raises(ProtocolError, match="5 frames cannot have been taken out of shared memory, 0 lay there"):
+        server.receive()
+
+
+def test_the_end_of_the_other_is_seen_and_writing_to_it_does_no_harm(ends):
+    server, client = taken_up(Offer())
+    client.memory.close()
+    assert not server.send(SIZE)
+    assert server.receive() is None
+    assert server.memory.incoming.ended
+    server.memory.close()
+    assert server.send(SIZE)
 
 
 def test_the_memory_has_no_name_cannot_be_cut_off_and_is_only_the_users(ends):
     offer = Offer()
-    process, file = offer.header()["process"], offer.header()["files"][0]
-    status = os.fstat(file)
-    assert (status.st_mode & 0o777, status.st_uid, status.st_nlink) == (0o600, os.getuid(), 0)
-    with pytest.raises(PermissionError):
-        os.ftruncate(file, 0)
-    if os.getuid() == 0:  # only root can try as somebody else
+    process, files = offer.header()["process"], offer.header()["files"]
+    for file in files[:2]:
+        status = os.fstat(file)
+        assert (status.st_mode & 0o777, status.st_uid, status.st_nlink) == (0o600, os.getuid(), 0)
+        with pytest.raises(PermissionError):
+            os.ftruncate(file, 0)
+    for file in files if os.getuid() == 0 else ():  # only root can try as somebody else
         program = f"import os; os.setuid(65534); os.open('/proc/{process}/fd/{file}', os.O_RDONLY)"
         tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert "PermissionError" in tried.stderr
@@ -122,10 +170,13 @@ def test_the_memory_has_no_name_cannot_be_cut_off_and_is_only_the_users(ends):
     ("change", "error"),
     [
         ({"process": 2**30}, OSError),
-        ({"files": [0, 1]}, OSError),
+        ({"files": [0, 1, 2, 0]}, OSError),
+        ({"pipes": [1, 2]}, OSError),
         ({"name": "psl-flower-of-another-machine"}, OSError),
         ({"name": "etc"}, ProtocolError),
-        ({"files": ["0", 1]}, ProtocolError),
+        ({"files": ["0", 1, 2, 3]}, ProtocolError),
+        ({"files": [0, 1]}, ProtocolError),
+        ({"pipes": 1}, ProtocolError),
         ({"process": -1}, ProtocolError),
         ({"process": None}, ProtocolError),
     ],

@@ -360,7 +360,7 @@ def test_who_breaks_the_protocol_while_it_is_asked_has_made_a_mistake(app, monke
     class Breaking(stream.StreamClient):
         def _handle(self, frame):
             if frame.header.get("kind") == "request":
-                self._outgoing.put(Frame({"kind": "nonsense"}))
+                self._send(Frame({"kind": "nonsense"}))
                 return True
             return super()._handle(frame)
 

@@ -41,6 +41,7 @@ from psl_flower.exchange.streams.security import Ticket, Tokens
 from psl_flower.exchange.streams.under_way import Exchange, Home, Sent, Wait, connected, gone, refusal
 from psl_flower.failures import Failure, Kind
 from psl_flower.flower import simulated_nodes
+from psl_flower.freed_memory import keep_freed_memory
 from psl_flower.protocol import ATTACH, Reply, Request
 
 log = logging.getLogger("flwr.psl_flower")
@@ -73,6 +74,7 @@ class StreamCarrier(Carrier):
     """
 
     def __init__(self, grid: Grid, options: StreamOptions | None = None, group_id: str = "psl_flower") -> None:
+        keep_freed_memory()
         self.options = options or StreamOptions()
         self._grid, self._group_id = grid, group_id
         self._tokens = Tokens()

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -21,8 +22,8 @@ import grpc.aio
 
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.codec import REPLY, Sent
-from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode
-from psl_flower.exchange.limits import MAX_HEADER_BYTES, MAX_UNASKED_HEADER
+from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode, put
+from psl_flower.exchange.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES, MAX_UNASKED_HEADER
 from psl_flower.exchange.shared_memory import Offer, SharedMemory, whereabouts
 from psl_flower.exchange.streams.event_loop import run
 from psl_flower.exchange.streams.open_files import most_connections
@@ -126,17 +127,23 @@ class Connection:
     ----------
     peer : str
         Its address, for the log.
+    max_frame_bytes : int
+        Of the largest frame let in.
     """
 
     _ids = count()
 
-    def __init__(self, peer: str) -> None:
+    def __init__(self, peer: str, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self.peer = peer
         self.id = next(Connection._ids)
+        self.decoder = Decoder(max_frame_bytes)
         self.sent_weights: Sent = {}  # read and written by the jobs, which run one after the other
+        self.offer: Offer | None = None  # of memory, until it is answered
         self.memory: SharedMemory | None = None  # with a process of this machine
         self._jobs: deque[Job] = deque()
         self._lock = threading.Lock()
+        self._number = 0  # frames so far
+        self._idle = True  # whether no job is being done by `write`
         self._closing: str | None = None
         self._unanswered = 0  # requests sent less replies received; below zero, replies that nobody asked for
         self._wake: Callable[[], object] = lambda: None
@@ -172,9 +179,30 @@ class Connection:
             if self._closing is not None or len(self._jobs) >= _MAX_WAITING:
                 return False
             self._unanswered += asks
+            if self.memory is not None and self.memory.outgoing.has_room(0) and self._idle and not self._jobs:
+                # here and now: to have another thread do it costs more than the doing
+                frame = job()
+                if frame is None or self._put(frame, self.memory):
+                    return True
+                job = partial(_same, frame)
             self._jobs.append(job)
         self._wake()
         return True
+
+    def _put(self, frame: Frame, memory: SharedMemory) -> bool:
+        done = put(frame, self._number, memory)
+        self._number += done
+        return done
+
+    def feed(self, chunk: bytes) -> Frame | None:
+        """Return the frame that a chunk completes, if it does."""
+        self.decoder.max_header = MAX_HEADER_BYTES if self.is_asked else MAX_UNASKED_HEADER
+        return self.decoder.feed(chunk)
+
+    def take(self) -> Frame | None:
+        """Return the next frame, if it lies in shared memory."""
+        self.decoder.max_header = MAX_HEADER_BYTES if self.is_asked else MAX_UNASKED_HEADER
+        return self.decoder.take()
 
     def close(self, reason: str) -> None:
         """End the stream once what waits is sent."""
@@ -190,20 +218,36 @@ class Connection:
 
     async def write(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """Write what is to be sent, as it comes, until the stream closes."""
-        loop, changed, number = asyncio.get_running_loop(), asyncio.Event(), 0
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(changed.set)
         while True:
             changed.clear()
-            job = self._jobs.popleft() if self._jobs else None
+            with self._lock:
+                job = self._jobs.popleft() if self._jobs else None
+                self._idle = job is None
             if job is not None:
                 frame = job()
-                for chunk in encode(frame, number, self.memory) if frame is not None else ():
+                if frame is None or (self.memory is not None and self._put(frame, self.memory)):
+                    continue
+                taken = None if self.memory is None else self.memory.incoming.taken
+                number, self._number = self._number, self._number + 1
+                for chunk in encode(frame, number, taken):
                     await write(chunk)
-                number += frame is not None
             elif self._closing is not None:
                 return
             else:
                 await changed.wait()
+
+    def forget_memory(self) -> None:
+        """Use no shared memory any more."""
+        with self._lock:
+            if self.memory is not None:
+                self.memory.close()
+                self.memory = None
+
+
+def _same(frame: Frame) -> Frame:
+    return frame
 
 
 class Endpoint:
@@ -262,21 +306,17 @@ class Endpoint:
         if refusal := self._refusal(context):
             self._refusals.add(peer, refusal)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, refusal)
-        connection = Connection(peer)
-        offer = self._offer(context)
-        if offer is not None:
-            connection.memory, header = offer.memory, offer.header()
-            connection.send(lambda: Frame({"kind": OFFER, **header}))
+        connection = Connection(peer, self._options.max_frame_bytes)
+        self._offer(connection, context)
         with self._lock:
             self._connections.add(connection)
-        reader = asyncio.create_task(self._read(connection, requests, offer))
+        reader = asyncio.create_task(self._read(connection, requests))
         try:
             # cancelled at once when the process is gone, even if nothing is being sent or read
             await connection.write(context.write)
         finally:
             reader.cancel()
-            if offer is not None:
-                offer.close()
+            self._forget_memory(connection)
             self._ended(connection, connection.closing or "its connection broke")
         if connection.closing and connection.closing.startswith(REFUSED):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, connection.closing)
@@ -290,43 +330,83 @@ class Endpoint:
             return "its node id is not a number"
         return self._tokens.refusal(session, int(node), token)
 
-    def _offer(self, context: grpc.aio.ServicerContext[bytes, bytes]) -> Offer | None:
+    def _offer(self, connection: Connection, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Make memory to share with a process that says it is of this machine and user."""
         here, there = whereabouts(), _metadata(context).get(WHEREABOUTS, "")
         if not (self._options.shared_memory and here and there == here):
-            return None
+            return
         try:
-            return Offer()
+            connection.offer = offer = Offer()
         except OSError as error:
             log.warning("No memory can be shared with processes of this machine, all goes by stream: %s", error)
-            return None
+            return
+        connection.memory, header = offer.memory, offer.header()
+        connection.send(lambda: Frame({"kind": OFFER, **header}))
 
-    async def _read(self, connection: Connection, chunks: AsyncIterator[bytes], offer: Offer | None) -> None:
-        decoder = Decoder(self._options.max_frame_bytes, connection.memory)
+    def _answered(self, connection: Connection, offer: Offer, *, accepted: bool) -> None:
+        """Use memory from now on that a process has accepted."""
+        offer.close()
+        connection.offer = None
+        if not accepted:
+            connection.forget_memory()
+            return
+        connection.decoder.memory = offer.memory
+        offer.memory.outgoing.open = True
+        asyncio.get_running_loop().add_reader(offer.memory.incoming.bell, self._heard, connection)
+
+    def _forget_memory(self, connection: Connection) -> None:
+        if connection.offer is not None:
+            connection.offer.close()
+        if connection.memory is not None:
+            asyncio.get_running_loop().remove_reader(connection.memory.incoming.bell)
+            connection.forget_memory()
+
+    async def _read(self, connection: Connection, chunks: AsyncIterator[bytes]) -> None:
         reason = "it closed its stream"
         try:
             async for chunk in chunks:
-                decoder.max_header = MAX_HEADER_BYTES if connection.is_asked else MAX_UNASKED_HEADER
-                frame = decoder.feed(chunk)
-                if frame is None:
-                    continue
-                kind = frame.header.get("kind")
-                if kind == "join":
-                    self._join(connection, frame.header)
-                elif kind == REPLY:
-                    connection.replied()
-                    self.events.put(Received(connection, frame))
-                elif kind == ACCEPTED and offer is not None:
-                    offer.memory.outgoing.open = frame.header.get("accepted") is True
-                    offer.close()
-                else:
-                    raise ProtocolError(f"a client sends joins and replies, got a frame of kind {kind!r:.80}")
+                self._take_waiting(connection)
+                frame = connection.feed(chunk)
+                if frame is not None:
+                    self._take(connection, frame)
+                    self._take_waiting(connection)
         except ProtocolError as error:
-            reason = f"{REFUSED}{error}"
-            self._refusals.add(connection.peer, str(error))
+            self._refuse(connection, error)
+            return
         except Exception as exc:  # gRPC's iterator raises more than it documents; a task that dies would go unseen
             reason = f"its connection broke ({exc!s:.200})" if str(exc) else "its connection broke"
         self._ended(connection, reason)
+
+    def _heard(self, connection: Connection) -> None:
+        """Take what a process says that it has put into shared memory."""
+        try:
+            self._take_waiting(connection)
+        except ProtocolError as error:
+            self._refuse(connection, error)
+
+    def _take_waiting(self, connection: Connection) -> None:
+        """Take what lies in shared memory, if it is its turn."""
+        while (frame := connection.take()) is not None:
+            self._take(connection, frame)
+        memory = connection.decoder.memory
+        if memory is not None and memory.incoming.ended:
+            asyncio.get_running_loop().remove_reader(memory.incoming.bell)
+
+    def _take(self, connection: Connection, frame: Frame) -> None:
+        kind = frame.header.get("kind")
+        if kind == "join":
+            self._join(connection, frame.header)
+        elif kind == REPLY:
+            connection.replied()
+            self.events.put(Received(connection, frame))
+        elif kind == ACCEPTED and connection.offer is not None:
+            self._answered(connection, connection.offer, accepted=frame.header.get("accepted") is True)
+        else:
+            raise ProtocolError(f"a client sends joins and replies, got a frame of kind {kind!r:.80}")
+
+    def _refuse(self, connection: Connection, error: ProtocolError) -> None:
+        self._refusals.add(connection.peer, str(error))
+        self._ended(connection, f"{REFUSED}{error}")
 
     def _join(self, connection: Connection, header: Mapping[str, Any]) -> None:
         node, token, config = header.get("node"), header.get("token"), header.get("node-config")
