@@ -912,10 +912,27 @@ def test_labels_of_any_integer_type(kind):
 
 
 def test_inputs_of_another_type_than_the_weights():
-    with pytest.raises(
-        StepError, match=r"the client half failed on rows of torch\.uint8 \(8,\): RuntimeError: .* dtype"
+    for kind, text in (
+        (torch.uint8, r"for pixels x\.to\(torch\.float64\) / 255"),
+        (torch.float32, "x.to.torch.float64"),
     ):
-        train(parts(X.to(torch.uint8), Y))
+        with pytest.raises(
+            StepError,
+            match=rf"failed on rows of {kind} \(8,\): .*; the weights are torch\.float64, the inputs {kind}: .*{text}",
+        ):
+            train(parts(X.to(kind), Y))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (TOKENS + 1, "IndexError: .*; an embedding has 20 rows, so its tokens must be from 0 to 19"),
+        (TOKENS.float(), r"; an embedding takes whole numbers: x\.long\(\)"),
+    ],
+)
+def test_tokens_that_an_embedding_cannot_take(tokens, text):
+    with pytest.raises(StepError, match=rf"the client half failed on rows of torch\.\w+ \(6,\): .*{text}"):
+        train(parts(tokens, TAGS), Tagger)
 
 
 def test_rows_that_are_not_what_the_model_takes():
