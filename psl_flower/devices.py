@@ -64,6 +64,24 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
 
 
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Take gradients within, whatever mode torch is in outside.
+
+    Raises
+    ------
+    ConfigError
+        Under autocast, which clients elsewhere would know nothing of.
+    """
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise ConfigError(
+            "a run must not be under torch.autocast, which the clients' processes know nothing of: leave it out, and "
+            "pass precision='bf16' to ParallelSplitLearning, for server and clients alike"
+        )
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """Return the device named; "auto" is the first GPU if there is one, else the CPU.
 

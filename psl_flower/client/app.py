@@ -40,7 +40,7 @@ from psl_flower.methods import METHODS, SplitMethod, make_method
 from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
 from psl_flower.privacy.defences import Defence
 from psl_flower.protocol import ATTACH, DESCRIBE, REFUSED, Config, Reply, Request
-from psl_flower.server import Loss
+from psl_flower.server import Loss, check_loss
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -125,10 +125,11 @@ def split_client_app(
         With handlers for ``query.describe``, for each stage of the method (``train.forward``, ``evaluate.forward``,
         ...), and for ``train.attach``, which opens a stream that carries the same requests.
     """
-    functions: dict[str, Any] = {"model_fn": model_fn, "data_fn": data_fn, "client_class": client_class, "loss": loss}
+    functions: dict[str, Any] = {"model_fn": model_fn, "data_fn": data_fn, "client_class": client_class}
     for name, function in functions.items():
         if not callable(function):
             raise ConfigError(f"{name} must be callable, got {function!r:.80}")
+    check_loss(loss)
     check_data_fn(data_fn)
     if isinstance(method, SplitMethod) or not callable(method):
         method = make_method(method, None if callable(tail) else tail)

@@ -14,6 +14,7 @@ from psl_flower.client.client import SplitClient
 from psl_flower.client.defending import Defending
 from psl_flower.client.own import BoundOwn, OwnPart
 from psl_flower.client.part import ClientPart, LossFn, parameter_gradients, with_gradients
+from psl_flower.client.remedy import remedy
 from psl_flower.data.batch import Batch
 from psl_flower.errors import ConfigError
 from psl_flower.methods.base import Stage
@@ -85,11 +86,12 @@ class BoundPart:
             run = partial(self._forward, module)
             try:
                 outputs = run(moved)
-            except RuntimeError as exc:
-                if place(exc) is not None:  # which says more
+            except (RuntimeError, IndexError) as exc:
+                hint = remedy(module, moved, exc)
+                if place(exc) is not None and not hint:  # which says more
                     raise
                 shown = ", ".join(f"{t.dtype} {tuple(t.shape[1:])}" for t in tree.leaves(moved))
-                raise ConfigError(f"{self._part.called} failed on rows of {shown}: {where(exc)}") from exc
+                raise ConfigError(f"{self._part.called} failed on rows of {shown}: {where(exc)}{hint}") from exc
         if self._training:  # only now: a module that keeps a state was refused for that
             self._part.check_rows(partial(self._own_forward, module), widened(moved, self._precision))
             self._ran = (moved, outputs)

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,8 @@ def _is_data(what: Any) -> bool:
         return _is_table(what) and all(part.ndim > 0 for part in what)
     if isinstance(what, Mapping | str | bytes) or _is_tensor(what):
         return False
+    if isinstance(what, list) and what and isinstance(what[0], int | float | np.generic | str):
+        return False  # a list of labels
     # an iterable counts, to be refused later in a better sentence
     return hasattr(what, "__getitem__") or hasattr(what, "__iter__")
 
@@ -171,9 +174,20 @@ def _checked(what: Any, name: str) -> Any:
         remedy = "of its columns, return (torch.tensor(frame[names].values), torch.tensor(frame[label].values))"
     elif what is None:
         remedy = "is a return statement missing?"
+    elif isinstance(what, str | bytes | Path):
+        remedy = "read what is there, and return its examples"
+    elif type(what) is TensorDataset and not all(t.layout is torch.strided for t in what.tensors):
+        remedy = "its tensors must be dense: call to_dense() on them"
+    elif type(what) is Subset and _is_mask(what.indices):
+        remedy = "its indices are a mask, which would be taken for examples 0 and 1: pass mask.nonzero().flatten()"
     if remedy:
         raise ConfigError(f"data_fn must {_FORMS}; the {name} is of type {type(what).__name__}: {remedy}")
     return what
+
+
+def _is_mask(indices: Any) -> bool:
+    kind = getattr(indices, "dtype", None) if _is_tensor(indices) else type(indices[0]) if len(indices) else None
+    return kind in (torch.bool, np.dtype(bool), bool, np.bool_)
 
 
 def _table(parts: tuple[Any, ...], name: str) -> TensorDataset:

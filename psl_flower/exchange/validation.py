@@ -323,7 +323,8 @@ def _difference(spec: Spec, expected: Spec) -> Failure | None:
                 FailureKind.NAMES, f"{path}: expected as of the others, got {', '.join(theirs) or 'nothing'}"
             )
         if theirs[path][1] != shape:
-            return Failure(FailureKind.SHAPE, f"{path}: shape: expected {shape} a row, got {theirs[path][1]}")
+            remedy = "rows must be of one shape at all clients"
+            return Failure(FailureKind.SHAPE, f"{path}: shape: expected {shape} a row, got {theirs[path][1]}; {remedy}")
         if theirs[path][0] != dtype:
             return Failure(FailureKind.DTYPE, f"{path}: dtype: expected {dtype}, got {theirs[path][0]}")
     return Failure(FailureKind.NAMES, f"expected {len(expected)} tensors as of the others, got {len(spec)}")

@@ -5,7 +5,7 @@ from psl_flower.server.additive import REFUSED, Additivity, adds_up
 from psl_flower.server.examples import example_gradients
 from psl_flower.server.language import causal_lm_loss
 from psl_flower.server.local import LocalBackend, load_known
-from psl_flower.server.loss import Loss, WeightedLoss, loss_target, weighted
+from psl_flower.server.loss import Loss, WeightedLoss, check_loss, loss_target, weighted
 from psl_flower.server.metrics import Predictions, Scores, check_metrics, classes_of, why_no_accuracy, wrong_rows
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, Scheduler, make_optimizer, make_scheduler
 from psl_flower.server.outcome import Outcome
@@ -35,6 +35,7 @@ __all__ = [
     "accumulate",
     "adds_up",
     "causal_lm_loss",
+    "check_loss",
     "check_metrics",
     "classes_of",
     "example_gradients",

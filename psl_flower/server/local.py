@@ -22,6 +22,7 @@ from psl_flower.server.loss import Loss
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
 from psl_flower.server.reduction import Reduction
+from psl_flower.server.untrained import untrained
 from psl_flower.split import CannotTellError, find_mixing, most_positions
 from psl_flower.tree import Tree
 
@@ -88,8 +89,10 @@ class LocalBackend:
         self._make_optimizer, self._order = optimizer, list(parameters)
         self._first_rate = _rate(self.optimizer)
         self._copies: dict[str, dict[int, PartCopy]] = {}
+        self._looked_at = False  # at what the loss depends on
         if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
             log.warning("the loss, %s, has parameters, which do not train: make them the model's", type(loss).__name__)
+            self._looked_at = True
         self._told: set[str] = set()
         self._seen_apart = False
         self._session = secrets.token_hex(8)
@@ -282,6 +285,18 @@ class LocalBackend:
         if sentence not in self._told:
             self._told.add(sentence)
             log.warning("%s", sentence)
+
+    def look_at(self, loss: Tensor, known: Iterable[Tensor]) -> None:
+        """Tell, once, of what a loss depends on that does not train."""
+        if self._looked_at:
+            return
+        self._looked_at = True
+        if others := untrained(loss, known):
+            self.tell_once(
+                f"the loss depends on {len(others)} tensors that do not train here (shapes "
+                f"{', '.join(str(tuple(t.shape)) for t in others[:5])}): they are a loss's own, or another model's. "
+                "Make them the model's, whose outputs the loss is given; weight decay goes into the optimizer"
+            )
 
     def check_rows(self, run: Callable[[Tree], Any], inputs: Tree, module: nn.Module) -> None:
         """Refuse a part in which examples have to do with each other, as soon as a batch can show it.

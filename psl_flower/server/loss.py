@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from psl_flower import tree
 from psl_flower.errors import ConfigError, LabelError
 from psl_flower.server.metrics import Predictions, is_integer, label_rule, logits_of, wrong_rows
+from psl_flower.server.misfit import cross_entropy_misfit
 from psl_flower.server.reduction import Reduction
 from psl_flower.tree import Tree
 
@@ -73,6 +74,23 @@ class WeightedLoss:
                 "the loss has no gradient: compute it of the model's outputs with torch, without detach, item, numpy "
                 "or no_grad"
             )
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ConfigError unless it is a function that can be called with (outputs, labels)."""
+    example = "a function of (outputs, labels), as torch.nn.functional.cross_entropy"
+    if not callable(loss):
+        raise ConfigError(f"loss must be callable, {example}, got {loss!r:.80}")
+    if isinstance(loss, type):
+        raise ConfigError(f"loss must be {example}, got the class {loss.__name__}: call it, loss={loss.__name__}()")
+    try:
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as exc:
+        raise ConfigError(f"loss must be {example}, but takes {signature}: {exc}") from exc
 
 
 def weighted(
@@ -185,7 +203,10 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _CROSS_ENTROPIES:
-            self._cross_entropy(**_arguments(_CROSS_ENTROPIES[func], args, kwargs))
+            given = _arguments(_CROSS_ENTROPIES[func], args, kwargs)
+            if misfit := cross_entropy_misfit(func.__name__, given["input"], given["target"], given["weight"]):
+                raise ConfigError(misfit)
+            self._cross_entropy(**given)
         elif func in _DIFFERENCES and self.broadcast is None:
             self.broadcast = _spread([*args, *kwargs.values()])
         result = func(*args, **kwargs)

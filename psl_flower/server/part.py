@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,9 @@ class Backend(Protocol):
 
     def tell_once(self, sentence: str) -> None:
         """Warn of something that holds for every batch."""
+
+    def look_at(self, loss: Tensor, known: Iterable[Tensor]) -> None:
+        """Tell, once, of what a loss depends on that does not train."""
 
     def check_rows(self, run: Callable[[Tree], Any], inputs: Tree, module: nn.Module) -> None:
         """Refuse a part in which examples have to do with each other, as soon as a batch can show it."""
@@ -148,6 +151,7 @@ class ServerPart:
             outputs, found = self._finish(leaves, labels)
             if backend.bound is None:
                 _check_counts(found)
+                backend.look_at(found.mean, [*tree.leaves(leaves), *self.module.parameters()])
                 back = self._backward([found.mean], None, leaves)
             else:
                 rows = tree.rows(leaves, "activations")
@@ -175,9 +179,7 @@ class ServerPart:
             "loss": found.mean.item(),
             "weight": found.weight,
             "summed": found.summed,
-            "outputs": tree.map_leaves(torch.Tensor.detach, outputs)
-            if isinstance(outputs, Tensor | tuple | dict)
-            else outputs,
+            "outputs": tree.map_leaves(_detached, outputs) if isinstance(outputs, Tensor | tuple | dict) else outputs,
             "target": labels,
             "rows": tree.rows(labels, "target"),
             "score": None if found.predictions is None else found.predictions.score(),
@@ -284,6 +286,10 @@ class ServerPass:
         attached = enumerate(tree.named_leaves(self._attached, "output"))
         rows = {at: given[n].to(t.device) for at, (n, t) in attached if n in given and t.requires_grad}
         return self._part._backward_rows(rows, self._received, self._attached)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf  # a model may return a number beside its outputs
 
 
 def _check_counts(found: WeightedLoss) -> None:

@@ -19,6 +19,7 @@ from psl_flower.errors import ConfigError
 M = TypeVar("M", bound=nn.Module)
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_COMPILED = "_compiled_call_impl"  # of module.compile(): a copy goes on without it
 _MOST_LOOKED_AT, _MOST_IN_ONE = 10_000, 1_000  # things that functions of a module hold, and in one container
 
 
@@ -28,19 +29,29 @@ def copy_model(model: M, *, share_frozen: bool = False) -> M:
     Raises
     ------
     ConfigError
-        If it has lazy layers that have seen no data yet, tensors that were computed and cannot be copied, gradient
-        hooks, which a copy does not have, or functions that hold its modules or tensors, of which a copy has the
-        original's.
+        If it has lazy layers that have seen no data yet, tensors without values, trainable modules of torch.jit,
+        tensors that were computed and cannot be copied, gradient hooks, which a copy does not have, or functions that
+        hold its modules or tensors, of which a copy has the original's.
     """
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    tensors = [*model.named_parameters(), *model.named_buffers()]
     lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
     if lazy is not None:
         raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
+    meta = next((name for name, tensor in tensors if tensor.is_meta), None)
+    if meta is not None:
+        raise ConfigError(f"{meta!r} is on the device 'meta' and has no values: make the model on the CPU")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
+            raise ConfigError(
+                f"{name!r} is a module of torch.jit, of which a copy does not train: use the nn.Module that it was "
+                "made of, or freeze it, requires_grad_(False)"
+            )
     _check_gradient_hooks(model)
     _check_functions(model)
     frozen = [p for p in model.parameters() if not p.requires_grad] if share_frozen else []
     try:
-        return copy.deepcopy(model, {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen})
+        with torch.inference_mode(False):  # tensors of that mode do not train
+            return copy.deepcopy(model, {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen})
     except RuntimeError as exc:
         computed = [
             f"{name}.{key}".lstrip(".")
@@ -72,7 +83,11 @@ def _check_functions(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
             continue  # of torch.compile: a copy makes its forward anew
-        held = [(f"{name}.{key}".lstrip("."), value) for key, value in vars(module).items() if key not in _HOOKS]
+        held = [
+            (f"{name}.{key}".lstrip("."), value)
+            for key, value in vars(module).items()
+            if key not in (*_HOOKS, _COMPILED)
+        ]
         hooks = [hook for key in _HOOKS for hook in vars(module).get(key, {}).values()]
         for where, value in [*((f"a hook of {name or 'the model'}", hook) for hook in hooks), *held]:
             known = next((names[id(v)] for v in _held_by(value) if id(v) in names), None)

@@ -18,7 +18,7 @@ from torch import nn
 from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import FOLDER as CHECKPOINTS
 from psl_flower.checks import check_choice, check_float, check_int
-from psl_flower.devices import pick_device
+from psl_flower.devices import own_modes, pick_device
 from psl_flower.errors import ConfigError, StepError
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.exchange.transport import TRANSPORTS, open_carrier
@@ -31,7 +31,7 @@ from psl_flower.precision import FULL, check_precision
 from psl_flower.privacy import DPSGD, SecureAggregation
 from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
-from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_metrics, make_scheduler
+from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_loss, check_metrics, make_scheduler
 from psl_flower.server.optimizer import check_optimizer_fn, sgd
 from psl_flower.split import check_client_half, cut_model
 from psl_flower.stragglers import DelayModel
@@ -193,8 +193,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         if sampler is not None and not isinstance(sampler, Sampler):
             raise ConfigError(f"sampler must be a psl_flower Sampler, got {sampler!r:.80}")
         check_optimizer_fn(optimizer)
-        if not callable(loss):
-            raise ConfigError(f"loss must be callable, got {loss!r:.80}")
+        check_loss(loss)
         self.cut, self.tail, self.method = cut, tail, make_method(method, tail)
         self.sampler = self.method.sampler(sampler or UniformGlobalSampler(batch_size=128))
         self.min_available_nodes = check_int(min_available_nodes, "min_available_nodes", least=1)
@@ -275,7 +274,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         """
         num_rounds = check_int(num_rounds, "num_rounds", least=1)
         timeout = check_float(timeout, "timeout", above=0)
-        with last_word(), FolderLock(self._output_dir):
+        with last_word(), own_modes(), FolderLock(self._output_dir):
             return self._run(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
     def _run(
@@ -408,7 +407,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         """
         timeout, state = check_float(timeout, "timeout", above=0), arrays_to_state(arrays, self._template)
         opened = open_carrier(grid, self.transport, self.stream_options)
-        with last_word(), stopped_by_flower() as stops, opened as carrier:
+        with last_word(), own_modes(), stopped_by_flower() as stops, opened as carrier:
             stops.append(carrier.stop)
             met = Meeting.of(self, grid, carrier, train_config, once=True)
             met.membership.refresh(self.min_available_nodes, timeout)

@@ -232,6 +232,9 @@ def test_augmentation_is_the_same_on_every_carrier():
 
 def test_compiled_submodules():
     check_exact(parts(X, Y), lambda: Net(torch.compile(nn.Linear(8, 16), backend="eager")))
+    model = Net()
+    model.compile(backend="eager")  # in place: a copy goes on without
+    assert cut_model(model, "head").client(X)[0].shape == (TOTAL, 16)
     with pytest.raises(ConfigError, match=r"torch\.compile has wrapped"):
         train(parts(X, Y), lambda: torch.compile(Net(), backend="eager"))
 
@@ -338,6 +341,14 @@ def elsewhere(parameters):
     [
         ({"optimizer": elsewhere}, "built over the parameters it is given"),
         ({"optimizer": lambda p: (sgd(p), None)}, "one torch optimizer"),
+        (
+            {"optimizer": lambda model: sgd(model.parameters())},
+            r"optimizer failed: .*called with the list of parameters",
+        ),
+        (
+            {"scheduler": torch.optim.lr_scheduler.StepLR},
+            "scheduler failed: .*'step_size'; it is called with the optim",
+        ),
         ({"optimizer": torch.optim.LBFGS}, "needs a closure"),
         ({"optimizer": lambda p: NeedsClosure(p, lr=0.1)}, "NeedsClosure, failed: .*need a closure"),
         (
@@ -359,6 +370,55 @@ def test_what_cannot_train_is_refused(options, text):
     if "loss" in options:
         with pytest.raises(StepError, match=rf"client 0 \(node 2\) and 2 others likewise: .*{text}"):
             train(parts(X, Y), Three, **options, **U_SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        ("cross_entropy", "must be callable, a function of"),
+        (nn.CrossEntropyLoss, r"got the class CrossEntropyLoss: call it, loss=CrossEntropyLoss\(\)"),
+        (lambda o, y, weight: F.cross_entropy(o, y), r"takes \(o, y, weight\): missing a required argument: 'weight'"),
+    ],
+)
+def test_what_is_no_loss_is_told_on_both_sides(loss, text):
+    with pytest.raises(ConfigError, match=text):
+        ParallelSplitLearning(Net(), cut="head", loss=loss)
+    with pytest.raises(ConfigError, match=text):
+        split_client_app(Net, cut="head", data_fn=lambda context: None, loss=loss)
+
+
+def test_a_loss_of_what_does_not_train_is_told(caplog):
+    mine = Net()
+
+    def decayed(outputs, labels):
+        return F.cross_entropy(outputs, labels) + sum(p.square().sum() for p in mine.parameters())
+
+    train(parts(X, Y), loss=decayed)
+    said = [r.getMessage() for r in caplog.records if "do not train here" in r.getMessage()]
+    assert len(said) == 1
+    assert "depends on 4 tensors" in said[0]
+    assert "(16, 8), (16,), (3, 16), (3,)" in said[0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_of_torch_outside_are_not_those_of_a_run(mode):
+    with mode():
+        result = train(parts(X, Y), optimizer=sgd)
+    weights = result.arrays.to_torch_state_dict()
+    assert largest_difference(weights, centralised(parts(X, Y))) < 1e-9
+    with (
+        torch.autocast("cpu"),
+        pytest.raises(ConfigError, match=r"must not be under torch\.autocast.*precision='bf16'"),
+    ):
+        train(parts(X, Y))
+
+
+def test_a_number_beside_the_outputs():
+    class Numbered(Net):
+        def forward(self, x):
+            return super().forward(x), 0.5
+
+    check_exact(parts(X, Y), Numbered, loss=lambda o, y: o[1] * F.cross_entropy(o[0], y))
 
 
 # --- D: what is classification, and what is not ----------------------------------------------------------------------
@@ -810,6 +870,8 @@ def test_models_in_wrappings_are_told_to_unpack():
     for wrapped, what in (
         (nn.DataParallel(Net()), "DataParallel has wrapped cannot be cut: pass model.module"),
         (torch.jit.trace(Net(), X[:2]), "torch.jit cannot be cut: pass the nn.Module"),
+        (Net(torch.jit.script(nn.Linear(8, 16))), "'body' is a module of torch.jit, of which a copy does not train"),
+        (Net().to("meta"), r"'body\.0\.weight' is on the device 'meta' and has no values"),
     ):
         with pytest.raises(ConfigError, match=what):
             cut_model(wrapped, "head")
@@ -850,10 +912,27 @@ def test_labels_of_any_integer_type(kind):
 
 
 def test_inputs_of_another_type_than_the_weights():
-    with pytest.raises(
-        StepError, match=r"the client half failed on rows of torch\.uint8 \(8,\): RuntimeError: .* dtype"
+    for kind, text in (
+        (torch.uint8, r"for pixels x\.to\(torch\.float64\) / 255"),
+        (torch.float32, "x.to.torch.float64"),
     ):
-        train(parts(X.to(torch.uint8), Y))
+        with pytest.raises(
+            StepError,
+            match=rf"failed on rows of {kind} \(8,\): .*; the weights are torch\.float64, the inputs {kind}: .*{text}",
+        ):
+            train(parts(X.to(kind), Y))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (TOKENS + 1, "IndexError: .*; an embedding has 20 rows, so its tokens must be from 0 to 19"),
+        (TOKENS.float(), r"; an embedding takes whole numbers: x\.long\(\)"),
+    ],
+)
+def test_tokens_that_an_embedding_cannot_take(tokens, text):
+    with pytest.raises(StepError, match=rf"the client half failed on rows of torch\.\w+ \(6,\): .*{text}"):
+        train(parts(tokens, TAGS), Tagger)
 
 
 def test_rows_that_are_not_what_the_model_takes():

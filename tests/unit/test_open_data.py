@@ -96,6 +96,11 @@ def test_options_reach_both():
     ("what", "message"),
     [
         (None, "of type NoneType: is a return statement missing"),
+        ("/data/train", "of type str: read what is there, and return its examples"),
+        (([[1.0, 2.0]] * 4, [0, 1, 0, 1]), r"or tensors \(x, y\) with a row an example, got 2 parts: list, list"),
+        (Subset(DATA, torch.arange(N) > 2), r"a mask, .*examples 0 and 1: pass mask\.nonzero\(\)\.flatten\(\)"),
+        (Subset(DATA, [True] * 4), "its indices are a mask"),
+        ((X.to_sparse(), Y), r"its tensors must be dense: call to_dense\(\)"),
         (Stream(), r"of type Stream: .*return list\(dataset\)"),
         ((DATA, Stream()), "the test data is of type Stream"),
         ((row for row in DATA), "of type generator"),

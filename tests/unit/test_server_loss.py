@@ -309,3 +309,36 @@ def test_a_loss_that_takes_no_other_batch_is_a_mean():
         return (outputs[:, 0] - labels).square().sum()
 
     assert not weighted(loss, torch.ones(5, 2), torch.zeros(5), 5, reduction=Reduction()).summed
+
+
+@pytest.mark.parametrize(
+    ("labels", "outputs", "options", "remedy"),
+    [
+        (classes().double(), rows_of(CLASSES), {}, r"labels.long\(\)"),
+        (classes() > 1, rows_of(CLASSES), {}, r"labels.long\(\)"),
+        (classes(1), rows_of(CLASSES), {}, r"labels.squeeze\(1\)"),
+        (classes(1, 2, 2), rows_of(CLASSES, 2, 2), {}, r"labels.squeeze\(1\)"),
+        (F.one_hot(classes(), CLASSES), rows_of(CLASSES), {}, r"labels.float\(\), or class indices"),
+        (rows_of(1), rows_of(1), {}, "Over one class it is 0, .*mse_loss"),
+        (classes(), rows_of(CLASSES), {"weight": WEIGHT.float()}, r"weight.to\(torch.float64\)"),
+        (classes(), rows_of(CLASSES), {"weight": WEIGHT[:3]}, "a weight for each of the 4 classes"),
+    ],
+)
+def test_what_cross_entropy_cannot_take(labels, outputs, options, remedy):
+    with pytest.raises(ConfigError, match=f"cross_entropy cannot take these: outputs are .*{remedy}"):
+        weighted(nn.CrossEntropyLoss(**options), outputs, labels, len(labels))
+
+
+def test_cross_entropy_of_several_outputs():
+    pair = rows_of(CLASSES), rows_of(CLASSES)
+    with pytest.raises(ConfigError, match=r"outputs are a tuple of 2 and labels int64 \(12,\): pick them"):
+        weighted(F.cross_entropy, pair, classes(), sum(SIZES))
+
+
+def test_class_weights_under_autocast():
+    """It turns both into float32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weighted(
+            lambda o, y: F.cross_entropy(o, y, WEIGHT.float()), rows_of(CLASSES).bfloat16(), classes(), sum(SIZES)
+        )
+    assert found.mean.dtype is torch.float32

@@ -46,7 +46,8 @@ def texts(failures):
     return {client: failure.detail for client, failure in failures.items()}
 
 
-SHAPE_4 = "activations[0]: shape: expected (3,) a row, got (4,)"
+ALIKE = "; rows must be of one shape at all clients"
+SHAPE_4 = "activations[0]: shape: expected (3,) a row, got (4,)" + ALIKE
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -80,8 +81,8 @@ def test_texts_may_differ_in_length_and_in_nothing_else():
     passed, failures = enter(Validator(longest=9), *parts)
     assert passed == [0, 1]
     assert texts(failures) == {
-        2: "activations[0]: shape: expected (-1, 3) a row, got (-1, 4)",
-        3: "activations[0]: shape: expected (-1, 3) a row, got (-1,)",
+        2: "activations[0]: shape: expected (-1, 3) a row, got (-1, 4)" + ALIKE,
+        3: "activations[0]: shape: expected (-1, 3) a row, got (-1,)" + ALIKE,
         4: "activations[0]: texts of at most 9 positions, the model's max_position_embeddings, got 10: cut them where "
         "they are tokenized",
     }
@@ -136,7 +137,7 @@ def test_nothing_is_settled_while_nothing_passes():
 @pytest.mark.parametrize(
     ("part", "kind", "message"),
     [
-        (sent(2, shape=(3, 1)), FailureKind.SHAPE, "activations[0]: shape: expected (3,) a row, got (3, 1)"),
+        (sent(2, shape=(3, 1)), FailureKind.SHAPE, "activations[0]: shape: expected (3,) a row, got (3, 1)" + ALIKE),
         (
             sent(2, dtype=torch.float64),
             FailureKind.DTYPE,
@@ -147,7 +148,7 @@ def test_nothing_is_settled_while_nothing_passes():
         (
             sent(2, labels=torch.zeros(2, 1, dtype=torch.int64)),
             FailureKind.SHAPE,
-            "labels: shape: expected () a row, got (1,)",
+            "labels: shape: expected () a row, got (1,)" + ALIKE,
         ),
         (sent(2, labels=torch.zeros(2)), FailureKind.DTYPE, "labels: dtype: expected torch.int64, got torch.float32"),
         (sent(2, tensors=(torch.ones(2, 3),) * 2), FailureKind.NAMES, "expected 2 tensors as of the others, got 3"),

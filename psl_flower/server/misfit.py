@@ -1,0 +1,64 @@
+"""Why cross-entropy cannot take what it is given, and the remedy: torch says it in words of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psl_flower.server.metrics import is_integer
+
+
+def cross_entropy_misfit(name: str, outputs: Any, labels: Any, weight: Tensor | None) -> str | None:
+    """Return the rule that is broken, what was found, and the remedy; None where nothing is known to be wrong.
+
+    Parameters
+    ----------
+    name : str
+        "cross_entropy" or "nll_loss".
+    outputs, labels, weight
+        What it is given.
+    """
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
+        return (
+            f"{name} compares one tensor of outputs with one of labels, but outputs are {_kind(outputs)} and labels "
+            f"{_kind(labels)}: pick them, as in loss=lambda outputs, labels: cross_entropy(outputs[0], labels)"
+        )
+    if outputs.ndim < 2 or not outputs.is_floating_point():
+        return None
+    found = f"outputs are {_spec(outputs)} and labels {_spec(labels)}"
+    remedy, classes = None, outputs.shape[1]
+    other = weight is not None and weight.dtype != outputs.dtype and not torch.is_autocast_enabled(outputs.device.type)
+    if weight is not None and (other or tuple(weight.shape) != (classes,)):
+        found += f", class weights {_spec(weight)}"
+        remedy = (
+            f"give it a weight for each of the {classes} classes, of the outputs' dtype: weight.to({outputs.dtype})"
+        )
+    elif name == "cross_entropy" and classes == 1:
+        remedy = (
+            "over one class it is 0, whatever the output is: for numbers pass loss=torch.nn.functional.mse_loss, for "
+            "two classes binary_cross_entropy_with_logits, and classification=False"
+        )
+    elif labels.shape == outputs.shape:
+        if not labels.is_floating_point():
+            remedy = "one-hot labels must be floating-point, labels.float(), or class indices, labels.argmax(1)"
+    elif tuple(labels.shape) == (outputs.shape[0], 1, *outputs.shape[2:]):
+        remedy = "class indices have no dimension of their own: labels.squeeze(1)" + _made_whole(labels)
+    elif not is_integer(labels):
+        remedy = "class indices must be integers" + _made_whole(labels)
+    return None if remedy is None else f"{name} cannot take these: {found}. {remedy[0].upper()}{remedy[1:]}"
+
+
+def _made_whole(labels: Tensor) -> str:
+    return "" if is_integer(labels) else ", labels.long()"
+
+
+def _spec(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _spec(value)
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple | list | dict) else "")
