@@ -47,8 +47,12 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
     text = json.dumps({**_encode_items(tree, "", tensors), "version": VERSION})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata={_TREE: text})
-    _flush(unfinished)
+    try:
+        save_file(tensors, unfinished, metadata={_TREE: text})
+        _flush(unfinished)
+    except Exception:
+        unfinished.unlink(missing_ok=True)  # of a disk that is full, most of all
+        raise
     os.replace(unfinished, path)
     _flush(path.parent)
 
@@ -67,10 +71,17 @@ def read(path: Path) -> dict[str, Any]:
         If it is not there, or no checkpoint, or damaged; `VersionError` if it is in another version of the format.
     """
     if not path.is_file():
-        raise ConfigError(f"resume_from: there is no checkpoint {path}")
+        inside = [*path.glob("round-*.safetensors"), *path.glob(f"{FOLDER}/round-*.safetensors")]
+        remedy = f"one in that folder is {max(inside)}" if inside else "pass 'latest', or the path of one"
+        raise ConfigError(f"resume_from: there is no checkpoint {path}: {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
-            tree = json.loads((file.metadata() or {})[_TREE])
+            if _TREE not in (metadata := file.metadata() or {}):
+                raise ConfigError(
+                    f"resume_from: {path} is no checkpoint, it holds tensors only: pass those of a model as "
+                    "initial_arrays, or the path of a file in a run's folder of checkpoints"
+                )
+            tree = json.loads(metadata[_TREE])
             version = tree.pop("version")
             if version != VERSION:
                 raise VersionError(

@@ -3,7 +3,9 @@
 import difflib
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,24 @@ def check_choice(value: Any, name: str, allowed: Iterable[str]) -> str:
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = f"{len(choices)} names" if near and len(choices) > _MANY else ", ".join(map(repr, choices))
     raise ConfigError(f"{name} must be one of {listed}, got {value!r}{hint}")
+
+
+def check_mapping(value: Any, name: str) -> dict[str, Any]:
+    """Return `value` as a dict, empty for None, or raise ConfigError naming it."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a dict, got {value!r:.80}")
+    return dict(value)
+
+
+def check_path(value: Any, name: str) -> Path | None:
+    """Return `value` as an absolute path, its ``~`` expanded, None for None, or raise ConfigError naming it."""
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name} must be a path, got {value!r:.80}")
+    return Path(value).expanduser().absolute()
 
 
 def check_options(

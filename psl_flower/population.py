@@ -89,6 +89,8 @@ class Population:
             raise ConfigError(f"client_ids must be unique, got {repeated[0]} more than once")
         if sizes.min() < 0:
             raise ConfigError(f"sizes must not be negative, got {sizes.min()} for client {ids[sizes.argmin()]}")
+        if sum(sizes.tolist()) >= 2**63:
+            raise ConfigError(f"all sizes together must fit in 64 bits, got {sum(sizes.tolist())} examples")
         if not sizes.sum():
             raise ConfigError("a population needs at least one example, all sizes are 0")
         ids.setflags(write=False)

@@ -68,6 +68,12 @@ class CallbackGroup(Callback):
     Parameters
     ----------
     callbacks : iterable of Callback
+        Or one.
+
+    Attributes
+    ----------
+    given : tuple of Callback
+        All of them, also those dropped since.
 
     Raises
     ------
@@ -75,11 +81,12 @@ class CallbackGroup(Callback):
         If one of them is no `Callback`.
     """
 
-    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
-        self._callbacks = list(callbacks)
-        for callback in self._callbacks:
+    def __init__(self, callbacks: Iterable[Callback] | Callback = ()) -> None:
+        given = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+        for callback in given:
             if not isinstance(callback, Callback):
                 raise ConfigError(f"callbacks must be psl_flower.callbacks.Callback objects, got {callback!r:.80}")
+        self.given, self._callbacks = tuple(given), given
 
     @property
     def stopped(self) -> str | None:

@@ -26,10 +26,15 @@ from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, PSLError
 from psl_flower.methods import SplitMethod, make_method
+from psl_flower.origin import where
 from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
 from psl_flower.privacy.defences import Defence
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
+
+# What a client's code may end with and the process that serves it goes on: code that says sys.exit() means its own.
+RAISED = (Exception, SystemExit)
+_NODE_CONFIG = 'start it with --node-config "partition-id=0 num-partitions=2", each node with a partition of its own'
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,18 @@ def make_client(factory: ClientFactory, state: RunState, context: Context, confi
             del state.clients[old]
         try:
             state.clients[key] = _build(factory, state, context, config)
-        except Exception as error:
-            raise NotBuiltError(context.node_config.get("partition-id")) from error
+        except RAISED as error:
+            raise NotBuiltError(context.node_config.get("partition-id")) from _explained(error, context)
     return state.clients[key]
+
+
+def _explained(error: BaseException, context: Context) -> BaseException:
+    """Return an error with the remedy, where a deployment's nodes lack what the simulation gives them."""
+    if not isinstance(error, KeyError) or error.args not in (("partition-id",), ("num-partitions",)):
+        return error
+    explained = ConfigError(f"{where(error)} is not in the configuration of this node: {_NODE_CONFIG}")
+    explained.__cause__ = error
+    return explained
 
 
 def _build(factory: ClientFactory, state: RunState, context: Context, config: Config) -> SplitClient:
@@ -120,7 +134,7 @@ def _build(factory: ClientFactory, state: RunState, context: Context, config: Co
     train, test = open_data(data, target=factory.target, collate_fn=factory.collate_fn)
     partition = context.node_config.get("partition-id")
     if partition is not None and type(partition) is not int:
-        raise ConfigError(f"partition-id must be a whole number, got {partition!r}")
+        raise ConfigError(f"partition-id must be a whole number, got {partition!r}: {_NODE_CONFIG}")
     client = factory.client_class(train, test, partition_id=partition, config=config)
     client.secret = partial(state.secret, context.node_id)
     if (on_predict := factory.on_predict) is not None:

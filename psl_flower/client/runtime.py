@@ -23,7 +23,7 @@ from psl_flower.client.batch_tags import batch_tags, check_tags
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
 from psl_flower.client.defending import Defending, check_drawing, packing_of
-from psl_flower.client.factory import NotBuiltError
+from psl_flower.client.factory import RAISED, NotBuiltError
 from psl_flower.client.label_noise import with_noise
 from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
@@ -54,6 +54,8 @@ class CannotJoinError(Exception):
         self.lasting = lasting
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the user's module, or a notebook, has set for good
 def answer(method: SplitMethod, state: RunState, make_client: MakeClient, request: Request) -> Reply:
     """Return the reply to a request; what goes wrong for a client is its own failure, never raised.
 
@@ -75,7 +77,7 @@ def answer(method: SplitMethod, state: RunState, make_client: MakeClient, reques
         try:
             clients.append(make_client(node, request.config))
             clients[-1].config = {**request.config, **request.evaluate_config}
-        except Exception as exc:  # the user's code: the server learns what happened
+        except RAISED as exc:  # the user's code: the server learns what happened
             reply.failures[node] = _failure(exc, node)
     if clients:
         request = request.take([i for i, node in enumerate(request.nodes) if node not in reply.failures])
@@ -101,7 +103,7 @@ def _answer(
                 private = "" if state.private is None else repr(state.private)
                 described = replace(described, key=key, private=private)
                 reply.descriptions[node] = with_noise(method, state, node, described)
-            except Exception as exc:
+            except RAISED as exc:
                 reply.failures[node] = replace(_failure(exc, node), partition_id=client.partition_id)
         return
     try:
@@ -122,7 +124,7 @@ def _answer(
     for i, (node, client) in enumerate(zip(request.nodes, clients, strict=True)):
         try:
             reply.parts.append(work.do(request.take([i]), [client]))
-        except Exception as exc:
+        except RAISED as exc:
             reply.failures[node] = _failure(exc, node, client)
     if not request.separate:
         reply.parts = _summed(reply.parts)
@@ -168,7 +170,7 @@ def _together(work: _Work, request: Request, clients: Sequence[SplitClient]) -> 
         if reason.lasting:
             work.state.one_at_a_time = True
             log.info("Clients of this process run one at a time: %s.", reason)
-    except Exception as exc:  # one client's fault: serving each by itself tells whose
+    except RAISED as exc:  # one client's fault: serving each by itself tells whose
         log.debug("A joint pass failed: %s: %s", type(exc).__name__, exc)
     return None
 
@@ -305,7 +307,7 @@ class _Work:
         if len(clients) > 1:
             try:
                 found = SplitClient.draw_together(clients, orders, seed)
-            except Exception as exc:  # drawing for each tells whose fault it is
+            except RAISED as exc:  # drawing for each tells whose fault it is
                 log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
                 found = None
             if found is not None:
@@ -321,7 +323,7 @@ class _Work:
         """Return the batch of a client; where labels stay with it, so do errors that may show them."""
         try:
             return client.draw_batch(order)
-        except Exception as exc:
+        except RAISED as exc:
             if self.method.sends_labels():
                 raise
             log.error("client %d: %s", order.client, exc)
@@ -402,8 +404,8 @@ def _share(reply: Reply, request: Request, seconds: float) -> None:
     reply.busy = seconds + max(delays, default=0.0)
 
 
-def _failure(exc: Exception, node: int, client: SplitClient | None = None) -> Failure:
-    if isinstance(exc, NotBuiltError) and isinstance(exc.__cause__, Exception):
+def _failure(exc: BaseException, node: int, client: SplitClient | None = None) -> Failure:
+    if isinstance(exc, NotBuiltError) and exc.__cause__ is not None:
         return replace(_failure(exc.__cause__, node), partition_id=exc.partition_id)
     if isinstance(exc, ProtocolError):
         return exc.failure()

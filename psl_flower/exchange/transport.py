@@ -35,8 +35,15 @@ def open_carrier(grid: Grid, transport: str = "auto", options: StreamOptions | N
         client cannot open its stream.
     options : StreamOptions, optional
         Of streams.
+
+    Raises
+    ------
+    ConfigError
+        If `grid` is none, or an option is out of range.
     """
     check_choice(transport, "transport", TRANSPORTS)
+    if not isinstance(grid, Grid):
+        raise ConfigError(f"grid must be the Grid that Flower gives main, or an InProcessGrid, got {grid!r:.80}")
     if is_simulation(grid):
         check_temporary_folder()  # else Ray fails in it, in two hundred lines
     if transport == "auto" and isinstance(grid, InProcessGrid):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from typing import Any
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -96,7 +97,18 @@ class InProcessGrid(Grid):
 
     def _answer(self, message: Message, context: Context) -> Message:
         try:
-            return self._app(message, context)
-        except Exception as exc:
+            reply: Any = self._app(message, context)  # or what a mod returns
+        except (Exception, SystemExit) as exc:
             # as in Flower's simulation: the server learns what happened, and goes on
-            return Message(Error(ERROR_CLIENT_APP, f"{type(exc).__name__}: {exc}"), reply_to=message)
+            return _error(message, f"{type(exc).__name__}: {exc}")
+        if not isinstance(reply, Message):
+            return _error(message, f"the ClientApp, or a mod of it, must return a Message, got {reply!r:.80}")
+        if reply.metadata.reply_to_message_id == message.metadata.message_id:
+            return reply
+        # a mod that gives up on a reply may answer that (LocalDpMod), and nobody would ever hear of it
+        said = f": {reply.error.reason}" if reply.has_error() else ""
+        return _error(message, f"the ClientApp, or a mod of it, returned a message that does not answer its own{said}")
+
+
+def _error(message: Message, reason: str) -> Message:
+    return Message(Error(ERROR_CLIENT_APP, reason), reply_to=message)

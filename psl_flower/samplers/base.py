@@ -38,7 +38,7 @@ class Sampler(ABC):
     batch_size : int
         Global batch size B, at least 1.
     seed : int
-        Not negative. A plan is a function of (seed, epoch, replan, population) alone.
+        Not negative, of 63 bits at most. A plan is a function of (seed, epoch, replan, population) alone.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class Sampler(ABC):
 
     def __init__(self, batch_size: int, *, seed: int = 0) -> None:
         self.batch_size = check_int(batch_size, "batch_size", least=1)
-        self.seed = check_int(seed, "seed", least=0)
+        self.seed = check_int(seed, "seed", least=0, most=2**63 - 1)
 
     def plan(self, population: Population, epoch: int = 0, *, replan: int = 0) -> BatchPlan:
         """Make the plan of one epoch: every example of every client exactly once, unless `clients_draw`.

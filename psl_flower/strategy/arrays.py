@@ -31,15 +31,32 @@ def kept_state(model: nn.Module, state: str) -> dict[str, Tensor]:
     return {name: t.detach().to("meta") for name, t in held.items() if not (trainable and id(t) in frozen)}
 
 
-def arrays_to_state(arrays: ArrayRecord | Result, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return arrays, or those of a result, as a state dict in the dtypes of `template`.
+def as_record(arrays: ArrayRecord | Result | Mapping[str, Tensor], name: str = "initial_arrays") -> ArrayRecord:
+    """Return the arrays that someone means, of a result or a state dict too, as Flower's.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else.
+    """
+    if isinstance(arrays, Result):
+        arrays = arrays.arrays
+    if isinstance(arrays, ArrayRecord):
+        return arrays
+    state = {name: t for name, t in arrays.items() if isinstance(t, Tensor)} if isinstance(arrays, Mapping) else {}
+    if state and len(state) == len(arrays):
+        return state_to_arrays(state)
+    raise ConfigError(f"{name} must be an ArrayRecord: pass ArrayRecord(model.state_dict()), got {arrays!r:.80}")
+
+
+def arrays_to_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return arrays as a state dict in the dtypes of `template`.
 
     Raises
     ------
     ConfigError
         If names or shapes are not those of `template`.
     """
-    arrays = arrays.arrays if isinstance(arrays, Result) else arrays
     if different := sorted(set(arrays) ^ set(template)):
         where = "missing from the arrays" if different[0] in template else "not in the model"
         remedy = "pass ArrayRecord(model.state_dict()), with state='trainable' only what is not frozen"

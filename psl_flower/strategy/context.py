@@ -31,6 +31,12 @@ Exchange = Callable[[Request], Reply]
 _MOST_SEPARATE = 2**26  # bytes of sums that are asked for client by client to learn how large they usually are
 
 
+ALONE = (
+    "a step or an evaluation of one client only: what it would tell of its loss is of its own labels, so loss and "
+    "accuracy of it are not told (nan)"
+)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Asking:
     """How a context asks clients.
@@ -135,6 +141,8 @@ class CallContext:
             )
         if summed:
             self.backend.tell_once(SUMMED)
+        if weight and not told and not wrong:
+            self.backend.tell_once(ALONE)
         right = None if score is None else (int(score[0]), int(score[1]))
         mean = math.nan if wrong or not told else total if summed else total / told
         return Outcome(mean, told, None, None, self.orders.num_rows, right, None, summed=bool(summed))

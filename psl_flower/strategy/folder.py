@@ -42,7 +42,7 @@ class FolderLock:
     Raises
     ------
     ConfigError
-        On entering, if another run has the folder.
+        On entering, if another run has the folder, or it cannot be written to.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
@@ -55,9 +55,15 @@ class FolderLock:
         if not _HAS_FLOCK:
             log.info("This system has no flock: nothing keeps another run from writing to %s.", self._path.parent)
             return self
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        while self._descriptor is None:
-            self._descriptor = _locked(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            while self._descriptor is None:
+                self._descriptor = _locked(self._path)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: {self._path.parent} cannot be written to ({error}): give a folder that can, or leave "
+                "output_dir out"
+            ) from error
         if left := os.read(self._descriptor, 1000):
             log.warning("A run that wrote to %s did not end in order: %s", self._path.parent, _owner(left))
         since = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -68,7 +74,8 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         if self._descriptor is not None and self._path is not None:
-            self._path.unlink(missing_ok=True)  # while it is locked, so that it is nobody else's
+            with suppress(OSError):  # the folder is gone
+                self._path.unlink()  # while it is locked, so that it is nobody else's
             os.close(self._descriptor)
             self._descriptor = None
 

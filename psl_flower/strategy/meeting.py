@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
+import numpy as np
+from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
+from psl_flower.checks import check_mapping
+from psl_flower.errors import ConfigError
 from psl_flower.exchange import Carrier, Clients
 from psl_flower.faults import FaultPolicy
 from psl_flower.flower import is_deployment
@@ -24,6 +28,27 @@ from psl_flower.strategy.membership import Membership
 from psl_flower.strategy.private import default_mistakes
 from psl_flower.strategy.secure import SecureSums
 from psl_flower.strategy.summary import RunSummary
+
+
+def config_values(config: Mapping[str, Any] | None, name: str) -> Config:
+    """Return a configuration as Flower's ConfigRecord has it; numpy's numbers as Python's.
+
+    Raises
+    ------
+    ConfigError
+        If a value is of a type that Flower does not send.
+    """
+    found = check_mapping(config, name)
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in found.items()}
+    for key, value in plain.items():
+        try:
+            ConfigRecord({key: value})
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{name} must hold numbers, strings, bytes or lists of one of these by name, as a ConfigRecord, "
+                f"got {key!r:.80}: {value!r:.80}"
+            ) from None
+    return plain
 
 
 class Settings(Protocol):
@@ -78,7 +103,7 @@ class Meeting:
         """Return what a strategy's settings say, `once` if each example is asked for once; nobody is asked yet."""
         deployment, options = is_deployment(grid), strategy.secure_aggregation
         mistakes = strategy.faults.mistakes or default_mistakes(strategy.private, deployment)
-        policy, config = replace(strategy.faults, mistakes=mistakes), dict(config or {})
+        policy, config = replace(strategy.faults, mistakes=mistakes), config_values(config, "train_config")
         secure = None if options is None else SecureSums(options, policy.max_gradient_norm)
         clients = Clients(
             carrier,
@@ -115,7 +140,7 @@ class Meeting:
             self.membership,
             batch_size=strategy.evaluate_batch_size,
             timeout=timeout,
-            evaluate_config=dict(evaluate_config or {}),
+            evaluate_config=config_values(evaluate_config, "evaluate_config"),
             metrics=strategy.metrics,
             **self.shared(),
         )

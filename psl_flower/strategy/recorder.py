@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +34,9 @@ log = logging.getLogger("flwr.psl_flower")
 class RunRecorder:
     """Writes what a run leaves behind into a folder; without a folder it only keeps the rounds. A context manager.
 
+    What cannot be written once the run has begun (a full disk, a folder that is gone) is logged as an error, and the
+    run goes on: its result is still returned.
+
     Parameters
     ----------
     folder : path, optional
@@ -42,6 +47,11 @@ class RunRecorder:
         Go on from here in the metrics of the run that this one resumes, a `position` of its recorder.
     callbacks : iterable of Callback
         Told of everything, what came before `position` included.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be written to.
     """
 
     def __init__(
@@ -56,26 +66,43 @@ class RunRecorder:
         self.steps: list[StepRecord] = []
         self.rounds: list[RoundRecord] = []
         self._summary: dict[str, Any] = {}
-        self._jsonl: JsonlLogger | None = None
         self._callbacks = CallbackGroup(callbacks)
-        self._listeners: list[Callback] = [self._callbacks]
-        earlier: list[StepRecord | RoundRecord] = []
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.config, indent=2)
-            (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-            path = self._folder / METRICS_FILE
-            if position is not None:
-                earlier = _cut_off(path, position)
-            self._jsonl = JsonlLogger(path, append=position is not None)
-            self._jsonl.on_run_start(self.config)
-            self._listeners.insert(0, CsvLogger(self._folder))
-        for listener in self._listeners:
-            listener.on_run_start(self.config)
+        self._files: dict[str, Callback] = {}
+        self._told: set[str] = set()  # files that could not be written
+        self._jsonl: JsonlLogger | None
+        self._jsonl, earlier = (None, []) if self._folder is None else self._open(self._folder, position)
+        self._callbacks.on_run_start(self.config)
         for record in earlier:
             self._tell(record)
         if self._jsonl is not None:  # only now: it has what came before
-            self._listeners.insert(0, self._jsonl)
+            self._files[METRICS_FILE] = self._jsonl
+
+    def _open(self, folder: Path, position: int | None) -> tuple[JsonlLogger, list[StepRecord | RoundRecord]]:
+        """Begin all files; return what writes the metrics, and the records before `position`."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+            path = folder / METRICS_FILE
+            earlier = [] if position is None else _cut_off(path, position)
+            metrics = JsonlLogger(path, append=position is not None)
+            metrics.on_run_start(self.config)
+            self._files[f"{STEPS_FILE} or {ROUNDS_FILE}"] = table = CsvLogger(folder)
+            table.on_run_start(self.config)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: {folder} cannot be written to ({error}): give a folder that can, or leave output_dir out"
+            ) from error
+        return metrics, earlier
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Go on if a file cannot be written, for what was trained is worth more; say so once a file."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if name not in self._told:
+                log.error("%s cannot be written in %s, the run goes on without: %s", name, self._folder, error)
+            self._told.add(name)
 
     def position(self) -> int:
         """Return how long the metrics are, in bytes; they are on the disk then."""
@@ -86,7 +113,8 @@ class RunRecorder:
         self._summary = dict(summary)
         if self._folder is not None:
             text = json.dumps(self._summary, indent=2)
-            (self._folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+            with self._writing(SUMMARY_FILE):
+                (self._folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
         """Keep a step's record."""
@@ -112,29 +140,38 @@ class RunRecorder:
         if self._folder is None:
             return
         # tensors that share memory, or are not contiguous, cannot be written as they are
-        save_file({name: t.detach().cpu().clone().contiguous() for name, t in state.items()}, self._folder / MODEL_FILE)
+        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
+        with self._writing(MODEL_FILE):
+            save_file(tensors, self._folder / MODEL_FILE)
         if self.rounds:
             try:
-                save_curves(self._folder / CURVES_FILE, self.steps, self.rounds)
+                with self._writing(CURVES_FILE):
+                    save_curves(self._folder / CURVES_FILE, self.steps, self.rounds)
             except ConfigError as exc:
                 log.warning("%s is not drawn: %s", CURVES_FILE, exc)
 
     def _tell(self, record: StepRecord | RoundRecord) -> None:
         if isinstance(record, StepRecord):
             self.steps.append(record)
-            for listener in self._listeners:
-                listener.on_step(record)
+            self._write(lambda file: file.on_step(record))
+            self._callbacks.on_step(record)
         else:
             self.rounds.append(record)
-            for listener in self._listeners:
-                listener.on_round(record)
+            self._write(lambda file: file.on_round(record))
+            self._callbacks.on_round(record)
+
+    def _write(self, call: Callable[[Callback], None]) -> None:
+        for name, file in self._files.items():
+            with self._writing(name):
+                call(file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        for listener in self._listeners:
-            listener.on_run_end({**self._summary, "completed": error is None})
+        end = {**self._summary, "completed": error is None}
+        self._write(lambda file: file.on_run_end(end))
+        self._callbacks.on_run_end(end)
 
 
 def _cut_off(path: Path, position: int) -> list[StepRecord | RoundRecord]:

@@ -9,10 +9,12 @@ from typing import Any
 
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import Result
+from safetensors import SafetensorError
 from torch import Tensor
 
 from psl_flower import checkpoint
 from psl_flower.checkpoint import Checkpoints
+from psl_flower.checks import check_path
 from psl_flower.errors import ConfigError
 from psl_flower.methods import SplitMethod
 from psl_flower.server import LocalBackend, Scheduler
@@ -93,7 +95,7 @@ class Saver:
             found = self._checkpoints.latest()
             if found is None:
                 log.warning("There is no checkpoint in %s yet: starting from the beginning", self._checkpoints.folder)
-        elif resume_from:
+        elif resume_from is not None:
             found = Path(resume_from), checkpoint.read(Path(resume_from))
         if found is None:
             return None
@@ -119,10 +121,14 @@ class Saver:
         return {**self._run_config, "strategy": own, "changes": self._history}
 
     def save(self, run: Run, server_round: int, ledger: EpochLedger, epoch: Epoch, delays: DelayModel | None) -> None:
-        """Write a checkpoint, within or at the end of a round's training."""
+        """Write a checkpoint, within or at the end of a round's training; what hinders that is logged, not raised."""
         if self._checkpoints is not None:
-            with run.summary.spending("records"):
-                self._save(self._checkpoints, run, server_round, ledger, epoch, delays)
+            try:
+                with run.summary.spending("records"):
+                    self._save(self._checkpoints, run, server_round, ledger, epoch, delays)
+            except (OSError, SafetensorError) as error:
+                folder = self._checkpoints.folder
+                log.error("round %d: no checkpoint was written in %s, the run goes on: %s", server_round, folder, error)
 
     def _save(
         self,
@@ -182,8 +188,14 @@ class Saver:
 
 def check_checkpoints(
     method: SplitMethod, every: int, keep: int, resume_from: str | Path | None, output_dir: str | Path | None
-) -> None:
-    """Raise ConfigError if checkpoints are wanted that cannot be written or read."""
+) -> str | Path | None:
+    """Return "latest", or where the checkpoint lies to resume from; refuse what cannot be written or read.
+
+    Raises
+    ------
+    ConfigError
+        If checkpoints are wanted that cannot be.
+    """
     if (every or resume_from == "latest") and (output_dir is None or not keep):
         raise ConfigError(
             "checkpoint_every and resume_from='latest' need an output_dir and keep_checkpoints of at least 1, got "
@@ -194,6 +206,7 @@ def check_checkpoints(
             f"with method {method.name!r} clients keep parts of the model within a round: checkpoints are "
             f"written at its end only, got checkpoint_every={every}: leave it 0"
         )
+    return resume_from if resume_from == "latest" else check_path(resume_from or None, "resume_from")
 
 
 def checkpoints_in(output_dir: str | Path | None, keep: int) -> Checkpoints | None:

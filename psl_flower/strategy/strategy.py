@@ -17,7 +17,7 @@ from torch import nn
 
 from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.checkpoint import FOLDER as CHECKPOINTS
-from psl_flower.checks import check_choice, check_float, check_int
+from psl_flower.checks import check_choice, check_float, check_int, check_mapping, check_path
 from psl_flower.devices import own_modes, pick_device
 from psl_flower.errors import ConfigError, StepError
 from psl_flower.exchange.streams import StreamOptions
@@ -35,8 +35,8 @@ from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_loss, check
 from psl_flower.server.optimizer import check_optimizer_fn, sgd
 from psl_flower.split import check_client_half, cut_model
 from psl_flower.stragglers import DelayModel
-from psl_flower.strategy.arrays import arrays_to_state, kept_state, sizes, state_to_arrays, with_state
-from psl_flower.strategy.evaluate_fn import EvaluateFn, evaluate_on_server
+from psl_flower.strategy.arrays import arrays_to_state, as_record, kept_state, sizes, state_to_arrays, with_state
+from psl_flower.strategy.evaluate_fn import EvaluateFn, check_evaluate_fn, evaluate_on_server
 from psl_flower.strategy.exchanging import ExchangingStrategy
 from psl_flower.strategy.folder import FolderLock, set_aside
 from psl_flower.strategy.kept import check_cache
@@ -206,13 +206,12 @@ class ParallelSplitLearning(ExchangingStrategy):
         self.secure_aggregation = check_secure(secure_aggregation, self.method, self.sampler, streams)
         self.checkpoint_every = check_int(checkpoint_every, "checkpoint_every", least=0)
         self.keep_checkpoints = check_int(keep_checkpoints, "keep_checkpoints", least=0)
-        self.resume_from = resume_from
-        check_checkpoints(self.method, checkpoint_every, keep_checkpoints, resume_from, output_dir)
+        self.resume_from = check_checkpoints(self.method, checkpoint_every, keep_checkpoints, resume_from, output_dir)
         self._optimizer, self._scheduler, self.loss = optimizer, scheduler, loss
-        self.classification, self.metrics = classification, check_metrics(metrics or {})
-        self._device, self._callbacks = pick_device(device), tuple(callbacks)
-        CallbackGroup(self._callbacks)  # refuses what is none
-        self._output_dir, self._run_config = output_dir, dict(run_config or {})
+        self.classification, self.metrics = classification, check_metrics(check_mapping(metrics, "metrics"))
+        self._device, self._callbacks = pick_device(device), CallbackGroup(callbacks).given
+        self._output_dir = check_path(output_dir, "output_dir")
+        self._run_config = check_mapping(run_config, "run_config")
         self.label_counts = label_counts
         check_labels_stay(self.method, self.sampler, loss, classification, self.metrics, label_counts)
         self.halves = cut_model(model, cut, tail, share_frozen=state == "trainable")  # `start` is given no others
@@ -272,7 +271,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         StepError
             If a client fails or sends something wrong; the step is not applied.
         """
-        num_rounds = check_int(num_rounds, "num_rounds", least=1)
+        check_evaluate_fn(evaluate_fn)
+        num_rounds, initial_arrays = check_int(num_rounds, "num_rounds", least=1), as_record(initial_arrays)
         timeout = check_float(timeout, "timeout", above=0)
         with last_word(), own_modes(), FolderLock(self._output_dir):
             return self._run(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
@@ -405,7 +405,8 @@ class ParallelSplitLearning(ExchangingStrategy):
         ConfigError, MembershipError, StepError
             As `start`; also where labels stay with clients that have no `on_predict`.
         """
-        timeout, state = check_float(timeout, "timeout", above=0), arrays_to_state(arrays, self._template)
+        timeout = check_float(timeout, "timeout", above=0)
+        state = arrays_to_state(as_record(arrays, "arrays"), self._template)
         opened = open_carrier(grid, self.transport, self.stream_options)
         with last_word(), own_modes(), stopped_by_flower() as stops, opened as carrier:
             stops.append(carrier.stop)

@@ -387,6 +387,13 @@ def test_options_are_checked_at_construction(options, message, tmp_path):
 def test_a_path_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"resume_from: there is no checkpoint .*nowhere"):
         start(make(tmp_path, resume_from=tmp_path / "nowhere"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "round-00001-step-0000012.safetensors").touch()
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(
+            ConfigError, match=rf"no checkpoint {folder}: one in that folder is .*-0000012\.safetensors"
+        ):
+            start(make(tmp_path, resume_from=folder))
 
 
 # --- the end of a run, however it comes ------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -707,6 +709,50 @@ def test_client_code_that_fails_is_told_once_with_its_place():
         train(lambda context: {}["nobody"])
 
 
+class Exits(TensorDataset):
+    def __getitem__(self, index):
+        sys.exit("no such file")
+
+
+@pytest.mark.parametrize("transport", ["messages", "streams"])
+def test_client_code_that_exits_does_not_end_the_server(transport):
+    """Which in one process would be the end of the whole program, without a word."""
+    with pytest.raises(MembershipError, match=r"in nobody: SystemExit: no data"):
+        train(nobody, transport=transport)
+    with pytest.raises(StepError, match=r"in __getitem__: SystemExit: no such file"):
+        train([Exits(*d.tensors) for d in parts(X, Y)], transport=transport)
+
+
+def nobody(context):
+    sys.exit("no data")
+
+
+def test_nodes_without_the_configuration_of_a_simulation_are_told_how_to_get_it():
+    class Bare(InProcessGrid):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            for context in self._contexts.values():
+                context.node_config.clear()
+
+    remedy = "KeyError: 'partition-id' is not in the configuration of this node: start it with --node-config"
+    with pytest.raises(MembershipError, match=rf"and 2 others likewise: .*in partition: {remedy}"):
+        train(parts(X, Y), grid=Bare)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_are_off_where_the_run_is_started(off):
+    with off():
+        weights = train(parts(X, Y), optimizer=sgd).arrays.to_torch_state_dict()
+    assert largest_difference(weights, centralised(parts(X, Y))) < 1e-9
+
+
+def test_a_loss_that_is_not_told_is_explained(caplog):
+    """In a U shape one client's own loss would show its labels."""
+    result = train(parts(X, Y)[:1], Three, tests=parts(X, Y)[:1], **U_SHAPE, min_available_nodes=1)
+    assert math.isnan(result.train_metrics_clientapp[1]["loss"])
+    assert sum("of one client only" in record.getMessage() for record in caplog.records) == 1
+
+
 class Buggy(TensorDataset):
     def __getitem__(self, index):
         return {"image": super().__getitem__(index)}[f"picture of {len(self.tensors[0])}"]
@@ -973,8 +1019,17 @@ def test_loaders_and_models_as_people_write_them():
 def test_what_an_evaluate_fn_returns():
     with pytest.raises(ConfigError, match=r"evaluate_fn must return a MetricRecord, or None, got \(0\.5, "):
         train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: (0.5, {"accuracy": 1.0})})
-    result = train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: {"loss": 0.5}})
-    assert dict(result.evaluate_metrics_serverapp[1]) == {"loss": 0.5}
+    computed = {"loss": torch.tensor(0.5), "n": np.int64(3), "each": [np.float32(0.25), 1.0], "good": True}
+    result = train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: computed})
+    assert dict(result.evaluate_metrics_serverapp[1]) == {"loss": 0.5, "n": 3, "each": [0.25, 1.0], "good": 1}
+    with pytest.raises(ConfigError, match=r"evaluate_fn must return numbers .*, got \('note', 'fine'\): leave out"):
+        train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: {"loss": 0.5, "note": "fine"}})
+
+
+def test_an_evaluate_fn_may_use_up_its_arrays():
+    """As with ``keep_input=False``, which frees them as they are converted."""
+    result = train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: arrays.clear()})
+    assert len(result.arrays) == len(Net().state_dict())
 
 
 # --- J: another run goes on ------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import copy
 import inspect
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +49,7 @@ from psl_flower import (
     UniformGlobalSampler,
     split_client_app,
 )
+from psl_flower.callbacks import EarlyStopping
 from psl_flower.errors import ConfigError, MembershipError, StepError
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.faults import FaultPolicy
@@ -228,18 +231,36 @@ def test_arrays_of_another_model_are_refused(state, message):
         run(arrays=ArrayRecord(state))
 
 
+def test_arrays_come_from_where_people_have_them():
+    """From a result or a state dict too; whoever evaluates sees Flower's all the same."""
+    first, seen = run(), []
+    options = {"start": {"evaluate_fn": lambda _, arrays: seen.append(type(arrays))}}
+    ends = [state_of(run(arrays=arrays, **options)) for arrays in (first.arrays, first, state_of(first))]
+    assert [largest_difference(end, ends[0]) for end in ends] == [0, 0, 0]
+    assert set(seen) == {ArrayRecord}
+
+
 @pytest.mark.parametrize(
     ("start", "message"),
     [
         ({"num_rounds": 0}, "num_rounds must be at least 1, got 0"),
         ({"timeout": 0}, "timeout must be greater than 0, got 0"),
         ({"timeout": float("nan")}, "timeout must be finite, got nan"),
+        ({"grid": None}, "grid must be the Grid that Flower gives main, or an InProcessGrid, got None"),
+        ({"initial_arrays": None}, r"initial_arrays must be an ArrayRecord: pass .*, got None"),
+        ({"initial_arrays": [np.ones(2)]}, r"initial_arrays must be an ArrayRecord: pass .*, got \[array"),
+        ({"evaluate_fn": {"loss": 1.0}}, r"evaluate_fn must be a function of \(server_round, arrays\).*, got {'loss'"),
+        ({"evaluate_fn": lambda r, parameters, config: None}, "evaluate_fn must be .* missing .* argument: 'config'"),
+        ({"train_config": ["lr"]}, r"train_config must be a dict, got \['lr'\]"),
+        ({"train_config": {"lr": torch.ones(1)}}, "train_config must hold numbers, strings, .* got 'lr': tensor"),
+        ({"evaluate_config": {"a": {"b": 1}}}, "evaluate_config must hold numbers, strings, .* got 'a': {'b': 1}"),
     ],
 )
 def test_arguments_of_start_are_checked(start, message):
     strategy, grid = make()
+    arguments = {"grid": grid, "initial_arrays": ArrayRecord(tiny_resnet().state_dict()), **start}
     with pytest.raises(ConfigError, match=message):
-        strategy.start(grid, ArrayRecord(tiny_resnet().state_dict()), **start)
+        strategy.start(**arguments)
 
 
 def batch_norm_in_front():
@@ -257,6 +278,11 @@ def batch_norm_in_front():
         ({"loss": None}, "loss must be callable, got None"),
         ({"min_available_nodes": 0}, "min_available_nodes must be at least 1"),
         ({"evaluate_every": -1}, "evaluate_every must be at least 0"),
+        ({"callbacks": [EarlyStopping]}, "callbacks must be psl_flower.callbacks.Callback objects, got <class"),
+        ({"callbacks": 3}, "callbacks must be psl_flower.callbacks.Callback objects, got 3"),
+        ({"run_config": ["lr=0.1"]}, "run_config must be a dict, got"),
+        ({"output_dir": 5}, "output_dir must be a path, got 5"),
+        ({"resume_from": True}, "resume_from must be a path, got True"),
         ({"device": "tpu9"}, "device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got 'tpu9'"),
         ({"cut": "layer9"}, "layer9"),
         ({"model_fn": batch_norm_in_front, "cut": "3"}, "replace_batch_norm"),
@@ -637,6 +663,43 @@ def test_a_second_run_into_the_same_folder_replaces_the_first(tmp_path):
     run(output_dir=tmp_path)
     _, rounds = read_metrics(tmp_path)
     assert len(rounds) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_sent(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(ConfigError, match=f"output_dir: {folder} cannot be written to .*: give a folder that can"):
+            run(output_dir=folder)
+
+
+def test_a_folder_that_is_lost_on_the_way_costs_the_files_not_the_training(tmp_path, caplog):
+    """As when a disk is full: said once a file, and the result is that of a run that writes nothing."""
+    folder = tmp_path / "out"
+
+    def lose(server_round, arrays):
+        if server_round == 1:
+            shutil.rmtree(folder)
+            folder.touch()
+
+    result = run(output_dir=folder, num_rounds=3, start={"evaluate_fn": lose})
+    assert largest_difference(state_of(result), state_of(run(num_rounds=3))) == 0
+    told = [record.getMessage() for record in caplog.records if "the run goes on" in record.getMessage()]
+    assert len(told) == len(set(told)) == 5
+    for what in ("round 2: no checkpoint", "round 3: no checkpoint", "rounds.csv", "summary", "model"):
+        assert sum(what in text for text in told) == 1, what
+
+
+def test_the_folder_of_a_run_stays_where_it_was(tmp_path, monkeypatch):
+    """Whatever becomes of the working directory; and a ~ is the home."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("out", "~/out"):
+        run(output_dir=folder, start={"evaluate_fn": lambda *_: os.chdir(tmp_path / "elsewhere")})
+        os.chdir(tmp_path)
+    for folder in (tmp_path / "out", tmp_path / "home" / "out"):
+        assert (folder / "model.safetensors").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def text(value):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "is no checkpoint, or damaged"),
+        (None, "is no checkpoint, it holds tensors only: pass those of a model as initial_arrays"),
         ({"psl_flower": "{"}, "is no checkpoint, or damaged"),
         (text({"weights": 1}), "is no checkpoint, or damaged"),
         (

@@ -1,8 +1,10 @@
 """InProcessGrid keeps Flower's contract of a Grid: any strategy and any ClientApp run on it."""
 
+import sys
+
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -97,6 +99,27 @@ def test_a_client_that_raises_becomes_an_error_reply():
     assert bad.error.reason == "ValueError: told to fail"
     assert bad.metadata.src_node_id == nodes[0]
     assert not good.has_error()
+
+
+def answers_the_reply(message, context, call_next):
+    return Message(Error(0, "the keys do not match"), reply_to=call_next(message, context))
+
+
+@pytest.mark.parametrize(
+    ("mod", "reason"),
+    [
+        (lambda *_: None, "a mod of it, must return a Message, got None"),
+        (answers_the_reply, "returned a message that does not answer its own: the keys do not match"),
+        (lambda *_: sys.exit("no data"), "SystemExit: no data"),
+    ],
+)
+def test_what_is_no_reply_becomes_an_error_reply(mod, reason):
+    """Else the server would wait for it in vain, or end."""
+    app = ClientApp(mods=[mod])
+    app.query()(lambda message, context: Message(RecordDict(), reply_to=message))
+    one = InProcessGrid(app, 1)
+    (reply,) = one.send_and_receive([Message(RecordDict(), one.get_node_ids()[0], "query")])
+    assert reason in reply.error.reason
 
 
 def test_a_message_nobody_handles_becomes_an_error_reply():

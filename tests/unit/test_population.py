@@ -68,6 +68,7 @@ class TestPopulation:
             (([4, 1, 4], [1, 1, 1]), "client_ids must be unique, got 4 more than once"),
             (([7, 8], [1, -5]), "sizes must not be negative, got -5 for client 8"),
             (([1, 2], [0, 0]), "at least one example, all sizes are 0"),
+            (([1, 2], [2**62, 2**62]), "all sizes together must fit in 64 bits, got 9223372036854775808 examples"),
             (([1.5], [1]), "client_ids must be whole numbers, got 1.5"),
             (([1], [1.5]), "sizes must be whole numbers, got 1.5"),
             (([1, 2], [1, 1], [1, 1]), r"label_counts must have shape \(2, classes\), got \(2,\)"),

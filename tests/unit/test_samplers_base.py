@@ -36,6 +36,7 @@ class TestSampler:
             ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
             ({"batch_size": True}, "batch_size must be a whole number, got True"),
             ({"batch_size": 1, "seed": -1}, "seed must be at least 0, got -1"),
+            ({"batch_size": 1, "seed": 2**63}, "seed must be at most 9223372036854775807, got 9223372036854775808"),
             ({"batch_size": 1, "seed": None}, "seed must be a whole number, got None"),
         ],
     )
