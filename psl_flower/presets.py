@@ -42,7 +42,7 @@ def preset_text(name: str, package: str, what: str = "a preset") -> str:
     if name not in names:
         for other, (run, _) in COMMANDS.items():
             if name in preset_names(other):
-                raise ConfigError(f"{name!r} is no preset of {COMMANDS[package][0]}, but of {run}: give {run} {name}")
+                raise ConfigError(f"{name!r} is a preset of another command: give {run} {name}")
     check_choice(name, f"{what} of {COMMANDS[package][0]}", names)
     return (_folder(package) / f"{name}.toml").read_text(encoding="utf-8")
 

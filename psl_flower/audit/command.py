@@ -35,6 +35,10 @@ app = typer.Typer(add_completion=False)
 _OF_MODEL = {"TargetEpsilon": TargetEpsilon}
 
 
+def _presets(begun: str) -> list[str]:
+    return [name for name in preset_names("audit") if name.startswith(begun)]
+
+
 def _list(wanted: bool) -> None:
     if wanted:
         names = preset_names("audit")
@@ -60,7 +64,7 @@ def _option(what: str, metavar: str, *names: str, panel: str = "Training", **mor
 )
 def _audit(
     ctx: typer.Context,
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help="One that --list shows.")] = "digits",
+    preset: Annotated[str, typer.Argument(metavar="PRESET", autocompletion=_presets)] = "digits",
     listed: Annotated[
         bool, _option("List the presets.", "", "--list", panel="Output", callback=_list, is_eager=True)
     ] = False,
@@ -96,9 +100,9 @@ def _audit(
 
     Trains a model split at each cut, with and without defences, records what
     the server sends and receives, and attacks it: how well are inputs
-    reconstructed, labels inferred, members recognised? Options that are named
-    twice are compared. docs/audit.md says how to read the report, and what not
-    to conclude from it.
+    reconstructed, labels inferred, members recognised? PRESET is a name that
+    --list shows. Options that are named twice are compared. docs/audit.md says
+    how to read the report, docs/privacy.md what not to conclude from it.
     """
     given = read_preset(preset)
     seeds = check_int(given.seeds if seeds is None else seeds, "--seeds", least=1)

@@ -49,7 +49,7 @@ def test_it_trains_attacks_and_reports(tmp_path, capsys):
         (["--examples", "50"], "at least 16 training examples a client"),
         (["cifar10", "--data-path", "/nowhere"], "/nowhere"),
         (["cifar"], "did you mean 'cifar10'"),
-        (["severe"], "'severe' is no preset of psl-flower audit, but of psl-flower experiments run"),
+        (["severe"], "'severe' is a preset of another command: give psl-flower experiments run severe"),
     ],
 )
 def test_what_is_wrong_is_refused(words, message, capsys, tmp_path):
