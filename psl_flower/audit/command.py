@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from torch import nn
 
@@ -18,7 +17,7 @@ from psl_flower.app.models import build_model
 from psl_flower.app.task import load_images, make_optimizer
 from psl_flower.audit.attacks import ACTIVE, ATTACKS
 from psl_flower.audit.auditing import audit
-from psl_flower.audit.presets import PRESETS
+from psl_flower.audit.preset import read_preset
 from psl_flower.audit.quiet import quietly
 from psl_flower.audit.rehearsal import prepared
 from psl_flower.audit.report import JSON_FILE, save_report
@@ -27,12 +26,25 @@ from psl_flower.checks import check_int
 from psl_flower.config import RunConfig
 from psl_flower.errors import CutError
 from psl_flower.machine import machine
+from psl_flower.presets import elsewhere, preset_names
 from psl_flower.privacy import parse_defences
 from psl_flower.split.model import cut_model
 
 app = typer.Typer(add_completion=False)
 
 _OF_MODEL = {"TargetEpsilon": TargetEpsilon}
+
+
+def _presets(begun: str) -> list[str]:
+    return [name for name in preset_names("audit") if name.startswith(begun)]
+
+
+def _list(wanted: bool) -> None:
+    if wanted:
+        names = preset_names("audit")
+        width = max(map(len, names))
+        print(*(f"{name:{width}}   {read_preset(name).title}" for name in names), elsewhere("audit"), sep="\n")
+        raise typer.Exit
 
 
 def _option(what: str, metavar: str, *names: str, panel: str = "Training", **more: Any) -> Any:
@@ -52,7 +64,10 @@ def _option(what: str, metavar: str, *names: str, panel: str = "Training", **mor
 )
 def _audit(
     ctx: typer.Context,
-    preset: Annotated[str, typer.Argument(metavar="PRESET", click_type=click.Choice(list(PRESETS)))] = "digits",
+    preset: Annotated[str, typer.Argument(metavar="PRESET", autocompletion=_presets)] = "digits",
+    listed: Annotated[
+        bool, _option("List the presets.", "", "--list", panel="Output", callback=_list, is_eager=True)
+    ] = False,
     data_path: Annotated[str, _option("Where the dataset's files are, as in the app.", "DIR")] = "",
     examples: Annotated[int | None, _option("Training examples used, at most; the preset's.", "N")] = None,
     model: Annotated[str, _option("The default app's; the preset's.", "NAME")] = "",
@@ -85,11 +100,11 @@ def _audit(
 
     Trains a model split at each cut, with and without defences, records what
     the server sends and receives, and attacks it: how well are inputs
-    reconstructed, labels inferred, members recognised? Options that are named
-    twice are compared. docs/audit.md says how to read the report, and what not
-    to conclude from it.
+    reconstructed, labels inferred, members recognised? PRESET is a name that
+    --list shows. Options that are named twice are compared. docs/audit.md says
+    how to read the report, docs/privacy.md what not to conclude from it.
     """
-    given = PRESETS[preset]
+    given = read_preset(preset)
     seeds = check_int(given.seeds if seeds is None else seeds, "--seeds", least=1)
     config = RunConfig(
         dataset=given.dataset,

@@ -9,12 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from psl_flower.audit.result import AuditResult
+    from psl_flower.audit.result import AuditResult, Line
 
 # What is drawn, where it was measured: (attack, measure, what the axis is called).
 _LEAKS = (
     ("decoder", "SSIM", "images: SSIM of the decoder"),
     ("labels by trying each", "share that is right", "labels: share solved for"),
+    ("labels from gradients", "direction AUC", "labels: AUC from gradients sent back"),
     ("labels", "as they are sent, share that is right", "labels: share right as sent"),
     ("membership", "decoded match AUC", "membership: AUC of a decoded match"),
     ("any", "epsilon, at most", "the model: epsilon"),
@@ -25,7 +26,7 @@ _MARKERS = "osD^vP*X<>hd"
 
 def draw_frontier(result: AuditResult) -> Figure:
     """Draw accuracy against each leak: a colour a cut, a marker a defence, the Pareto front as a line."""
-    lines = {(li.attack, li.measure, li.cut, li.defence): li for li in result.lines()}
+    lines = _by_attack(result)
     pairs = list(dict.fromkeys((case.cut, case.defence) for case in result.cases))
     cuts, defences = (list(dict.fromkeys(of)) for of in zip(*pairs, strict=True))
     drawn = [leak for leak in _LEAKS if any((*leak[:2], *pair) in lines for pair in pairs)]
@@ -59,6 +60,14 @@ def draw_frontier(result: AuditResult) -> Figure:
     panels[-1].plot([], [], ":", color="0.6", label="where nothing leaks")
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _by_attack(result: AuditResult) -> dict[tuple[str, str, str, str], Line]:
+    """Return figures by attack, measure, cut and defence; of an attack at several places, where it finds most."""
+    found: dict[tuple[str, str, str, str], Line] = {}
+    for line in sorted(result.lines(), key=lambda line: line.value):
+        found[line.attack.partition(" (")[0], line.measure, line.cut, line.defence] = line
+    return found
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -82,7 +82,7 @@ class Rehearsal:
     bytes_a_round : int
         Of tensors, both ways.
     seconds : float
-        Of the training, wall clock, recording included.
+        Of the training, of a processor: server and all clients, recording included.
     epsilon : float or None
         Of the model, where it is trained with differential privacy.
     """
@@ -138,10 +138,10 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         min_available_nodes=setting.num_clients,
         device="cpu",
     )
-    rounds, begin = setting.num_rounds, time.monotonic()
+    rounds, begin = setting.num_rounds, time.process_time()
     grid = RecordingGrid(app, setting.num_clients, recording, (from_round or rounds) - 1)
     result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=rounds)
-    seconds = time.monotonic() - begin
+    seconds = time.process_time() - begin
     halves = cut_model(model, setting.cut, setting.tail)
     halves.load(result.arrays.to_torch_state_dict())
     told = result.train_metrics_clientapp[rounds]

@@ -24,7 +24,7 @@ class Case:
     accuracy : float
     bytes_a_round : int
     seconds : float
-        Of the training.
+        Of the training, of a processor.
     findings : list of Finding
     galleries : list of Gallery
     """
@@ -170,7 +170,7 @@ def _table(lines: Iterable[Line]) -> list[str]:
 
 
 def _prices(cases: Iterable[Case]) -> list[str]:
-    rows = ["| cut | defence | accuracy | MB a round | training (s) |", "|---|---|---|---|---|"]
+    rows = ["| cut | defence | accuracy | MB a round | training (CPU s) |", "|---|---|---|---|---|"]
     groups: dict[tuple[str, str], list[Case]] = {}
     for case in cases:
         groups.setdefault((case.cut, case.defence), []).append(case)

@@ -25,8 +25,9 @@ from psl_flower.experiments.provenance import provenance
 from psl_flower.experiments.report import write_report
 from psl_flower.experiments.results import RESULTS_FILE, RUNS_FOLDER, read_result
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
-from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, preset_names, read_sweep
+from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, read_sweep
 from psl_flower.experiments.tables import make_tables
+from psl_flower.presets import elsewhere, preset_names
 from psl_flower.strategy.progress import clock
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -124,7 +125,7 @@ def _report(
 @app.command("list")
 def _list(as_json: _Json = False) -> None:
     """List the presets and their sizes."""
-    presets = [(name, form, read_sweep(name, form)) for name in preset_names() for form in FORMS]
+    presets = [(name, form, read_sweep(name, form)) for name in preset_names("experiments") for form in FORMS]
     rows = [
         {"preset": name, "form": form, "trainings": len(list(distinct(sweep.experiments()))), "title": sweep.title}
         for name, form, sweep in presets
@@ -135,6 +136,7 @@ def _list(as_json: _Json = False) -> None:
     width = max(len(name) for name in preset_names())
     for row in rows:
         print(f"{row['preset']:{width}} --{row['form']:6} {row['trainings']:4} trainings   {row['title']}")
+    print(elsewhere("experiments"))
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from psl_flower.checks import check_choice
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.setting import Setting
+from psl_flower.presets import preset_text
 
 ENGINES = ("vectorised", "in-process", "simulation")
 FORMS = ("quick", "full")
-PRESETS = files("psl_flower.experiments") / "presets"
 
 _TABLES = ("title", "description", "engine", "config", "axes", "methods", "paper", *FORMS)
 # The runner's own: where results go, and how an interrupted run goes on.
@@ -165,11 +164,6 @@ def _essential(setting: Setting) -> Setting:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-def preset_names() -> list[str]:
-    """Return the presets that come with the package."""
-    return sorted(entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml"))
-
-
 def read_sweep(source: str, form: str = "", overrides: Mapping[str, Any] | None = None) -> Sweep:
     """Read a preset or a TOML file.
 
@@ -202,8 +196,7 @@ def read_sweep(source: str, form: str = "", overrides: Mapping[str, Any] | None 
 
 def _text(source: str) -> str:
     if not source.endswith(".toml"):
-        check_choice(source, "a sweep (a preset, or a path that ends in .toml)", preset_names())
-        return (PRESETS / f"{source}.toml").read_text(encoding="utf-8")
+        return preset_text(source, "experiments", "a sweep (a preset, or a path that ends in .toml)")
     try:
         return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:

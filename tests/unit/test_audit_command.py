@@ -10,7 +10,8 @@ from psl_flower import cli
 from psl_flower.app.models import build_model
 from psl_flower.audit import ACTIVE, ATTACKS
 from psl_flower.audit.command import _OF_MODEL, _fitting
-from psl_flower.audit.presets import PRESETS
+from psl_flower.audit.preset import read_preset
+from psl_flower.presets import preset_names
 from psl_flower.privacy import parse_defences
 from psl_flower.split import cut_candidates
 
@@ -47,6 +48,8 @@ def test_it_trains_attacks_and_reports(tmp_path, capsys):
         (["--cut", "stage7"], "has no such submodule"),
         (["--examples", "50"], "at least 16 training examples a client"),
         (["cifar10", "--data-path", "/nowhere"], "/nowhere"),
+        (["cifar"], "did you mean 'cifar10'"),
+        (["severe"], "'severe' is a preset of another command: give psl-flower experiments run severe"),
     ],
 )
 def test_what_is_wrong_is_refused(words, message, capsys, tmp_path):
@@ -55,8 +58,9 @@ def test_what_is_wrong_is_refused(words, message, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
-def test_presets_name_what_there_is(preset):
+@pytest.mark.parametrize("name", preset_names("audit"))
+def test_presets_name_what_there_is(name):
+    preset = read_preset(name)
     model = build_model(preset.model, in_channels=1, num_classes=10, seed=0)
     assert set(preset.cuts) <= set(cut_candidates(model, depth=1))
     assert set(preset.attacks) <= {*ATTACKS, *ACTIVE}
@@ -64,10 +68,21 @@ def test_presets_name_what_there_is(preset):
         assert text == "none" or parse_defences(text, _OF_MODEL)
 
 
+def test_presets_are_listed_with_what_they_do_and_no_two_commands_have_one_name(capsys):
+    assert cli.main(["audit", "--list"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split("   ")[0].strip() for line in lines] == preset_names("audit")
+    assert "What leaks of digits" in next(line for line in lines if line.startswith("digits "))
+    assert last == "Run one: psl-flower audit NAME. Other presets: psl-flower experiments list"
+    assert not set(preset_names("audit")) & set(preset_names("experiments"))
+    assert cli.main(["experiments", "run", "privacy-digits"]) == 2
+    assert "give psl-flower audit privacy-digits" in capsys.readouterr().err
+
+
 def test_a_preset_with_a_tail_has_the_cuts_that_leave_the_server_something():
     model = build_model("cnn", in_channels=1, num_classes=10, seed=0)
-    assert _fitting(PRESETS["digits"].cuts, model, None) == ["stage2", "stage3", "head"]
-    assert _fitting(PRESETS["digits"].cuts, model, "head") == ["stage2", "stage3"]
+    assert _fitting(read_preset("digits").cuts, model, None) == ["stage2", "stage3", "head"]
+    assert _fitting(read_preset("digits").cuts, model, "head") == ["stage2", "stage3"]
     assert _fitting(["head"], model, "head") == ["head"]  # which is refused then, with the reason
 
 

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torch.nn import functional
 
 from psl_flower import privacy
 from psl_flower.audit import audit
-from psl_flower.audit.frontier import pareto_front
+from psl_flower.audit.attacks import decoder
+from psl_flower.audit.finding import Finding
+from psl_flower.audit.frontier import draw_frontier, pareto_front
+from psl_flower.audit.result import AuditResult, Case
 from psl_flower.audit.similarity import psnr, ssim
 from psl_flower.audit.statistics import auc, interval, matched_accuracy, mean_auc, p_value
 from psl_flower.privacy import corrected_distance_correlation
@@ -100,9 +104,49 @@ def test_independent_samples_have_none_even_in_many_dimensions_and_dependent_one
     assert p_value(value, by_chance) == 0.01
 
 
+@pytest.mark.parametrize(
+    ("had", "wanted"), [((16, 7, 7), (1, 28, 28)), ((8, 4, 3), (3, 30, 17)), ((2, 9, 9), (1, 8, 8))]
+)
+def test_decoders_of_images_make_images_of_the_right_size(had, wanted):
+    values, inputs = torch.zeros(2, *had), torch.zeros(2, *wanted)
+    assert decoder.decoder_network(values, inputs)(values).shape == inputs.shape
+
+
+def test_large_images_whose_pixels_were_only_moved_are_put_together_again(monkeypatch):
+    monkeypatch.setattr(decoder, "_STEPS", 60)
+    monkeypatch.setattr(decoder, "_WIDTH", 32)
+    torch.manual_seed(0)
+    images = torch.randn(100, 1, 18, 18)
+    moved = functional.pixel_unshuffle(images, 2)  # no pixel is like another: what is smooth cannot be these
+    decode = decoder._learned(decoder.decoder_network(moved, images), moved, images)
+    assert functional.mse_loss(decode(moved), images) < 0.25
+
+
 def test_the_front_is_what_nothing_beats():
     points = [(90, 0.5), (95, 0.9), (80, 0.5), (85, 0.3), (70, 0.4), (95, 0.95)]
     assert pareto_front(points) == [(95, 0.9), (90, 0.5), (85, 0.3)]
+
+
+def test_a_frontier_has_a_panel_a_leak_and_of_gradients_at_two_cuts_the_worse():
+    def case(defence, accuracy, similarity, *directions):
+        ssim = Finding(attack="decoder", party="server", measure="SSIM", value=similarity, floor=0.3)
+        aucs = [
+            Finding(attack=f"labels from gradients ({n})", party="server", measure="direction AUC", value=v, floor=0.5)
+            for n, v in enumerate(directions)
+        ]
+        found = [ssim, *aucs]
+        return Case(
+            cut="body", defence=defence, seed=0, accuracy=accuracy, bytes_a_round=1, seconds=1.0, findings=found
+        )
+
+    panels = draw_frontier(
+        AuditResult([case("none", 0.9, 0.8, 0.7, 0.95), case("noise", 0.8, 0.6, 0.6, 0.55)], {})
+    ).axes
+    assert [panel.get_ylabel() for panel in panels] == [
+        "images: SSIM of the decoder",
+        "labels: AUC from gradients sent back",
+    ]
+    assert [panels[1].containers[n].lines[0].get_ydata().item() for n in (0, 1)] == [0.95, 0.6]
 
 
 def test_the_audit_is_listed_where_it_is_found():

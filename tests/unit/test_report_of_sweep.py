@@ -14,8 +14,8 @@ from psl_flower.errors import ConfigError
 from psl_flower.experiments.findings import Findings
 from psl_flower.experiments.pictures import _legend, _styles
 from psl_flower.experiments.report import write_report
-from psl_flower.experiments.sweep import preset_names
 from psl_flower.experiments.tables import Cell, Table, make_tables
+from psl_flower.presets import preset_names
 
 DOCS = Path(__file__).parents[2] / "docs"
 METHODS = {
@@ -264,4 +264,4 @@ def test_make_results_runs_the_sweeps_whose_tables_the_docs_have(page_of_results
     folders = [block[2] for block in page_of_results.BLOCK.finditer(page_of_results.PAGE.read_text(encoding="utf-8"))]
     (sweeps,) = re.findall(r"^SWEEPS \?= (.*)$", (DOCS.parent / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert folders == [f"outputs/{sweep}-quick" for sweep in sweeps.split()]
-    assert set(sweeps.split()) <= set(preset_names())
+    assert set(sweeps.split()) <= set(preset_names("experiments"))

@@ -6,7 +6,8 @@ from psl_flower.app.models import build_model
 from psl_flower.cli import main
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.command import parse_set
-from psl_flower.experiments.sweep import distinct, preset_names, read_sweep
+from psl_flower.experiments.sweep import distinct, read_sweep
+from psl_flower.presets import preset_names
 
 SWEEP = """
 title = "Three methods"
@@ -170,8 +171,16 @@ def test_unknown_sweeps_are_refused_with_the_nearest():
 
 
 def test_the_presets_are_those_of_the_paper_and_all_of_their_combinations_are_accepted():
-    assert preset_names() == ["baselines", "batch-size", "cifar10-small", "iid", "mild", "severe", "stragglers"]
-    for name in set(preset_names()) - {"cifar10-small"}:
+    assert preset_names("experiments") == [
+        "baselines",
+        "batch-size",
+        "cifar10-small",
+        "iid",
+        "mild",
+        "severe",
+        "stragglers",
+    ]
+    for name in set(preset_names("experiments")) - {"cifar10-small"}:
         quick, full = read_sweep(name, "quick"), read_sweep(name, "full")
         assert quick.title
         assert quick.axes["seed"] == [0, 1, 2]

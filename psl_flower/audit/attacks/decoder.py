@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ _PARTY = f"{SERVER}, with shadow data"
 _HELD_OUT = 0.2  # share of the shadow rows that chooses the decoder
 _LEARNED, _ROWS = 4000, 1024  # shadow rows, and rows of others, that are used
 _STEPS, _BATCH, _WIDTH = 600, 64, 48
+_SMALL = 16  # pixels a side
 _RIDGES = (1e-3, 1e-1, 1e1)
 
 Decoder = Callable[[Tensor], Tensor]
@@ -110,17 +111,23 @@ def _hidden(values: Tensor, inputs: Tensor) -> nn.Module:
 
 
 def decoder_network(values: Tensor, inputs: Tensor) -> nn.Module:
-    """Return a network from values, (n, ...), to inputs, (n, ...): convolutional where both are images."""
+    """Return a network from values, (n, ...), to inputs, (n, ...): convolutional where both are images.
+
+    Of small images it makes all pixels before its last layers; of large ones after them, each position as a square of
+    pixels (sub-pixel convolution, Shi et al., arXiv 1609.05158), which takes a fraction of the time.
+    """
     if not values.ndim == inputs.ndim == 4:
         return _hidden(values, inputs)
-    return nn.Sequential(
-        nn.Conv2d(values.shape[1], _WIDTH, 3, padding=1),
-        nn.ReLU(),
-        nn.Upsample(size=tuple(inputs.shape[-2:]), mode="bilinear"),
-        nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(_WIDTH, inputs.shape[1], 3, padding=1),
-    )
+    size, channels = tuple(inputs.shape[-2:]), inputs.shape[1]
+    first = [nn.Conv2d(values.shape[1], _WIDTH, 3, padding=1), nn.ReLU()]
+    second = [nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1), nn.ReLU()]
+    resize = nn.Upsample(size=size, mode="bilinear")
+    if max(size) <= _SMALL:
+        return nn.Sequential(*first, resize, *second, nn.Conv2d(_WIDTH, channels, 3, padding=1))
+    square = max(1, *(ceil(wanted / had) for wanted, had in zip(size, values.shape[-2:], strict=True)))
+    pixels = [nn.Conv2d(_WIDTH, channels * square**2, 3, padding=1), nn.PixelShuffle(square)]
+    network = nn.Sequential(*first, *second, *pixels, resize)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def _learned(network: nn.Module, values: Tensor, inputs: Tensor) -> Decoder:
