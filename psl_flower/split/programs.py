@@ -183,17 +183,18 @@ def _described(made: torch.export.ExportedProgram, program: nn.Module, given: Ma
         returned = program(*given.values())
     inputs = [nodes[str(each)] for each in signature.user_inputs]
     outputs = [nodes[str(each)] for each in signature.user_outputs]
-    symbols: dict[str, str] = {}
     return {
-        "inputs": [_tensor(*pair, symbols) for pair in zip(given, inputs, strict=True)],
-        "outputs": [_tensor(*pair, symbols) for pair in zip(returned, outputs, strict=True)],
+        "inputs": [_tensor(*pair) for pair in zip(given, inputs, strict=True)],
+        "outputs": [_tensor(*pair) for pair in zip(returned, outputs, strict=True)],
     }
 
 
-def _tensor(name: str, node: fx.Node, symbols: dict[str, str]) -> dict[str, Any]:
-    """Return what is told of a tensor; sizes that vary have the names batch and length, as they come."""
+def _tensor(name: str, node: fx.Node) -> dict[str, Any]:
+    """Return what is told of a tensor; of the sizes that vary the first is the batch, another the length of texts.
+
+    torch.export may have several names for either: those of a mask and of what it hides need not be the same to it.
+    """
     value, shape = node.meta["val"], list[int | str]()
-    for size in value.shape:
-        fixed = isinstance(size, int)
-        shape.append(int(size) if fixed else symbols.setdefault(str(size), "length" if symbols else "batch"))
+    for dimension, size in enumerate(value.shape):
+        shape.append(int(size) if isinstance(size, int) else "length" if dimension else "batch")
     return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformer_models
 from flwr.app import ArrayRecord
 from safetensors.torch import save_file
 from test_programs import in_its_own_process
@@ -139,3 +140,36 @@ def test_the_default_apps_model_in_onnx(tmp_path, capsys):
     for each in told.values():
         crossing = in_its_own_process(tmp_path / "parts" / each["files"]["pt2"], crossing, tmp_path)
     torch.testing.assert_close(crossing[0], wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "cut", "tail"), [("gpt2", "transformer.h.1", "lm_head"), ("llama", "model.layers.1", "")]
+)
+def test_language_models_in_onnx(make, cut, tail, tmp_path):
+    """Texts of any length, as many as one likes; what the mask hides says nothing."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = getattr(transformer_models, make)().eval()
+    (tmp_path / "config.json").write_text(json.dumps({"strategy": {"cut": cut, "tail": tail}}))
+    save_file({name: t.clone() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
+    assert cli.main(["export", str(tmp_path), "--model", f"transformer_models:{make}", "--format", "onnx"]) == 0
+    told = json.loads((tmp_path / "parts" / "parts.json").read_text())
+    tokens, hidden, logits = (["batch", "length", *more] for more in ([], [16], [transformer_models.TOKENS]))
+    assert [each["shape"] for each in told["server"]["inputs"]] == [tokens, hidden]
+    assert [each["shape"] for each in [*told.values()][-1]["outputs"]] == [logits]
+    sessions = [onnxruntime.InferenceSession(tmp_path / "parts" / each["files"]["onnx"]) for each in told.values()]
+    for size, length in ((1, 5), (3, 9), (2, 32)):
+        batch = transformer_models.texts(size, length)
+        now = {name: t.numpy() for name, t in batch.items()}
+        for each, session in zip(told.values(), sessions, strict=True):
+            assert [(i.name, i.shape) for i in session.get_inputs()] == [
+                (i["name"], i["shape"]) for i in each["inputs"]
+            ]
+            now |= zip([o["name"] for o in each["outputs"]], session.run(None, _taken(now, each)), strict=True)
+        wanted, hides = model(**batch).logits.detach(), batch["attention_mask"] == 0
+        found = torch.from_numpy(now["logits"])
+        torch.testing.assert_close(found[~hides], wanted[~hides], rtol=0, atol=1e-5)
+
+
+def _taken(now, told):
+    return {each["name"]: now[each["name"]] for each in told["inputs"]}
