@@ -62,7 +62,7 @@ def flower(session: nox.Session, flwr: str) -> None:
 @nox.session(python="3.11", name="newest-torch")
 def newest_torch(session: nox.Session) -> None:
     """Try the newest torch."""
-    install(session, "torch==2.14.1", "torchvision==0.29.1")
+    install(session, "torch==2.15.0", "torchvision==0.29.2")
     test(session)
 
 

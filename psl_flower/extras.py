@@ -48,4 +48,5 @@ def check_extra(package: str, name: str, what: str) -> None:
 
 
 def _missing(package: str, name: str, what: str) -> ConfigError:
-    return ConfigError(f"{what} needs {package}, which is not installed: pip install 'psl-flower[{name}]'")
+    remedy = f"pip install 'psl-flower[{name}]', or '.[{name}]' in a clone of its repository"
+    return ConfigError(f"{what} needs {package}, which is not installed: {remedy}")

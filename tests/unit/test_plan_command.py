@@ -178,7 +178,7 @@ class TestCommand:
             (["--delays", "slow"], "delays must be one of"),
             (["--delays", "measured"], "measured delays come from a run"),
             (["--delays", "csv:path=/nowhere.csv"], "cannot be read"),
-            (["--batch-size", "0"], "batch_size must be at least 1"),
+            (["--batch-size", "0"], "--batch-size must be at least 1"),
             (["--batch-size", "2001"], "lower batch_size"),
             (["--epochs", "0"], "--epochs must be at least 1"),
             (["--seeds", "0"], "--seeds must be at least 1"),
