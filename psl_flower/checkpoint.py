@@ -22,6 +22,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from psl_flower.errors import ConfigError
+from psl_flower.files import written
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -46,10 +47,9 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     text = json.dumps({**_encode_items(tree, "", tensors), "version": VERSION})
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata={_TREE: text})
-    _flush(unfinished)
-    os.replace(unfinished, path)
+    with written(path) as unfinished:
+        save_file(tensors, unfinished, metadata={_TREE: text})
+        _flush(unfinished)
     _flush(path.parent)
 
 

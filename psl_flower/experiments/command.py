@@ -27,6 +27,7 @@ from psl_flower.experiments.results import RESULTS_FILE, RUNS_FOLDER, read_resul
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
 from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, preset_names, read_sweep
 from psl_flower.experiments.tables import make_tables
+from psl_flower.files import written
 from psl_flower.strategy.progress import clock
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -221,9 +222,8 @@ def _train(sweep: Sweep, experiments: Sequence[Experiment], folder: Path, worker
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    unfinished = folder / f"{SWEEP_FILE}.unfinished"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / SWEEP_FILE)
+    with written(folder / SWEEP_FILE) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _interrupt(number: int, frame: Any) -> None:

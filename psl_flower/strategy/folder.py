@@ -38,6 +38,8 @@ class FolderLock:
     ----------
     folder : path, optional
         Made if it is not there; None: nothing is written, so nothing is locked.
+    option : str
+        What sets it, for errors.
 
     Raises
     ------
@@ -45,7 +47,8 @@ class FolderLock:
         On entering, if another run has the folder.
     """
 
-    def __init__(self, folder: str | Path | None) -> None:
+    def __init__(self, folder: str | Path | None, option: str = "output_dir") -> None:
+        self._option = option
         self._path = None if folder is None else Path(folder) / LOCK_FILE
         self._descriptor: int | None = None
 
@@ -57,7 +60,7 @@ class FolderLock:
             return self
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while self._descriptor is None:
-            self._descriptor = _locked(self._path)
+            self._descriptor = _locked(self._path, self._option)
         if left := os.read(self._descriptor, 1000):
             log.warning("A run that wrote to %s did not end in order: %s", self._path.parent, _owner(left))
         since = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -73,7 +76,7 @@ class FolderLock:
             self._descriptor = None
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, option: str) -> int | None:
     """Return the descriptor of a lock file that is locked now, None if another took the file away meanwhile.
 
     Raises
@@ -88,7 +91,7 @@ def _locked(path: Path) -> int | None:
         owner = _owner(os.read(descriptor, 1000))
         os.close(descriptor)
         raise ConfigError(
-            f"output_dir: another run writes to {path.parent}: {owner}: wait for it, end it, or give this run another "
+            f"{option}: another run writes to {path.parent}: {owner}: wait for it, end it, or give this run another "
             "folder"
         ) from None
     except OSError as error:
