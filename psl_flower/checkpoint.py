@@ -22,6 +22,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from psl_flower.errors import ConfigError
+from psl_flower.files import written
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -46,14 +47,9 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     text = json.dumps({**_encode_items(tree, "", tensors), "version": VERSION})
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    try:
+    with written(path) as unfinished:
         save_file(tensors, unfinished, metadata={_TREE: text})
         _flush(unfinished)
-    except Exception:
-        unfinished.unlink(missing_ok=True)  # of a disk that is full, most of all
-        raise
-    os.replace(unfinished, path)
     _flush(path.parent)
 
 

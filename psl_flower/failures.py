@@ -89,6 +89,11 @@ def without_values(text: str) -> str:
     return _VALUES.sub("...", _NAMES.sub("'...'", text))
 
 
+def mistakes_of(failures: Mapping[int, Failure]) -> dict[int, Failure]:
+    """Return those of some failures, by client, that are mistakes."""
+    return {client: failure for client, failure in failures.items() if failure.kind.is_mistake}
+
+
 def alike(failures: Iterable[Failure]) -> bool:
     """Return whether it is the same that went wrong with all."""
     return len({(failure.kind, likeness(failure.detail)) for failure in failures}) <= 1

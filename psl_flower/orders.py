@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -116,6 +116,10 @@ class Orders:
             put_off={client: moved for client, moved in self.put_off.items() if client in ids},
             checksums=None if self.checksums is None else self.checksums[positions],
         )
+
+    def without(self, clients: Iterable[int]) -> Orders:
+        """Return the orders of all but some clients."""
+        return self.take(np.flatnonzero(~np.isin(self.clients, list(clients))))
 
     def each(self) -> Iterator[WorkOrder]:
         """Yield each client's own order."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psl_flower.callbacks.best import BestRound
+from psl_flower.files import written
 from psl_flower.monitor import round_values
 
 if TYPE_CHECKING:
@@ -68,12 +68,11 @@ class BestModel(BestRound):
         from safetensors.torch import save_file
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
         # tensors that share memory, or are not contiguous, cannot be written as they are
         copies = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
         metadata = {"round": str(server_round), "monitor": self._best.name, "value": repr(self._best.value)}
-        save_file(copies, unfinished, metadata)
-        os.replace(unfinished, self.path)
+        with written(self.path) as path:
+            save_file(copies, path, metadata)
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Log which round it was."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 from psl_flower.callbacks.base import Callback
 from psl_flower.callbacks.names import round_metrics
+from psl_flower.files import written
 from psl_flower.records import RoundRecord, StepRecord
 
 STEPS_FILE, ROUNDS_FILE = "steps.csv", "rounds.csv"
@@ -51,12 +51,10 @@ class CsvLogger(Callback):
         """Write the rounds anew: one may know of metrics that those before did not have."""
         self._rounds.append({"round": record.round, **round_metrics(record)})
         columns = list(dict.fromkeys(name for row in self._rounds for name in row))
-        unfinished = self._folder / f"{ROUNDS_FILE}.unfinished"
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
+        with written(self._folder / ROUNDS_FILE) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self._rounds)
-        os.replace(unfinished, self._folder / ROUNDS_FILE)
         if self._steps is not None:
             self._steps.flush()
 

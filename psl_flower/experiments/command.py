@@ -27,6 +27,7 @@ from psl_flower.experiments.results import RESULTS_FILE, RUNS_FOLDER, read_resul
 from psl_flower.experiments.runner import Runner, alone_in, default_workers, say
 from psl_flower.experiments.sweep import FORMS, Experiment, Sweep, distinct, read_sweep
 from psl_flower.experiments.tables import make_tables
+from psl_flower.files import written
 from psl_flower.presets import elsewhere, preset_names
 from psl_flower.strategy.progress import clock
 
@@ -133,7 +134,7 @@ def _list(as_json: _Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    width = max(len(name) for name in preset_names())
+    width = max(len(row["preset"]) for row in rows)
     for row in rows:
         print(f"{row['preset']:{width}} --{row['form']:6} {row['trainings']:4} trainings   {row['title']}")
     print(elsewhere("experiments"))
@@ -224,9 +225,8 @@ def _train(sweep: Sweep, experiments: Sequence[Experiment], folder: Path, worker
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    unfinished = folder / f"{SWEEP_FILE}.unfinished"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / SWEEP_FILE)
+    with written(folder / SWEEP_FILE) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _interrupt(number: int, frame: Any) -> None:

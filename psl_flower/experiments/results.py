@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from psl_flower.experiments.sweep import Experiment
+from psl_flower.files import written
 from psl_flower.records import RoundRecord, StepRecord, read_metrics
 from psl_flower.strategy.recorder import METRICS_FILE
 
@@ -73,10 +73,8 @@ def write_results(folder: Path, experiments: Sequence[Experiment]) -> list[dict[
     if not rows:
         (folder / RESULTS_FILE).unlink(missing_ok=True)
     else:
-        unfinished = folder / f"{RESULTS_FILE}.unfinished"
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
+        with written(folder / RESULTS_FILE) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(unfinished, folder / RESULTS_FILE)
     return rows

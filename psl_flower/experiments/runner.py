@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -22,13 +22,9 @@ from typing import Any
 from psl_flower.errors import ConfigError
 from psl_flower.experiments.results import RUNS_FOLDER, read_result, summarise, write_results
 from psl_flower.experiments.sweep import Experiment, distinct
+from psl_flower.strategy.folder import FolderLock
 from psl_flower.strategy.progress import clock
 from psl_flower.threads import available_cores
-
-try:
-    import fcntl
-except ImportError:  # Windows: two sweeps in one folder are the user's business
-    fcntl = None  # type: ignore[assignment]
 
 _INTERVAL = 10.0  # seconds between two lines of progress
 _STOP_TIMEOUT = 40.0  # a simulation stops its SuperLink and Ray
@@ -54,17 +50,12 @@ def default_workers(threads: int, device: str) -> int:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a sweep's folder, made if it is not there; raise ConfigError if that fails or another process holds it."""
-    try:
-        (folder / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as exc:
-        raise ConfigError(f"results cannot be written to {folder} ({exc}): choose another --out") from exc
-    with lock:
+    with ExitStack() as held:
         try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, in any way
+            (folder / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
+            held.enter_context(FolderLock(folder, "--out"))
         except OSError as exc:
-            raise ConfigError(f"another sweep is running in {folder}: wait for it, or choose another --out") from exc
+            raise ConfigError(f"results cannot be written to {folder} ({exc}): choose another --out") from exc
         yield
 
 

@@ -95,6 +95,7 @@ class CallContext:
         self._weights: Mapping[str, Weights] = backend.weights()
         self._secure_attempt: int | None = None
         self.given = False  # masked sums, which clients do once
+        self.lost: dict[int, Failure] = {}  # clients that are not in it any more, and why
 
     def __getattr__(self, name: str) -> ServerPart:
         method = self.__dict__.get("method")
@@ -233,24 +234,23 @@ class StepContext(CallContext):
 
     def __init__(self, *arguments: Any, enough: float, attempt: Attempt, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._enough, self._attempt = enough, attempt
+        self._enough, self._attempt, self.lost = enough, attempt, attempt.lost
         self._first: dict[str, list[Part]] = {}  # replies that do not depend on who takes part, by stage
         self._begun = False
         self.committed = False
         self.clip: Callable[[list[Part], str], list[Part]] | None = None
         self.labels: Tree = None
 
-    def without(self, lost: Iterable[int]) -> StepContext:
+    def without(self, lost: Mapping[int, Failure]) -> None:
         """Go on without some clients, from the beginning; what the others have sent first stays."""
+        self.lost |= lost
         if self.given:
             raise TooFewError  # they would have to give their sums again
-        kept = np.flatnonzero(~np.isin(self.orders.clients, list(lost)))
-        self._keep(kept)
+        self._leave_out(lost)
         self._begun = False
-        return self
 
-    def _keep(self, positions: Any) -> None:
-        self.orders = self.orders.take(positions)
+    def _leave_out(self, lost: Iterable[int]) -> None:
+        self.orders = self.orders.without(lost)
         if self.orders.num_rows < max(self._enough, 1):
             raise TooFewError
 
@@ -276,7 +276,7 @@ class StepContext(CallContext):
         stage: Stage = function.stage
         if self._begun and self._nothing_to_give(stage):
             return SimpleNamespace(**{name: {} for name in stage.outputs})
-        parts, request = self._first_parts(stage) if not self._begun and not inputs else None, None
+        parts, request = self._first.get(stage.name) if not self._begun and not inputs else None, None
         if parts is None:
             request = self._request(stage, self.orders, inputs)
             parts, failures = self._ask(stage, request)
@@ -286,16 +286,15 @@ class StepContext(CallContext):
                 more, still = self._once_more(stage, request, again) if again else ([], {})
                 parts += more
                 failures = {client: why for client, why in failures.items() if client not in again} | still
-            if failures and self.given:
-                self._attempt.lost |= failures
-                raise TooFewError
-            if failures and self._begun:
+            if failures and self._begun and not self.given:
                 raise LostClientsError(failures)
-            self._attempt.lost |= failures
+            self.lost |= failures
+            if failures and self.given:
+                raise TooFewError
             if not self._begun and not inputs and LeafKind.SUM not in stage.outputs.values():
                 self._first[stage.name] = parts
             if failures:
-                self._keep(np.flatnonzero(~np.isin(self.orders.clients, list(failures))))
+                self._leave_out(failures)
         self._begun = True
         self._remember_checksums(parts)
         sent = self._gather(stage, request, parts, self._attempt.orders, self.clip)
@@ -307,9 +306,6 @@ class StepContext(CallContext):
         """Whether all that a stage gives are gradients of parts of which nothing trains: nobody needs to be asked."""
         parts = [self._weights.get(name) for name, kind in stage.outputs.items() if kind is LeafKind.SUM]
         return 0 < len(parts) == len(stage.outputs) and all(part and not part.parameters for part in parts)
-
-    def _first_parts(self, stage: Stage) -> list[Part] | None:
-        return self._first.get(stage.name)
 
     def _remember_checksums(self, parts: list[Part]) -> None:
         if self.orders.checksums is not None or any(part.checksums is None for part in parts):
@@ -342,10 +338,6 @@ class StepContext(CallContext):
 class EvaluationContext(CallContext):
     """Evaluation of some test examples."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.lost: dict[int, Failure] = {}
-
     def call(self, function: Any, **inputs: Tree) -> Any:
         """Ask all clients for a stage at once, in evaluation mode; as in `StepContext.call`."""
         stage: Stage = function.stage
@@ -356,7 +348,7 @@ class EvaluationContext(CallContext):
             self.lost |= failures
             if inputs or self.given:
                 raise LostClientsError(failures)
-            self.orders = self.orders.take(np.flatnonzero(~np.isin(self.orders.clients, list(failures))))
+            self.orders = self.orders.without(failures)
             if not len(self.orders):
                 raise TooFewError
         return self._gather(stage, request, parts, asked, None)
@@ -372,10 +364,6 @@ class RoundContext(CallContext):
     lost : dict of int to Failure
         The clients that are out of the round.
     """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.lost: dict[int, Failure] = {}
 
     def call(self, function: Any, **inputs: Tree) -> Any:
         """Ask all clients for a stage at once, as in `StepContext.call`; go on without those that fail.
@@ -396,7 +384,7 @@ class RoundContext(CallContext):
             failures = {client: why for client, why in failures.items() if client not in again} | still
         asked = self.orders
         self.lost |= failures
-        self.orders = asked.take(np.flatnonzero(~np.isin(asked.clients, list(failures))))
+        self.orders = asked.without(failures)
         if not len(self.orders):
             raise StepError(f"no client is left for {stage.name}", self.lost)
         return self._gather(stage, request, parts, asked, None)
@@ -425,12 +413,3 @@ def _own(failures: Mapping[int, Failure]) -> dict[int, Failure]:
 def _joint(failures: Mapping[int, Failure]) -> dict[int, Failure]:
     """Return those that may be another client's, whose reply came with theirs."""
     return {client: failure for client, failure in failures.items() if failure.joint}
-
-
-__all__ = [
-    "Asking",
-    "CallContext",
-    "EvaluationContext",
-    "RoundContext",
-    "StepContext",
-]

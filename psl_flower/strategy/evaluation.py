@@ -12,7 +12,7 @@ from flwr.app import MetricRecord
 
 from psl_flower.errors import LabelError, StepError
 from psl_flower.exchange.validation import Validator
-from psl_flower.failures import Failure, Kind, failure_lines
+from psl_flower.failures import Failure, Kind, failure_lines, mistakes_of
 from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Orders
@@ -142,7 +142,7 @@ class Evaluator:
                     if left[client] <= 0:
                         del left[client]
             self._summary.refuse_in_evaluation(failures)
-            mistakes = {client: f for client, f in failures.items() if f.kind.is_mistake}
+            mistakes = mistakes_of(failures)
             if mistakes and self._policy.mistakes == "stop":
                 raise StepError(f"{len(mistakes)} of {len(counts)} clients failed", mistakes)
             if mistakes and self._policy.mistakes == "exclude":
@@ -195,7 +195,7 @@ class Evaluator:
                     break  # too few for a sum
             except LabelError as error:
                 failures |= ctx.lost | by_client(error, ctx.orders)
-            orders = orders.take(np.flatnonzero(~np.isin(orders.clients, list(failures))))
+            orders = orders.without(failures)
             if ctx.given:
                 break  # the others have given their sums, and do so once
         return orders, None, failures

@@ -38,6 +38,8 @@ class FolderLock:
     ----------
     folder : path, optional
         Made if it is not there; None: nothing is written, so nothing is locked.
+    option : str
+        What sets it, for errors.
 
     Raises
     ------
@@ -45,7 +47,8 @@ class FolderLock:
         On entering, if another run has the folder, or it cannot be written to.
     """
 
-    def __init__(self, folder: str | Path | None) -> None:
+    def __init__(self, folder: str | Path | None, option: str = "output_dir") -> None:
+        self._option = option
         self._path = None if folder is None else Path(folder) / LOCK_FILE
         self._descriptor: int | None = None
 
@@ -58,11 +61,11 @@ class FolderLock:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             while self._descriptor is None:
-                self._descriptor = _locked(self._path)
+                self._descriptor = _locked(self._path, self._option)
         except OSError as error:
             raise ConfigError(
-                f"output_dir: {self._path.parent} cannot be written to ({error}): give a folder that can, or leave "
-                "output_dir out"
+                f"{self._option}: {self._path.parent} cannot be written to ({error}): give a folder that can, or leave "
+                f"{self._option} out"
             ) from error
         if left := os.read(self._descriptor, 1000):
             log.warning("A run that wrote to %s did not end in order: %s", self._path.parent, _owner(left))
@@ -80,7 +83,7 @@ class FolderLock:
             self._descriptor = None
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, option: str) -> int | None:
     """Return the descriptor of a lock file that is locked now, None if another took the file away meanwhile.
 
     Raises
@@ -95,7 +98,7 @@ def _locked(path: Path) -> int | None:
         owner = _owner(os.read(descriptor, 1000))
         os.close(descriptor)
         raise ConfigError(
-            f"output_dir: another run writes to {path.parent}: {owner}: wait for it, end it, or give this run another "
+            f"{option}: another run writes to {path.parent}: {owner}: wait for it, end it, or give this run another "
             "folder"
         ) from None
     except OSError as error:

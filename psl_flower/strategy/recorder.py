@@ -18,6 +18,7 @@ from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.callbacks.csv_logger import ROUNDS_FILE, STEPS_FILE, CsvLogger
 from psl_flower.callbacks.jsonl import JsonlLogger
 from psl_flower.errors import ConfigError
+from psl_flower.files import written
 from psl_flower.records import RoundRecord, StepRecord, read_metrics
 from psl_flower.strategy.curves import save_curves
 
@@ -112,9 +113,8 @@ class RunRecorder:
         """Write the summary of faults and time."""
         self._summary = dict(summary)
         if self._folder is not None:
-            text = json.dumps(self._summary, indent=2)
-            with self._writing(SUMMARY_FILE):
-                (self._folder / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
+            with self._writing(SUMMARY_FILE), written(self._folder / SUMMARY_FILE) as path:
+                path.write_text(json.dumps(self._summary, indent=2) + "\n", encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
         """Keep a step's record."""

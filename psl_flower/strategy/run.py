@@ -13,7 +13,7 @@ import torch
 from flwr.serverapp.strategy import Result
 
 from psl_flower.errors import StepError
-from psl_flower.failures import Failure, Kind, alike, failure_lines
+from psl_flower.failures import Failure, Kind, alike, failure_lines, mistakes_of
 from psl_flower.faults import FaultPolicy
 from psl_flower.population import Population
 from psl_flower.protocol import Orders
@@ -99,7 +99,7 @@ class Run:
         attempt = self.runner.around(hook, orders)
         epoch.bytes_around[0] += attempt.bytes_sent
         epoch.bytes_around[1] += attempt.bytes_received
-        self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
+        self._exclude(mistakes_of(attempt.lost))
         self.membership.leave_out_of_round(attempt.lost)
 
     def attempt(self, ledger: EpochLedger, orders: Orders, waits: Mapping[int, float]) -> Attempt:
@@ -108,7 +108,7 @@ class Run:
         attempt = self.runner.attempt(orders, waits)
         nothing = attempt.record is None and not attempt.skipped
         self._leave_out_rows(ledger, attempt, nothing=nothing)
-        self._exclude({client: f for client, f in attempt.lost.items() if f.kind.is_mistake})
+        self._exclude(mistakes_of(attempt.lost))
         self._exclude_outliers({client: f for client, f in attempt.lost.items() if f.kind is Kind.OUTLIER})
         self.membership.attempted(attempt.lost, attempt.clients)
         if others := [client for client, why in attempt.lost.items() if why.kind is Kind.KEY]:

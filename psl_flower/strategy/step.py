@@ -11,17 +11,13 @@ from psl_flower import tree
 from psl_flower.errors import ConfigError, DivergenceError, LabelError, StepError
 from psl_flower.exchange import Clients
 from psl_flower.exchange.validation import Validator
-from psl_flower.failures import Failure, Kind
+from psl_flower.failures import Failure, Kind, mistakes_of
 from psl_flower.faults import FaultPolicy
 from psl_flower.methods.base import SplitMethod
 from psl_flower.protocol import Config, Leaf, Orders, Part, Reply, Request, step_seed
 from psl_flower.server import LocalBackend, NothingCountsError
 from psl_flower.strategy.attempt import Attempt, LostClientsError, TooFewError
-from psl_flower.strategy.context import (
-    Asking,
-    RoundContext,
-    StepContext,
-)
+from psl_flower.strategy.context import Asking, RoundContext, StepContext
 from psl_flower.strategy.gathering import by_client
 from psl_flower.strategy.kept import KeptRows
 from psl_flower.strategy.private import check_usable
@@ -165,13 +161,11 @@ class StepRunner:
                     raise ConfigError(f"{type(self.method).__name__}.step must end in ctx.commit(...)")
             attempt.clients, self._committed = tuple(ctx.clients), True
         except LostClientsError as error:
-            attempt.lost |= error.failures
             ctx.without(error.failures)
             return False
         except LabelError as error:
             failures = by_client(error, ctx.orders)
             self._refuse(failures, len(ctx.clients), "forward")
-            attempt.lost |= failures
             ctx.without(failures)
             return False
         except NothingCountsError as error:
@@ -189,7 +183,6 @@ class StepRunner:
             self._asking.validator.forget(ctx.clients)
             failures = {ctx.clients[0]: Failure(Kind.SHAPE, str(error))}
             self._refuse(failures, 1, "forward")
-            attempt.lost |= failures
             ctx.without(failures)
             return False
         return True
@@ -214,10 +207,8 @@ class StepRunner:
         check_usable(self.backend.bound, failures)
         if failures and not self._policy.tolerate:
             raise StepError(f"{len(failures)} of {of} clients failed in {stage}", dict(failures))
-        if self._policy.mistakes == "stop":
-            mistakes = {client: f for client, f in failures.items() if f.kind.is_mistake}
-            if mistakes:
-                raise StepError(self._mistakes(mistakes, of, stage), mistakes)
+        if self._policy.mistakes == "stop" and (mistakes := mistakes_of(failures)):
+            raise StepError(self._mistakes(mistakes, of, stage), mistakes)
 
     def _mistakes(self, mistakes: Mapping[int, Failure], of: int, stage: str) -> str:
         """Return what a run that ends for a mistake says first."""

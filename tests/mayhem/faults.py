@@ -159,7 +159,7 @@ class Stops:
         def has_room(path, state):
             if self.due(DISK):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.with_suffix(".unfinished").write_bytes(b"half of it")
+                path.with_name(f"{path.name}.unfinished").write_bytes(b"half of it")
                 raise full()
             write(path, state)
 

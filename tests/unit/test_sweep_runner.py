@@ -127,10 +127,10 @@ def test_what_any_training_would_refuse_ends_the_command_before_the_first(sweep,
 
 def test_one_sweep_at_a_time_in_a_folder(sweep, tmp_path, capsys):
     with alone_in(tmp_path / "out"):
-        with (tmp_path / "out" / ".lock").open("w") as lock, pytest.raises(OSError, match="unavailable"):
+        with (tmp_path / "out" / ".lock").open() as lock, pytest.raises(OSError, match="unavailable"):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with (
-            pytest.raises(ConfigError, match=r"another sweep is running in .*out: wait for it"),
+            pytest.raises(ConfigError, match=r"--out: another run writes to .*out: process \d+ on .*: wait for it"),
             alone_in(tmp_path / "out"),
         ):
             pass
