@@ -134,7 +134,7 @@ def _list(as_json: _Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    width = max(len(row["preset"]) for row in rows)
+    width = max(len(str(row["preset"])) for row in rows)
     for row in rows:
         print(f"{row['preset']:{width}} --{row['form']:6} {row['trainings']:4} trainings   {row['title']}")
     print(elsewhere("experiments"))
