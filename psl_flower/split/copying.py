@@ -29,17 +29,14 @@ def copy_model(model: M, *, share_frozen: bool = False) -> M:
     Raises
     ------
     ConfigError
-        If it has lazy layers that have seen no data yet, tensors without values, trainable modules of torch.jit,
-        tensors that were computed and cannot be copied, gradient hooks, which a copy does not have, or functions that
-        hold its modules or tensors, of which a copy has the original's.
+        If it has lazy layers that have seen no data yet, trainable modules of torch.jit, tensors that were
+        computed and cannot be copied, gradient hooks, which a copy does not have, or functions that hold its modules or
+        tensors, of which a copy has the original's.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
     if lazy is not None:
         raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
-    meta = next((name for name, tensor in tensors if tensor.is_meta), None)
-    if meta is not None:
-        raise ConfigError(f"{meta!r} is on the device 'meta' and has no values: make the model on the CPU")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
             raise ConfigError(
