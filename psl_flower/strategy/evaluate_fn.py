@@ -39,10 +39,20 @@ def evaluate_on_server(
             f"evaluate_fn must return a MetricRecord, or None, got {metrics!r:.80}: "
             "return MetricRecord({'loss': loss, 'accuracy': accuracy})"
         )
-    metrics = metrics if isinstance(metrics, MetricRecord) else MetricRecord(dict(metrics))
+    metrics = metrics if isinstance(metrics, MetricRecord) else _record(metrics)
     result.evaluate_metrics_serverapp[server_round] = metrics
     log.info("round %d  server's test data: %s", server_round, shown(metrics))
     return dict(metrics), None
+
+
+def _record(metrics: Mapping[str, Any]) -> MetricRecord:
+    """Return a dict of metrics as Flower's; tensors and arrays of one number are that number."""
+    numbers = {key: value.item() if getattr(value, "ndim", 1) == 0 else value for key, value in metrics.items()}
+    try:
+        return MetricRecord(numbers)
+    except TypeError as exc:
+        kinds = ", ".join(f"{key!r} is a {type(value).__name__}" for key, value in numbers.items())
+        raise ConfigError(f"metrics that evaluate_fn returns must be numbers, or lists of them: {kinds:.200}") from exc
 
 
 def shown(metrics: MetricRecord) -> str:

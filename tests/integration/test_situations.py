@@ -836,6 +836,16 @@ def test_layers_with_a_state_are_for_the_server():
     check_exact(parts(X, Y), Server)
 
 
+def test_weights_that_forward_changes_behind_torchs_back():
+    class Clamped(nn.Linear):
+        def forward(self, x):
+            self.weight.data.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    with pytest.raises(StepError, match=r"the client half's forward pass changes its parameter 'body\.weight', but"):
+        train(parts(X, Y), lambda: Net(Clamped(8, 16)))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_a_model_that_cannot_be_copied():
     with pytest.raises(
@@ -973,8 +983,16 @@ def test_loaders_and_models_as_people_write_them():
 def test_what_an_evaluate_fn_returns():
     with pytest.raises(ConfigError, match=r"evaluate_fn must return a MetricRecord, or None, got \(0\.5, "):
         train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: (0.5, {"accuracy": 1.0})})
-    result = train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: {"loss": 0.5}})
-    assert dict(result.evaluate_metrics_serverapp[1]) == {"loss": 0.5}
+    with pytest.raises(ConfigError, match="must be numbers, or lists of them: 'loss' is a float, 'each' is a Tensor"):
+        train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: {"loss": 0.5, "each": X}})
+
+    def evaluate(server_round, arrays):
+        torch.set_grad_enabled(False)  # and leaves it so: training goes on
+        return {"loss": torch.tensor(0.5), "accuracy": np.float32(0.25)}
+
+    result = train(parts(X, Y), start={"evaluate_fn": evaluate})
+    assert dict(result.evaluate_metrics_serverapp[1]) == {"loss": 0.5, "accuracy": 0.25}
+    assert torch.is_grad_enabled()
 
 
 # --- J: another run goes on ------------------------------------------------------------------------------------------
