@@ -854,6 +854,22 @@ def test_a_model_that_cannot_be_copied():
         cut_model(nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 16)), nn.Linear(16, 3)), "1")
 
 
+def test_a_model_that_has_been_run_before():
+    class Keeping(nn.Linear):
+        seen = None
+
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    def run_before():
+        model = Net(Keeping(8, 16))
+        model(X[:2]).sum().backward()
+        return model
+
+    check_exact(parts(X, Y), run_before)
+
+
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
 @pytest.mark.parametrize("of_hand", [False, True])
 def test_hooks_on_parameters_are_refused_for_copies_lose_them(hook, of_hand):
