@@ -57,6 +57,7 @@ class ClientPart:
         self.name, self.device = name, device
         self.module = module.to(device)
         self._mode: bool | None = None
+        self._ran_once = False  # in training
         self._versions: tuple[str, str] | None = None
         self._seen_apart: list[bool] = []  # not empty, once rows were seen to be treated one by one; of copies, too
         self.parameters: dict[str, nn.Parameter] = {}
@@ -127,6 +128,7 @@ class ClientPart:
             self.module.train(training)
         state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         before = {name: t._version for name, t in state.items()}
+        held = {} if not training or self._ran_once else {n: t.detach().clone() for n, t in state.items() if _moves(t)}
         try:
             with torch.set_grad_enabled(training):
                 yield self.module
@@ -136,6 +138,8 @@ class ClientPart:
         after = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         # written to in place, or another tensor put in its place
         changed = {name for name, t in state.items() if after.get(name) is not t or t._version != before[name]}
+        changed |= {name for name, t in held.items() if not _same(t, state[name])}  # by .data: no version tells
+        self._ran_once |= training and not changed
         if changed:
             self._versions = None
         if changed and training:  # evaluation needs no state afterwards
@@ -206,6 +210,18 @@ class ClientPart:
                 raise ProtocolError(
                     f"{rule}: shape of {name!r}: the client's is {tuple(mine.shape)}, the server's {tuple(other)}"
                 )
+
+
+def _moves(tensor: Tensor) -> bool:
+    """Return whether a tensor is trained, or a buffer: what is frozen may be large."""
+    return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors hold the same values; NaN equals NaN."""
+    return torch.equal(one, other) or (
+        one.is_floating_point() and torch.equal(one.nan_to_num(), other.detach().nan_to_num())
+    )
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,18 @@ def cross_entropy_misfit(name: str, outputs: Any, labels: Any, weight: Tensor | 
     outputs, labels, weight
         What it is given.
     """
+    if outputs is None:
+        return f"{name} needs outputs, but the model returns None: is a return statement missing in its forward?"
     if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
         return (
             f"{name} compares one tensor of outputs with one of labels, but outputs are {_kind(outputs)} and labels "
             f"{_kind(labels)}: pick them, as in loss=lambda outputs, labels: cross_entropy(outputs[0], labels)"
         )
-    if outputs.ndim < 2 or not outputs.is_floating_point():
-        return None
     found = f"outputs are {_spec(outputs)} and labels {_spec(labels)}"
+    if is_integer(outputs):
+        return f"{name} cannot take these: {found}. Return a number a class (logits), not the class, and outputs first"
+    if outputs.ndim < 2:
+        return None
     remedy, classes = None, outputs.shape[1]
     other = weight is not None and weight.dtype != outputs.dtype and not torch.is_autocast_enabled(outputs.device.type)
     if weight is not None and (other or tuple(weight.shape) != (classes,)):

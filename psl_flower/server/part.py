@@ -147,7 +147,7 @@ class ServerPart:
         leaves = tree.map_leaves(self._leaf, inputs)
         labels = self._target(target)
         self.module.train()
-        with seeded(self.seed, backend.device):
+        with torch.enable_grad(), seeded(self.seed, backend.device):
             outputs, found = self._finish(leaves, labels)
             if backend.bound is None:
                 _check_counts(found)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from psl_flower.errors import ConfigError
+from psl_flower.split.stored import stored_names
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,17 +30,14 @@ def copy_model(model: M, *, share_frozen: bool = False) -> M:
     Raises
     ------
     ConfigError
-        If it has lazy layers that have seen no data yet, tensors without values, trainable modules of torch.jit,
-        tensors that were computed and cannot be copied, gradient hooks, which a copy does not have, or functions that
-        hold its modules or tensors, of which a copy has the original's.
+        If it has lazy layers that have seen no data yet, trainable modules of torch.jit, tensors that were
+        computed and cannot be copied, gradient hooks, which a copy does not have, or functions that hold its modules or
+        tensors, of which a copy has the original's.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     lazy = next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None)
     if lazy is not None:
         raise ConfigError(f"{lazy!r} has no shape yet, as its layer is lazy: run the model once on an example first")
-    meta = next((name for name, tensor in tensors if tensor.is_meta), None)
-    if meta is not None:
-        raise ConfigError(f"{meta!r} is on the device 'meta' and has no values: make the model on the CPU")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
             raise ConfigError(
@@ -49,9 +47,11 @@ def copy_model(model: M, *, share_frozen: bool = False) -> M:
     _check_gradient_hooks(model)
     _check_functions(model)
     frozen = [p for p in model.parameters() if not p.requires_grad] if share_frozen else []
+    shared: dict[int, torch.Tensor] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen}
+    shared |= {id(t): t.detach() for t in _left_behind(model)}
     try:
         with torch.inference_mode(False):  # tensors of that mode do not train
-            return copy.deepcopy(model, {id(p): nn.Parameter(p.data, requires_grad=False) for p in frozen})
+            return copy.deepcopy(model, shared)
     except RuntimeError as exc:
         computed = [
             f"{name}.{key}".lstrip(".")
@@ -65,6 +65,15 @@ def copy_model(model: M, *, share_frozen: bool = False) -> M:
             f"the model cannot be copied, as {computed[0]!r} was computed of its parameters: compute it in forward, or "
             "make it a buffer; in place of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm"
         ) from exc
+
+
+def _left_behind(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield computed tensors that the forward of a model that has been run left on its modules: it will set others."""
+    for module in model.modules():
+        kind: Any = type(module)
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and not value.is_leaf and name in stored_names(kind):
+                yield value
 
 
 def _check_gradient_hooks(model: nn.Module) -> None:

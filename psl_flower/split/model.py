@@ -15,6 +15,7 @@ from psl_flower.errors import ConfigError, CutError
 from psl_flower.split.copying import copy_model
 from psl_flower.split.cut import cut_apart, cut_candidates, listing
 from psl_flower.split.half import CutNames, Part, as_activations
+from psl_flower.split.stored import hold_tensors
 from psl_flower.split.trace import pinned_modules
 
 
@@ -163,6 +164,8 @@ def cut_model(
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError("a model of torch.jit cannot be cut: pass the nn.Module that it was made of")
+    if meta := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+        raise ConfigError(f"{meta[0]!r} is on the device 'meta' and has no values: make the model on the CPU")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ConfigError(f"a model that {type(model).__name__} has wrapped cannot be cut: pass model.module")
     if not isinstance(model, SplitModel):
@@ -179,6 +182,8 @@ def cut_model(
     else:
         _check_parts(model)
         parts = _hand_parts(copy_model(model, share_frozen=share_frozen))
+    for part in parts[::2]:
+        hold_tensors(part)  # the client's
     used = {key for part in parts for key in part.state_dict()}
     return Halves(
         parts[0],

@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from psl_flower.split.half import CutNames, Part
 from psl_flower.split.model import Halves
 
 _PARTS = ("client", "server", "tail")
+_LIBRARIES = ("torch", "psl_flower")
 
 
 def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
     -------
     dict
         "cut" and "tail", the names given or None, and "parts": for each part the number of its tensors (parameters and
-        buffers) and of the values in them, and a digest of their names and shapes.
+        buffers) and of the values in them, a digest of their names and shapes, and on clients one of the whole numbers
+        that modules keep in lists and arrays, if there are any.
     """
     if isinstance(parts, Halves):
         parts = parts.parts
@@ -37,7 +40,7 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
     return {
         "cut": names.cut,
         "tail": names.tail,
-        "parts": {name: _content(part) for name, part in zip(_PARTS, parts, strict=False)},
+        "parts": {name: _content(part, name) for name, part in zip(_PARTS, parts, strict=False)},
     }
 
 
@@ -65,20 +68,40 @@ def difference(
         if a is None or b is None or a == b:
             continue
         counts = [_counts(content) for content in (a, b)]
-        what = (
-            f"on {one} its {part} part has {counts[0]}, on {other} {counts[1]}"
-            if counts[0] != counts[1]
-            else f"names or shapes of the tensors in its {part} part differ"
-        )
+        if counts[0] != counts[1]:
+            what = f"on {one} its {part} part has {counts[0]}, on {other} {counts[1]}"
+        elif _tensors(a) == _tensors(b):
+            what = (
+                f"lists of whole numbers that modules of its {part} part keep differ (a permutation drawn at random?)"
+            )
+            remedy = "make them buffers (register_buffer), which clients are sent"
+        else:
+            what = f"names or shapes of the tensors in its {part} part differ"
         return f"{one} and {other} cut {_where(mine)}, but not the same model: {what}; {remedy}"
     return None
 
 
-def _content(part: nn.Module) -> dict[str, Any]:
+def _content(part: nn.Module, name: str) -> dict[str, Any]:
     shapes = {name: list(tensor.shape) for name, tensor in part.state_dict().items()}
     digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
     values = sum(tensor.numel() for tensor in part.state_dict().values())
-    return {"tensors": len(shapes), "values": values, "digest": digest[:16]}
+    content = {"tensors": len(shapes), "values": values, "digest": digest[:16]}
+    if name != "server" and (numbers := _numbers(part)):
+        content["numbers"] = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
+    return content
+
+
+def _numbers(part: nn.Module) -> dict[str, list[int]]:
+    """Return the whole numbers in lists and arrays that modules keep (a permutation, say), but torch's own modules."""
+    found = {}
+    for name, module in part.named_modules():
+        if type(module).__module__.partition(".")[0] in _LIBRARIES:
+            continue
+        for key, value in vars(module).items():
+            listed = value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "iu" else value
+            if isinstance(listed, list) and listed and all(type(each) is int for each in listed):
+                found[f"{name}.{key}"] = listed
+    return found
 
 
 def _where(signed: Mapping[str, Any]) -> str:
@@ -89,6 +112,10 @@ def _where(signed: Mapping[str, Any]) -> str:
 def _parts(signed: Mapping[str, Any]) -> Mapping[str, Any]:
     parts = signed.get("parts")
     return parts if isinstance(parts, Mapping) else {}
+
+
+def _tensors(content: Any) -> Any:
+    return {**content, "numbers": None} if isinstance(content, Mapping) else content
 
 
 def _counts(content: Any) -> str:

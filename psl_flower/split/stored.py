@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from psl_flower.errors import CutError
@@ -34,6 +35,20 @@ def stored_names(kind: type[nn.Module]) -> frozenset[str]:
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 waiting.append(step.argval)
     return frozenset(found)
+
+
+def hold_tensors(part: nn.Module) -> None:
+    """Make buffers of tensors that modules hold as plain attributes, so that clients are sent the server's.
+
+    A client makes its own model, and where they are drawn at random, as a fixed projection is, they would be others. A
+    state dict leaves them out, as before; what a forward sets anew is left as it is.
+    """
+    for module in part.modules():
+        kind: Any = type(module)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and not hasattr(kind, name) and name not in stored_names(kind):
+                delattr(module, name)
+                module.register_buffer(name, value.detach(), persistent=False)
 
 
 @contextmanager

@@ -882,12 +882,38 @@ def test_layers_with_a_state_are_for_the_server():
     check_exact(parts(X, Y), Server)
 
 
+def test_weights_that_forward_changes_behind_torchs_back():
+    class Clamped(nn.Linear):
+        def forward(self, x):
+            self.weight.data.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    with pytest.raises(StepError, match=r"the client half's forward pass changes its parameter 'body\.weight', but"):
+        train(parts(X, Y), lambda: Net(Clamped(8, 16)))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_a_model_that_cannot_be_copied():
     with pytest.raises(
         ConfigError, match=r"'0\.weight' was computed .*use torch\.nn\.utils\.parametrizations\.weight_"
     ):
         cut_model(nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 16)), nn.Linear(16, 3)), "1")
+
+
+def test_a_model_that_has_been_run_before():
+    class Keeping(nn.Linear):
+        seen = None
+
+        def forward(self, x):
+            self.seen = super().forward(x)
+            return self.seen
+
+    def run_before():
+        model = Net(Keeping(8, 16))
+        model(X[:2]).sum().backward()
+        return model
+
+    check_exact(parts(X, Y), run_before)
 
 
 @pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -1024,6 +1050,13 @@ def test_what_an_evaluate_fn_returns():
     assert dict(result.evaluate_metrics_serverapp[1]) == {"loss": 0.5, "n": 3, "each": [0.25, 1.0], "good": 1}
     with pytest.raises(ConfigError, match=r"evaluate_fn must return numbers .*, got \('note', 'fine'\): leave out"):
         train(parts(X, Y), start={"evaluate_fn": lambda server_round, arrays: {"loss": 0.5, "note": "fine"}})
+
+    def evaluate(server_round, arrays):
+        torch.set_grad_enabled(False)  # and leaves it so: training goes on
+        return {"loss": 0.5}
+
+    train(parts(X, Y), start={"evaluate_fn": evaluate})
+    assert torch.is_grad_enabled()
 
 
 def test_an_evaluate_fn_may_use_up_its_arrays():

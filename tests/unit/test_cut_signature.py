@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from psl_flower.split import SplitModel, cut_model, difference, signature
@@ -68,3 +70,48 @@ def test_models_cut_by_hand():
 
     assert difference(signature(halves(6)), signature(halves(6))) is None
     assert "cut by hand, but not the same model" in difference(signature(halves(6)), signature(halves(7)))
+
+
+class Shuffled(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.layer, self.order = nn.Linear(4, 4), order
+
+    def forward(self, x):
+        return self.layer(x[:, self.order])
+
+
+def test_whole_numbers_that_modules_keep():
+    def signed(order, cut="1"):
+        return signature(cut_model(nn.Sequential(Shuffled(order), nn.Linear(4, 2), Shuffled(order)), cut))
+
+    mine = signed([0, 1, 2, 3])
+    assert difference(mine, signed(np.arange(4))) is None
+    found = difference(mine, signed([1, 0, 2, 3]))
+    assert "lists of whole numbers that modules of its client part keep differ" in found
+    assert "make them buffers" in found
+    server = (
+        nn.Sequential(nn.Linear(4, 4), Shuffled([3, 2, 1, 0])),
+        nn.Sequential(nn.Linear(4, 4), Shuffled([0, 1, 2, 3])),
+    )
+    assert difference(*(signature(cut_model(each, "1")) for each in server)) is None  # the server's own is used
+
+
+def test_tensors_that_modules_keep_are_the_servers():
+    class Projected(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.fixed, self.seen = torch.randn(4, 4), torch.zeros(1)
+
+        def forward(self, x):
+            self.seen = x.detach()
+            return super().forward(x @ self.fixed)
+
+    model = nn.Sequential(Projected(), nn.Linear(4, 2), Projected())
+    halves = cut_model(model, "1")
+    assert dict(halves.client.named_buffers()).keys() == {"0.fixed"}  # not what its forward sets
+    assert not dict(halves.server.named_buffers())
+    assert "0.fixed" not in halves.client.state_dict()
+    x = torch.randn(3, 4)
+    assert torch.equal(halves.client(x)[0], model[0](x))
+    assert isinstance(vars(model[0])["fixed"], torch.Tensor)  # the model itself is left as it was

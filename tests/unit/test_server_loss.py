@@ -333,6 +333,10 @@ def test_cross_entropy_of_several_outputs():
     pair = rows_of(CLASSES), rows_of(CLASSES)
     with pytest.raises(ConfigError, match=r"outputs are a tuple of 2 and labels int64 \(12,\): pick them"):
         weighted(F.cross_entropy, pair, classes(), sum(SIZES))
+    with pytest.raises(ConfigError, match="the model returns None: is a return statement missing"):
+        weighted(F.cross_entropy, None, classes(), sum(SIZES))
+    with pytest.raises(ConfigError, match=r"outputs are int64 \(12,\) .*Return a number a class \(logits\)"):
+        weighted(F.cross_entropy, classes(), classes(), sum(SIZES))
 
 
 def test_class_weights_under_autocast():
