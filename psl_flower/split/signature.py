@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from psl_flower.split.half import CutNames, Part
 from psl_flower.split.model import Halves
 
 _PARTS = ("client", "server", "tail")
+_RUN_BY_CLIENTS = ("client", "tail")
 
 
 def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
     -------
     dict
         "cut" and "tail", the names given or None, and "parts": for each part the number of its tensors (parameters and
-        buffers) and of the values in them, and a digest of their names and shapes.
+        buffers) and of the values in them, and a digest of their names and shapes; for those that clients run, one of
+        their layers and calls, too, which another version of torch ("by") may name otherwise.
     """
     if isinstance(parts, Halves):
         parts = parts.parts
@@ -37,7 +40,8 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
     return {
         "cut": names.cut,
         "tail": names.tail,
-        "parts": {name: _content(part) for name, part in zip(_PARTS, parts, strict=False)},
+        "by": str(torch.__version__),
+        "parts": {name: _content(name, part) for name, part in zip(_PARTS, parts, strict=False)},
     }
 
 
@@ -65,20 +69,41 @@ def difference(
         if a is None or b is None or a == b:
             continue
         counts = [_counts(content) for content in (a, b)]
-        what = (
-            f"on {one} its {part} part has {counts[0]}, on {other} {counts[1]}"
-            if counts[0] != counts[1]
-            else f"names or shapes of the tensors in its {part} part differ"
-        )
+        if counts[0] != counts[1]:
+            what = f"on {one} its {part} part has {counts[0]}, on {other} {counts[1]}"
+        elif _without_layers(a) != _without_layers(b):
+            what = f"names or shapes of the tensors in its {part} part differ"
+        elif mine.get("by") == theirs.get("by"):
+            what = f"its {part} part has the same tensors, but other layers, options of layers or calls of functions"
+        else:
+            continue
         return f"{one} and {other} cut {_where(mine)}, but not the same model: {what}; {remedy}"
     return None
 
 
-def _content(part: nn.Module) -> dict[str, Any]:
+def _content(name: str, part: nn.Module) -> dict[str, Any]:
     shapes = {name: list(tensor.shape) for name, tensor in part.state_dict().items()}
-    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
     values = sum(tensor.numel() for tensor in part.state_dict().values())
-    return {"tensors": len(shapes), "values": values, "digest": digest[:16]}
+    layers = {"layers": _digest(_layers(part))} if name in _RUN_BY_CLIENTS else {}
+    return {"tensors": len(shapes), "values": values, "digest": _digest(shapes), **layers}
+
+
+def _layers(part: nn.Module) -> list[Any]:
+    """Return what a part does, as far as it shows: its modules, the options of torch's own, and what is called."""
+    modules = [
+        (name, type(module).__name__, module.extra_repr() if type(module).__module__.startswith("torch.") else "")
+        for name, module in part.named_modules()
+        if name
+    ]
+    return [sorted(modules), part.calls if isinstance(part, Part) else ()]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without_layers(content: Any) -> Any:
+    return {k: v for k, v in content.items() if k != "layers"} if isinstance(content, Mapping) else content
 
 
 def _where(signed: Mapping[str, Any]) -> str:
