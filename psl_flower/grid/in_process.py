@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Iterable
 from typing import Any
 from uuid import uuid4
@@ -19,7 +20,7 @@ _SERVER_NODE = 1
 
 
 class InProcessGrid(Grid):
-    """Runs every message at once, in this process, when it is pushed.
+    """Runs every message at once, in this process, when it is pushed; those of several threads one after the other.
 
     Works with any strategy and ClientApp of Flower, not only with split learning. A ClientApp that raises becomes an
     error reply, as in Flower's simulation.
@@ -54,6 +55,7 @@ class InProcessGrid(Grid):
             for partition, node in enumerate(range(_SERVER_NODE + 1, _SERVER_NODE + 1 + num_nodes))
         }
         self._replies: dict[str, Message] = {}
+        self._one_at_a_time = threading.RLock()  # clients share what their process keeps
         become_server(self._run.run_id, _SERVER_NODE)
 
     def set_run(self, run: Run) -> None:
@@ -83,7 +85,8 @@ class InProcessGrid(Grid):
             if context is None:
                 continue
             message.metadata.__dict__["_message_id"] = message_id = str(uuid4())
-            self._replies[message_id] = self._answer(message, context)
+            with self._one_at_a_time:
+                self._replies[message_id] = self._answer(message, context)
             ids.append(message_id)
         return ids
 

@@ -43,11 +43,14 @@ class Part(nn.Module):
         For each tensor that it is given and gives at a cut, whether it is as long as the texts, see `lengths`.
     longest : int or None
         The most positions a text may have, if the model's configuration tells.
+    calls : tuple of str
+        The names of what it calls, in order, where a trace tells.
     """
 
     takes: tuple[bool, ...] = ()
     gives: tuple[bool, ...] = ()
     longest: int | None = None
+    calls: tuple[str, ...] = ()
 
     def __init__(self, cut: CutNames) -> None:
         super().__init__()
@@ -104,6 +107,7 @@ class TracedHalf(Part):
         self._graft_aliases(root)
         self.training = root.training
         self._pin(trace.pinned)
+        self.calls = tuple(_called(node) for mode in sorted(graphs) for node in graphs[mode].nodes)
         self._psl_sources = {mode: _source(graph) for mode, graph in graphs.items()}
         self._psl_programs = {mode: _compile(*source) for mode, source in self._psl_sources.items()}
 
@@ -178,6 +182,11 @@ def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     """Return a graph as Python source of a function ``forward(self, ...)``, and the globals it needs."""
     code = graph.python_code("self")
     return code.src, dict(code.globals)
+
+
+def _called(node: fx.Node) -> str:
+    """Return what a node of a graph does: a function by its name alone, which may be imported from elsewhere."""
+    return f"{node.op} {node.target if isinstance(node.target, str) else getattr(node.target, '__name__', '')}"
 
 
 def _compile(code: str, names: Mapping[str, Any]) -> Callable[..., Any]:

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from psl_flower.split.half import CutNames, Part
 from psl_flower.split.model import Halves
 
 _PARTS = ("client", "server", "tail")
+_RUN_BY_CLIENTS = ("client", "tail")
 _LIBRARIES = ("torch", "psl_flower")
 
 
@@ -29,8 +31,9 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
     -------
     dict
         "cut" and "tail", the names given or None, and "parts": for each part the number of its tensors (parameters and
-        buffers) and of the values in them, a digest of their names and shapes, and on clients one of the whole numbers
-        that modules keep in lists and arrays, if there are any.
+        buffers) and of the values in them, and a digest of their names and shapes; for those that clients run, one of
+        their layers and calls, too, which another version of torch ("by") may name otherwise, and one of the whole
+        numbers that modules keep in lists and arrays, if there are any.
     """
     if isinstance(parts, Halves):
         parts = parts.parts
@@ -40,7 +43,8 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
     return {
         "cut": names.cut,
         "tail": names.tail,
-        "parts": {name: _content(part, name) for name, part in zip(_PARTS, parts, strict=False)},
+        "by": str(torch.__version__),
+        "parts": {name: _content(name, part) for name, part in zip(_PARTS, parts, strict=False)},
     }
 
 
@@ -70,24 +74,29 @@ def difference(
         counts = [_counts(content) for content in (a, b)]
         if counts[0] != counts[1]:
             what = f"on {one} its {part} part has {counts[0]}, on {other} {counts[1]}"
-        elif _tensors(a) == _tensors(b):
+        elif _without(a, "layers", "numbers") != _without(b, "layers", "numbers"):
+            what = f"names or shapes of the tensors in its {part} part differ"
+        elif _without(a, "layers") != _without(b, "layers"):
             what = (
                 f"lists of whole numbers that modules of its {part} part keep differ (a permutation drawn at random?)"
             )
             remedy = "make them buffers (register_buffer), which clients are sent"
+        elif mine.get("by") == theirs.get("by"):
+            what = f"its {part} part has the same tensors, but other layers, options of layers or calls of functions"
         else:
-            what = f"names or shapes of the tensors in its {part} part differ"
+            continue
         return f"{one} and {other} cut {_where(mine)}, but not the same model: {what}; {remedy}"
     return None
 
 
-def _content(part: nn.Module, name: str) -> dict[str, Any]:
+def _content(name: str, part: nn.Module) -> dict[str, Any]:
     shapes = {name: list(tensor.shape) for name, tensor in part.state_dict().items()}
-    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
     values = sum(tensor.numel() for tensor in part.state_dict().values())
-    content = {"tensors": len(shapes), "values": values, "digest": digest[:16]}
-    if name != "server" and (numbers := _numbers(part)):
-        content["numbers"] = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
+    content: dict[str, Any] = {"tensors": len(shapes), "values": values, "digest": _digest(shapes)}
+    if name in _RUN_BY_CLIENTS:
+        content["layers"] = _digest(_layers(part))
+        if numbers := _numbers(part):
+            content["numbers"] = _digest(numbers)
     return content
 
 
@@ -104,6 +113,20 @@ def _numbers(part: nn.Module) -> dict[str, list[int]]:
     return found
 
 
+def _layers(part: nn.Module) -> list[Any]:
+    """Return what a part does, as far as it shows: its modules, the options of torch's own, and what is called."""
+    modules = [
+        (name, type(module).__name__, module.extra_repr() if type(module).__module__.startswith("torch.") else "")
+        for name, module in part.named_modules()
+        if name
+    ]
+    return [sorted(modules), part.calls if isinstance(part, Part) else ()]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _where(signed: Mapping[str, Any]) -> str:
     cut, tail = signed.get("cut"), signed.get("tail")
     return ("by hand" if cut is None else f"at {cut!r:.80}") + ("" if tail is None else f" with the tail {tail!r:.80}")
@@ -114,8 +137,8 @@ def _parts(signed: Mapping[str, Any]) -> Mapping[str, Any]:
     return parts if isinstance(parts, Mapping) else {}
 
 
-def _tensors(content: Any) -> Any:
-    return {**content, "numbers": None} if isinstance(content, Mapping) else content
+def _without(content: Any, *names: str) -> Any:
+    return {k: v for k, v in content.items() if k not in names} if isinstance(content, Mapping) else content
 
 
 def _counts(content: Any) -> str:

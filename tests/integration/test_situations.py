@@ -12,6 +12,7 @@ import math
 import random
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -737,6 +738,18 @@ def test_nodes_without_the_configuration_of_a_simulation_are_told_how_to_get_it(
     remedy = "KeyError: 'partition-id' is not in the configuration of this node: start it with --node-config"
     with pytest.raises(MembershipError, match=rf"and 2 others likewise: .*in partition: {remedy}"):
         train(parts(X, Y), grid=Bare)
+
+
+def test_two_runs_at_once_on_one_grid():
+    data = parts(X, Y)
+    nodes = InProcessGrid(split_client_app(Net, cut="head", data_fn=lambda context: data[partition(context)]), 3)
+    options = {"cut": "head", "optimizer": sgd, "sampler": UniformGlobalSampler(batch_size=16, seed=0)}
+    strategies = [ParallelSplitLearning(Net(), **options) for _ in range(2)]
+    arrays = ArrayRecord(fresh(Net).state_dict())
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(strategy.start, nodes, arrays, num_rounds=1) for strategy in strategies]
+    ends = [one.result().arrays.to_torch_state_dict() for one in runs]
+    assert [largest_difference(end, centralised(data)) < 1e-9 for end in ends] == [True, True]
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

@@ -64,6 +64,33 @@ def test_different_cuts(theirs, words):
     assert found.endswith("give both the same model and the same cut")
 
 
+class Called(nn.Module):
+    def __init__(self, function, dropout=0.0):
+        super().__init__()
+        self.function = function
+        self.body, self.dropout, self.head = nn.Linear(4, 6), nn.Dropout(dropout), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.dropout(self.function(self.body(x))))
+
+
+OTHER = "cut at 'head', but not the same model: its client part has the same tensors, but other layers"
+
+
+@pytest.mark.parametrize("theirs", [Called(torch.relu), Called(torch.tanh, dropout=0.5), Called(nn.GELU())])
+def test_the_same_tensors_used_otherwise(theirs):
+    """What clients run is not what the server's model would do: it would be trained for other activations."""
+    mine, other = (signature(cut_model(m, "head")) for m in (Called(torch.tanh), theirs))
+    assert OTHER in difference(mine, other)
+    assert difference(mine, {**other, "by": "2.0"}) is None  # another torch may name the same otherwise
+    assert difference(mine, signature(cut_model(Called(torch.tanh), "head"))) is None
+
+
+def test_what_the_server_runs_is_its_own():
+    mine, other = (signature(cut_model(Called(torch.tanh, dropout=p), "dropout")) for p in (0.0, 0.5))
+    assert difference(mine, other) is None
+
+
 def test_models_cut_by_hand():
     def halves(width):
         return cut_model(SplitModel(client=nn.Linear(4, width), server=nn.Linear(width, 2)))
