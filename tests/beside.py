@@ -4,6 +4,7 @@ import contextlib
 import cProfile
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -127,7 +128,7 @@ def measure(grid, config, begin, *, model, central, optimizer, arrays, **setting
             way: statistics.median(getattr(each, f"bytes_{way}") for each in records[-len(settled) :])
             for way in ("sent", "received")
         },
-        "processes": max(1, len(actors)),
+        "actors": len(actors),
         "whole": whole,
         "main": begin,
         "cutting": cutting,
@@ -146,11 +147,12 @@ def _peak(pid):
 
 
 def _actors():
-    """Return the ids of the processes that the clients are in, of all simulations on this machine."""
-    pids = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    """Return the ids of the processes that the clients of this simulation are in."""
+    home, pids = f"FLWR_HOME={os.environ.get('FLWR_HOME')}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            pids += [path.parent.name] if path.read_bytes().startswith(b"ray::ClientAppActor") else []
+            if (folder / "cmdline").read_bytes().startswith(b"ray::ClientAppActor"):
+                pids += [folder.name] if home in (folder / "environ").read_bytes().split(b"\0") else []
     return pids
 
 

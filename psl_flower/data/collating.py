@@ -64,7 +64,7 @@ def _refused(value: Any) -> tuple[str, str] | None:
         )
     if isinstance(value, list | tuple):  # default_collate would make a tensor of every position
         return f"is a {type(value).__name__} of {len(value)} numbers", (
-            "make it a tensor (a datasets.Dataset: with_format('torch')), or pass a collate_fn"
+            "make it a tensor (a datasets.Dataset: with_format('torch')), or pass a collate_fn (for texts PadTexts)"
         )
     return None
 

@@ -24,7 +24,10 @@ from psl_flower.split.arguments import Arguments
 from psl_flower.split.place import is_text
 from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, pinned_modules, refuse_backward_hooks, told
 
-_LEFT_OUT = "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients"
+_LEFT_OUT = (
+    "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients, or leave "
+    "it out of the rows"
+)
 _FIRST_TORCH = "2.10"  # 2.6 cannot record GPT-2, BERT and ViT; 2.9 leaves a model's state out without a word
 _REMEDY = "cut by hand: SplitModel(client=..., server=...)"
 

@@ -44,11 +44,11 @@ def main():
         for count in options.clients:
             found = run(link, "lora", num_supernodes=count, **settings)
             table.add(found)
-            theirs = bytes_of_step(model, options.width, found["processes"])
+            theirs = bytes_of_step(model, options.width, found["actors"])
             print(f"bytes sent {found['bytes']['sent']:,.0f}, SplitLoRA's {theirs['sent']:,}; ", end="")
             print(f"received {found['bytes']['received']:,.0f}, SplitLoRA's {theirs['received']:,} ", end="")
             print(f"and {theirs['masks and labels']:,} of masks and labels; of {frozen:,} frozen none; ", end="")
-            print(f"{found['processes']} processes of clients; cut in {found['cutting']:.1f} s", flush=True)
+            print(f"{found['actors']} processes of clients; cut in {found['cutting']:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

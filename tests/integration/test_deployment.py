@@ -1,5 +1,6 @@
 """A real deployment on loopback, over TLS: streams, a ClientApp that dies or freezes, and nothing left behind."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -76,3 +77,19 @@ def test_a_frozen_clientapp_holds_nobody_up(disturbed):
     assert (folder / "freeze" / "trap.went-on").exists()
     assert "no reply within 10 s" in output
     assert json.loads((folder / "freeze" / "summary.json").read_text())["examples_unseen"] == {}
+
+
+@pytest.mark.slow
+def test_over_messages_a_node_is_sent_frozen_weights_once(tmp_path, monkeypatch):
+    """Each message is answered by a new process, which finds what its node has kept: the base model."""
+    monkeypatch.syspath_prepend(TESTS / "apps" / "lora")
+    task = importlib.import_module("lora.task")
+    config = f"out='{tmp_path / 'found.json'}' transport='messages' steps=3 width=64 layers=2"
+    with prepared(LocalDeployment(tmp_path / "home", 2, tmp_path)) as deployment:
+        deployment.run(TESTS / "apps" / "lora", run_config=[config], quiet=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    theirs = task.bytes_of_step(task.make_model(64, 2), 64, processes=2)
+    assert found["steps"] == 2
+    assert found["bytes"]["received"] == theirs["received"] + theirs["masks and labels"]
+    # a message for each way, and the head's adapters with both
+    assert found["bytes"]["sent"] == task.bytes_of_step(task.make_model(64, 2), 64, processes=4)["sent"]

@@ -11,6 +11,7 @@ from peft import PeftModel
 from llm_lora.model import CUT, TAIL, make_base, pretrain, with_adapters
 from llm_lora.texts import PAD, TOPICS, encoded, unigram_perplexity
 from psl_flower import PadTexts, ParallelSplitLearning, UniformGlobalSampler, causal_lm_loss
+from psl_flower.threads import set_threads
 
 app = ServerApp()
 
@@ -19,6 +20,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Make a base model, fine-tune its adapters over the clients, and load them again."""
     config = context.run_config
+    set_threads()  # clients of a simulation compute on the same cores
     torch.manual_seed(0)
     base = make_base()
     pretrain(base)

@@ -7,6 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 from peft import PeftModel
 
 from psl_flower import ParallelSplitLearning, UniformGlobalSampler
+from psl_flower.threads import set_threads
 from vit_finetune.digits import public_data, test_data
 from vit_finetune.model import CUT, make_base, pretrain, with_adapters
 
@@ -17,6 +18,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Make a base model, fine-tune it over the clients, and load the adapters again."""
     config = context.run_config
+    set_threads()  # clients of a simulation compute on the same cores
     torch.manual_seed(0)
     base = make_base()
     pretrain(base, *public_data())
