@@ -22,20 +22,21 @@ def format_table(results: Results, digits: Mapping[str, int]) -> str:
     digits : mapping
         What to show: columns, with the digits after the decimal point of each. A NaN makes a cell "-".
     """
-    lines = [["", *digits]]
-    lines += [
+    rows = [
         [name, *(_cell([seed[c] for seed in seeds], n) for c, n in digits.items())] for name, seeds in results.items()
     ]
+    return markdown([["", *digits], *rows])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, aligned as it stands; the first line is its head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    padded = (
+        [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in (lines[0], rule, *lines[1:])
     )
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
 def save_table(folder: Path, results: Results, digits: Mapping[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from psl_flower.app.table import markdown
 from psl_flower.experiments.findings import Findings, Part, spread
 
 
@@ -64,14 +65,7 @@ class Table:
     def markdown(self) -> str:
         """Return it in Markdown, aligned as it stands."""
         lines = [list(self.head), *([f"**{c.text}**" if c.best else c.text for c in row] for row in self.rows)]
-        lines = [[escaped(text) for text in line] for line in lines]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
-        padded = (
-            [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-            for line in lines
-        )
-        return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+        return markdown([[escaped(text) for text in line] for line in lines])
 
 
 def escaped(text: str) -> str:

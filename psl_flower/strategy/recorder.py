@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.callbacks.csv_logger import ROUNDS_FILE, STEPS_FILE, CsvLogger
 from psl_flower.callbacks.jsonl import JsonlLogger
+from psl_flower.checkpoint import write_state
 from psl_flower.errors import ConfigError
 from psl_flower.files import written
 from psl_flower.records import RoundRecord, StepRecord, read_metrics
@@ -112,8 +112,7 @@ class RunRecorder:
         """Write the model and the curves."""
         if self._folder is None:
             return
-        # tensors that share memory, or are not contiguous, cannot be written as they are
-        save_file({name: t.detach().cpu().clone().contiguous() for name, t in state.items()}, self._folder / MODEL_FILE)
+        write_state(self._folder / MODEL_FILE, state)
         if self.rounds:
             try:
                 save_curves(self._folder / CURVES_FILE, self.steps, self.rounds)
