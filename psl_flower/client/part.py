@@ -34,8 +34,6 @@ log = logging.getLogger("flwr.psl_flower")
 
 _CHECKS = 16  # batches of a process that a loss is looked at in: of several clients
 
-Forward = Callable[[Callable[..., Tree], Any], Tree]
-
 
 class ClientPart:
     """One part of the model in one process, for all clients there: they all have the same weights in a step.
