@@ -53,6 +53,14 @@ def write(path: Path, tree: Mapping[str, Any]) -> None:
     _flush(path.parent)
 
 
+def write_state(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a state dict as safetensors, and what is said of it."""
+    # tensors that share memory, or are not contiguous, cannot be written as they are
+    copies = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
+    with written(path) as unfinished:
+        save_file(copies, unfinished, metadata)
+
+
 def check(tree: Mapping[str, Any]) -> None:
     """Raise ConfigError if a checkpoint cannot hold this."""
     _encode_items(tree, "", {})

@@ -117,6 +117,10 @@ class Orders:
             checksums=None if self.checksums is None else self.checksums[positions],
         )
 
+    def examples(self) -> dict[int, int]:
+        """Return how many examples each client takes."""
+        return dict(zip(self.clients.tolist(), self.counts.tolist(), strict=True))
+
     def without(self, clients: Iterable[int]) -> Orders:
         """Return the orders of all but some clients."""
         return self.take(np.flatnonzero(~np.isin(self.clients, list(clients))))

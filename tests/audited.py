@@ -1,6 +1,7 @@
 """What tests of audits share: a small network in three parts, some of the digits, and what is attacked."""
 
 import torch
+from support import fast_sgd as sgd
 from torch import nn
 
 from psl_flower.app.datasets import load_arrays
@@ -29,7 +30,3 @@ def setting(**options):
 def digits(split, size):
     images, labels = load_arrays("digits", split)
     return torch.from_numpy(images[:size]).float() / 128 - 0.6, torch.from_numpy(labels[:size])
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)

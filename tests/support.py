@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from psl_flower.callbacks import Callback
 from psl_flower.samplers import (
     AlignedSampler,
     BatchPlan,
+    Delays,
     FixedLocalSampler,
     FixedProportionalSampler,
     LatencyBudgetedSampler,
@@ -118,6 +120,12 @@ def population(num_clients: int, sampler: Sampler | type[Sampler] = UniformGloba
     return Population(ids, [len(d) for d in data], counts, delays)
 
 
+def population_of(counts, latency, per_sample) -> Population:
+    """Return clients with these class counts, (K, C), and delays."""
+    counts = np.array(counts)
+    return Population(np.arange(len(counts)), counts.sum(axis=1), counts, Delays(latency, per_sample))
+
+
 def planned_batches(
     plan: BatchPlan, num_clients: int, *, seed: int, epoch: int, dtype: torch.dtype
 ) -> Iterable[tuple[Tensor, Tensor]]:
@@ -166,8 +174,27 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
 
 
+def fast_sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
 def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.01)
+
+
+def state_of(result) -> dict[str, Tensor]:
+    """Return the weights that a run has come to."""
+    return result.arrays.to_torch_state_dict()
+
+
+class Steps(Callback):
+    """Keeps the record of every step."""
+
+    def __init__(self) -> None:
+        self.records = []
+
+    def on_step(self, record) -> None:
+        self.records.append(record)
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -22,11 +22,10 @@ def format_table(results: Results, digits: Mapping[str, int]) -> str:
     digits : mapping
         What to show: columns, with the digits after the decimal point of each. A NaN makes a cell "-".
     """
-    lines = [["", *digits]]
-    lines += [
+    rows = [
         [name, *(_cell([seed[c] for seed in seeds], n) for c, n in digits.items())] for name, seeds in results.items()
     ]
-    return markdown_table(lines)
+    return markdown_table([["", *digits], *rows])
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:

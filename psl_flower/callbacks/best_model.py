@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psl_flower.callbacks.best import BestRound
-from psl_flower.files import written
 from psl_flower.monitor import round_values
 
 if TYPE_CHECKING:
@@ -65,14 +64,11 @@ class BestModel(BestRound):
         """Write the model if its round was the best."""
         if not self._better:
             return
-        from safetensors.torch import save_file
+        from psl_flower.checkpoint import write_state
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # tensors that share memory, or are not contiguous, cannot be written as they are
-        copies = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
         metadata = {"round": str(server_round), "monitor": self._best.name, "value": repr(self._best.value)}
-        with written(self.path) as path:
-            save_file(copies, path, metadata)
+        write_state(self.path, state, metadata)
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Log which round it was."""

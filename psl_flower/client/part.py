@@ -34,8 +34,6 @@ log = logging.getLogger("flwr.psl_flower")
 
 _CHECKS = 16  # batches of a process that a loss is looked at in: of several clients
 
-Forward = Callable[[Callable[..., Tree], Any], Tree]
-
 
 class ClientPart:
     """One part of the model in one process, for all clients there: they all have the same weights in a step.
@@ -73,7 +71,7 @@ class ClientPart:
         versions = (weights.version, weights.constants_version)
         if versions == self._versions:
             return
-        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        own = self._tensors()
         self._check(own, {**weights.parameters, **weights.constants})
         if wrong := [name for name, tensor in weights.parameters.items() if not tree.is_finite(tensor)]:
             raise ProtocolError(f"the server's weights are not finite: {wrong[0]!r} holds NaN or infinite values")
@@ -93,16 +91,19 @@ class ClientPart:
             p.requires_grad_(name in weights.parameters)
         self._versions = versions
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
     def weights(self) -> Weights:
         """Return the weights as they are now; not copied."""
-        own = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        own = self._tensors()
         constants = {name: t for name, t in own.items() if name not in self.parameters}
         return Weights(self.parameters, constants, version="", constants_version="")
 
     def digest(self) -> bytes:
         """Return a digest of the weights as they are now: equal where they are, whoever names them."""
         found = hashlib.sha256()
-        for name, tensor in {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}.items():
+        for name, tensor in self._tensors().items():
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return found.digest()
@@ -126,7 +127,7 @@ class ClientPart:
         if self._mode is not training:  # at first, too: a model's own train() may freeze layers
             self._mode = training
             self.module.train(training)
-        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        state = self._tensors()
         before = {name: t._version for name, t in state.items()}
         held = {} if not training or self._ran_once else {n: t.detach().clone() for n, t in state.items() if _moves(t)}
         try:
@@ -135,7 +136,7 @@ class ClientPart:
         except BaseException:
             self._versions = None  # who knows what it has changed
             raise
-        after = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        after = self._tensors()
         # written to in place, or another tensor put in its place
         changed = {name for name, t in state.items() if after.get(name) is not t or t._version != before[name]}
         changed |= {name for name, t in held.items() if not _same(t, state[name])}  # by .data: no version tells

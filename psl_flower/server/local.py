@@ -82,8 +82,6 @@ class LocalBackend:
         # all names of tied parameters: a part may know one by another name first than the whole model does
         named = {n: p for part in self.parts.values() for n, p in part.named_parameters(remove_duplicate=False)}
         parameters = {name: named[name] for name in order if name in named and named[name].requires_grad}
-        if not parameters:
-            raise ConfigError("the model has no parameter to train: set requires_grad on some")
         self._noised = [name for name in parts if not (noise_on_clients and places[name] == CLIENT)]
         self.optimizer = make_optimizer(optimizer, parameters)
         self._make_optimizer, self._order = optimizer, list(parameters)

@@ -67,5 +67,5 @@ class Attempt:
 
     def counts(self) -> dict[int, int]:
         """Return the examples of each client that were applied."""
-        counts = dict(zip(self.orders.clients.tolist(), self.orders.counts.tolist(), strict=True))
+        counts = self.orders.examples()
         return {client: counts[client] for client in self.clients}

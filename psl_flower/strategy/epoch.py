@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from psl_flower.batch_plan import BatchPlan, PlanStep
-from psl_flower.metrics.deviation import batch_deviation, client_mix_deviation
+from psl_flower.metrics.deviation import batch_deviation, client_mix_deviation, summarize_deviation
 from psl_flower.population import Population
 from psl_flower.records import RoundRecord, StepRecord
 from psl_flower.server import Outcome, Scores
@@ -128,17 +128,17 @@ class Epoch:
         steps = self._steps
         sizes = np.array([s.batch_size for s in steps])
         found = self._scores.result() or _means(steps)
-        deviations = np.array([s.deviation for s in steps if s.deviation is not None])
-        known = len(deviations) > 0
+        deviations = [s.deviation for s in steps if s.deviation is not None]
+        spread = summarize_deviation(deviations, sizes) if deviations else None
         simulated = [s.seconds_simulated for s in steps if s.seconds_simulated is not None]
         return RoundRecord(
             round=self._round,
             loss=found.pop("loss"),
             accuracy=found.pop("accuracy", None),
             metrics_of_user=found,
-            deviation_mean=float(deviations.mean()) if known else None,
-            deviation_p95=float(np.percentile(deviations, 95)) if known else None,
-            deviation_weighted=float(np.average(deviations, weights=sizes)) if known else None,
+            deviation_mean=None if spread is None else spread.mean,
+            deviation_p95=None if spread is None else spread.p95,
+            deviation_weighted=None if spread is None else spread.weighted_mean,
             num_examples=int(sizes.sum()),
             num_steps=len(steps),
             num_clients=int((self.population.sizes > 0).sum()),

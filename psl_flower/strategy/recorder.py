@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.callbacks.csv_logger import ROUNDS_FILE, STEPS_FILE, CsvLogger
 from psl_flower.callbacks.jsonl import JsonlLogger
+from psl_flower.checkpoint import write_state
 from psl_flower.errors import ConfigError
 from psl_flower.files import written
 from psl_flower.records import RoundRecord, StepRecord, read_metrics
@@ -139,10 +139,8 @@ class RunRecorder:
         """Write the model and the curves."""
         if self._folder is None:
             return
-        # tensors that share memory, or are not contiguous, cannot be written as they are
-        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
         with self._writing(MODEL_FILE):
-            save_file(tensors, self._folder / MODEL_FILE)
+            write_state(self._folder / MODEL_FILE, state)
         if self.rounds:
             try:
                 with self._writing(CURVES_FILE):

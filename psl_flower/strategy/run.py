@@ -113,8 +113,7 @@ class Run:
         self.membership.attempted(attempt.lost, attempt.clients)
         if others := [client for client, why in attempt.lost.items() if why.kind is Kind.KEY]:
             self.membership.clients.describe_again(others, self.policy.step_timeout or self.timeout)
-        summary = self.summary
-        examples = dict(zip(orders.clients.tolist(), orders.counts.tolist(), strict=True))
+        summary, examples = self.summary, orders.examples()
         what = "is redone without" if nothing else "goes on without"
         for line in failure_lines(
             {c: f for c, f in attempt.lost.items() if not self._was_told(f)}, self.membership.name

@@ -223,7 +223,7 @@ class StepRunner:
         most, attempt = self._policy.max_gradient_norm, self._attempt
         if most is None or attempt is None or output not in self.backend.weights():
             return parts
-        counts = dict(zip(attempt.orders.clients.tolist(), attempt.orders.counts.tolist(), strict=True))
+        counts = attempt.orders.examples()
         total = sum(counts[node] for part in parts for node in part.nodes)
         result = []
         for part in parts:

@@ -13,6 +13,7 @@ from support import (
     CUT,
     DELAYS,
     NUM_CLASSES,
+    Steps,
     largest_difference,
     load_partition_64,
     planned_batches,
@@ -32,7 +33,6 @@ from psl_flower import (
     split_client_app,
     tree,
 )
-from psl_flower.callbacks import Callback
 from psl_flower.client import runtime
 from psl_flower.client.process import forget_runs, run_state
 from psl_flower.client.runtime import answer
@@ -137,16 +137,6 @@ def test_clients_that_a_process_serves_as_one_do_what_each_alone_would(method):
     assert largest_difference(joint, trained(method, grid_of(method, []), everything)) > 1e-3
 
 
-class Received(Callback):
-    """Adds up the bytes of what clients send."""
-
-    def __init__(self, found):
-        self.found = found
-
-    def on_step(self, record):
-        self.found.append(record.bytes_received)
-
-
 @pytest.mark.parametrize(("defence", "share"), [(TopK(9), 0.15), (Quantize(4), 0.15)])
 def test_what_tells_little_travels_in_few_bytes_and_trains_the_same(defence, share, monkeypatch):
     """Over both carriers; gradients come back as ever."""
@@ -156,12 +146,13 @@ def test_what_tells_little_travels_in_few_bytes_and_trains_the_same(defence, sha
             with monkeypatch.context() as patch:
                 if not packs:
                     patch.setattr(runtime, "packing_of", lambda defences: None)
-                received = []
-                options = {"transport": transport, "callbacks": [Received(received)]}
-                found[transport, packs] = trained("parallel", grid_of("parallel", [defence]), FEW, **options), received
+                steps = Steps()
+                options = {"transport": transport, "callbacks": [steps]}
+                weights = trained("parallel", grid_of("parallel", [defence]), FEW, **options)
+                found[transport, packs] = weights, sum(record.bytes_received for record in steps.records)
         (packed, few), (plain, many) = found[transport, True], found[transport, False]
         assert largest_difference(packed, plain) == 0
-        assert sum(few) < share * sum(many)
+        assert few < share * many
 
 
 # --- each is what it says --------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message
-from support import largest_difference, load_partition_64
+from support import Steps, largest_difference, load_partition_64
 from torch import nn
 
-from psl_flower import Callback, InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
+from psl_flower import InProcessGrid, ParallelSplitLearning, UniformGlobalSampler, split_client_app
 from psl_flower.client import keeping
 from psl_flower.client.process import forget_runs
 from psl_flower.errors import StepError
@@ -36,14 +36,6 @@ def net():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(Adapted(), nn.Tanh(), nn.Linear(4, 4)).double()
-
-
-class Steps(Callback):
-    def __init__(self):
-        self.records = []
-
-    def on_step(self, record):
-        self.records.append(record)
 
 
 class NewProcesses(InProcessGrid):

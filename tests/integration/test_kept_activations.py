@@ -3,12 +3,12 @@
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from support import DELAYS, largest_difference, load_partition_64
+from support import DELAYS, Steps, largest_difference, load_partition_64
+from support import fast_sgd as sgd
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from psl_flower import (
-    Callback,
     ConfigError,
     InProcessGrid,
     ParallelSplitLearning,
@@ -37,10 +37,6 @@ def net(dropout=0.0, frozen=True):
     return model
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
 def load(context):
     train = load_partition_64(context)
     return train, TensorDataset(*(t[:30] for t in train.tensors))
@@ -58,14 +54,6 @@ class Augmented(Dataset):
     def __getitem__(self, index):
         x, y = self.data[index]
         return x + torch.rand(()), y
-
-
-class Steps(Callback):
-    def __init__(self):
-        self.records = []
-
-    def on_step(self, record):
-        self.records.append(record)
 
 
 def trained(model_fn=net, data_fn=load, rounds=2, client=None, **options):

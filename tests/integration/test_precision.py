@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord
-from support import largest_difference, load_partition, planned_batches, population
+from support import Steps, largest_difference, load_partition, planned_batches, population
+from support import fast_sgd as sgd
 from torch import nn
 
 from psl_flower import (
-    Callback,
     ConfigError,
     InProcessGrid,
     ParallelSplitLearning,
@@ -29,18 +29,6 @@ def small_net(dtype=torch.float32):
         torch.manual_seed(0)
         layers = (nn.Conv2d(1, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 6, 3), nn.SiLU(), nn.Flatten())
         return nn.Sequential(*layers, nn.Linear(6 * 4 * 4, 4)).to(dtype)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-class Steps(Callback):
-    def __init__(self):
-        self.records = []
-
-    def on_step(self, record):
-        self.records.append(record)
 
 
 def trained(precision, num_clients=K, *, wire="float32", transport="messages", tail=None, method=None, **options):

@@ -14,6 +14,7 @@ from support import (
     load_partition_with_test,
     population,
     sgd,
+    state_of,
     tiny_resnet,
 )
 
@@ -72,10 +73,6 @@ class KillingGrid(InProcessGrid):
 def killed(strategy, at, **options):
     with pytest.raises(Killed):
         start(strategy, grid=KillingGrid(at), **options)
-
-
-def state_of(result):
-    return result.arrays.to_torch_state_dict()
 
 
 def lines(folder):

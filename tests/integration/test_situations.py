@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flwr.app import ArrayRecord, MetricRecord
+from support import fast_sgd as sgd
 from support import largest_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -137,10 +138,6 @@ def train(
     return strategy.start(
         nodes, ArrayRecord(fresh(model_fn).state_dict()), num_rounds=rounds, timeout=60, **(start or {})
     )
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
 def centralised(datasets, model_fn=Net, *, rounds=1, loss=F.cross_entropy, optimizer=sgd, after_step=None):

@@ -34,6 +34,7 @@ from support import (
     planned_batches,
     population,
     sgd,
+    state_of,
     tiny_resnet,
     train_centralised,
 )
@@ -79,10 +80,6 @@ def run(model=None, *, model_fn=tiny_resnet, arrays=None, num_rounds=1, start=No
     strategy, grid = make(model, model_fn, **options)
     arrays = arrays or ArrayRecord((model or model_fn()).state_dict())
     return strategy.start(grid, arrays, num_rounds=num_rounds, **(start or {}))
-
-
-def state_of(result):
-    return result.arrays.to_torch_state_dict()
 
 
 # --- FedAvg's contract -----------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 from safetensors.torch import load_file
-from support import largest_difference
+from support import Steps, largest_difference
+from support import fast_sgd as sgd
 from transformer_models import TOKENS, gpt2, llama, lora_llama, texts
 
 from psl_flower import (
-    Callback,
     InProcessGrid,
     PadTexts,
     ParallelSplitLearning,
@@ -51,10 +51,6 @@ def double_gpt2():
 def apart(rows):
     """Pad, without telling the client how: its batches are not joined with those of others in its process."""
     return PadTexts(PAD)(rows)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
 def centralised(model, optimizer=sgd):
@@ -182,14 +178,6 @@ def frozen_below():
 
 def trainable(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-class Steps(Callback):
-    def __init__(self):
-        self.records = []
-
-    def on_step(self, record):
-        self.records.append(record)
 
 
 def hidden_states(rows):

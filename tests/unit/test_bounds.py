@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from schedules import best_time, class_table, severe_population, tiny_populations
 from scipy.stats import hypergeom
+from support import population_of
 
 from psl_flower.errors import ConfigError
 from psl_flower.linear_program import LinearProgram
@@ -49,11 +50,6 @@ def test_serfling_bound_refuses(arguments, message):
 
 
 # --- the bound on epoch time -----------------------------------------------------------------------------------------
-def population_of(counts, latency, per_sample):
-    counts = np.array(counts)
-    return Population(np.arange(len(counts)), counts.sum(axis=1), counts, Delays(latency, per_sample))
-
-
 @pytest.mark.parametrize(
     ("population", "targets", "expected"),
     [

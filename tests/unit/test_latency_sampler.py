@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from schedules import NUM_CLASSES, best_time, class_table, severe_population, tiny_populations
 from scipy.stats import chisquare, hypergeom
+from support import population_of
 
 from psl_flower.errors import ConfigError
 from psl_flower.metrics.deviation import batch_deviation
@@ -12,11 +13,6 @@ from psl_flower.samplers.rounding import spread_evenly
 from psl_flower.samplers.suppliers import Suppliers
 from psl_flower.samplers.targets import class_targets, tilted_targets
 from psl_flower.stragglers import step_times
-
-
-def population_of(counts, latency, per_sample):
-    counts = np.array(counts)
-    return Population(np.arange(len(counts)), counts.sum(axis=1), counts, Delays(latency, per_sample))
 
 
 # --- class targets ---------------------------------------------------------------------------------------------------

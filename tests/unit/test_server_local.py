@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support import CUT, tiny_resnet
+from support import fast_sgd as sgd
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,10 +15,6 @@ from psl_flower.server import LocalBackend
 from psl_flower.split import cut_model
 
 CPU = torch.device("cpu")
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
 def backend_of(model, cut=None, **options):
