@@ -4,18 +4,20 @@ import contextlib
 import cProfile
 import json
 import logging
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp import ServerApp
 
-from cost.task import BATCH, CUT, images, model_fn, num_examples
+from cost.task import BATCH, CUT, model_fn, num_examples
 from psl_flower import ParallelSplitLearning, UniformGlobalSampler
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.strategy import meeting
@@ -26,25 +28,22 @@ app = ServerApp()
 
 
 class Central:
-    """The uncut model's steps."""
+    """The uncut model's steps, in a process of their own: with the memory that a plain program of torch has."""
 
     def __init__(self, examples):
-        self.images, self.rng = images(examples), np.random.default_rng(0)
-        self.model = model_fn()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+        command = [sys.executable, str(Path(__file__).with_name("central.py")), str(examples)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
 
     def step(self, threads):
         """Return the seconds of a step, from the examples' numbers to the new weights."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        begin = time.perf_counter()
-        x, y = self.images.get_batch(self.rng.choice(len(self.images), BATCH))
-        self.optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(self.model(x), y).backward()
-        self.optimizer.step()
-        seconds = time.perf_counter() - begin
-        torch.set_num_threads(before)
-        return seconds
+        print(threads, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 class Watched(RunSummary):
@@ -106,6 +105,7 @@ def main(grid, context):
         else:
             run()
         summary = json.loads((Path(folder) / "summary.json").read_text())
+    central.close()
     settled = times[len(times) // 5 :]
     split, *centrals = zip(*settled, strict=True)
     result = {
