@@ -269,7 +269,7 @@ def split(tree: Tree, counts: Sequence[int], name: str) -> list[Tree]:
 
 def take(tree: Tree, indices: Tensor) -> Tree:
     """Return the rows at `indices`, (n,) int64."""
-    return map_leaves(lambda leaf: leaf[indices.to(leaf.device)], tree)
+    return map_leaves(lambda leaf: leaf.index_select(0, indices.to(leaf.device)), tree)
 
 
 def _spec(leaf: Tensor) -> str:

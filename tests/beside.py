@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +23,40 @@ from psl_flower.strategy import meeting
 from psl_flower.strategy.summary import RunSummary
 
 
+class Central:
+    """Centralised steps in a process of their own: with the memory that a plain program of torch has.
+
+    Parameters
+    ----------
+    module : str
+        Its function ``centralised`` returns one that takes a step, from the examples to the new weights.
+    *numbers : int
+        What that function is given.
+    """
+
+    def __init__(self, module, *numbers):
+        command = [sys.executable, str(Path(__file__).with_name("central.py")), module, *map(str, numbers)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, env=environment, **pipes)
+
+    def step(self, threads):
+        """Take a step with so many threads, and return its seconds."""
+        print(threads, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def close(self):
+        """End the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
 class Beside:
     """After each step of an optimizer takes centralised ones, with one and with all threads, and keeps all times.
 
     Parameters
     ----------
-    central : callable
-        Takes one centralised step, from the examples to the new weights.
+    central : Central
     """
 
     def __init__(self, central):
@@ -62,16 +91,8 @@ class Beside:
             self.first = time.time()
         else:
             split = {on: spent[on] - self._before[on] for on in spent}
-            self.times.append((split, self._timed(1), self._timed(self.threads)))
+            self.times.append((split, self.central.step(1), self.central.step(self.threads)))
         self._before = self.summary.spent()
-
-    def _timed(self, threads):
-        torch.set_num_threads(threads)
-        begin = time.perf_counter()
-        self.central()
-        seconds = time.perf_counter() - begin
-        torch.set_num_threads(self.threads)
-        return seconds
 
 
 def measure(grid, config, begin, *, model, central, optimizer, arrays, **settings):
@@ -81,6 +102,8 @@ def measure(grid, config, begin, *, model, central, optimizer, arrays, **setting
     ----------
     begin : float
         When the app began.
+    central : tuple
+        The module and numbers of `Central`.
     optimizer : callable
         Makes one of the strategy's parameters.
     arrays : ArrayRecord
@@ -88,9 +111,9 @@ def measure(grid, config, begin, *, model, central, optimizer, arrays, **setting
     **settings
         Further arguments of the strategy.
     """
-    beside, connected = Beside(central), []
+    beside, connected = Beside(Central(*central)), []
     logging.getLogger("flwr.psl_flower").addFilter(partial(_note, connected))
-    with tempfile.TemporaryDirectory() as folder, beside.watching():
+    with tempfile.TemporaryDirectory() as folder, beside.watching(), closing(beside.central):
         cutting = time.time()
         strategy = ParallelSplitLearning(
             model,

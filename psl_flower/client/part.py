@@ -307,14 +307,33 @@ def parameter_gradients(
         If the gradients do not fit the outputs.
     """
     pairs = with_gradients(outputs, gradients)
-    roots, weights = [output for _, output, _ in pairs], [gradient for *_, gradient in pairs]
+    roots: list[Tensor] = []
+    if pairs:
+        given = [gradient for *_, gradient in pairs]
+        roots.append(_Given.apply(given, *(output for _, output, _ in pairs)))  # type: ignore[no-untyped-call]
     if penalty is not None and penalty.requires_grad:
         roots.append(penalty)
-        weights.append(torch.ones_like(penalty))
     if not roots or not parameters:
         return dict.fromkeys(parameters)
-    found = torch.autograd.grad(roots, list(parameters.values()), weights, retain_graph=again, allow_unused=True)
+    found = torch.autograd.grad(roots, list(parameters.values()), retain_graph=again, allow_unused=True)
     return {name: None if g is None else g.cpu() for name, g in zip(parameters, found, strict=True)}
+
+
+class _Given(torch.autograd.Function):
+    """A number whose gradients by tensors are those that are given.
+
+    Given to torch.autograd.grad itself, they would have it import torch's symbolic shapes and all of sympy, half a
+    second in every process before its first step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return outputs[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return None, *ctx.gradients
 
 
 def with_gradients(outputs: Tree, gradients: Tree) -> list[tuple[int, Tensor, Tensor]]:

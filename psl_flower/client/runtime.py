@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -238,10 +238,9 @@ class _Work:
     def _without_random(self, device: torch.device, run: Callable[[], Mapping[str, Tree]]) -> Mapping[str, Tree]:
         """Run something for several clients as one, unless it draws random numbers."""
         reseed(0, device)
-        dice = Dice(device)
-        before = dice.state()
+        before = _reseeded(device)
         outputs = run()
-        if before != dice.state():
+        if before != Dice(device).state():
             raise CannotJoinError("the client half draws random numbers, which are each client's own", lasting=True)
         return outputs
 
@@ -355,6 +354,12 @@ class _Work:
                 kind, value, name in self.stage.exact, packing_of(self.state.defences) if activations else None
             )
         return leaves
+
+
+@lru_cache(maxsize=4)
+def _reseeded(device: torch.device) -> tuple[Any, ...]:
+    """Return the state of the generators, for right after `reseed` with 0: it is always the same then."""
+    return Dice(device).state()
 
 
 def _key(request: Request, orders: Orders, own: tuple[int, ...]) -> tuple[Hashable, ...]:

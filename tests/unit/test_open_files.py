@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from psl_flower.exchange.streams.open_files import make_room, most_connections
+from psl_flower.exchange.streams.open_files import make_room, most_connections, most_memories
 
 resource = pytest.importorskip("resource")
 
@@ -52,6 +52,7 @@ def test_as_many_files_as_connections_need(limits, before, connections, after, w
 def test_connections_leave_files_for_all_else(limits, before, after, connections):
     limits["now"] = before
     assert most_connections() == connections
+    assert most_memories() == connections // 16
     assert limits["now"] == after
 
 

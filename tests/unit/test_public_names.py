@@ -23,7 +23,14 @@ def test_numpy_parts_import_neither_torch_nor_flower(module):
 
 
 def test_what_every_clients_process_imports_is_little():
-    heavy = "{'scipy', 'matplotlib', 'sklearn', 'datasets', 'ray'}"
-    program = f"import sys, psl_flower.client, psl_flower.app.client_app; print({heavy} & set(sys.modules))"
+    heavy = {"scipy", "matplotlib", "sklearn", "datasets", "ray", "sympy", "torch._dynamo"}
+    program = f"""
+import sys, torch, psl_flower.client, psl_flower.app.client_app
+from psl_flower.client.part import parameter_gradients
+layer = torch.nn.Linear(2, 3)
+outputs = layer(torch.ones(4, 2))
+parameter_gradients(dict(layer.named_parameters()), outputs, torch.ones_like(outputs))
+print({heavy} & set(sys.modules))
+"""
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"

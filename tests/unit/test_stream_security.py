@@ -19,7 +19,8 @@ from psl_flower.client.stream import StreamError, _connect
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.frames import CHUNK_BYTES, MAX_CHUNK_BYTES, Decoder, Frame, encode
 from psl_flower.exchange.messages import MessageCarrier
-from psl_flower.exchange.streams import StreamCarrier, StreamOptions
+from psl_flower.exchange.shared_memory import whereabouts
+from psl_flower.exchange.streams import StreamCarrier, StreamOptions, endpoint
 from psl_flower.exchange.streams.endpoint import METHOD
 from psl_flower.exchange.streams.security import Ticket, Tokens, make_identity
 from psl_flower.exchange.transport import AutoCarrier, open_carrier
@@ -352,6 +353,15 @@ def test_closing_ends_the_clients_threads(app):
     while len(residents()) > before and time.monotonic() < end:
         time.sleep(0.01)
     assert len(residents()) <= before
+
+
+@pytest.mark.skipif(not whereabouts(), reason="only Linux has such memory")
+@pytest.mark.parametrize("most", [0, 1])
+def test_memory_is_shared_with_no_more_processes_than_there_are_files_for(app, monkeypatch, most):
+    monkeypatch.setattr(endpoint, "most_memories", lambda: most)
+    with StreamCarrier(InProcessGrid(app, num_nodes=2)) as carrier:
+        works(carrier)
+        assert sum(each.memory is not None for each in carrier._endpoint.connections()) == most
 
 
 def test_who_breaks_the_protocol_while_it_is_asked_has_made_a_mistake(app, monkeypatch):

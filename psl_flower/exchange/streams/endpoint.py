@@ -26,7 +26,7 @@ from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode, 
 from psl_flower.exchange.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES, MAX_UNASKED_HEADER
 from psl_flower.exchange.shared_memory import Offer, SharedMemory, whereabouts
 from psl_flower.exchange.streams.event_loop import run
-from psl_flower.exchange.streams.open_files import most_connections
+from psl_flower.exchange.streams.open_files import most_connections, most_memories
 from psl_flower.exchange.streams.options import StreamOptions
 from psl_flower.exchange.streams.security import Tokens, make_identity
 from psl_flower.refusals import Refusals
@@ -334,6 +334,8 @@ class Endpoint:
         """Make memory to share with a process that says it is of this machine and user."""
         here, there = whereabouts(), _metadata(context).get(WHEREABOUTS, "")
         if not (self._options.shared_memory and here and there == here):
+            return
+        if sum(other.memory is not None for other in self.connections()) >= most_memories():
             return
         try:
             connection.offer = offer = Offer()

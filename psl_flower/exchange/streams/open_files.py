@@ -37,6 +37,11 @@ def most_connections() -> int:
     return max(_FEWEST, soft - _OTHERS)
 
 
+def most_memories() -> int:
+    """Return with how many processes memory may be shared: it takes two files more than a connection does."""
+    return most_connections() // 16
+
+
 def make_room(connections: int) -> None:
     """Raise this process's limit of open files as far as the system lets it, if so many connections need it."""
     if not _HAS_LIMIT:

@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from psl_flower.app.images import ImageSet, crop_flip
 from psl_flower.app.models import build_model, default_cut
@@ -21,6 +22,24 @@ def arrays(examples):
     """Return all images and labels, once a process, as the default app's cache of arrays does."""
     rng = np.random.default_rng(5)
     return rng.integers(0, 256, (examples, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, examples)
+
+
+def optimizer(parameters):
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
+def centralised(examples):
+    """Return a function that takes a step of the uncut model, from the examples' numbers to the new weights."""
+    data, rng, model = images(examples), np.random.default_rng(0), model_fn()
+    optimizer_of_all = optimizer(model.parameters())
+
+    def step():
+        x, y = data.get_batch(rng.choice(len(data), BATCH))
+        optimizer_of_all.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer_of_all.step()
+
+    return step
 
 
 def images(examples, indices=None):

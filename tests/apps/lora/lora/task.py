@@ -2,6 +2,7 @@
 
 import psl_flower.torchvision_compat  # noqa: F401 # isort: skip  (transformers' models import torchvision)
 import numpy as np
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,6 +26,25 @@ def make_model(width, layers):
         num_key_value_heads=4,
     )
     return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+
+
+def optimizer(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def centralised(width, layers):
+    """Return a function that takes a step of the uncut model, from the rows to the new weights."""
+    model, rows, rng = make_model(width, layers).train(), texts(512, seed=99), np.random.default_rng(0)
+    optimizer_of_adapters = optimizer([p for p in model.parameters() if p.requires_grad])
+
+    def step():
+        batch = pad([rows[i] for i in rng.choice(len(rows), BATCH)])
+        labels = batch.pop("labels")
+        optimizer_of_adapters.zero_grad()
+        LOSS["loss"](model(**batch), labels).backward()
+        optimizer_of_adapters.step()
+
+    return step
 
 
 def texts(number, seed):
