@@ -80,7 +80,7 @@ def check_loss(loss: Any) -> None:
     """Raise ConfigError unless it is a function that can be called with (outputs, labels)."""
     example = "a function of (outputs, labels), as torch.nn.functional.cross_entropy"
     if not callable(loss):
-        raise ConfigError(f"loss must be callable, {example}, got {loss!r:.80}")
+        raise ConfigError(f"loss must be callable, got {loss!r:.80}: pass {example}")
     if isinstance(loss, type):
         raise ConfigError(f"loss must be {example}, got the class {loss.__name__}: call it, loss={loss.__name__}()")
     try:

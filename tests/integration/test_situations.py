@@ -375,7 +375,7 @@ def test_what_cannot_train_is_refused(options, text):
 @pytest.mark.parametrize(
     ("loss", "text"),
     [
-        ("cross_entropy", "must be callable, a function of"),
+        ("cross_entropy", "must be callable, got 'cross_entropy': pass a function of"),
         (nn.CrossEntropyLoss, r"got the class CrossEntropyLoss: call it, loss=CrossEntropyLoss\(\)"),
         (lambda o, y, weight: F.cross_entropy(o, y), r"takes \(o, y, weight\): missing a required argument: 'weight'"),
     ],
