@@ -32,7 +32,7 @@ class _Commands(TyperGroup):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.commands = {name: click.Command(name, help=what) for name, (_, what) in _COMMANDS.items()}
-        self.suggest_commands = False  # typer's own suggestion; click has one, too
+        self.suggest_commands = not hasattr(click.exceptions, "NoSuchCommand")  # with it, click suggests by itself
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

@@ -30,7 +30,9 @@ def test_words_and_exit_codes_are_passed_on(capsys):
     assert cli.main(["plan", "usg"]) == 2
     assert "did you mean 'ugs'" in capsys.readouterr().err
     assert cli.main(["rum"]) == 2
-    assert capsys.readouterr().err.count("Did you mean") == 1
+    said = capsys.readouterr().err
+    assert "No such command 'rum'" in said
+    assert said.count("Did you mean") < 2  # once, or with old releases of typer and click never
     assert cli.main(["plan", "--batch-sise", "3"]) == 2
     assert "No such option" in capsys.readouterr().err
 
