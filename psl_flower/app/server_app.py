@@ -9,11 +9,14 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from torch.nn import functional
 
 from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer, method_of
 from psl_flower.callbacks import make_loggers
 from psl_flower.config import RunConfig
 from psl_flower.last_word import last_word
+from psl_flower.privacy import RandomizedResponse, parse_defences
+from psl_flower.server import Loss
 from psl_flower.strategy import ParallelSplitLearning
 from psl_flower.temporary_folder import check_temporary_folder
 from psl_flower.threads import set_threads
@@ -36,6 +39,7 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         label_counts="noisy" if config.label_epsilon else None,
         sampler=config.make_sampler(),
         optimizer=partial(make_optimizer, config),
+        loss=loss_of(config),
         delays=delays,
         simulated_delays=simulated_delays,
         sleep=config.sleep,
@@ -53,6 +57,12 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
         output_dir=config.output_dir,
         run_config=config.as_run_config(),
     )
+
+
+def loss_of(config: RunConfig) -> Loss:
+    """Return the cross-entropy; where the run has labels replaced by chance, that which takes it into account."""
+    replaced = [each.loss for each in parse_defences(config.defences) if isinstance(each, RandomizedResponse)]
+    return replaced[0] if replaced else functional.cross_entropy
 
 
 @app.main()

@@ -4,10 +4,12 @@ import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from torch import nn
 
+from psl_flower.app import server_app
 from psl_flower.app.images import crop_flip
 from psl_flower.app.task import central_test, cut_of, load_partition, make_model, make_optimizer, split_indices
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
+from psl_flower.privacy import RandomizedResponse
 
 
 def context(partition_id, num_partitions, **config):
@@ -124,3 +126,9 @@ def test_the_central_test_counts_right_answers():
     share = 37 / 360  # of threes in the test split
     assert metrics["accuracy"] == pytest.approx(share)
     assert metrics["loss"] == pytest.approx(np.log(np.e + 9) - share)
+
+
+def test_the_loss_takes_into_account_that_labels_are_replaced():
+    assert server_app.loss_of(RunConfig(defences="GaussianNoise(0.1)")) is torch.nn.functional.cross_entropy
+    replaced = RunConfig(defences="GaussianNoise(0.1), RandomizedResponse(2.0, 10)")
+    assert server_app.make_strategy(replaced).loss.__self__ == RandomizedResponse(2.0, 10)
