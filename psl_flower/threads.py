@@ -10,12 +10,15 @@ wait, and the other way round.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from psl_flower.checks import check_int
+
+log = logging.getLogger("flwr.psl_flower")
 
 # For the environment of processes that are going to import torch.
 SLEEP_WHILE_WAITING = {"OMP_WAIT_POLICY": "passive"}
@@ -38,12 +41,28 @@ def set_threads(count: int = 0) -> int:
 
     check_int(count, "threads", least=0)
     if not count and "OMP_NUM_THREADS" not in os.environ:
-        passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
         shared = "ray" in sys.modules  # a process of the simulation
-        count = available_cores() if passive or not shared else 1
+        count = 1 if shared and _spin() else available_cores()
     if count:
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def warn_of_spinning() -> None:
+    """Warn if threads spin that nobody has set; for a ServerApp whose clients compute on the same cores."""
+    import torch
+
+    if torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ and _spin():
+        log.warning(
+            "This ServerApp computes with %d threads, which keep cores busy while they wait, and its clients need those: "
+            "a step can take several times as long. Call psl_flower.threads.set_threads() first in main; for all cores "
+            "set OMP_WAIT_POLICY=passive where the SuperLink is started, as psl-flower run does",
+            torch.get_num_threads(),
+        )
+
+
+def _spin() -> bool:
+    return os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive"
 
 
 def available_cores() -> int:

@@ -17,6 +17,7 @@ from psl_flower.flower import cluster_host, is_simulation
 from psl_flower.grid import InProcessGrid
 from psl_flower.protocol import Reply, Request
 from psl_flower.temporary_folder import check_temporary_folder
+from psl_flower.threads import warn_of_spinning
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -46,6 +47,7 @@ def open_carrier(grid: Grid, transport: str = "auto", options: StreamOptions | N
         raise ConfigError(f"grid must be the Grid that Flower gives main, or an InProcessGrid, got {grid!r:.80}")
     if is_simulation(grid):
         check_temporary_folder()  # else Ray fails in it, in two hundred lines
+        warn_of_spinning()
     if transport == "auto" and isinstance(grid, InProcessGrid):
         log.info("Transport: messages, which cost nothing within one process.")
         transport = "messages"

@@ -41,6 +41,21 @@ def test_what_the_user_says_comes_first(monkeypatch):
         set_threads(-1)
 
 
+def test_threads_that_spin_beside_clients_are_told(monkeypatch, caplog):
+    caplog.set_level("WARNING", "flwr.psl_flower")
+    monkeypatch.setattr(threads.log, "propagate", True)
+    threads.warn_of_spinning()
+    assert "with 3 threads" in caplog.text
+    assert "set_threads()" in caplog.text
+    caplog.clear()
+    torch.set_num_threads(1)  # as set_threads does there
+    threads.warn_of_spinning()
+    torch.set_num_threads(3)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    threads.warn_of_spinning()
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
