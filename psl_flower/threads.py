@@ -54,8 +54,8 @@ def warn_of_spinning() -> None:
 
     if torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ and _spin():
         log.warning(
-            "This ServerApp computes with %d threads, which keep cores busy while they wait, and its clients need those: "
-            "a step can take several times as long. Call psl_flower.threads.set_threads() first in main; for all cores "
+            "This ServerApp computes with %d threads, which keep cores busy while they wait, and clients need those: a "
+            "step can take several times as long. Call psl_flower.threads.set_threads() first in main; for all cores "
             "set OMP_WAIT_POLICY=passive where the SuperLink is started, as psl-flower run does",
             torch.get_num_threads(),
         )
