@@ -39,7 +39,7 @@ class Client:
     """Speaks the protocol by hand."""
 
     def __init__(self, ticket):
-        self._out, self.number, self.ticket = queue.SimpleQueue(), 0, ticket
+        self._out, self.number = queue.SimpleQueue(), 0
         self._channel = _connect(ticket)
         metadata = ((SESSION, ticket.session), (NODE, str(NODE_ID)), (TOKEN, ticket.token))
         metadata = (*metadata, (WHEREABOUTS, whereabouts()))
@@ -59,9 +59,9 @@ class Client:
     def ring(self, number, length):
         os.write(self.memory.outgoing._bell, struct.pack("<QQ", number, length))
 
-    def join(self):
-        header = {"kind": "join", "session": self.ticket.session, "node": NODE_ID, "token": self.ticket.token}
-        return Frame({**header, "node-config": {}})
+    def join(self, ticket, node=NODE_ID):
+        header = {"kind": "join", "session": ticket.session, "node": node, "token": ticket.token}
+        self.stream(Frame({**header, "node-config": {}}))
 
     def close(self):
         self._out.put(None)
@@ -83,8 +83,9 @@ def ticket(endpoint, node=NODE_ID):
 
 @pytest.fixture
 def client(endpoint):
-    with closing(Client(ticket(endpoint))) as client:
-        client.stream(client.join())
+    own = ticket(endpoint)
+    with closing(Client(own)) as client:
+        client.join(own)
         event = endpoint.events.get(timeout=PATIENCE)
         assert isinstance(event, Joined)
         client.connection, client.bell = event.connection, event.connection.memory.incoming.bell
@@ -98,7 +99,7 @@ def ended(endpoint, client):
     assert (connection.memory, connection.decoder.memory, connection.offer) == (None, None, None)
     assert not run(is_listened_to(client.bell))
     client.ring(client.number, 16)
-    client.stream(client.join())
+    client.join(ticket(endpoint, 6), 6)
     with pytest.raises(queue.Empty):
         endpoint.events.get(timeout=0.05)
     assert not connection.send(lambda: Frame({}))
