@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from typing import Any
 
 import grpc
@@ -42,7 +43,7 @@ from psl_flower.exchange.streams.endpoint import (
 from psl_flower.exchange.streams.security import PROCESS_ID, SERVER_NAME, Ticket
 from psl_flower.flower import ERROR_CLIENT_APP, outlives_messages
 from psl_flower.freed_memory import keep_freed_memory
-from psl_flower.protocol import Config
+from psl_flower.protocol import Config, Reply
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -116,10 +117,6 @@ def _end() -> None:
             client.thread.join(_END_SECONDS)
 
 
-# A frame, how many went before, and how many have been taken out of shared memory.
-Numbered = tuple[Frame, int, int | None]
-
-
 class StreamError(Exception):
     """A stream could not be opened, or broke."""
 
@@ -149,7 +146,7 @@ class StreamClient:
         self._factory, self._ticket, self._resident = factory, ticket, resident
         self._first = context
         self._contexts = {context.node_id: context}
-        self._outgoing: queue.SimpleQueue[Numbered | None] = queue.SimpleQueue()  # by the stream
+        self._outgoing: queue.SimpleQueue[Iterator[bytes] | None] = queue.SimpleQueue()  # frames by the stream
         self._sending = threading.Lock()
         self._number = 0  # frames sent so far
         self._joining: dict[int, Future[None]] = {}
@@ -172,17 +169,21 @@ class StreamClient:
         answer = self._joining[context.node_id] = Future()
         if self.ended:
             raise StreamError("the stream has ended")
-        self._send(self._join_frame(ticket, context))
+        self._send_join(ticket, context)
         try:
             answer.result(_JOIN_SECONDS)
         except TimeoutError as exc:
             raise StreamError(f"the server did not answer within {_JOIN_SECONDS:g} s") from exc
 
-    def _join_frame(self, ticket: Ticket, context: Context) -> Frame:
+    def _send_join(self, ticket: Ticket, context: Context) -> None:
         # a node's configuration stays with it, unless other processes are to take it over
         config = dict(context.node_config) if self._resident else {}
         header = {"kind": "join", "session": ticket.session, "node": context.node_id, "token": ticket.token}
-        return Frame({**header, "resident": self._resident, "node-config": config})
+        try:
+            self._send(Frame({**header, "resident": self._resident, "node-config": config}))
+        except ProtocolError as error:
+            self._joining.pop(context.node_id, None)
+            raise StreamError(f"the node's configuration cannot be sent: {error}") from error
 
     # --- serving -----------------------------------------------------------------------------------------------------
     def run(self) -> str:
@@ -195,7 +196,7 @@ class StreamClient:
         """
         ticket, node = self._ticket, str(self._first.node_id)
         if not self._resident:
-            self._send(self._join_frame(ticket, self._first))
+            self._send_join(ticket, self._first)
         metadata = ((SESSION, ticket.session), (NODE, node), (TOKEN, ticket.token), (WHEREABOUTS, whereabouts()))
         call = self._channel.stream_stream(METHOD)(self._chunks(), metadata=metadata)
         decoder, why = Decoder(), StreamError("the server ended the stream")
@@ -206,8 +207,8 @@ class StreamClient:
                     return "the run is over"
                 if self._memory is not None:
                     decoder.memory = self._memory
-                    for frame in frames(call, decoder, self._memory):
-                        if not self._handle(frame):
+                    with closing(frames(call, decoder, self._memory)) as both:
+                        if not all(map(self._handle, both)):
                             return "the run is over"
         except ProtocolError as error:
             why = StreamError(f"the server sent something wrong: {error}")
@@ -237,13 +238,13 @@ class StreamClient:
     def _send(self, frame: Frame) -> None:
         with self._sending:
             number, memory = self._number, self._memory
-            self._number += 1
             if memory is None or not put(frame, number, memory):
-                self._outgoing.put((frame, number, None if memory is None else memory.incoming.taken))
+                self._outgoing.put(encode(frame, number, None if memory is None else memory.incoming.taken))
+            self._number += 1  # what cannot be encoded was not sent
 
     def _chunks(self) -> Iterator[bytes]:
-        while (numbered := self._outgoing.get()) is not None:
-            yield from encode(*numbered)
+        while (chunks := self._outgoing.get()) is not None:
+            yield from chunks
 
     def _handle(self, frame: Frame) -> bool:
         """Do what a frame asks for; return whether the stream goes on."""
@@ -253,7 +254,11 @@ class StreamClient:
             state = run_state(self._first.run_id)
             method = method_of(self._factory, state, self._first)
             reply = answer(method, state, self._client, request)
-            self._send(encode_reply(number, reply, request, wire_dtype))
+            try:
+                self._send(encode_reply(number, reply, request, wire_dtype))
+            except ProtocolError as error:  # the server waits for a reply
+                failed = Reply(failures=dict.fromkeys(request.nodes, error.failure()))
+                self._send(encode_reply(number, failed, request, wire_dtype))
         elif kind == "joined":
             self._settle(node, None)
         elif kind == "refused":
@@ -288,11 +293,13 @@ class StreamClient:
             self._contexts[node] = Context(first.run_id, node, config, RecordDict(), first.run_config)
 
     def _share(self, offer: Any) -> None:
+        if self._memory is not None:
+            raise ProtocolError("memory is offered once")
+        memory = None
         try:
             memory = accept(offer)
         except OSError as error:
             log.debug("no memory is shared with the server: %s", error)
-            memory = None
         self._send(Frame({"kind": ACCEPTED, "accepted": memory is not None}))
         with self._sending:
             self._memory = memory

@@ -6,17 +6,19 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from psl_flower.exchange.frames import Decoder, Frame
 from psl_flower.exchange.shared_memory import SharedMemory
 
+_AHEAD = 4  # chunks that are read before they are asked for
 
-def frames(chunks: Iterable[bytes], decoder: Decoder, memory: SharedMemory) -> Iterator[Frame]:
+
+def frames(chunks: Iterable[bytes], decoder: Decoder, memory: SharedMemory) -> Generator[Frame, None, None]:
     """Yield frames until the stream ends.
 
-    Who waits for two things waits for neither in its own way: another thread waits for the stream, and has a pipe say
-    that something came. Most frames come through the memory, whose pipe wakes this thread and no other.
+    Who waits for two things waits for neither in its own way: another thread waits for the stream, and rings when
+    something came. Most frames come through the memory, whose pipe wakes this thread and no other.
 
     Parameters
     ----------
@@ -26,41 +28,75 @@ def frames(chunks: Iterable[bytes], decoder: Decoder, memory: SharedMemory) -> I
         That of the stream so far, with the memory.
     memory : SharedMemory
     """
-    came: deque[bytes | Exception | None] = deque()
-    here, there = os.pipe()
-
-    def read() -> None:
-        try:
-            for chunk in chunks:
-                came.append(chunk)
-                os.write(there, b".")
-            came.append(None)
-        except Exception as error:
-            came.append(error)
-        finally:
-            os.close(there)  # which says so, too
-
-    threading.Thread(target=read, name="psl-stream", daemon=True).start()
+    inbox = _Inbox(chunks)
     wait = select.poll()
-    wait.register(here, select.POLLIN)
+    wait.register(inbox.bell, select.POLLIN)
     wait.register(memory.incoming.bell, select.POLLIN)
     try:
         while True:
-            ready = [file for file, _ in wait.poll()]
+            came = inbox.bell in [file for file, _ in wait.poll()]
             # the memory first: a chunk may be of a frame after the one that lies there
-            yield from iter(decoder.take, None)
-            if memory.incoming.ended and memory.incoming.bell in ready:  # the stream will tell why
-                wait.unregister(memory.incoming.bell)
-            if here not in ready:
+            if (frame := decoder.take()) is not None:
+                yield frame
+            if not came:
                 continue
-            os.read(here, 1)
-            chunk = came.popleft()
-            if chunk is None:
+            if (chunk := inbox.next()) is None:
                 return
-            if isinstance(chunk, Exception):
-                raise chunk
             if (frame := decoder.feed(chunk)) is not None:
                 yield frame
-                yield from iter(decoder.take, None)
+                if (frame := decoder.take()) is not None:  # it may have waited for this one
+                    yield frame
     finally:
-        os.close(here)
+        inbox.close()
+
+
+class _Inbox:
+    """Reads a stream in a thread of its own, a few chunks ahead.
+
+    Attributes
+    ----------
+    bell : int
+        A file that can be read from as long as something is there; so it is with the end, which takes nobody's closing
+        of a file: a forked process would keep it open.
+    """
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self._came: deque[bytes | Exception | None] = deque()
+        self._room = threading.Semaphore(_AHEAD)
+        self._lock = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._read, args=(chunks,), name="psl-stream", daemon=True).start()
+
+    def next(self) -> bytes | None:
+        """Return the next chunk, None at the end, or raise what the stream raised."""
+        os.eventfd_read(self.bell)
+        chunk = self._came.popleft()
+        self._room.release()
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
+
+    def close(self) -> None:
+        """Take nothing more; the thread ends with the stream, or when it has read one more chunk."""
+        with self._lock:
+            self._closed = True
+            os.close(self.bell)
+        self._room.release()
+
+    def _read(self, chunks: Iterable[bytes]) -> None:
+        try:
+            for chunk in chunks:
+                if not self._put(chunk):
+                    return
+                self._room.acquire()
+            self._put(None)
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, chunk: bytes | Exception | None) -> bool:
+        with self._lock:
+            if not self._closed:
+                self._came.append(chunk)
+                os.eventfd_write(self.bell, 1)
+            return not self._closed

@@ -70,15 +70,29 @@ def encode(frame: Frame, number: int, taken: int | None = None) -> Iterator[byte
         How many frames went before on this stream.
     taken : int, optional
         How many frames have been taken out of shared memory, if there is one.
+
+    Raises
+    ------
+    ProtocolError
+        At once, if it cannot be: no chunk of it has been made then.
     """
     lengths, payload = _lengths(frame)
-    first, pieces = _first(frame, lengths, payload, taken), _pieces(frame.buffers, lengths)
+    return _chunks(number, _first(frame, lengths, payload, taken), _pieces(frame.buffers, lengths))
+
+
+def _chunks(number: int, first: list[bytes], pieces: Iterator[Buffer]) -> Iterator[bytes]:
     for index, body in enumerate(_bodies(first, pieces)):
         yield b"".join([_PREFIX.pack(_MAGIC, _VERSION, number & 0xFFFFFFFF, index), *body])
 
 
 def put(frame: Frame, number: int, memory: SharedMemory) -> bool:
-    """Lay a frame into shared memory; return whether there is room. If not, it is to take the stream."""
+    """Lay a frame into shared memory; return whether there is room. If not, it is to take the stream.
+
+    Raises
+    ------
+    ProtocolError
+        If it cannot be encoded; nothing has been written then.
+    """
     lengths, payload = _lengths(frame)
     if not memory.outgoing.has_room(payload):  # before its header is written
         return False
@@ -98,7 +112,10 @@ def _lengths(frame: Frame) -> tuple[list[int], int]:
 def _first(frame: Frame, lengths: list[int], payload: int, taken: int | None) -> list[bytes]:
     """Return what comes before the payload."""
     content = [lengths, frame.header] if taken is None else [lengths, frame.header, taken]
-    header = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    try:
+        header = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ProtocolError(f"a header must be what JSON can say: {exc!s:.200}") from exc
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(header)} bytes is too long, the most is {MAX_HEADER_BYTES}")
     return [_LENGTHS.pack(len(header), payload), header, _PADDING[: -(_LENGTHS.size + len(header)) % _ALIGNMENT]]
@@ -180,7 +197,8 @@ class Decoder:
         ProtocolError
             If it is not one. The stream is of no use any more.
         """
-        if self.memory is None or self._open is not None or (number := self.memory.incoming.next()) is None:
+        # what the pipe says is taken off it in any case: who waits for it is woken as long as something is there
+        if self.memory is None or (number := self.memory.incoming.look()) is None or self._open is not None:
             return None
         if number != self._number:
             if number < self._number:

@@ -1,16 +1,19 @@
 """Memory that two processes of one machine share: frames lie there, and a pipe says so.
 
 Note [Shared memory]: between two processes of one machine gRPC encrypts, cuts up and copies what both could simply look
-at: 2 MB took 13 ms, and take one here. Each direction has a memory and a pipe of its own. They have no names in any
-file system: the server makes them, and the client opens them through the server's ``/proc/PID/fd``, which the system
-lets only the same user do, and which it is told of over its stream, where it has shown its token. So no other user can
-read or write them, and nothing is left of them when the two processes have ended, however they do. The size of the
-memory is sealed: nobody can cut it off under the other's hands. Who reads copies first and checks the copy, which
-nobody else can change.
+at: 2 MB took 13 ms, and take one here. There is one memory, half of it for each direction, and a pipe for each. They
+have no names in any file system: the server makes them, and the client opens them through the server's
+``/proc/PID/fd``, which the system lets only the same user do, and which it is told of over its stream, where it has
+shown its token. So no other user can read or write them, and nothing is left of them when the two processes have ended,
+however they do. The size of the memory is sealed: nobody can cut it off under the other's hands. Who reads copies first
+and checks the copy, which nobody else can change.
 
 Who writes never waits: where the other has not yet said that it has copied what lies there, or a frame is too long for
 the memory, it takes the stream. Frames are numbered, so it does not matter which of the two is looked at first. Systems
 other than Linux have no such memory, and always take the stream.
+
+Both processes have both ends of the pipes. So a write to one raises no signal where the other process is gone, and a
+pipe never tells of an end, which a forked process would hide: the stream does.
 """
 
 from __future__ import annotations
@@ -20,8 +23,7 @@ import os
 import secrets
 import struct
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,9 @@ class Outgoing:
     Parameters
     ----------
     view : memoryview
-        Of the memory.
+        Of its half of the memory.
     bell : int
-        The pipe's end to write to.
+        The pipe.
     """
 
     def __init__(self, view: memoryview, bell: int) -> None:
@@ -71,7 +73,7 @@ class Outgoing:
             begin, end = end, end + len(piece)
             self._view[begin:end] = piece
         self._written += 1
-        with suppress(OSError):  # it has ended, as its stream will tell
+        with suppress(BlockingIOError):  # full: the other says that it has read what it has not, and is not helped
             os.write(self._bell, _RING.pack(number, end))
 
     def acknowledge(self, taken: int) -> None:
@@ -85,6 +87,7 @@ class Outgoing:
     def close(self) -> None:
         """Put nothing more."""
         self.open = False
+        self._view.release()
         os.close(self._bell)
 
 
@@ -94,32 +97,29 @@ class Incoming:
     Parameters
     ----------
     view : memoryview
-        Of the memory.
+        Of its half of the memory.
     bell : int
-        The pipe's end to read from.
+        The pipe.
     """
 
     def __init__(self, view: memoryview, bell: int) -> None:
         self._view, self.bell = view, bell
         self.taken = 0  # frames copied so far
-        self.ended = False  # whether the other has closed the pipe
         self._next: tuple[int, int] | None = None
 
-    def next(self) -> int | None:
-        """Return the number of the frame that lies there, if one does."""
-        if self._next is None:
-            try:
-                told = os.read(self.bell, _RING.size)
-            except BlockingIOError:
-                return None
-            if len(told) != _RING.size:
-                self.ended = True
-                return None
-            self._next = _RING.unpack(told)
+    def look(self) -> int | None:
+        """Return the number of the frame that lies there, if one does; what the pipe says is off the pipe then."""
+        try:
+            told = os.read(self.bell, _RING.size)
+        except BlockingIOError:
+            return None if self._next is None else self._next[0]
+        if self._next is not None or len(told) != _RING.size:
+            raise ProtocolError("a pipe tells of one frame in shared memory at a time, in 16 bytes")
+        self._next = _RING.unpack(told)
         return self._next[0]
 
     def take(self) -> memoryview:
-        """Return a copy of the frame that lies there, as `next` has said."""
+        """Return a copy of the frame that lies there, as `look` has said."""
         assert self._next is not None, "nothing lies there"
         (_, length), self._next = self._next, None
         if length > len(self._view):
@@ -131,20 +131,39 @@ class Incoming:
 
     def close(self) -> None:
         """Take nothing more."""
+        self._view.release()
         os.close(self.bell)
+        self.bell = -1
 
 
-@dataclass(frozen=True, eq=False)
 class SharedMemory:
-    """Both directions, as one of the two processes sees them."""
+    """Both directions, as one of the two processes sees them.
 
-    outgoing: Outgoing
-    incoming: Incoming
+    Parameters
+    ----------
+    file : int
+        Of the memory; it may be closed after this.
+    length : int
+        Bytes of each direction.
+    outgoing, incoming : int
+        The pipe of each; they are closed with this.
+    halves : tuple of int
+        Which half of the memory is for what goes out, and which for what comes in.
+    """
+
+    def __init__(self, file: int, length: int, outgoing: int, incoming: int, halves: tuple[int, int]) -> None:
+        self._map = mmap.mmap(file, 2 * length)
+        with memoryview(self._map) as whole:
+            out, into = (whole[half * length : (half + 1) * length] for half in halves)
+        self.outgoing, self.incoming = Outgoing(out, outgoing), Incoming(into, incoming)
 
     def close(self) -> None:
-        """Use it no more; the memory is gone with the last tensor that was read from it."""
+        """Use it no more: its files are closed, and its memory is given back, once."""
+        if self._map.closed:
+            return
         self.outgoing.close()
         self.incoming.close()
+        self._map.close()
 
 
 class Offer:
@@ -158,32 +177,24 @@ class Offer:
 
     def __init__(self) -> None:
         self._name = _PREFIX + secrets.token_hex(16)
-        self._files: list[int] = []  # of the client: two memories, and its ends of two pipes
-        mine: list[int] = []
-        try:
-            self._files += [_make(self._name) for _ in range(2)]
-            down, up = (memoryview(mmap.mmap(file, MEMORY_BYTES)) for file in self._files)
-            for end in (1, 0):  # down, and up
-                pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-                mine.append(pipe[end])
-                self._files.append(pipe[1 - end])
-            self._pipes = [os.fstat(file).st_ino for file in mine]
-        except OSError:
-            self.close()
-            for file in mine:
-                os.close(file)
-            raise
-        self.memory = SharedMemory(Outgoing(down, mine[0]), Incoming(up, mine[1]))
+        with ExitStack() as made:
+            self._file: int | None = _kept(made, _make_memory(self._name))
+            self._pipes = [_kept(made, _make_pipe()) for _ in range(2)]
+            down, up = self._pipes
+            self.memory = SharedMemory(self._file, MEMORY_BYTES, down, up, halves=(0, 1))
+            made.pop_all()
 
     def header(self) -> dict[str, Any]:
         """Return what the client needs to find it."""
-        return {"name": self._name, "process": os.getpid(), "files": list(self._files), "pipes": self._pipes}
+        pipes = [os.fstat(pipe).st_ino for pipe in self._pipes]
+        files = [self._file, *self._pipes]
+        return {"name": self._name, "bytes": MEMORY_BYTES, "process": os.getpid(), "files": files, "pipes": pipes}
 
     def close(self) -> None:
-        """Let nobody else open it; who has it keeps it."""
-        for file in self._files:
-            os.close(file)
-        self._files.clear()
+        """Let nobody else open the memory; who has it keeps it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 def accept(header: Mapping[str, Any]) -> SharedMemory:
@@ -196,22 +207,24 @@ def accept(header: Mapping[str, Any]) -> SharedMemory:
     ProtocolError
         If this is no offer.
     """
-    name, process, files, pipes = (header.get(key) for key in ("name", "process", "files", "pipes"))
+    fields: list[Any] = [header.get(key) for key in ("name", "process", "bytes", "files", "pipes")]
+    name, process, length, files, pipes = fields
     lists = [each if isinstance(each, list) else [] for each in (files, pipes)]
-    numbers = [process, *lists[0], *lists[1]]
-    whole = list(map(len, lists)) == [4, 2] and all(type(n) is int and n >= 0 for n in numbers)
+    numbers = [process, length, *lists[0], *lists[1]]
+    whole = list(map(len, lists)) == [3, 2] and all(type(n) is int and n >= 0 for n in numbers) and length
     if not whole or not isinstance(name, str) or not name.startswith(_PREFIX):
         raise ProtocolError(f"not an offer of shared memory: {dict(header)!r:.300}")
-    down, up, told, tell = (f"/proc/{process}/fd/{file}" for file in lists[0])
-    views = [_map(path, f"/memfd:{name} (deleted)") for path in (down, up)]
-    bell = _open(told, f"pipe:[{lists[1][0]}]", os.O_RDONLY)
-    try:
-        outgoing = Outgoing(views[1], _open(tell, f"pipe:[{lists[1][1]}]", os.O_WRONLY))
-    except OSError:
-        os.close(bell)
-        raise
-    outgoing.open = True
-    return SharedMemory(outgoing, Incoming(views[0], bell))
+    what = [f"/memfd:{name} (deleted)", *(f"pipe:[{pipe}]" for pipe in lists[1])]
+    with ExitStack() as opened:
+        paths = (f"/proc/{process}/fd/{file}" for file in lists[0])
+        file, down, up = (_kept(opened, _open(*each)) for each in zip(paths, what, strict=True))
+        if (found := os.fstat(file).st_size) != 2 * length:
+            raise FileNotFoundError(f"a memory of {found} bytes is not one of 2 times {length}")
+        memory = SharedMemory(file, length, up, down, halves=(1, 0))
+        opened.pop_all()
+    os.close(file)
+    memory.outgoing.open = True
+    return memory
 
 
 def aligned(length: int) -> memoryview:
@@ -224,27 +237,44 @@ def aligned(length: int) -> memoryview:
     return memoryview(space[begin : begin + length].data)
 
 
-def _make(name: str) -> int:
+def _make_memory(name: str) -> int:
     import fcntl  # Windows has none
 
-    file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with suppress(OSError):  # it is the directory that keeps others out, this says it once more
-        os.fchmod(file, 0o600)
-    os.ftruncate(file, MEMORY_BYTES)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    with ExitStack() as made:
+        file = _kept(made, os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        with suppress(OSError):  # it is the directory that keeps others out, this says it once more
+            os.fchmod(file, 0o600)
+        os.ftruncate(file, 2 * MEMORY_BYTES)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        made.pop_all()
     return file
 
 
-def _map(path: str, what: str) -> memoryview:
-    file = _open(path, what, os.O_RDWR)
+def _make_pipe() -> int:
+    with ExitStack() as ends:
+        end, _ = (_kept(ends, each) for each in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+        return _open(f"/proc/self/fd/{end}", f"pipe:[{os.fstat(end).st_ino}]")
+
+
+def _open(path: str, what: str) -> int:
+    """Open what is there, for reading and writing, if it is that."""
+    # before it is opened: another machine, or container, may have anything there; and after: it may have changed
+    _check(path, what)
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return memoryview(mmap.mmap(file, MEMORY_BYTES))
-    finally:
+        _check(f"/proc/self/fd/{file}", what)
+    except OSError:
         os.close(file)
+        raise
+    return file
 
 
-def _open(path: str, what: str, how: int) -> int:
-    # before it is opened: under this path another machine, or container, may have anything
+def _check(path: str, what: str) -> None:
     if os.readlink(path) != what:
         raise FileNotFoundError(f"{path} is not {what}")
-    return os.open(path, how | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def _kept(files: ExitStack, file: int) -> int:
+    """Have a file closed with others."""
+    files.callback(os.close, file)
+    return file

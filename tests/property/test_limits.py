@@ -14,7 +14,7 @@ from psl_flower.exchange import limits
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request, encode_reply, encode_request
 from psl_flower.exchange.frames import _LENGTHS, _PREFIX, Decoder, Frame, encode, parse_header
 from psl_flower.exchange.limits import LIMITS
-from psl_flower.exchange.streams.endpoint import Connection
+from psl_flower.exchange.streams.connection import Connection
 from psl_flower.exchange.tensors import Unpacker
 from psl_flower.protocol import Description
 

@@ -1,6 +1,9 @@
 """Memory shared by processes of one machine: what goes through it, who may open it, and what is left of it."""
 
+import math
 import os
+import select
+import signal
 import struct
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from psl_flower.errors import ProtocolError
 from psl_flower.exchange import shared_memory
 from psl_flower.exchange.frames import Decoder, Frame, encode, put
 from psl_flower.exchange.shared_memory import Offer, accept, aligned, whereabouts
+from psl_flower.exchange.streams import open_files
 
 pytestmark = pytest.mark.skipif(not whereabouts(), reason="only Linux has such memory")
 
@@ -141,24 +145,136 @@ def test_more_copied_than_was_written_is_refused(ends):
         server.receive()
 
 
-def test_the_end_of_the_other_is_seen_and_writing_to_it_does_no_harm(ends):
+def test_writing_to_one_that_is_gone_does_no_harm():
+    """Whoever gives SIGPIPE its default back would be killed by one."""
     server, client = taken_up(Offer())
     client.memory.close()
-    assert not server.send(SIZE)
+    signals = []
+    before = signal.signal(signal.SIGPIPE, lambda *which: signals.append(which))
+    try:
+        assert not server.send(SIZE)
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+    assert not signals
     assert server.receive() is None
-    assert server.memory.incoming.ended
     server.memory.close()
+    server.memory.close()  # is closed once
     assert server.send(SIZE)
+
+
+def test_the_pipe_is_empty_while_a_frame_waits_for_one_that_is_half_there(ends):
+    """Whoever waits for the pipe would be woken again and again."""
+    server, client = ends
+    server.memory.outgoing.open = False
+    *before, last = server.send(3 * 2**20)
+    server.memory.outgoing.open = True
+    assert before
+    assert not any(map(client.decoder.feed, before))
+    assert not server.send(SIZE, fill=2)
+    assert client.receive() is None
+    assert not select.select([client.memory.incoming.bell], [], [], 0)[0]
+    assert client.receive([last]).header == {"fill": 1}
+    assert client.receive().header == {"fill": 2}
+
+
+def test_who_rings_before_the_last_frame_was_taken_is_refused(ends):
+    server, client = ends
+    server.send(SIZE)
+    client.decoder._open = object()
+    assert client.receive() is None
+    os.write(server.memory.outgoing._bell, struct.pack("<QQ", 1, SIZE))
+    with pytest.raises(ProtocolError, match="one frame in shared memory at a time"):
+        client.receive()
+
+
+def test_a_pipe_that_says_something_else_is_refused(ends):
+    server, client = ends
+    os.write(server.memory.outgoing._bell, b"short")
+    with pytest.raises(ProtocolError, match="in 16 bytes"):
+        client.receive()
+
+
+@pytest.mark.parametrize("header", [{"x": math.nan}, {"x": object()}, {"x": "y" * 2**24}])
+def test_what_cannot_be_encoded_is_told_before_anything_of_it_is_sent(ends, header):
+    server, client = ends
+    with pytest.raises(ProtocolError, match=r"must be what JSON can say|a header of 16777231 bytes is too long"):
+        put(Frame(header), 0, server.memory)
+    with pytest.raises(ProtocolError):
+        encode(Frame(header), 0)  # before its first chunk is asked for
+    assert not server.send(SIZE)
+    assert client.receive() is not None
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+def files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_as_many_files_are_open_as_are_reckoned_with_and_none_is_left():
+    before = files()
+    offer = Offer()
+    assert files() == before + open_files._OF_MEMORY
+    client = accept(offer.header())
+    offer.close()
+    assert files() == before + 2 * (open_files._OF_MEMORY - 1)
+    client.close()
+    offer.memory.close()
+    assert files() == before
+
+
+@pytest.mark.parametrize("what", ["ftruncate", "pipe2", "readlink"])
+def test_an_offer_that_fails_leaves_no_file_open(monkeypatch, what):
+    before = files()
+
+    def fail(*args):
+        raise OSError("none is left")
+
+    monkeypatch.setattr(os, what, fail)
+    with pytest.raises(OSError, match="none is left"):
+        Offer()
+    assert files() == before
+
+
+def test_an_offer_that_is_not_taken_leaves_no_file_open():
+    before = files()
+    offer = Offer()
+    offered = files()
+    for change in ({"bytes": 2**20}, {"pipes": [offer.header()["pipes"][0], 1]}):
+        with pytest.raises(OSError, match="is not"):
+            accept({**offer.header(), **change})
+        assert files() == offered
+    offer.close()
+    offer.memory.close()
+    assert files() == before
+
+
+def test_a_file_that_has_changed_since_it_was_looked_at_is_not_taken(monkeypatch, tmp_path):
+    """The server may have closed what it offered, and have something of value under its number."""
+    offer = Offer()
+    header, real, other = offer.header(), os.readlink, os.open(tmp_path / "checkpoint", os.O_RDWR | os.O_CREAT)
+
+    def readlink(path):
+        found = real(path)
+        if str(path) == f"/proc/{os.getpid()}/fd/{header['files'][0]}":
+            os.dup2(other, header["files"][0])
+        return found
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    with pytest.raises(FileNotFoundError, match="is not /memfd:psl-flower-"):
+        accept(header)
+    monkeypatch.undo()
+    os.close(other)
+    offer.close()
+    offer.memory.close()
 
 
 def test_the_memory_has_no_name_cannot_be_cut_off_and_is_only_the_users(ends):
     offer = Offer()
     process, files = offer.header()["process"], offer.header()["files"]
-    for file in files[:2]:
-        status = os.fstat(file)
-        assert (status.st_mode & 0o777, status.st_uid, status.st_nlink) == (0o600, os.getuid(), 0)
-        with pytest.raises(PermissionError):
-            os.ftruncate(file, 0)
+    status = os.fstat(files[0])
+    assert (status.st_mode & 0o777, status.st_uid, status.st_nlink) == (0o600, os.getuid(), 0)
+    with pytest.raises(PermissionError):
+        os.ftruncate(files[0], 0)
     for file in files if os.getuid() == 0 else ():  # only root can try as somebody else
         program = f"import os; os.setuid(65534); os.open('/proc/{process}/fd/{file}', os.O_RDONLY)"
         tried = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -170,11 +286,14 @@ def test_the_memory_has_no_name_cannot_be_cut_off_and_is_only_the_users(ends):
     ("change", "error"),
     [
         ({"process": 2**30}, OSError),
-        ({"files": [0, 1, 2, 0]}, OSError),
+        ({"files": [0, 1, 2]}, OSError),
+        ({"bytes": 2**20}, OSError),
         ({"pipes": [1, 2]}, OSError),
         ({"name": "psl-flower-of-another-machine"}, OSError),
         ({"name": "etc"}, ProtocolError),
-        ({"files": ["0", 1, 2, 3]}, ProtocolError),
+        ({"bytes": 0}, ProtocolError),
+        ({"bytes": None}, ProtocolError),
+        ({"files": ["0", 1, 2]}, ProtocolError),
         ({"files": [0, 1]}, ProtocolError),
         ({"pipes": 1}, ProtocolError),
         ({"process": -1}, ProtocolError),

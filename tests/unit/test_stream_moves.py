@@ -6,7 +6,7 @@ import pytest
 
 from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.streams import StreamCarrier
-from psl_flower.exchange.streams.endpoint import Connection
+from psl_flower.exchange.streams.connection import Connection
 from psl_flower.exchange.streams.under_way import Home
 
 

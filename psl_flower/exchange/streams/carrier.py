@@ -23,13 +23,12 @@ from psl_flower.errors import ProtocolError
 from psl_flower.exchange.base import Carrier
 from psl_flower.exchange.codec import decode_reply, encode_request
 from psl_flower.exchange.frames import Frame
+from psl_flower.exchange.streams.connection import Connection, Job
 from psl_flower.exchange.streams.endpoint import (
     REFUSED,
     Closed,
-    Connection,
     Endpoint,
     Event,
-    Job,
     Joined,
     Received,
     Stopped,

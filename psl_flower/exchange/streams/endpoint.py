@@ -10,21 +10,18 @@ import asyncio
 import logging
 import queue
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from psl_flower.errors import ConfigError, ProtocolError
-from psl_flower.exchange.codec import REPLY, Sent
-from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Decoder, Frame, encode, put
-from psl_flower.exchange.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES, MAX_UNASKED_HEADER
-from psl_flower.exchange.shared_memory import Offer, SharedMemory, whereabouts
+from psl_flower.exchange.codec import REPLY
+from psl_flower.exchange.frames import MAX_CHUNK_BYTES, Frame
+from psl_flower.exchange.shared_memory import Offer, whereabouts
+from psl_flower.exchange.streams.connection import Connection
 from psl_flower.exchange.streams.event_loop import run
 from psl_flower.exchange.streams.open_files import most_connections, most_memories
 from psl_flower.exchange.streams.options import StreamOptions
@@ -69,8 +66,6 @@ _BOUNDS = (
     "grpc.server.max_pending_requests",
     "grpc.server.max_pending_requests_hard_limit",
 )
-_MAX_WAITING = 16  # frames on their way to one process
-_MAX_UNASKED = 16  # replies of one process that nobody asked for
 _CLOSE_SECONDS = 2.0
 
 
@@ -116,139 +111,6 @@ class Stopped:
 
 Event = Joined | Received | Unsent | Closed | Stopped
 
-# Makes a frame when its turn has come; None if it is not wanted any more.
-Job = Callable[[], Frame | None]
-
-
-class Connection:
-    """One client process, as the server sees it. Safe for threads.
-
-    Parameters
-    ----------
-    peer : str
-        Its address, for the log.
-    max_frame_bytes : int
-        Of the largest frame let in.
-    """
-
-    _ids = count()
-
-    def __init__(self, peer: str, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self.peer = peer
-        self.id = next(Connection._ids)
-        self.decoder = Decoder(max_frame_bytes)
-        self.sent_weights: Sent = {}  # read and written by the jobs, which run one after the other
-        self.offer: Offer | None = None  # of memory, until it is answered
-        self.memory: SharedMemory | None = None  # with a process of this machine
-        self._jobs: deque[Job] = deque()
-        self._lock = threading.Lock()
-        self._number = 0  # frames so far
-        self._idle = True  # whether no job is being done by `write`
-        self._closing: str | None = None
-        self._unanswered = 0  # requests sent less replies received; below zero, replies that nobody asked for
-        self._wake: Callable[[], object] = lambda: None
-
-    def replied(self) -> None:
-        """Take note of a reply.
-
-        Raises
-        ------
-        ProtocolError
-            If far more came than were asked for: they would fill the memory.
-        """
-        with self._lock:
-            self._unanswered -= 1
-            if self._unanswered < -_MAX_UNASKED:
-                raise ProtocolError(f"it sent {_MAX_UNASKED} replies that nobody asked for")
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether a reply is to come."""
-        return self._unanswered > 0
-
-    def send(self, job: Job, *, asks: bool = False) -> bool:
-        """Have a frame sent after those before; False if the stream is closing, or the process does not read.
-
-        Parameters
-        ----------
-        job : callable
-        asks : bool
-            Whether it is to be replied to.
-        """
-        with self._lock:
-            if self._closing is not None or len(self._jobs) >= _MAX_WAITING:
-                return False
-            self._unanswered += asks
-            if self.memory is not None and self.memory.outgoing.has_room(0) and self._idle and not self._jobs:
-                # here and now: to have another thread do it costs more than the doing
-                frame = job()
-                if frame is None or self._put(frame, self.memory):
-                    return True
-                job = partial(_same, frame)
-            self._jobs.append(job)
-        self._wake()
-        return True
-
-    def _put(self, frame: Frame, memory: SharedMemory) -> bool:
-        done = put(frame, self._number, memory)
-        self._number += done
-        return done
-
-    def feed(self, chunk: bytes) -> Frame | None:
-        """Return the frame that a chunk completes, if it does."""
-        self.decoder.max_header = MAX_HEADER_BYTES if self.is_asked else MAX_UNASKED_HEADER
-        return self.decoder.feed(chunk)
-
-    def take(self) -> Frame | None:
-        """Return the next frame, if it lies in shared memory."""
-        self.decoder.max_header = MAX_HEADER_BYTES if self.is_asked else MAX_UNASKED_HEADER
-        return self.decoder.take()
-
-    def close(self, reason: str) -> None:
-        """End the stream once what waits is sent."""
-        with self._lock:
-            if self._closing is None:
-                self._closing = reason
-        self._wake()
-
-    @property
-    def closing(self) -> str | None:
-        """Why the stream is closing; None while it is open."""
-        return self._closing
-
-    async def write(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Write what is to be sent, as it comes, until the stream closes."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: loop.call_soon_threadsafe(changed.set)
-        while True:
-            changed.clear()
-            with self._lock:
-                job = self._jobs.popleft() if self._jobs else None
-                self._idle = job is None
-            if job is not None:
-                frame = job()
-                if frame is None or (self.memory is not None and self._put(frame, self.memory)):
-                    continue
-                taken = None if self.memory is None else self.memory.incoming.taken
-                number, self._number = self._number, self._number + 1
-                for chunk in encode(frame, number, taken):
-                    await write(chunk)
-            elif self._closing is not None:
-                return
-            else:
-                await changed.wait()
-
-    def forget_memory(self) -> None:
-        """Use no shared memory any more."""
-        with self._lock:
-            if self.memory is not None:
-                self.memory.close()
-                self.memory = None
-
-
-def _same(frame: Frame) -> Frame:
-    return frame
-
 
 class Endpoint:
     """Listens for client processes; what happens is told through `events`.
@@ -269,6 +131,7 @@ class Endpoint:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._options, self._tokens = options, tokens
         self._refusals = Refusals("a stream from {}")
+        self._warned = False  # that memory is not shared
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         identity = make_identity()
@@ -316,7 +179,6 @@ class Endpoint:
             await connection.write(context.write)
         finally:
             reader.cancel()
-            self._forget_memory(connection)
             self._ended(connection, connection.closing or "its connection broke")
         if connection.closing and connection.closing.startswith(REFUSED):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, connection.closing)
@@ -335,15 +197,24 @@ class Endpoint:
         here, there = whereabouts(), _metadata(context).get(WHEREABOUTS, "")
         if not (self._options.shared_memory and here and there == here):
             return
-        if sum(other.memory is not None for other in self.connections()) >= most_memories():
+        if (shared := sum(other.memory is not None for other in self.connections())) >= most_memories():
+            why = f"{shared} of them have some, for more this process may have too few files open (ulimit -Hn)"
+            self._share_no_more(why)
             return
         try:
             connection.offer = offer = Offer()
         except OSError as error:
-            log.warning("No memory can be shared with processes of this machine, all goes by stream: %s", error)
+            self._share_no_more(str(error))
             return
         connection.memory, header = offer.memory, offer.header()
         connection.send(lambda: Frame({"kind": OFFER, **header}))
+
+    def _share_no_more(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "No memory can be shared with a process of this machine, what it is sent takes the stream: %s", why
+            )
 
     def _answered(self, connection: Connection, offer: Offer, *, accepted: bool) -> None:
         """Use memory from now on that a process has accepted."""
@@ -356,43 +227,32 @@ class Endpoint:
         offer.memory.outgoing.open = True
         asyncio.get_running_loop().add_reader(offer.memory.incoming.bell, self._heard, connection)
 
-    def _forget_memory(self, connection: Connection) -> None:
-        if connection.offer is not None:
-            connection.offer.close()
-        if connection.memory is not None:
-            asyncio.get_running_loop().remove_reader(connection.memory.incoming.bell)
-            connection.forget_memory()
-
     async def _read(self, connection: Connection, chunks: AsyncIterator[bytes]) -> None:
-        reason = "it closed its stream"
         try:
             async for chunk in chunks:
                 self._take_waiting(connection)
+                if connection.ended:
+                    return
                 frame = connection.feed(chunk)
                 if frame is not None:
                     self._take(connection, frame)
                     self._take_waiting(connection)
-        except ProtocolError as error:
-            self._refuse(connection, error)
-            return
-        except Exception as exc:  # gRPC's iterator raises more than it documents; a task that dies would go unseen
-            reason = f"its connection broke ({exc!s:.200})" if str(exc) else "its connection broke"
-        self._ended(connection, reason)
+            self._take_waiting(connection)  # what it put there before it closed
+            self._ended(connection, "it closed its stream")
+        except Exception as error:  # gRPC's iterator raises more than it documents; a task that dies would go unseen
+            self._broke(connection, error)
 
     def _heard(self, connection: Connection) -> None:
         """Take what a process says that it has put into shared memory."""
         try:
             self._take_waiting(connection)
-        except ProtocolError as error:
-            self._refuse(connection, error)
+        except Exception as error:  # the loop would log it, and go on with a stream that is broken
+            self._broke(connection, error)
 
     def _take_waiting(self, connection: Connection) -> None:
-        """Take what lies in shared memory, if it is its turn."""
-        while (frame := connection.take()) is not None:
+        """Take the frame that lies in shared memory, if it is its turn: one, for others wait, too."""
+        if (frame := connection.take()) is not None:
             self._take(connection, frame)
-        memory = connection.decoder.memory
-        if memory is not None and memory.incoming.ended:
-            asyncio.get_running_loop().remove_reader(memory.incoming.bell)
 
     def _take(self, connection: Connection, frame: Frame) -> None:
         kind = frame.header.get("kind")
@@ -406,9 +266,12 @@ class Endpoint:
         else:
             raise ProtocolError(f"a client sends joins and replies, got a frame of kind {kind!r:.80}")
 
-    def _refuse(self, connection: Connection, error: ProtocolError) -> None:
-        self._refusals.add(connection.peer, str(error))
-        self._ended(connection, f"{REFUSED}{error}")
+    def _broke(self, connection: Connection, error: Exception) -> None:
+        if isinstance(error, ProtocolError):
+            self._refusals.add(connection.peer, str(error))
+            self._ended(connection, f"{REFUSED}{error}")
+        else:
+            self._ended(connection, f"its connection broke ({error!s:.200})" if str(error) else "its connection broke")
 
     def _join(self, connection: Connection, header: Mapping[str, Any]) -> None:
         node, token, config = header.get("node"), header.get("token"), header.get("node-config")
@@ -424,11 +287,15 @@ class Endpoint:
         connection.send(lambda: Frame({"kind": "joined", "node": node}))
 
     def _ended(self, connection: Connection, reason: str) -> None:
+        if connection.ended:
+            return
+        connection.ended = True
         connection.close(reason)
+        if connection.memory is not None:
+            asyncio.get_running_loop().remove_reader(connection.memory.incoming.bell)
+        connection.forget_memory()
         with self._lock:
-            if connection not in self._connections:
-                return
-            self._connections.remove(connection)
+            self._connections.discard(connection)
         self.events.put(Closed(connection, connection.closing or reason))
 
 

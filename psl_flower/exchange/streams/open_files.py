@@ -1,4 +1,4 @@
-"""Room for many connections: each is an open file."""
+"""Room for many connections: each is an open file, and four more where it has shared memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ log = logging.getLogger("flwr.psl_flower")
 _OTHERS = 256  # files that a process has open besides
 _MOST_FILES = 2**16  # that are asked for without need
 _FEWEST = 64  # connections that are let in, however few files there may be
+_MOST_MEMORIES = 256  # that are shared, however many files there may be
+_OF_MEMORY = 4  # two pipes and the memory, which until the process has opened it is two
 
 
 def most_connections() -> int:
@@ -24,6 +26,20 @@ def most_connections() -> int:
 
     Its limit is raised first, as far as the system lets it.
     """
+    files = _most_files()
+    return max(_FEWEST, files - _OTHERS - _OF_MEMORY * _memories(files))
+
+
+def most_memories() -> int:
+    """Return with how many processes memory may be shared beside so many connections."""
+    return _memories(_most_files())
+
+
+def _memories(files: int) -> int:
+    return min(_MOST_MEMORIES, max(0, files - _OTHERS) // 32)
+
+
+def _most_files() -> int:
     if not _HAS_LIMIT:
         return _MOST_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -34,12 +50,7 @@ def most_connections() -> int:
         with suppress(OSError, ValueError):  # some systems allow fewer than they say
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
             soft = allowed
-    return max(_FEWEST, soft - _OTHERS)
-
-
-def most_memories() -> int:
-    """Return with how many processes memory may be shared: it takes two files more than a connection does."""
-    return most_connections() // 16
+    return int(soft)
 
 
 def make_room(connections: int) -> None:
@@ -47,14 +58,16 @@ def make_room(connections: int) -> None:
     if not _HAS_LIMIT:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + _OTHERS
+    for_memories = min(_OF_MEMORY * _MOST_MEMORIES, -(-connections // 7))  # an eighth of what is not for others
+    wanted = connections + _OTHERS + for_memories
     if soft == resource.RLIM_INFINITY or wanted <= soft:
         return
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < wanted:
         log.warning(
-            "%d clients connect, but this process may have only %d files open, one a connection: raise the limit "
+            "%d clients connect, but this process may have only %d files open, one a connection and four more "
+            "where memory is shared: raise the limit "
             "(ulimit -Hn, or LimitNOFILE of the service) to %d",
             *(connections, allowed, wanted),
         )

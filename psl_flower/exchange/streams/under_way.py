@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message
 
-from psl_flower.exchange.streams.endpoint import Connection
+from psl_flower.exchange.streams.connection import Connection
 from psl_flower.failures import Failure, Kind
 from psl_flower.flower import error_kind
 from psl_flower.protocol import Reply, Request
