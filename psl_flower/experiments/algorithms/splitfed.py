@@ -18,7 +18,7 @@ from psl_flower.experiments.algorithms.fedavg import FedAvg
 from psl_flower.experiments.data import Data
 from psl_flower.experiments.schedule import Schedule
 from psl_flower.experiments.setting import Setting
-from psl_flower.split import cut_model
+from psl_flower.split import split_module
 from psl_flower.typing import FloatArray
 
 # keeps the order of clients apart from every other use of the seed, see Note [Sampler streams] in samplers/base.py
@@ -56,7 +56,7 @@ class SplitFedV2(FedAvg):
 
     def __init__(self, setting: Setting, data: Data, model: nn.Module) -> None:
         super().__init__(setting, data, model)
-        half = cut_model(model, cut_of(setting.config)).client.state_dict()
+        half = split_module(model, cut_of(setting.config))[0].state_dict()
         parts = [[p for n, p in model.named_parameters() if (n in half) == client] for client in (True, False)]
         self.optimizers = [self.make_optimizer(part) for part in parts]
         self._fresh = self.optimizers[:1]
