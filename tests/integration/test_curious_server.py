@@ -18,7 +18,7 @@ from psl_flower import InProcessGrid, ParallelSplitLearning, SplitModel, Uniform
 from psl_flower.audit.recording import Recording, RecordingGrid, witness
 from psl_flower.client import runtime
 from psl_flower.data import Batch, checksum
-from psl_flower.exchange.streams import endpoint
+from psl_flower.exchange.streams import connection
 from psl_flower.privacy import GaussianNoise
 
 K, SIZE, BATCH, SEED = 3, 24, 18, 5
@@ -67,12 +67,17 @@ def bytes_received(model_class, transport, monkeypatch, wire_dtype="float32"):
     """Train and evaluate; return all bytes that the server has received."""
     streamed = []
 
-    class Listening(endpoint.Decoder):
+    class Listening(connection.Decoder):
         def feed(self, chunk):
-            streamed.append(chunk[16:])
+            if self._open is not None:
+                streamed.append(chunk[16:])
             return super().feed(chunk)
 
-    monkeypatch.setattr(endpoint, "Decoder", Listening)
+        def _begin(self, body):  # of a frame by the stream, or of one in shared memory
+            streamed.append(bytes(body))
+            return super()._begin(body)
+
+    monkeypatch.setattr(connection, "Decoder", Listening)
     u_shaped = model_class is Thirds
     torch.manual_seed(0)
     model = model_class().double()
