@@ -75,7 +75,13 @@ def attach_stream(factory: ClientFactory, message: Message, context: Context) ->
     reply = ConfigRecord({"resident": resident, "failure": ""})
     try:
         if resident:
-            _resident(factory, ticket, context).join(ticket, context)
+            client = _resident(factory, ticket, context)
+            try:
+                client.join(ticket, context)
+            except StreamError:
+                if not client.ended:
+                    raise
+                _resident(factory, ticket, context).join(ticket, context)  # that one was about to end
         else:
             reply["ended"] = StreamClient(factory, ticket, context, resident=False).run()
     except StreamError as error:

@@ -175,6 +175,21 @@ def test_a_request_that_is_not_wanted_any_more_asks_for_no_reply():
     connection.forget_memory()
 
 
+def test_who_comes_while_the_stream_of_its_process_ends_opens_another(monkeypatch):
+    class Ending:
+        ended = True
+
+        def join(self, ticket, context):
+            raise StreamError("the server ended the stream")
+
+    resident, ending = stream._resident, [Ending()]
+    monkeypatch.setattr(stream, "_resident", lambda *args: ending.pop() if ending else resident(*args))
+    app = split_client_app(tiny_resnet, cut=CUT, data_fn=load_partition)
+    with StreamCarrier(InProcessGrid(app, num_nodes=1)) as carrier:
+        assert not carrier.exchange(Request(stage=DESCRIBE, nodes=(2,)), PATIENCE).failures
+    assert not ending
+
+
 def context(node, **config):
     return Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config={})
 
