@@ -6,6 +6,7 @@ import sys
 import sysconfig
 import traceback
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -48,6 +49,21 @@ def running(since: CodeType) -> str | None:
             return f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back
     return None
+
+
+def let_signals_end(error: BaseException) -> None:
+    """Raise a SystemExit again that the handler of a signal raised: the process is told to end, by no code of a client.
+
+    Python calls a handler with the number of the signal and the frame that it interrupts, which in the traceback is
+    the one before the handler's.
+    """
+    if not isinstance(error, SystemExit):
+        return
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for interrupted, frame in pairwise(frames):
+        given = [each for value in frame.f_locals.values() for each in (value if type(value) is tuple else (value,))]
+        if any(each is interrupted for each in given):
+            raise error
 
 
 @cache

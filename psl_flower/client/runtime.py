@@ -35,7 +35,7 @@ from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind, without_values
 from psl_flower.methods.base import SplitMethod, Stage
-from psl_flower.origin import where
+from psl_flower.origin import let_signals_end, where
 from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request, WorkOrder
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.split.compare import Dice
@@ -78,6 +78,7 @@ def answer(method: SplitMethod, state: RunState, make_client: MakeClient, reques
             clients.append(make_client(node, request.config))
             clients[-1].config = {**request.config, **request.evaluate_config}
         except RAISED as exc:  # the user's code: the server learns what happened
+            let_signals_end(exc)
             reply.failures[node] = _failure(exc, node)
     if clients:
         request = request.take([i for i, node in enumerate(request.nodes) if node not in reply.failures])
@@ -104,6 +105,7 @@ def _answer(
                 described = replace(described, key=key, private=private)
                 reply.descriptions[node] = with_noise(method, state, node, described)
             except RAISED as exc:
+                let_signals_end(exc)
                 reply.failures[node] = replace(_failure(exc, node), partition_id=client.partition_id)
         return
     try:
@@ -125,6 +127,7 @@ def _answer(
         try:
             reply.parts.append(work.do(request.take([i]), [client]))
         except RAISED as exc:
+            let_signals_end(exc)
             reply.failures[node] = _failure(exc, node, client)
     if not request.separate:
         reply.parts = _summed(reply.parts)
@@ -171,6 +174,7 @@ def _together(work: _Work, request: Request, clients: Sequence[SplitClient]) -> 
             work.state.one_at_a_time = True
             log.info("Clients of this process run one at a time: %s.", reason)
     except RAISED as exc:  # one client's fault: serving each by itself tells whose
+        let_signals_end(exc)
         log.debug("A joint pass failed: %s: %s", type(exc).__name__, exc)
     return None
 
@@ -307,6 +311,7 @@ class _Work:
             try:
                 found = SplitClient.draw_together(clients, orders, seed)
             except RAISED as exc:  # drawing for each tells whose fault it is
+                let_signals_end(exc)
                 log.debug("Drawing for all at once failed: %s: %s", type(exc).__name__, exc)
                 found = None
             if found is not None:
@@ -323,6 +328,7 @@ class _Work:
         try:
             return client.draw_batch(order)
         except RAISED as exc:
+            let_signals_end(exc)
             if self.method.sends_labels():
                 raise
             log.error("client %d: %s", order.client, exc)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
-from typing import Any, get_origin
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from torch import nn
 
@@ -109,10 +111,13 @@ def _by_name(signature: inspect.Signature | None, inputs: dict[str, Any]) -> tup
 
 
 def _is_dict(annotation: Any) -> bool:
-    """Return whether an annotation, which may be a string, is of a dict or another mapping."""
+    """Return whether an annotation, which may be a string, is of a dict or another mapping, or allows one."""
     if isinstance(annotation, str):
-        return annotation.rpartition("typing.")[2].startswith(("dict", "Dict", "Mapping"))
+        kinds = re.split(r"\|(?![^\[]*\])", annotation.removeprefix("typing.").removeprefix("Optional["))
+        return any(kind.strip().rpartition("typing.")[2].startswith(("dict", "Dict", "Mapping")) for kind in kinds)
     kind = get_origin(annotation) or annotation
+    if kind in (Union, UnionType):
+        return any(map(_is_dict, get_args(annotation)))
     return isinstance(kind, type) and issubclass(kind, Mapping)
 
 

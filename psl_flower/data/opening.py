@@ -148,16 +148,16 @@ def _is_data(what: Any) -> bool:
 
 def _open(what: Any, name: str, target: str, collate_fn: Collate | None) -> Examples:
     if isinstance(what, DataLoader):
-        dataset, own = _of_loader(what, name)
-        return Examples(_checked(dataset, name), target=target, collate_fn=own or collate_fn, name=name)
+        dataset, collate_fn = _of_loader(what, name, collate_fn)
+        return Examples(_checked(dataset, name, collate_fn), target=target, collate_fn=collate_fn, name=name)
     if _is_tensor(what):
         what = (what,)  # without labels: for an autoencoder
     if isinstance(what, tuple) and what and all(map(_is_tensor, what)):
         what = _table(what, name)
-    return Examples(_checked(what, name), target=target, collate_fn=collate_fn, name=name)
+    return Examples(_checked(what, name, collate_fn), target=target, collate_fn=collate_fn, name=name)
 
 
-def _checked(what: Any, name: str) -> Any:
+def _checked(what: Any, name: str, collate_fn: Collate | None) -> Any:
     """Refuse what has a length and items, perhaps, but is no map-style dataset."""
     remedy = ""
     if isinstance(what, IterableDataset) or (hasattr(what, "__iter__") and not hasattr(what, "__getitem__")):
@@ -176,13 +176,17 @@ def _checked(what: Any, name: str) -> Any:
         remedy = "is a return statement missing?"
     elif isinstance(what, str | bytes | Path):
         remedy = "read what is there, and return its examples"
-    elif type(what) is TensorDataset and not all(t.layout is torch.strided for t in what.tensors):
-        remedy = "its tensors must be dense: call to_dense() on them"
+    elif type(what) is TensorDataset and collate_fn is None and not all(map(_is_dense, what.tensors)):
+        remedy = "its tensors must be dense: call to_dense() on them, or on those of the rows in a collate_fn"
     elif type(what) is Subset and _is_mask(what.indices):
         remedy = "its indices are a mask, which would be taken for examples 0 and 1: pass mask.nonzero().flatten()"
     if remedy:
         raise ConfigError(f"data_fn must {_FORMS}; the {name} is of type {type(what).__name__}: {remedy}")
     return what
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided
 
 
 def _is_mask(indices: Any) -> bool:
@@ -207,9 +211,11 @@ def _table(parts: tuple[Any, ...], name: str) -> TensorDataset:
 
 
 # --- loaders ---------------------------------------------------------------------------------------------------------
-def _of_loader(loader: DataLoader[Any], name: str) -> tuple[Any, Collate | None]:
-    """Return a loader's dataset and collate_fn, None for torch's own; tell that the rest of it is not used."""
-    dataset = _checked(loader.dataset, name)
+def _of_loader(loader: DataLoader[Any], name: str, collate_fn: Collate | None) -> tuple[Any, Collate | None]:
+    """Return a loader's dataset and collate_fn, for torch's own the other one; tell that the rest of it is not used."""
+    if loader.collate_fn is not default_collate:
+        collate_fn = loader.collate_fn
+    dataset = _checked(loader.dataset, name, collate_fn)
     if loader.batch_sampler is None:
         raise ConfigError(
             f"the {name} is a DataLoader with batch_size=None, whose items may be batches: return the dataset of its "
@@ -234,7 +240,7 @@ def _of_loader(loader: DataLoader[Any], name: str) -> tuple[Any, Collate | None]
         f"The {name} is a DataLoader: its dataset and collate_fn are used, {' and '.join(ignored)} not. Which examples "
         "a step takes is decided by the strategy's sampler, and an epoch uses each once."
     )
-    return dataset, None if loader.collate_fn is default_collate else loader.collate_fn
+    return dataset, collate_fn
 
 
 def _leaves_out(sampler: Any, dataset: Any) -> bool:

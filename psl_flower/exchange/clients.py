@@ -17,7 +17,7 @@ from psl_flower.exchange.base import Carrier
 from psl_flower.failures import Failure, Kind, failure_lines
 from psl_flower.privacy import fingerprint
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
-from psl_flower.split import difference
+from psl_flower.split import difference, doubt
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
@@ -94,6 +94,7 @@ class Clients:
         self._looks = 0
         # nodes that did not describe themselves since the last refresh: how often, and the look to ask them again at
         self._turned_away: dict[int, tuple[int, int]] = {}
+        self._doubted = False  # it was said that a client's model may be another
         self._told: dict[int, str] = {}  # why nodes were refused, as far as it was said
 
     @property
@@ -252,8 +253,13 @@ class Clients:
             theirs = json.loads(described.model)
         except (ValueError, RecursionError) as exc:
             raise ProtocolError("it described its model as nothing that can be read") from exc
-        if isinstance(theirs, dict) and (different := difference(self._model, theirs, ("the server", who))):
+        if not isinstance(theirs, dict):
+            return
+        if different := difference(self._model, theirs, ("the server", who)):
             raise ProtocolError(different)
+        if not self._doubted and (unsure := doubt(self._model, theirs, ("the server", who))):
+            self._doubted = True
+            log.warning(unsure)
 
     def _without_ghosts(self, described: Mapping[int, Description]) -> dict[int, Description]:
         """Return the nodes without those that are silent and whose client is on another node by now."""

@@ -5,6 +5,7 @@ Both carriers use it: what differs between them is only how the frames travel.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -376,7 +377,7 @@ def _decode_description(header: Any) -> Description:
             for row, why in limited(field(header, "left-out", dict), MAX_ROWS).items()
         },
         method=field(header, "method", str),
-        model=field(header, "model", str, MAX_MODEL),
+        model=sys.intern(field(header, "model", str, MAX_MODEL)),  # all clients' alike, and kept
         key=_key(field(header, "key", str)),
         private=field(header, "private", str),
     )

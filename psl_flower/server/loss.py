@@ -138,7 +138,7 @@ def weighted(
         If the loss is no scalar tensor.
     """
     outputs = logits_for(loss, outputs)
-    watch = _Watch(labels)
+    watch = _Watch(outputs, labels)
     shaped = Predictions.of(outputs, labels) if classify else None
     try:
         with watch:
@@ -187,9 +187,9 @@ def _check_labels(predictions: Predictions | None, cause: Exception | None) -> N
 class _Watch(TorchFunctionMode):
     """Sees the functions of torch that a loss calls, as far as they tell what its mean is over."""
 
-    def __init__(self, labels: Any) -> None:
+    def __init__(self, outputs: Any, labels: Any) -> None:
         super().__init__()
-        self._labels = labels
+        self._labels, self._logits = labels, logits_of(outputs)
         self._weights: list[float] = []  # of cross-entropies that are means
         self._counted: list[int] = []  # targets that count in cross-entropies, means or not
         self._totals: dict[int, Tensor] = {}  # sums that are one number, by id
@@ -204,7 +204,9 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _CROSS_ENTROPIES:
             given = _arguments(_CROSS_ENTROPIES[func], args, kwargs)
-            if misfit := cross_entropy_misfit(func.__name__, given["input"], given["target"], given["weight"]):
+            input, target, weight = (given[name] for name in ("input", "target", "weight"))
+            whole = isinstance(input, Tensor) and self._logits is not None and input.numel() == self._logits.numel()
+            if misfit := cross_entropy_misfit(func.__name__, input, target, weight, whole=whole):
                 raise ConfigError(misfit)
             self._cross_entropy(**given)
         elif func in _DIFFERENCES and self.broadcast is None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from psl_flower.server.metrics import is_integer
 
 
-def cross_entropy_misfit(name: str, outputs: Any, labels: Any, weight: Tensor | None) -> str | None:
+def cross_entropy_misfit(
+    name: str, outputs: Any, labels: Any, weight: Tensor | None, *, whole: bool = True
+) -> str | None:
     """Return the rule that is broken, what was found, and the remedy; None where nothing is known to be wrong.
 
     Parameters
@@ -19,6 +21,8 @@ def cross_entropy_misfit(name: str, outputs: Any, labels: Any, weight: Tensor | 
         "cross_entropy" or "nll_loss".
     outputs, labels, weight
         What it is given.
+    whole : bool
+        Whether the outputs are all that the model gives: over a part of them, one class may be what is meant.
     """
     if outputs is None:
         return f"{name} needs outputs, but the model returns None: is a return statement missing in its forward?"
@@ -39,7 +43,7 @@ def cross_entropy_misfit(name: str, outputs: Any, labels: Any, weight: Tensor | 
         remedy = (
             f"give it a weight for each of the {classes} classes, of the outputs' dtype: weight.to({outputs.dtype})"
         )
-    elif name == "cross_entropy" and classes == 1:
+    elif name == "cross_entropy" and classes == 1 and whole:
         remedy = (
             "over one class it is 0, whatever the output is: for numbers pass loss=torch.nn.functional.mse_loss, for "
             "two classes binary_cross_entropy_with_logits, and classification=False"

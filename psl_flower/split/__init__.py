@@ -9,7 +9,7 @@ from psl_flower.split.norm import batch_statistics_layers, check_client_half, re
 from psl_flower.split.place import Cut
 from psl_flower.split.programs import export_halves
 from psl_flower.split.rowwise import find_mixing
-from psl_flower.split.signature import difference, signature
+from psl_flower.split.signature import difference, doubt, signature
 
 __all__ = [
     "CannotTellError",
@@ -21,6 +21,7 @@ __all__ = [
     "cut_candidates",
     "cut_model",
     "difference",
+    "doubt",
     "export_halves",
     "find_mixing",
     "input_names",

@@ -105,7 +105,8 @@ class Arguments:
     def annotated(self, graphs: Iterable[fx.Graph]) -> Arguments:
         """Say of inputs that the code asks for entries by name that they are dicts."""
         asked = (node for graph in graphs for node in graph.nodes if node.target is operator.getitem)
-        dicts = {str(node.args[0].target) for node in asked if isinstance(node.args[1], str)}
+        named = [node.args[0] for node in asked if isinstance(node.args[1], str)]
+        dicts = {str(node.target) for node in named if node.op == "placeholder"}
         own = [p.replace(annotation=dict) if p.name in dicts else p for p in self.signature.parameters.values()]
         return replace(self, signature=self.signature.replace(parameters=own))
 

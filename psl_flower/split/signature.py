@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from psl_flower.split.model import Halves
 _PARTS = ("client", "server", "tail")
 _RUN_BY_CLIENTS = ("client", "tail")
 _LIBRARIES = ("torch", "psl_flower")
+_LONGEST = 120  # characters of a layer with its options
 
 
 def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]:
@@ -31,9 +33,10 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
     -------
     dict
         "cut" and "tail", the names given or None, and "parts": for each part the number of its tensors (parameters and
-        buffers) and of the values in them, and a digest of their names and shapes; for those that clients run, one of
-        their layers and calls, too, which another version of torch ("by") may name otherwise, and one of the whole
-        numbers that modules keep in lists and arrays, if there are any.
+        buffers) and of the values in them, and a digest of their names and shapes. For those that clients run also
+        "layers", torch's own by name with their options, which another version of torch ("by") may write otherwise;
+        "calls", how often it calls which function, where a trace tells; and of the whole numbers that modules keep in
+        lists and arrays two digests, one of them in any order.
     """
     if isinstance(parts, Halves):
         parts = parts.parts
@@ -74,18 +77,38 @@ def difference(
         counts = [_counts(content) for content in (a, b)]
         if counts[0] != counts[1]:
             what = f"on {one} its {part} part has {counts[0]}, on {other} {counts[1]}"
-        elif _without(a, "layers", "numbers") != _without(b, "layers", "numbers"):
+        elif a.get("digest") != b.get("digest"):
             what = f"names or shapes of the tensors in its {part} part differ"
-        elif _without(a, "layers") != _without(b, "layers"):
-            what = (
-                f"lists of whole numbers that modules of its {part} part keep differ (a permutation drawn at random?)"
-            )
-            remedy = "make them buffers (register_buffer), which clients are sent"
-        elif mine.get("by") == theirs.get("by"):
-            what = f"its {part} part has the same tensors, but other layers, options of layers or calls of functions"
+        elif name := _reordered(a, b):
+            what = f"the whole numbers in {name!r:.80} of its {part} part are in another order (drawn at random?)"
+            remedy = "make them a buffer (register_buffer), which clients are sent"
+        elif mine.get("by") == theirs.get("by") and (layer := _other_layer(a, b)):
+            name, here, there = layer
+            what = f"{name!r:.80} of its {part} part is {here} on {one}, {there} on {other}"
         else:
             continue
         return f"{one} and {other} cut {_where(mine)}, but not the same model: {what}; {remedy}"
+    return None
+
+
+def doubt(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], names: tuple[str, str] = ("the server", "the client")
+) -> str | None:
+    """Say that two sides call other functions in a part, which may be the same mathematics or not; None if they do not.
+
+    Parameters are those of `difference`, which has found none.
+    """
+    ours, yours = _parts(mine), _parts(theirs)
+    for part in _RUN_BY_CLIENTS if mine.get("by") == theirs.get("by") else ():
+        a, b = (_entries(each.get(part), "calls") for each in (ours, yours))
+        if not a or not b or a == b:
+            continue
+        differ = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
+        shown = ", ".join(f"{name!r:.40}" for name in differ[:6]) + ", ..." * (len(differ) > 6)
+        return (
+            f"{names[0]} and {names[1]} do not call the same functions of torch as often in the {part} part of the "
+            f"model: {shown}. Where that is not the same mathematics, give both the same model"
+        )
     return None
 
 
@@ -94,9 +117,11 @@ def _content(name: str, part: nn.Module) -> dict[str, Any]:
     values = sum(tensor.numel() for tensor in part.state_dict().values())
     content: dict[str, Any] = {"tensors": len(shapes), "values": values, "digest": _digest(shapes)}
     if name in _RUN_BY_CLIENTS:
-        content["layers"] = _digest(_layers(part))
+        content["layers"] = _layers(part)
+        if isinstance(part, Part) and part.calls:
+            content["calls"] = _functions(part.calls)
         if numbers := _numbers(part):
-            content["numbers"] = _digest(numbers)
+            content["numbers"] = {name: [_digest(sorted(each)), _digest(each)] for name, each in numbers.items()}
     return content
 
 
@@ -108,19 +133,55 @@ def _numbers(part: nn.Module) -> dict[str, list[int]]:
             continue
         for key, value in vars(module).items():
             listed = value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "iu" else value
-            if isinstance(listed, list) and listed and all(type(each) is int for each in listed):
+            if isinstance(listed, list) and len(listed) > 1 and all(type(each) is int for each in listed):
                 found[f"{name}.{key}"] = listed
     return found
 
 
-def _layers(part: nn.Module) -> list[Any]:
-    """Return what a part does, as far as it shows: its modules, the options of torch's own, and what is called."""
-    modules = [
-        (name, type(module).__name__, module.extra_repr() if type(module).__module__.startswith("torch.") else "")
-        for name, module in part.named_modules()
-        if name
-    ]
-    return [sorted(modules), part.calls if isinstance(part, Part) else ()]
+def _layers(part: nn.Module) -> dict[str, str]:
+    """Return modules by name: torch's own with their options, "" for all others, whose names mean nothing.
+
+    Containers do nothing by themselves, and of an Identity as little is said as of a module that is not there.
+    """
+    layers = {}
+    for name, module in part.named_modules():
+        kind = type(module)
+        if not name or kind is nn.Identity or kind.__module__.startswith("torch.nn.modules.container"):
+            continue
+        own = kind.__module__.startswith("torch.") and kind is not nn.Module
+        layers[name] = f"{kind.__name__}({module.extra_repr()})"[:_LONGEST] if own else ""
+    return layers
+
+
+def _functions(calls: Sequence[str]) -> dict[str, int]:
+    kinds = (call.partition(" ") for call in calls)
+    return dict(Counter(name for kind, _, name in kinds if kind in ("call_function", "call_method")))
+
+
+def _other_layer(a: Any, b: Any) -> tuple[str, str, str] | None:
+    """Return a layer of torch's own that is another on the other side: its name, and what it is on both."""
+    ours, yours = _entries(a, "layers"), _entries(b, "layers")
+    for name in [*ours, *yours] if isinstance(b.get("layers"), Mapping) else ():
+        here, there = ours.get(name), yours.get(name)
+        if here != there and "" not in (here, there):
+            here, there = ("nothing" if each is None else f"{each!s:.{_LONGEST}}" for each in (here, there))
+            return name, here, there
+    return None
+
+
+def _reordered(a: Any, b: Any) -> str | None:
+    """Return the name of whole numbers that both sides keep, in another order."""
+    ours, yours = _entries(a, "numbers"), _entries(b, "numbers")
+    for name, here in ours.items():
+        there = yours.get(name)
+        if isinstance(there, list) and here != there and here[:1] == there[:1]:
+            return name
+    return None
+
+
+def _entries(content: Any, name: str) -> Mapping[str, Any]:
+    found = content.get(name) if isinstance(content, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _digest(value: Any) -> str:
@@ -135,10 +196,6 @@ def _where(signed: Mapping[str, Any]) -> str:
 def _parts(signed: Mapping[str, Any]) -> Mapping[str, Any]:
     parts = signed.get("parts")
     return parts if isinstance(parts, Mapping) else {}
-
-
-def _without(content: Any, *names: str) -> Any:
-    return {k: v for k, v in content.items() if k not in names} if isinstance(content, Mapping) else content
 
 
 def _counts(content: Any) -> str:

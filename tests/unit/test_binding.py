@@ -2,6 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Mapping
+from typing import Optional
 
 import pytest
 import torch
@@ -74,7 +75,14 @@ def test_a_model_that_does_not_tell():
     assert bind_inputs(None, (A, C)) == ((A, C), {})
 
 
-@pytest.mark.parametrize("kind", [dict, dict[str, torch.Tensor], Mapping[str, object], UserDict, "dict[str, Tensor]"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(dict, dict[str, torch.Tensor], Mapping[str, object], UserDict, "dict[str, Tensor]", "typing.Mapping"),
+        *(dict | torch.Tensor, torch.Tensor | dict[str, torch.Tensor], Optional[dict]),  # noqa: UP045
+        *("dict | Tensor", "Tensor | dict[str, Tensor]", "Optional[dict]", "dict[str, int | Tensor]"),
+    ],
+)
 def test_the_one_argument_that_is_annotated_as_a_dict_is_given_the_whole_row(kind):
     def forward(self, batch, gain=1.0):
         return batch
@@ -91,8 +99,10 @@ def test_the_one_argument_that_is_annotated_as_a_dict_is_given_the_whole_row(kin
     assert bound(only, {"a": A}) == ((), {"batch": {"a": A}})
 
 
-def test_an_argument_is_no_dict_for_being_annotated():
-    def forward(self, x: torch.Tensor):
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.Tensor | list[dict], "Tensor", "Tensor | list[int | dict]"])
+def test_an_argument_is_no_dict_for_being_annotated(kind):
+    def forward(self, x):
         return x
 
+    forward.__annotations__["x"] = kind
     assert bound(forward, {"img": A}) == ((A,), {})

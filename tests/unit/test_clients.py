@@ -1,6 +1,8 @@
 """Who the clients are, when the answers and the nodes come and go as they like."""
 
+import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +52,20 @@ def refreshed(nodes, *, label_counts=False, min_nodes=1, config=None):
     members = Clients(FakeCarrier(nodes), label_counts=label_counts, config=config)
     members.refresh(min_nodes, 5.0)
     return members
+
+
+def test_a_model_that_may_be_another_is_told_once(caplog):
+    def signed(function):
+        parts = {"client": {"tensors": 2, "values": 30, "digest": "d", "calls": {function: 2}}}
+        return {"cut": "2", "tail": None, "by": "2.9", "parts": parts}
+
+    nodes = {node: replace(described(node), model=json.dumps(signed("softmax"))) for node in range(3)}
+    members = Clients(FakeCarrier(nodes), label_counts=False, model=signed("scaled_dot_product_attention"))
+    with caplog.at_level(logging.WARNING, "flwr.psl_flower"):
+        members.refresh(1, 5.0)
+    assert len(members.members) == 3
+    assert caplog.text.count("the server and client 0 do not call the same functions of torch") == 1
+    assert caplog.text.count("call the same functions") == 1
 
 
 @pytest.fixture

@@ -223,3 +223,30 @@ def test_a_model_that_names_no_input(forward, words):
     with pytest.raises(CutError) as caught:
         split_module(model, "head")
     assert words in str(caught.value)
+
+
+class Entries(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"pooled": self.layer(x)}
+
+
+class SameName(nn.Module):
+    """Its module `text` gives a dict, its argument `text` is a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.head = Entries(), nn.Linear(4, 2)
+
+    def forward(self, text):
+        return self.head(self.text(text)["pooled"])
+
+
+def test_a_module_of_the_name_of_an_argument_says_nothing_of_it():
+    model = SameName()
+    halves = cut_model(model, "head")
+    assert halves.client.signature().parameters["text"].annotation is not dict
+    assert torch.equal(halves.server(*halves.client(x)), model(x))

@@ -270,3 +270,21 @@ def test_functions_of_the_context_are_taken(function):
 def test_other_functions_are_refused_by_their_names(function, message):
     with pytest.raises(ConfigError, match=message):
         check_data_fn(function)
+
+
+def test_sparse_rows_that_a_collate_fn_makes_dense():
+    def dense(rows):
+        return torch.stack([x.to_dense() for x, _ in rows]), torch.stack([y for _, y in rows])
+
+    sparse = TensorDataset(X.to_sparse(), Y)
+    for what, collate_fn in (
+        (sparse, dense),
+        (DataLoader(sparse), dense),
+        (DataLoader(sparse, collate_fn=dense), None),
+    ):
+        train, _ = open_data(what, collate_fn=collate_fn)
+        assert torch.equal(train.batch([3, 1]).inputs, X[[3, 1]])
+    with pytest.raises(
+        ConfigError, match=r"must be dense: call to_dense\(\) on them, or on those of the rows in a coll"
+    ):
+        open_data(DataLoader(sparse))

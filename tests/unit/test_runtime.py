@@ -1,6 +1,8 @@
 """A process's answers: the same for several clients at once as for each by itself, on whatever process."""
 
 import re
+import signal
+import sys
 from dataclasses import replace
 
 import cloudpickle
@@ -415,6 +417,8 @@ class Fails(SplitClient):
             return images, labels
         if self.kind == "raises":
             raise OSError("disk on fire")
+        if self.kind == "is told to end":
+            signal.raise_signal(signal.SIGTERM)
         return {"narrow": images[:, :, :5], "not finite": images * float("nan")}[self.kind], labels
 
 
@@ -431,6 +435,19 @@ def test_one_clients_failure_is_its_own(monkeypatch):
     assert_sum(sums.parts[0].outputs["head"].value, [first, third])
     monkeypatch.setattr(Fails, "kind", "narrow")  # and not lasting
     assert nodes_of(Process().forward()[1]) == [NODES]
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_signal_while_clients_draw_ends_the_process(monkeypatch, joint):
+    monkeypatch.setattr(Fails, "kind", "is told to end")
+    process = Process(Fails)
+    process.state.one_at_a_time = not joint
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    try:
+        with pytest.raises(SystemExit):
+            process.forward()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_batches_that_differ_are_not_joined(monkeypatch):

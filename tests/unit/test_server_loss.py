@@ -329,6 +329,20 @@ def test_what_cross_entropy_cannot_take(labels, outputs, options, remedy):
         weighted(nn.CrossEntropyLoss(**options), outputs, labels, len(labels))
 
 
+def test_one_class_of_a_part_of_the_outputs():
+    """Groups of classes with a loss each: that of a group of one is rightly 0."""
+
+    def loss(outputs, labels):
+        alone, others = outputs.split([1, CLASSES - 1], 1)
+        return F.cross_entropy(alone, torch.zeros_like(labels)) + F.cross_entropy(others, labels % (CLASSES - 1))
+
+    outputs, labels = rows_of(CLASSES), classes()
+    expected = F.cross_entropy(outputs[:, 1:], labels % (CLASSES - 1))
+    torch.testing.assert_close(weighted(loss, outputs, labels, sum(SIZES)).mean, expected, rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="Over one class it is 0"):
+        weighted(lambda o, y: F.cross_entropy(o["logits"].float(), y), {"logits": rows_of(1)}, classes(), sum(SIZES))
+
+
 def test_cross_entropy_of_several_outputs():
     pair = rows_of(CLASSES), rows_of(CLASSES)
     with pytest.raises(ConfigError, match=r"outputs are a tuple of 2 and labels int64 \(12,\): pick them"):
