@@ -111,7 +111,7 @@ class ClientPart:
     def copy(self) -> ClientPart:
         """Return another part of the same weights, which go their own way from here."""
         other = ClientPart(self.name, copy.deepcopy(self.module), self.device)
-        other._seen_apart = self._seen_apart
+        other._seen_apart, other._ran_once = self._seen_apart, self._ran_once
         other.parameters = {name: p for name, p in other.module.named_parameters() if name in self.parameters}
         return other
 
@@ -129,7 +129,8 @@ class ClientPart:
             self.module.train(training)
         state = self._tensors()
         before = {name: t._version for name, t in state.items()}
-        held = {} if not training or self._ran_once else {n: t.detach().clone() for n, t in state.items() if _moves(t)}
+        watched = {n: t.detach() for n, t in state.items() if training and _moves(t)}
+        held = watched if self._ran_once else {n: t.clone() for n, t in watched.items()}
         try:
             with torch.set_grad_enabled(training):
                 yield self.module
@@ -139,7 +140,8 @@ class ClientPart:
         after = self._tensors()
         # written to in place, or another tensor put in its place
         changed = {name for name, t in state.items() if after.get(name) is not t or t._version != before[name]}
-        changed |= {name for name, t in held.items() if not _same(t, state[name])}  # by .data: no version tells
+        # by .data, of which no version tells: other values in place are seen in the first pass only
+        changed |= {n for n, t in held.items() if t.data_ptr() != state[n].data_ptr() and not _same(t, state[n])}
         self._ran_once |= training and not changed
         if changed:
             self._versions = None
@@ -215,13 +217,14 @@ class ClientPart:
 
 def _moves(tensor: Tensor) -> bool:
     """Return whether a tensor is trained, or a buffer: what is frozen may be large."""
-    return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    return (tensor.requires_grad or not isinstance(tensor, nn.Parameter)) and tensor.layout is torch.strided
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors hold the same values; NaN equals NaN."""
-    return torch.equal(one, other) or (
-        one.is_floating_point() and torch.equal(one.nan_to_num(), other.detach().nan_to_num())
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and (
+        torch.equal(one, other)
+        or (one.is_floating_point() and torch.equal(one.nan_to_num(), other.detach().nan_to_num()))
     )
 
 

@@ -90,12 +90,13 @@ def _gradients(outputs: list[Tensor], weights: list[Tensor], parameters: list[nn
 
     It leaves them, and what activation checkpointing runs again would draw dropout that the first time had not.
     """
-    engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[no-untyped-call]
+    engine: Any = torch.autograd.Variable._execution_engine
     given = tuple(outputs), tuple(weights), False, False, tuple(parameters)
     try:
-        return engine.run_backward(*given, allow_unreachable=True, accumulate_grad=False)
+        found: Sequence[Tensor | None] = engine.run_backward(*given, allow_unreachable=True, accumulate_grad=False)
     except RuntimeError as error:
         raise _BackwardError from error
+    return found
 
 
 def _projected(gradient: Tensor) -> tuple[float, float]:
