@@ -35,7 +35,7 @@ def stored_names(kind: type[nn.Module], *, loosely: bool = False) -> frozenset[s
     loosely : bool
         Also what it may set or look up by a string, as ``setattr(self, "seen", h)`` does.
     """
-    return _stored(kind.forward, kind, loosely=loosely)
+    return _stored(getattr(kind, "forward", None), kind, loosely=loosely)
 
 
 def _stored(function: Any, kind: type, *, loosely: bool) -> frozenset[str]:
