@@ -28,6 +28,7 @@ from psl_flower.server import (
     weighted,
 )
 from psl_flower.split import CannotTellError, find_mixing, shortened
+from psl_flower.split.stored import held_names, is_plain
 from psl_flower.tree import Tree
 
 log = logging.getLogger("flwr.psl_flower")
@@ -57,6 +58,8 @@ class ClientPart:
         self._mode: bool | None = None
         self._ran_once = False  # in training
         self._versions: tuple[str, str] | None = None
+        self._held = held_names(module)
+        self._caches: set[str] = set()  # of these, what forward sets: left to it
         self._seen_apart: list[bool] = []  # not empty, once rows were seen to be treated one by one; of copies, too
         self.parameters: dict[str, nn.Parameter] = {}
 
@@ -71,15 +74,16 @@ class ClientPart:
         versions = (weights.version, weights.constants_version)
         if versions == self._versions:
             return
-        own = self._tensors()
-        self._check(own, {**weights.parameters, **weights.constants})
+        own = {name: t for name, t in self._tensors().items() if name in weights.constants or name not in self._held}
+        constants = {n: t for n, t in weights.constants.items() if n in own or not self._left_to_forward(n)}
+        self._check(own, {**weights.parameters, **constants})
         if wrong := [name for name, tensor in weights.parameters.items() if not tree.is_finite(tensor)]:
             raise ProtocolError(f"the server's weights are not finite: {wrong[0]!r} holds NaN or infinite values")
         old = self._versions
         self._versions = None
         given = dict(weights.parameters)
         if old is None or old[1] != weights.constants_version:
-            given |= weights.constants
+            given |= constants
         with torch.no_grad():
             for name, tensor in given.items():
                 if own[name].dtype == tensor.dtype:
@@ -92,7 +96,8 @@ class ClientPart:
         self._versions = versions
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        found = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return {name: tensor for name, tensor in found.items() if name not in self._caches}
 
     def weights(self) -> Weights:
         """Return the weights as they are now; not copied."""
@@ -111,7 +116,8 @@ class ClientPart:
     def copy(self) -> ClientPart:
         """Return another part of the same weights, which go their own way from here."""
         other = ClientPart(self.name, copy.deepcopy(self.module), self.device)
-        other._seen_apart = self._seen_apart
+        other._seen_apart, other._ran_once = self._seen_apart, self._ran_once
+        other._caches = set(self._caches)
         other.parameters = {name: p for name, p in other.module.named_parameters() if name in self.parameters}
         return other
 
@@ -129,7 +135,8 @@ class ClientPart:
             self.module.train(training)
         state = self._tensors()
         before = {name: t._version for name, t in state.items()}
-        held = {} if not training or self._ran_once else {n: t.detach().clone() for n, t in state.items() if _moves(t)}
+        watched = {n: t.detach() for n, t in state.items() if training and _moves(t)}
+        held = watched if self._ran_once else {n: t.clone() for n, t in watched.items()}
         try:
             with torch.set_grad_enabled(training):
                 yield self.module
@@ -139,7 +146,10 @@ class ClientPart:
         after = self._tensors()
         # written to in place, or another tensor put in its place
         changed = {name for name, t in state.items() if after.get(name) is not t or t._version != before[name]}
-        changed |= {name for name, t in held.items() if not _same(t, state[name])}  # by .data: no version tells
+        # by .data, of which no version tells: other values in place are seen in the first pass only
+        changed |= {n for n, t in held.items() if t.data_ptr() != state[n].data_ptr() and not _same(t, state[n])}
+        self._caches |= changed & self._held
+        changed -= self._held
         self._ran_once |= training and not changed
         if changed:
             self._versions = None
@@ -195,6 +205,10 @@ class ClientPart:
         """What messages call it."""
         return "the client half" if self.name == "head" else f"the {self.name}"
 
+    def _left_to_forward(self, name: str) -> bool:
+        """Return whether a tensor that the server may have is not a buffer here, but what a forward pass sets."""
+        return name in self._caches or is_plain(self.module, name)
+
     def _check(self, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         rule = "server and client must cut the same model in the same place"
         if different := sorted(given.keys() ^ own.keys()):
@@ -215,13 +229,14 @@ class ClientPart:
 
 def _moves(tensor: Tensor) -> bool:
     """Return whether a tensor is trained, or a buffer: what is frozen may be large."""
-    return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    return (tensor.requires_grad or not isinstance(tensor, nn.Parameter)) and tensor.layout is torch.strided
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors hold the same values; NaN equals NaN."""
-    return torch.equal(one, other) or (
-        one.is_floating_point() and torch.equal(one.nan_to_num(), other.detach().nan_to_num())
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and (
+        torch.equal(one, other)
+        or (one.is_floating_point() and torch.equal(one.nan_to_num(), other.detach().nan_to_num()))
     )
 
 

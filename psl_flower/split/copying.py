@@ -63,7 +63,8 @@ def copy_model(model: M, *, share_frozen: bool = False) -> M:
             raise
         raise ConfigError(
             f"the model cannot be copied, as {computed[0]!r} was computed of its parameters: compute it in forward, or "
-            "make it a buffer; in place of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm"
+            "make it a buffer; in place of torch.nn.utils.weight_norm use torch.nn.utils.parametrizations.weight_norm; "
+            "after torch.nn.utils.prune call prune.remove(module, name)"
         ) from exc
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from psl_flower.split.half import CutNames, Part
 from psl_flower.split.model import Halves
 
+_IN_PLACE = re.compile(r"(, )?inplace=(True|False)")
 _PARTS = ("client", "server", "tail")
 _RUN_BY_CLIENTS = ("client", "tail")
 _LIBRARIES = ("torch", "psl_flower")
@@ -142,6 +144,7 @@ def _layers(part: nn.Module) -> dict[str, str]:
     """Return modules by name: torch's own with their options, "" for all others, whose names mean nothing.
 
     Containers do nothing by themselves, and of an Identity as little is said as of a module that is not there.
+    Where a layer keeps its result is no difference, so options in place are left out.
     """
     layers = {}
     for name, module in part.named_modules():
@@ -149,7 +152,7 @@ def _layers(part: nn.Module) -> dict[str, str]:
         if not name or kind is nn.Identity or kind.__module__.startswith("torch.nn.modules.container"):
             continue
         own = kind.__module__.startswith("torch.") and kind is not nn.Module
-        layers[name] = f"{kind.__name__}({module.extra_repr()})"[:_LONGEST] if own else ""
+        layers[name] = f"{kind.__name__}({_IN_PLACE.sub('', module.extra_repr())})"[:_LONGEST] if own else ""
     return layers
 
 

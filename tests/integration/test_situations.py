@@ -22,6 +22,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from support import fast_sgd as sgd
 from support import largest_difference
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate, random_split
 
@@ -908,6 +909,9 @@ def test_a_model_that_cannot_be_copied():
         ConfigError, match=r"'0\.weight' was computed .*use torch\.nn\.utils\.parametrizations\.weight_"
     ):
         cut_model(nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 16)), nn.Linear(16, 3)), "1")
+    pruned = prune.l1_unstructured(nn.Linear(8, 16), "weight", 0.5)
+    with pytest.raises(ConfigError, match=r"'0\.weight' was computed .*call prune\.remove\(module, name\)"):
+        cut_model(nn.Sequential(pruned, nn.Linear(16, 3)), "1")
 
 
 def test_a_model_that_has_been_run_before():

@@ -379,6 +379,27 @@ def test_a_part_that_changes_its_parameters_is_refused(frozen):
         Worked(module, weights_of(module), torch.tensor([1, 2]))
 
 
+class Renormed(nn.Linear):
+    """Puts other weights in the place of its own where they have grown, past autograd; or the same ones in another."""
+
+    def __init__(self):
+        super().__init__(3, 4)
+        self.most = 1e9
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, self.most)
+        return super().forward(x)
+
+
+def test_weights_put_in_the_place_of_others_are_seen_in_each_pass():
+    module = Renormed()
+    worked = Worked(module, weights_of(module), torch.randn(5, 3))
+    for part in (worked.part.copy(), worked.part):
+        part.module.most = 1e-3
+        with pytest.raises(ConfigError, match="changes its parameter 'weight'"), part.running(training=True) as half:
+            half(torch.randn(5, 3))
+
+
 def test_a_failing_forward_pass_tells_its_own_error():
     part, weights = ClientPart("head", CountsCalls("in place"), CPU), weights_of(CountsCalls("in place"))
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):

@@ -185,3 +185,12 @@ def test_tensors_that_modules_keep_are_the_servers():
     x = torch.randn(3, 4)
     assert torch.equal(halves.client(x)[0], model[0](x))
     assert isinstance(vars(model[0])["fixed"], torch.Tensor)  # the model itself is left as it was
+
+
+def test_a_layer_may_work_in_place_on_one_side():
+    def signed(inplace):
+        return signature(
+            cut_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace), nn.Dropout(0.5, inplace), nn.Linear(4, 2)), "3")
+        )
+
+    assert difference(signed(True), signed(False)) is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from psl_flower.split import CannotTellError, cut_model, find_mixing
 from psl_flower.split.compare import same
@@ -394,3 +395,38 @@ def test_an_embedding_that_scales_gradients():
         assert find_mixing(half := nn.Embedding(9, 3, sparse=sparse), tokens, module=half) is None
     half = nn.Embedding(9, 3, scale_grad_by_freq=True)
     assert "gradient of 'weight'" in find_mixing(half, tokens, module=half)
+
+
+class Checkpointed(nn.Module):
+    """Runs its layers again in the backward pass, which draws the dropout again."""
+
+    def __init__(self, mixes=False, **options):
+        super().__init__()
+        self.inner, self.options, self.mixes = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), options, mixes
+        self.layers = Backward(self.change)
+
+    def change(self, gradient):
+        return gradient / gradient.norm() if self.mixes else gradient
+
+    def forward(self, x):
+        return self.layers(checkpoint(self.inner, x, use_reentrant=False, **self.options))
+
+
+@pytest.mark.parametrize("options", [{}, {"preserve_rng_state": False}])
+def test_checkpointed_dropout(options):
+    x = torch.randn(5, 4)
+    assert find_mixing(half := Checkpointed(**options), x, module=half) is None
+    half = Checkpointed(mixes=True, **options)
+    assert "gradient of 'inner.0.weight' in a batch is not the sum" in find_mixing(half, x, module=half)
+
+
+def test_where_the_backward_pass_cannot_tell():
+    def noise(gradient):
+        return gradient + torch.randn_like(gradient)
+
+    def fails(gradient):
+        raise RuntimeError("no second time")
+
+    for change in (noise, fails):
+        half = Backward(change)
+        assert find_mixing(half, torch.randn(5, 4), module=half) is None
