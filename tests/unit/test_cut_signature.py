@@ -84,7 +84,7 @@ OTHER = "cut at 'head', but not the same model: "
 @pytest.mark.parametrize(
     ("theirs", "words"),
     [
-        (Called(nn.Tanh(), dropout=0.5), "'dropout' of its client part is Dropout(p=0.0, inplace=False) on the server"),
+        (Called(nn.Tanh(), dropout=0.5), "'dropout' of its client part is Dropout(p=0.0) on the server"),
         (Called(nn.GELU()), "'function' of its client part is Tanh() on the server, GELU(approximate='none') on the"),
         (Called(nn.Identity()), "'function' of its client part is Tanh() on the server, nothing on the client"),
     ],
