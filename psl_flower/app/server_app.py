@@ -15,6 +15,7 @@ from psl_flower.app.task import central_test, cut_of, make_model, make_optimizer
 from psl_flower.callbacks import make_loggers
 from psl_flower.config import RunConfig
 from psl_flower.last_word import last_word
+from psl_flower.methods import make_method
 from psl_flower.privacy import RandomizedResponse, parse_defences
 from psl_flower.server import Loss
 from psl_flower.strategy import ParallelSplitLearning
@@ -60,9 +61,10 @@ def make_strategy(config: RunConfig) -> ParallelSplitLearning:
 
 
 def loss_of(config: RunConfig) -> Loss:
-    """Return the cross-entropy; where the run has labels replaced by chance, that which takes it into account."""
+    """Return the cross-entropy, or that which takes into account how clients replace the labels that they send."""
     replaced = [each.loss for each in parse_defences(config.defences) if isinstance(each, RandomizedResponse)]
-    return replaced[0] if replaced else functional.cross_entropy
+    sent = make_method(method_of(config), config.tail or None).sends_labels()
+    return replaced[0] if replaced and sent else functional.cross_entropy
 
 
 @app.main()

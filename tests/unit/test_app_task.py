@@ -130,5 +130,7 @@ def test_the_central_test_counts_right_answers():
 
 def test_the_loss_takes_into_account_that_labels_are_replaced():
     assert server_app.loss_of(RunConfig(defences="GaussianNoise(0.1)")) is torch.nn.functional.cross_entropy
+    stay = RunConfig(defences="RandomizedResponse(2.0, 10)", tail="head")
+    assert server_app.loss_of(stay) is torch.nn.functional.cross_entropy  # the clients take it
     replaced = RunConfig(defences="GaussianNoise(0.1), RandomizedResponse(2.0, 10)")
     assert server_app.make_strategy(replaced).loss.__self__ == RandomizedResponse(2.0, 10)
