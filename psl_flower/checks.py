@@ -4,7 +4,8 @@ import difflib
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,30 @@ def check_path(value: Any, name: str) -> Path | None:
     if not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{name} must be a path, got {value!r:.80}")
     return Path(value).expanduser().absolute()
+
+
+@contextmanager
+def writing_to(folder: Path, option: str) -> Iterator[None]:
+    """Raise ConfigError, with the option that names the folder, where something within cannot be written."""
+    try:
+        yield
+    except OSError as exc:
+        raise ConfigError(
+            f"{option}: {folder} cannot be written to ({exc}): give a folder that can, or leave {option} out"
+        ) from exc
+
+
+def why_not_called(function: Callable[..., Any], count: int) -> str | None:
+    """Return why a function cannot be called with so many arguments; None if it can, or does not tell."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C
+        return None
+    try:
+        signature.bind(*range(count))
+    except TypeError as exc:
+        return f"{signature}: {exc}"
+    return None
 
 
 def check_options(

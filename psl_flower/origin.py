@@ -51,6 +51,11 @@ def running(since: CodeType) -> str | None:
     return None
 
 
+# What a client's code may end with and the process that serves it goes on: code that says sys.exit() means its own.
+# Who catches it calls `let_signals_end` first: a signal's handler that says it means the process.
+RAISED = (Exception, SystemExit)
+
+
 def let_signals_end(error: BaseException) -> None:
     """Raise a SystemExit again that the handler of a signal raised: the process is told to end, by no code of a client.
 

@@ -15,12 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from flwr.serverapp import ServerApp
 
 from psl_flower import ParallelSplitLearning
 from psl_flower.exchange.streams import StreamOptions
 from psl_flower.records import StepRecord, read_metrics
 from psl_flower.strategy import meeting
 from psl_flower.strategy.summary import RunSummary
+from psl_flower.threads import set_threads
 
 
 class Central:
@@ -93,6 +95,19 @@ class Beside:
             split = {on: spent[on] - self._before[on] for on in spent}
             self.times.append((split, self.central.step(1), self.central.step(self.threads)))
         self._before = self.summary.spent()
+
+
+def app_of(settings):
+    """Return a ServerApp that measures; `settings` makes the arguments of `measure` of a configuration and K."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        begin, config = time.time(), context.run_config
+        set_threads()
+        measure(grid, config, begin, **settings(config, len(list(grid.get_node_ids()))))
+
+    return app
 
 
 def measure(grid, config, begin, *, model, central, optimizer, arrays, **settings):

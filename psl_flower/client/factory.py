@@ -26,15 +26,12 @@ from psl_flower.data import open_data
 from psl_flower.devices import pick_device
 from psl_flower.errors import ConfigError, PSLError
 from psl_flower.methods import SplitMethod, make_method
-from psl_flower.origin import let_signals_end, where
+from psl_flower.origin import RAISED, let_signals_end, where
 from psl_flower.privacy import DPSGD, LabelNoise, SecureAggregation, secure_options
 from psl_flower.privacy.defences import Defence
 from psl_flower.protocol import Config
 from psl_flower.split import check_client_half, cut_model, signature
 
-# What a client's code may end with and the process that serves it goes on: code that says sys.exit() means its own.
-# Who catches it calls `let_signals_end` first: a signal's handler that says it means the process.
-RAISED = (Exception, SystemExit)
 _NODE_CONFIG = 'start it with --node-config "partition-id=0 num-partitions=2", each node with a partition of its own'
 
 

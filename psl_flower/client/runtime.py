@@ -23,7 +23,7 @@ from psl_flower.client.batch_tags import batch_tags, check_tags
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
 from psl_flower.client.defending import Defending, check_drawing, packing_of
-from psl_flower.client.factory import RAISED, NotBuiltError
+from psl_flower.client.factory import NotBuiltError
 from psl_flower.client.label_noise import with_noise
 from psl_flower.client.masking import Masking, agree, describe_key
 from psl_flower.client.part import ClientPart
@@ -35,7 +35,7 @@ from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.failures import Failure, Kind, without_values
 from psl_flower.methods.base import SplitMethod, Stage
-from psl_flower.origin import let_signals_end, where
+from psl_flower.origin import RAISED, let_signals_end, where
 from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request, WorkOrder
 from psl_flower.protocol import Kind as LeafKind
 from psl_flower.split.compare import Dice

@@ -12,14 +12,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from psl_flower.errors import ConfigError
+from psl_flower.checks import writing_to
 from psl_flower.experiments.results import RUNS_FOLDER, read_result, summarise, write_results
 from psl_flower.experiments.sweep import Experiment, distinct
 from psl_flower.strategy.folder import FolderLock
@@ -50,12 +50,9 @@ def default_workers(threads: int, device: str) -> int:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a sweep's folder, made if it is not there; raise ConfigError if that fails or another process holds it."""
-    with ExitStack() as held:
-        try:
-            (folder / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
-            held.enter_context(FolderLock(folder, "--out"))
-        except OSError as exc:
-            raise ConfigError(f"results cannot be written to {folder} ({exc}): choose another --out") from exc
+    with writing_to(folder, "--out"):
+        (folder / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
+    with FolderLock(folder, "--out"):
         yield
 
 

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from psl_flower.checks import check_int
 from psl_flower.errors import ConfigError
 from psl_flower.flower import ERROR_CLIENT_APP, Run, become_server, make_run
-from psl_flower.origin import let_signals_end
+from psl_flower.origin import RAISED, let_signals_end
 
 _SERVER_NODE = 1
 
@@ -102,7 +102,7 @@ class InProcessGrid(Grid):
     def _answer(self, message: Message, context: Context) -> Message:
         try:
             reply: Any = self._app(message, context)  # or what a mod returns
-        except (Exception, SystemExit) as exc:
+        except RAISED as exc:
             let_signals_end(exc)
             # as in Flower's simulation: the server learns what happened, and goes on
             return _error(message, f"{type(exc).__name__}: {exc}")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from psl_flower import tree
+from psl_flower.checks import why_not_called
 from psl_flower.errors import ConfigError, LabelError
 from psl_flower.server.metrics import Predictions, is_integer, label_rule, logits_of, wrong_rows
 from psl_flower.server.misfit import cross_entropy_misfit
@@ -83,14 +84,8 @@ def check_loss(loss: Any) -> None:
         raise ConfigError(f"loss must be callable, got {loss!r:.80}: pass {example}")
     if isinstance(loss, type):
         raise ConfigError(f"loss must be {example}, got the class {loss.__name__}: call it, loss={loss.__name__}()")
-    try:
-        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    except (TypeError, ValueError):  # written in C
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as exc:
-        raise ConfigError(f"loss must be {example}, but takes {signature}: {exc}") from exc
+    if why := why_not_called(loss.forward if isinstance(loss, nn.Module) else loss, 2):
+        raise ConfigError(f"loss must be {example}, but takes {why}")
 
 
 def weighted(

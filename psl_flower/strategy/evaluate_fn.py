@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 
+from psl_flower.checks import why_not_called
 from psl_flower.errors import ConfigError, StopTraining
 from psl_flower.strategy.summary import RunSummary
 
@@ -33,14 +33,8 @@ def check_evaluate_fn(evaluate_fn: Any) -> None:
         return
     if not callable(evaluate_fn):
         raise ConfigError(f"{rule}, got {evaluate_fn!r:.80}")
-    try:
-        signature = inspect.signature(evaluate_fn)
-    except (TypeError, ValueError):  # some callables written in C do not tell
-        return
-    try:
-        signature.bind(0, None)
-    except TypeError as error:
-        raise ConfigError(f"{rule}, got one of {signature}: {error}") from None
+    if why := why_not_called(evaluate_fn, 2):
+        raise ConfigError(f"{rule}, got one of {why}")
 
 
 def evaluate_on_server(
@@ -82,13 +76,14 @@ def as_metrics(metrics: Mapping[str, Any]) -> MetricRecord:
         If one is no number.
     """
     numbers = {name: _numbers(value) for name, value in metrics.items()}
-    try:
-        return MetricRecord(numbers)
-    except (TypeError, ValueError):
-        wrong = next((item for item in numbers.items() if not _fits(*item)), numbers)
-        raise ConfigError(
-            f"evaluate_fn must return numbers or lists of numbers by name, got {wrong!r:.80}: leave out what is none"
-        ) from None
+    for item in numbers.items():
+        try:
+            MetricRecord(dict([item]))
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"evaluate_fn must return numbers or lists of numbers by name, got {item!r:.80}: leave out what is none"
+            ) from None
+    return MetricRecord(numbers)
 
 
 def _numbers(value: Any) -> Any:
@@ -97,14 +92,6 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_numbers(v) for v in value]
     return int(value) if isinstance(value, bool) else value
-
-
-def _fits(name: Any, value: Any) -> bool:
-    try:
-        MetricRecord({name: value})
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def shown(metrics: MetricRecord) -> str:

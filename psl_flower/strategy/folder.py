@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from psl_flower.checkpoint import new_folder
+from psl_flower.checks import writing_to
 from psl_flower.errors import ConfigError
 
 try:
@@ -58,15 +59,10 @@ class FolderLock:
         if not _HAS_FLOCK:
             log.info("This system has no flock: nothing keeps another run from writing to %s.", self._path.parent)
             return self
-        try:
+        with writing_to(self._path.parent, self._option):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             while self._descriptor is None:
                 self._descriptor = _locked(self._path, self._option)
-        except OSError as error:
-            raise ConfigError(
-                f"{self._option}: {self._path.parent} cannot be written to ({error}): give a folder that can, or leave "
-                f"{self._option} out"
-            ) from error
         if left := os.read(self._descriptor, 1000):
             log.warning("A run that wrote to %s did not end in order: %s", self._path.parent, _owner(left))
         since = datetime.now().astimezone().isoformat(timespec="seconds")

@@ -17,6 +17,7 @@ from psl_flower.callbacks.base import Callback, CallbackGroup
 from psl_flower.callbacks.csv_logger import ROUNDS_FILE, STEPS_FILE, CsvLogger
 from psl_flower.callbacks.jsonl import JsonlLogger
 from psl_flower.checkpoint import write_state
+from psl_flower.checks import writing_to
 from psl_flower.errors import ConfigError
 from psl_flower.files import written
 from psl_flower.records import RoundRecord, StepRecord, read_metrics
@@ -80,7 +81,7 @@ class RunRecorder:
 
     def _open(self, folder: Path, position: int | None) -> tuple[JsonlLogger, list[StepRecord | RoundRecord]]:
         """Begin all files; return what writes the metrics, and the records before `position`."""
-        try:
+        with writing_to(folder, "output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
             path = folder / METRICS_FILE
@@ -89,10 +90,6 @@ class RunRecorder:
             metrics.on_run_start(self.config)
             self._files[f"{STEPS_FILE} or {ROUNDS_FILE}"] = table = CsvLogger(folder)
             table.on_run_start(self.config)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir: {folder} cannot be written to ({error}): give a folder that can, or leave output_dir out"
-            ) from error
         return metrics, earlier
 
     @contextmanager

@@ -24,7 +24,7 @@ def run(app, monkeypatch, tmp_path, **config):
     config |= {"out": str(tmp_path / "found.json"), "transport": "streams", "shared-memory": True, "profile": ""}
     threads = torch.get_num_threads()
     try:
-        server.main(InProcessGrid(client.app, 2, config), Context(1, 1, {}, RecordDict(), config))
+        server.app(InProcessGrid(client.app, 2, config), Context(1, 1, {}, RecordDict(), config))
     finally:
         torch.set_num_threads(threads)
     found = json.loads((tmp_path / "found.json").read_text())

@@ -132,6 +132,7 @@ class Endpoint:
         self._options, self._tokens = options, tokens
         self._refusals = Refusals("a stream from {}")
         self._warned = False  # that memory is not shared
+        self._sharing: set[Connection] = set()  # those with memory; of the loop's thread alone
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         identity = make_identity()
@@ -197,7 +198,7 @@ class Endpoint:
         here, there = whereabouts(), _metadata(context).get(WHEREABOUTS, "")
         if not (self._options.shared_memory and here and there == here):
             return
-        if (shared := sum(other.memory is not None for other in self.connections())) >= most_memories():
+        if (shared := len(self._sharing)) >= most_memories():
             why = f"{shared} of them have some, for more this process may have too few files open (ulimit -Hn)"
             self._share_no_more(why)
             return
@@ -207,6 +208,7 @@ class Endpoint:
             self._share_no_more(str(error))
             return
         connection.memory, header = offer.memory, offer.header()
+        self._sharing.add(connection)
         connection.send(lambda: Frame({"kind": OFFER, **header}))
 
     def _share_no_more(self, why: str) -> None:
@@ -216,12 +218,16 @@ class Endpoint:
                 "No memory can be shared with a process of this machine, what it is sent takes the stream: %s", why
             )
 
+    def _forget_memory(self, connection: Connection) -> None:
+        self._sharing.discard(connection)
+        connection.forget_memory()
+
     def _answered(self, connection: Connection, offer: Offer, *, accepted: bool) -> None:
         """Use memory from now on that a process has accepted."""
         offer.close()
         connection.offer = None
         if not accepted:
-            connection.forget_memory()
+            self._forget_memory(connection)
             return
         connection.decoder.memory = offer.memory
         offer.memory.outgoing.open = True
@@ -293,7 +299,7 @@ class Endpoint:
         connection.close(reason)
         if connection.memory is not None:
             asyncio.get_running_loop().remove_reader(connection.memory.incoming.bell)
-        connection.forget_memory()
+        self._forget_memory(connection)
         with self._lock:
             self._connections.discard(connection)
         self.events.put(Closed(connection, connection.closing or reason))

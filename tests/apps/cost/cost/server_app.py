@@ -1,31 +1,23 @@
 """Takes a centralised step after every split one, so that both see the same machine, and says what each cost."""
 
-import time
-
-from beside import measure
+from beside import app_of
 from flwr.app import ArrayRecord
-from flwr.serverapp import ServerApp
 
 from cost.task import BATCH, CUT, model_fn, num_examples, optimizer
 from psl_flower import UniformGlobalSampler
-from psl_flower.threads import set_threads
-
-app = ServerApp()
 
 
-@app.main()
-def main(grid, context):
-    begin, config = time.time(), context.run_config
-    set_threads()
-    model, examples = model_fn(), num_examples(config["steps"], len(list(grid.get_node_ids())))
-    measure(
-        grid,
-        config,
-        begin,
-        model=model,
-        cut=CUT,
-        sampler=UniformGlobalSampler(BATCH),
-        optimizer=optimizer,
-        arrays=ArrayRecord(model.state_dict()),
-        central=("cost.task", examples),
-    )
+def settings(config, num_clients):
+    """Return what is trained, and beside what; see `beside.measure`."""
+    model = model_fn()
+    return {
+        "model": model,
+        "cut": CUT,
+        "sampler": UniformGlobalSampler(BATCH),
+        "optimizer": optimizer,
+        "arrays": ArrayRecord(model.state_dict()),
+        "central": ("cost.task", num_examples(config["steps"], num_clients)),
+    }
+
+
+app = app_of(settings)
