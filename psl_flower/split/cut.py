@@ -15,8 +15,9 @@ from psl_flower.split.copying import copy_model
 from psl_flower.split.exported import export
 from psl_flower.split.half import CutNames, TracedHalf
 from psl_flower.split.lengths import mark_lengths
-from psl_flower.split.partition import divide, without_raw_inputs
-from psl_flower.split.place import NEEDS_EXAMPLE, example_of, share_of
+from psl_flower.split.partition import divide
+from psl_flower.split.place import example_of, needs_example, share_of
+from psl_flower.split.rearrange import prepared
 from psl_flower.split.trace import Trace, trace
 
 log = logging.getLogger("flwr.psl_flower")
@@ -70,7 +71,7 @@ def split_module(model: nn.Module, cut: str, tail: str | None = None) -> tuple[n
     ------
     CutError
         If there is no such submodule or the model never calls it; if nothing would be left on one side; if a module,
-        parameter or buffer would be needed on both sides; if raw inputs or numbers that depend on them would have to
+        parameter or buffer would be needed on both sides; if raw inputs or numbers computed of values would have to
         cross; or if neither torch.fx nor torch.export can record it.
     """
     return cut_apart(model, cut, tail)
@@ -87,7 +88,7 @@ def cut_apart(
     names = [_first_name(root, name) for name in cuts]
     where = f"cut {cut!r}" + ("" if tail is None else f", tail {tail!r}")
     try:
-        recorded = without_raw_inputs(root, _record(root, names, cut), names)
+        recorded = prepared(root, _record(root, names, cut), names)
         graphs = divide(root, recorded, names)
     except CutError as error:
         raise CutError(f"{where}: {error}{_suggestions(model, cut)}") from error.__cause__
@@ -110,7 +111,7 @@ def _record(root: nn.Module, names: Sequence[str], cut: str) -> Trace:
     except CutError as exc:
         error = exc
     if example is None:
-        raise CutError(f"{error} Or let torch.export record it: it {NEEDS_EXAMPLE}.") from error.__cause__
+        raise CutError(f"{error} Or let torch.export record it: it {needs_example(root)}.") from error.__cause__
     try:
         recorded = export(root, example, share)
     except CutError as other:
@@ -167,7 +168,7 @@ def _candidates(root: nn.Module, parent: str, depth: int | None, whole: Trace | 
         return  # nor can anything deeper be cut, for that needs the same code traced
     for child in children:
         try:
-            divide(root, without_raw_inputs(root, recorded, [child]), [child])
+            divide(root, prepared(root, recorded, [child]), [child])
         except CutError:
             pass
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -23,6 +23,8 @@ from psl_flower.split.trace import PLACE, Trace
 NAMES = {2: ("client half", "server half"), 3: ("head", "body", "tail")}
 _SIDES = ("client", "server")
 _BY_HAND = "SplitModel(client=..., server=...)"
+
+SIZES = "psl_flower.sizes"  # in the meta of a tensor without values, which crosses a cut to tell the sizes of another
 
 # What to ask a tensor for that is no tensor: known without its values, but `item` and `tolist`.
 _FACTS = frozenset({"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_sparse"})
@@ -70,37 +72,6 @@ def divide(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> list[dict[b
     return [{mode: divided[graph][i] for mode, graph in recorded.graphs.items()} for i in range(len(cuts) + 1)]
 
 
-def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
-    """Let the inputs that may be None be None for good where they would have to cross a cut as they are."""
-    arguments = recorded.arguments
-    raw: set[str] = set()
-    for graph in recorded.graphs.values():
-        pieces = pieces_of(root, graph, cuts, recorded.shared)
-        raw |= {str(node.target) for sent in pieces.sent for node in sent if _is_input(node)}
-    private = raw - recorded.shared
-    optional = [name for name in arguments.inputs if name in private and name not in arguments.needed]
-    if not optional:
-        return recorded
-    reason = (
-        f"its value is used after the cut, so raw examples would be sent to the server: leave it out, cut later, or "
-        f"cut by hand if that is intended: {_BY_HAND}"
-    )
-    graphs = {graph: _without(graph, optional) for graph in recorded.graphs.values()}
-    return replace(
-        recorded,
-        graphs={mode: graphs[graph] for mode, graph in recorded.graphs.items()},
-        arguments=arguments.without(optional, reason),
-    )
-
-
-def _without(graph: fx.Graph, names: Iterable[str]) -> fx.Graph:
-    """Return a copy of a graph that has None in place of some inputs."""
-    copy = fx.Graph()
-    values: dict[fx.Node, Any] = {node: None for node in graph.nodes if _is_input(node) and node.target in names}
-    copy.output(copy.graph_copy(graph, values))
-    return copy
-
-
 def pieces_of(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> Pieces:
     """Return the nodes of a graph by piece.
 
@@ -110,7 +81,7 @@ def pieces_of(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Col
         If the model never enters a cut, or in another order.
     """
     nodes = list(graph.nodes)
-    return _assign(root, nodes, _starts(nodes, cuts), shared)
+    return _assign(root, nodes, starts_of(nodes, cuts), shared)
 
 
 def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> list[fx.Graph]:
@@ -118,7 +89,7 @@ def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Colle
     _check_parameters(root, pieces)
     for piece, sent in enumerate(pieces.sent):
         for node in sent:
-            if _is_raw(node) and _input_name(node) not in shared:
+            if is_raw(node) and _input_name(node) not in shared:
                 name = _input_name(node)
                 later = (_at(user) for user in node.users if user in {*chain(*pieces.runs[piece + 1 :])})
                 raise CutError(
@@ -126,17 +97,17 @@ def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Colle
                     f"server: cut later, or if that is intended, say so, Cut(name, share=({name!r},)), or cut by hand: "
                     f"{_BY_HAND}."
                 )
-        if not any(not _is_raw(node) for node in sent):
+        if all(is_raw(node) or SIZES in node.meta for node in sent):
             what = "it" if piece == 0 else f"the tail {cuts[1]!r}"
             raise CutError(f"nothing computed before {what} is used after it, so no tensor would cross the cut.")
     return [_piece_graph(pieces, piece) for piece in range(len(cuts) + 1)]
 
 
-def _starts(nodes: Sequence[fx.Node], cuts: Sequence[str]) -> list[int]:
+def starts_of(nodes: Sequence[fx.Node], cuts: Sequence[str]) -> list[int]:
     """Return where each cut, or a module inside it, is first called."""
     starts: list[int] = []
     for cut in cuts:
-        calls = [any(f"{name}.".startswith(f"{cut}.") for name in _modules_of(node)) for node in nodes]
+        calls = [any(f"{name}.".startswith(f"{cut}.") for name in modules_of(node)) for node in nodes]
         if True not in calls:
             raise CutError(f"the model never calls {'it' if cut == cuts[0] else repr(cut)}.")
         starts.append(calls.index(True))
@@ -145,7 +116,7 @@ def _starts(nodes: Sequence[fx.Node], cuts: Sequence[str]) -> list[int]:
     return starts
 
 
-def _modules_of(node: fx.Node) -> list[str]:
+def modules_of(node: fx.Node) -> list[str]:
     """Return the modules that a step is, or is within, as far as the recording went through them."""
     if node.op == "call_module":
         return [str(node.target)]
@@ -177,7 +148,7 @@ def _classify(root: nn.Module, nodes: Iterable[fx.Node], shared: Collection[str]
         elif not from_data.isdisjoint(sources):
             from_data.add(node)
         elif not of_shared.isdisjoint(sources):
-            (from_data if any(_state(root, used) for used in (node, *sources)) else of_shared).add(node)
+            (from_data if any(state_of(root, used) for used in (node, *sources)) else of_shared).add(node)
     return facts, from_data
 
 
@@ -209,9 +180,9 @@ def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], sh
     """Say which piece runs a node, and what the pieces hand to one another."""
     last = len(starts)
     facts, from_data = _classify(root, nodes, shared)
-    given = {node for node in nodes if _is_input(node)}
+    given = {node for node in nodes if is_input(node)}
     own = {
-        node: 0 if _is_raw(node) else sum(start <= position for start in starts) for position, node in enumerate(nodes)
+        node: 0 if is_raw(node) else sum(start <= position for start in starts) for position, node in enumerate(nodes)
     }
     for piece in range(2, last + 1):
         own.update(dict.fromkeys(_joins(root, nodes, own, piece, facts, from_data), piece))
@@ -227,8 +198,8 @@ def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], sh
         wanted = {
             source
             for node in running[piece]
-            if node not in facts
             for source in node.all_input_nodes
+            if node not in facts or SIZES in source.meta
             if (source in from_data or source in given) and own[source] < piece
         }
         for node in running[piece]:
@@ -272,8 +243,8 @@ def _joins(
                 for source in node.all_input_nodes
                 for user in source.users
             )
-            and not _state(root, node)
-            and not any(_state(root, source) for source in node.all_input_nodes if source.op == "get_attr")
+            and not state_of(root, node)
+            and not any(state_of(root, source) for source in node.all_input_nodes if source.op == "get_attr")
         ):
             late.add(node)
     joined: dict[fx.Node, None] = {}
@@ -292,7 +263,7 @@ def _tensors_of(node: fx.Node, facts: set[fx.Node]) -> Iterator[fx.Node]:
     for source in node.all_input_nodes:
         if source not in facts:
             yield source
-        elif not _is_known_of_any_batch(source):
+        elif not is_known_of_any_batch(source):
             yield from _tensors_of(source, facts)
 
 
@@ -320,7 +291,7 @@ def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
                 f"cut: compute it from a tensor that crosses, cut elsewhere, or cut by hand: {_BY_HAND}."
             )
     if piece < last:
-        inputs = tuple(given or (copies[node] for node in pieces.runs[piece] if _is_input(node)))
+        inputs = tuple(given or (copies[node] for node in pieces.runs[piece] if is_input(node)))
 
         def handed(nodes: list[fx.Node]) -> fx.Node:
             names = tuple(f"{node.name!r}{_at(node)}" for node in nodes)
@@ -346,26 +317,27 @@ def _asks_for_fact(node: fx.Node) -> bool:
     return name.partition(".")[0] in _FACT_METHODS  # torch.export has sym_size.int
 
 
-def _is_input(node: Any) -> bool:
+def is_input(node: Any) -> bool:
+    """Whether a node is an input of the model."""
     return isinstance(node, fx.Node) and node.op == "placeholder"
 
 
-def _is_raw(node: Any) -> bool:
+def is_raw(node: Any) -> bool:
     """Whether a node is an input, or an entry of an input that is a dictionary."""
     if not isinstance(node, fx.Node):
         return False
-    return _is_input(node) or (
-        node.target is operator.getitem and isinstance(node.args[1], str) and _is_raw(node.args[0])
+    return is_input(node) or (
+        node.target is operator.getitem and isinstance(node.args[1], str) and is_raw(node.args[0])
     )
 
 
 def _input_name(node: fx.Node) -> str:
-    return str(node.target if _is_input(node) else node.args[1])
+    return str(node.target if is_input(node) else node.args[1])
 
 
 def _is_shape_of_input(node: Any) -> bool:
     """Whether a node is ``x.shape`` or ``x.size()``, of an input x."""
-    if not isinstance(node, fx.Node) or not node.args or not _is_raw(node.args[0]):
+    if not isinstance(node, fx.Node) or not node.args or not is_raw(node.args[0]):
         return False
     if node.target is getattr:
         return node.args[1] == "shape"
@@ -373,11 +345,13 @@ def _is_shape_of_input(node: Any) -> bool:
 
 
 def _is_batch_size(node: fx.Node) -> bool:
-    """Whether a node is ``x.shape[0]``, ``x.size()[0]`` or ``x.size(0)``, of an input x."""
+    """Whether a node is ``x.shape[0]``, ``x.size()[0]``, ``x.size(0)`` or ``len(x)``, of an input x."""
     if node.target is operator.getitem:
         return _is_shape_of_input(node.args[0]) and node.args[1:] == (0,)
+    if node.target is len:
+        return is_raw(node.args[0])
     asked = [*node.args[1:], *node.kwargs.values()]
-    return node.target == "size" and _is_raw(node.args[0]) and asked == [0]
+    return node.target == "size" and is_raw(node.args[0]) and asked == [0]
 
 
 def _size_in(node: fx.Node, tensors: Sequence[fx.Node]) -> tuple[int, int] | None:
@@ -391,17 +365,17 @@ def _size_in(node: fx.Node, tensors: Sequence[fx.Node]) -> tuple[int, int] | Non
 
 
 def _is_device_of_input(node: fx.Node) -> bool:
-    return node.target is getattr and _is_raw(node.args[0]) and node.args[1] == "device"
+    return node.target is getattr and is_raw(node.args[0]) and node.args[1] == "device"
 
 
-def _is_known_of_any_batch(node: fx.Node) -> bool:
-    """Whether any tensor of the batch tells what this node asks an input for."""
+def is_known_of_any_batch(node: fx.Node, asking: Collection[fx.Node] | None = None) -> bool:
+    """Whether any tensor of the batch tells what this node asks an input for, and some or all others ask it."""
     if _is_shape_of_input(node):
-        return all(_is_batch_size(user) for user in node.users)
+        return all(_is_batch_size(user) for user in node.users if asking is None or user in asking)
     return _is_batch_size(node) or _is_device_of_input(node)
 
 
-def _state(root: nn.Module, node: fx.Node) -> dict[str, torch.Tensor]:
+def state_of(root: nn.Module, node: fx.Node) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers that a node uses, by their names in the whole model."""
     target = str(node.target)
     if node.op == "call_module":
@@ -418,7 +392,7 @@ def _check_parameters(root: nn.Module, pieces: Pieces) -> None:
     names = NAMES[len(pieces.runs)]
     remedies = ("cut later", "cut earlier" if len(names) == 2 else "cut earlier, or let the tail begin later")
     for name, nodes, remedy in zip(names, pieces.runs, remedies, strict=False):
-        if not any(isinstance(value, nn.Parameter) for node in nodes for value in _state(root, node).values()):
+        if not any(isinstance(value, nn.Parameter) for node in nodes for value in state_of(root, node).values()):
             raise CutError(f"the {name} would have no parameters, {remedy}.")
 
 
@@ -428,7 +402,7 @@ def _check_disjoint(root: nn.Module, divided: Iterable[Sequence[fx.Graph]], piec
     for graphs in divided:
         for piece, graph in enumerate(graphs):
             side = names[piece % 2]
-            side.update((id(value), name) for node in graph.nodes for name, value in _state(root, node).items())
+            side.update((id(value), name) for node in graph.nodes for name, value in state_of(root, node).items())
     for key in names[0].keys() & names[1].keys():
         ours, theirs = names[0][key], names[1][key]
         other = f" (there as {theirs!r})" if ours != theirs else ""

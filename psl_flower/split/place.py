@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from psl_flower.errors import CutError
 
-NEEDS_EXAMPLE = (
-    "needs an example batch: name it with the cut, Cut(name, example={'input_ids': torch.zeros(2, 8).long()})"
-)
-
 # What says how long texts are, and nothing of what is in them: whatever masks attention tells the server as much.
 SHARED = ("attention_mask",)
+
+# What to write for an input in an example, where its name tells.
+_EXAMPLES = dict.fromkeys(("input_ids", "attention_mask"), "torch.zeros(2, 8).long()")
 
 _ROWS = 2  # of an example that is made up: not 1, which torch.export takes for a constant
 
@@ -60,6 +59,15 @@ class Cut(str):
 def share_of(cut: str) -> tuple[str, ...]:
     """Return the inputs that may cross a cut as they are."""
     return cut.share if isinstance(cut, Cut) else SHARED
+
+
+def needs_example(model: nn.Module) -> str:
+    """Return what to do where there is no example batch of a model."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = needed or [p.name for p in parameters][:1]
+    shown = ", ".join(f"{name!r}: {_EXAMPLES.get(name, 'torch.zeros(2, ...)')}" for name in names)
+    return f"needs an example batch, two rows of each input: name it with the cut, Cut(name, example={{{shown}}})"
 
 
 def example_of(model: nn.Module, cut: str) -> dict[str, Tensor] | None:

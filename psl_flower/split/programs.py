@@ -21,7 +21,7 @@ from psl_flower.errors import ConfigError, CutError
 from psl_flower.extras import check_extra
 from psl_flower.split.half import input_names
 from psl_flower.split.model import cut_model
-from psl_flower.split.place import NEEDS_EXAMPLE, example_of, is_text
+from psl_flower.split.place import example_of, is_text, needs_example
 
 INDEX = "parts.json"
 NAMES = ("client", "server", "tail")
@@ -75,7 +75,7 @@ def export_halves(
         check_extra("onnxscript", "onnx", "the format onnx")
     halves, batch = cut_model(model, cut or None, tail), example_of(model, "" if cut is None else cut)
     if batch is None:
-        raise CutError(f"export_halves {NEEDS_EXAMPLE}")
+        raise CutError(f"export_halves {needs_example(model)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in input_names(halves.client) if name in batch]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from psl_flower.errors import CutError
 from psl_flower.origin import place, running
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
+from psl_flower.split.recordable import is_asserted, recordable
 from psl_flower.split.stored import refusing_reads
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
@@ -122,8 +124,8 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
     except Exception as error:  # symbolic execution runs the user's code: anything may come
         raise CutError(
             f"torch.fx cannot trace {_class_names(root, opened)}, which a cut there needs "
-            f"({told(error)}). Cut at a module outside the code that cannot be traced, "
-            f"or cut by hand: SplitModel(client=..., server=...)."
+            f"({told(error)}). Move this code into a submodule of its own, which is called whole, as long as no cut is "
+            f"inside it, or cut by hand: SplitModel(client=..., server=...)."
         ) from error
     finally:
         for module, flag in flags.items():
@@ -173,7 +175,7 @@ def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tup
 def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
     for _ in range(3):  # more than once, for these generators are global: it may have been another thread that drew
         states = _random_states()
-        with TRACING, _RefuseRandomTensors(), refusing_reads(root, opened):  # type: ignore[no-untyped-call]
+        with TRACING, _RefuseRandomTensors(), refusing_reads(root, opened), recordable(root, opened):  # type: ignore[no-untyped-call]
             graph = _PathTracer(opened, call, inputs).trace(root)
         if _random_states() == states:
             return graph
@@ -228,6 +230,14 @@ class _PathTracer(fx.Tracer):
         if name not in parameter_proxy_cache:
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Record what an ``assert`` wants to be true; other decisions on values cannot be recorded."""
+        if not is_asserted(sys._getframe(2)):  # the frame that asks, past Proxy.__bool__
+            return super().to_bool(obj)
+        at = running(self._since) if self._since is not None else None
+        self.create_proxy("call_function", torch._assert, (obj, f"the assert at {at} failed"), {})
+        return True
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)

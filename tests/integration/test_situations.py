@@ -986,6 +986,33 @@ class Masked(Net):
         return self.head(h if mask is None else h * mask)
 
 
+class Resized(nn.Module):
+    """Brings its outputs to the size of the pictures, as nets for segmentation do."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.middle, self.up = nn.Conv2d(1, 4, 3, 2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)
+        self.double()
+
+    def forward(self, x):
+        return F.interpolate(self.up(self.middle(self.down(x)).relu()), size=x.shape[-2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("options", [{"transport": "messages"}, {"transport": "streams", "tail": "up"}])
+def test_sizes_that_cross(options):
+    pictures = X.reshape(TOTAL, 1, 4, 2).repeat(1, 1, 1, 3)
+    check_exact(parts(pictures, TOKENS.reshape(TOTAL, 1, 6).repeat(1, 4, 1) % 3), Resized, cut="middle", **options)
+
+
+class Twins(Net):
+    def forward(self, one, other):
+        return self.head(self.body(one)) - self.head(self.body(other))
+
+
+def test_siamese_nets():
+    check_exact(parts(X, X.flip(1), Y), Twins)
+
+
 def test_arguments_with_defaults():
     check_exact(parts(X, Y), Masked)
 

@@ -210,7 +210,8 @@ def raw(net, x):
 
 def number(net, x):
     y = net.two(net.one(x))
-    return net.three(y * 2) / y.shape[1]
+    total = y.sum().item()
+    return net.three(y * 2) / total
 
 
 def not_back(net, x):

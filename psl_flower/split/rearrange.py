@@ -1,0 +1,207 @@
+"""What is changed of a recording before it is divided, so that what belongs on a client is computed there."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from psl_flower.split.partition import (
+    SIZES,
+    Pieces,
+    is_input,
+    is_known_of_any_batch,
+    modules_of,
+    pieces_of,
+    starts_of,
+    state_of,
+)
+from psl_flower.split.trace import Trace
+
+_BY_HAND = "SplitModel(client=..., server=...)"
+
+# How code asks for the sizes of a tensor, by node target; `getattr` with one of the first.
+_SIZE_ATTRIBUTES = ("shape", "ndim")
+_SIZE_METHODS = ("size", "dim", "ndimension")
+
+
+def prepared(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
+    """Return what was recorded as it can be divided at some cuts.
+
+    What modules of one side do after a cut has begun, with inputs of its own, is done before it, see `in_order`; inputs
+    that may be None are, where they would have to cross; sizes that only one side knows cross as a tensor without
+    values, see `with_sizes`.
+    """
+    recorded = _each(recorded, lambda graph: in_order(root, graph, cuts))
+    recorded = without_raw_inputs(root, recorded, cuts)
+    return _each(recorded, lambda graph: with_sizes(root, graph, cuts, recorded.shared))
+
+
+def _each(recorded: Trace, change: Callable[[fx.Graph], fx.Graph]) -> Trace:
+    graphs = {graph: change(graph) for graph in recorded.graphs.values()}
+    return replace(recorded, graphs={mode: graphs[graph] for mode, graph in recorded.graphs.items()})
+
+
+def in_order(root: nn.Module, graph: fx.Graph, cuts: Sequence[str]) -> fx.Graph:
+    """Put what modules of a piece do after the next one has begun, and could have done before, before it.
+
+    ``head(body(a)), head(body(b))``, cut at the head: the second call of the body is the client's, like the first. With
+    it go what it is computed of, and what leads from it to the cut.
+    """
+    for piece, cut in enumerate(cuts):
+        nodes = list(graph.nodes)
+        starts = [0, *starts_of(nodes, cuts)]
+        before, after = nodes[starts[piece] : starts[piece + 1]], nodes[starts[piece + 1] : -1]
+        held = {id(value) for node in before for value in state_of(root, node).values()}
+        done = set(nodes[: starts[piece + 1]])
+        free: dict[fx.Node, None] = {}
+        for node in after:
+            if done.issuperset(source for source in node.all_input_nodes if source not in free) and not _within(
+                node, cuts[piece:]
+            ):
+                free[node] = None
+        used = {node: [node, *(s for s in node.all_input_nodes if s.op == "get_attr")] for node in free}
+        seeds = [n for n in free if any(id(v) in held for each in used[n] for v in state_of(root, each).values())]
+        if not seeds:
+            continue
+        entered = [node for node in after if _within(node, [cut])]
+        led = _reached(seeds, lambda node: node.users) & _reached(entered, lambda node: node.all_input_nodes)
+        moved = {*_reached([*seeds, *(led & free.keys())], lambda node: node.all_input_nodes)} & free.keys()
+        if not _overtakes(nodes, moved, starts[piece + 1]):
+            graph = _first(graph, moved, nodes[starts[piece + 1]])
+    return graph
+
+
+def _within(node: fx.Node, names: Collection[str]) -> bool:
+    """Return whether a step is one of some modules, or of modules within them."""
+    return any(f"{module}.".startswith(f"{name}.") for module in modules_of(node) for name in names)
+
+
+def _reached(begin: Iterable[fx.Node], ways: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return some nodes, and all those that can be reached from them."""
+    found: set[fx.Node] = set()
+    open_ = list(begin)
+    while open_:
+        node = open_.pop()
+        if node not in found:
+            found.add(node)
+            open_ += ways(node)
+    return found
+
+
+def _overtakes(nodes: Sequence[fx.Node], moved: Collection[fx.Node], start: int) -> bool:
+    """Return whether something that stays reads what a moved node reads, before it: it might change it in place."""
+    position = {node: i for i, node in enumerate(nodes)}
+    return any(
+        user not in moved and start <= position[user] < position[node]
+        for node in moved
+        for source in node.all_input_nodes
+        if source not in moved and not is_input(source) and source.op != "get_attr"
+        for user in source.users
+    )
+
+
+def _first(graph: fx.Graph, moved: Collection[fx.Node], start: fx.Node) -> fx.Graph:
+    """Return a copy of a graph with some nodes ahead of another, in their order."""
+    copy = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    nodes = list(graph.nodes)
+    begin = nodes.index(start)
+    late = [node for node in nodes[begin:] if node not in moved]
+    for node in (*nodes[:begin], *(node for node in nodes[begin:] if node in moved), *late):
+        values[node] = copy.node_copy(node, values.__getitem__)
+    return copy
+
+
+def with_sizes(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> fx.Graph:
+    """Let the sizes of a tensor that stays on one side cross to the other, where code there asks for them.
+
+    They cross as those of a tensor without values: (rows, 0, the other sizes).
+    """
+    asking = _asking(pieces_of(root, graph, cuts, shared))
+    if not asking:
+        return graph
+    copy = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    wholes: dict[fx.Node, fx.Node] = {}
+    tensors = {node.all_input_nodes[0] for node in asking}
+    for node in graph.nodes:
+        if node in asking:
+            whole = wholes[node.all_input_nodes[0]]
+            asked = [*node.args[1:], *node.kwargs.values()]
+            if node.target in ("dim", "ndimension") or asked == ["ndim"]:
+                values[node] = copy.call_function(len, (whole,))
+            elif node.target == "size" and asked:
+                values[node] = copy.call_function(operator.getitem, (whole, asked[0]))
+            else:
+                values[node] = whole
+            continue
+        values[node] = copy.node_copy(node, values.__getitem__)
+        if node in tensors:
+            wholes[node] = _sizes_of(copy, values[node])
+    return copy
+
+
+def _asking(pieces: Pieces) -> set[fx.Node]:
+    """Return the nodes that ask for sizes of a tensor which is neither on their side nor crosses to it."""
+    home = {node: piece for piece, run in reversed([*enumerate(pieces.runs)]) for node in run}
+    found = set()
+    for piece, run in enumerate(pieces.runs[1:], start=1):
+        known = {*run, *pieces.sent[piece - 1], *(pieces.kept[piece - 2] if piece > 1 else ())}
+        for node in run:
+            if not _asks_for_sizes(node) or is_known_of_any_batch(node, run):
+                continue
+            (tensor,) = node.all_input_nodes
+            if tensor not in known and home[tensor] == piece - 1 and "val" not in tensor.meta:
+                found.add(node)
+    return found
+
+
+def _asks_for_sizes(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in _SIZE_ATTRIBUTES
+    return node.op == "call_method" and node.target in _SIZE_METHODS and len(node.all_input_nodes) == 1
+
+
+def _sizes_of(graph: fx.Graph, tensor: fx.Node) -> fx.Node:
+    """Add the tensor that tells another's sizes, and return what reads them from it."""
+    wide = graph.call_method("unsqueeze", (tensor, 1))
+    told = graph.call_method("bool", (graph.call_method("narrow", (wide, 1, 0, 0)),))
+    told.meta[SIZES] = True
+    shape = graph.call_function(getattr, (told, "shape"))
+    rows, others = (graph.call_function(operator.getitem, (shape, part)) for part in (slice(0, 1), slice(2, None)))
+    return graph.call_function(operator.add, (rows, others))
+
+
+def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
+    """Let the inputs that may be None be None for good where they would have to cross a cut as they are."""
+    arguments = recorded.arguments
+    raw: set[str] = set()
+    for graph in recorded.graphs.values():
+        pieces = pieces_of(root, graph, cuts, recorded.shared)
+        raw |= {str(node.target) for sent in pieces.sent for node in sent if is_input(node)}
+    private = raw - recorded.shared
+    optional = [name for name in arguments.inputs if name in private and name not in arguments.needed]
+    if not optional:
+        return recorded
+    reason = (
+        f"its value is used after the cut, so raw examples would be sent to the server: leave it out, cut later, or "
+        f"cut by hand if that is intended: {_BY_HAND}"
+    )
+    graphs = {graph: _without(graph, optional) for graph in recorded.graphs.values()}
+    return replace(
+        recorded,
+        graphs={mode: graphs[graph] for mode, graph in recorded.graphs.items()},
+        arguments=arguments.without(optional, reason),
+    )
+
+
+def _without(graph: fx.Graph, names: Iterable[str]) -> fx.Graph:
+    """Return a copy of a graph that has None in place of some inputs."""
+    copy = fx.Graph()
+    values: dict[fx.Node, Any] = {node: None for node in graph.nodes if is_input(node) and node.target in names}
+    copy.output(copy.graph_copy(graph, values))
+    return copy

@@ -1,0 +1,155 @@
+"""Models whose code does not come in the order of a cut, or asks on one side for sizes of the other."""
+
+from types import BuiltinFunctionType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_cut import assert_names, assert_same_evaluation, assert_same_step
+from torch import nn
+
+from psl_flower.errors import CutError
+from psl_flower.split import split_module
+
+
+class Net(nn.Module):
+    """Three layers and whatever `go` makes of them."""
+
+    def __init__(self, go):
+        super().__init__()
+        self.body, self.middle, self.head = (nn.Linear(4, 4).double() for _ in range(3))
+        self.go = go
+
+    def forward(self, x, y):
+        return self.go(self, x, y)
+
+
+def inputs(rows=3):
+    return torch.randn(2, rows, 5, 4, dtype=torch.float64).unbind()
+
+
+def one(net, x):
+    return net.head(net.middle(F.relu(net.body(x), inplace=True)).tanh_())
+
+
+# --- modules that are called again -----------------------------------------------------------------------------------
+TWICE = {
+    "pair": lambda net, x, y: torch.stack([one(net, x), one(net, y)]),
+    "triplet": lambda net, x, y: one(net, x) * one(net, y) + one(net, x.flip(2)),
+    "code in between": lambda net, x, y: (
+        net.middle(net.body(x)),
+        net.head(net.middle(net.body(y.view(len(y), 5, 4)) * 2)),
+    )[1],
+    "by its weights": lambda net, x, y: net.head(net.middle(net.body(x))) + net.middle(F.linear(y, net.body.weight)),
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_a_module_is_where_it_is_called_first(kind):
+    model = Net(TWICE[kind])
+    client, server = split_module(model, "middle")
+    assert_names(model, client, server)
+    assert {*client.state_dict()} == {"body.weight", "body.bias"}
+    assert_same_step(model, client, server, *inputs())
+    assert_same_evaluation(model, client, server, *inputs(2))
+
+
+def test_each_part_of_three_is_called_again():
+    model = Net(TWICE["pair"])
+    head, body, tail = split_module(model, "middle", tail="head")
+    assert [{*part.state_dict()} for part in (head, body, tail)] == [
+        {f"{name}.weight", f"{name}.bias"} for name in ("body", "middle", "head")
+    ]
+    x, y = inputs()
+    activations, kept = head(x, y)
+    assert torch.equal(tail(*body(*activations), *kept), model(x, y))
+
+
+def test_what_may_be_changed_in_between_stays_where_it_is():
+    def go(net, x, y):
+        h = net.body(x)
+        return net.middle(h) + h.mul_(2) + net.body(h)
+
+    with pytest.raises(CutError, match=r"'body.\w+' would be needed on the client and on the server"):
+        split_module(Net(go), "middle")
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+def cut_pixels(net, x, y):
+    n, h, _ = x.shape
+    return net.middle(net.body(x))[:, : h // 2, : y.size(2)].reshape(n, -1)
+
+
+def of_what_does_not_cross(net, x, y):
+    h = net.body(x)
+    h, sizes = h.mean(1), h.size()
+    return net.middle(h) * sizes[1] + h.shape[0]
+
+
+SIZES = {
+    "interpolation": lambda net, x, y: F.interpolate(net.middle(net.body(x).mean(1))[:, None], size=x.shape[1:2]),
+    "several": cut_pixels,
+    "an inner tensor": of_what_does_not_cross,
+    "dimensions": lambda net, x, y: net.middle(net.body(x)) * x.dim() * y.ndim / x.size(dim=-1),
+    "mask": lambda net, x, y: torch.ones(x.size(1), 5).double() @ net.middle(net.body(x)),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_sizes_cross(kind):
+    model = Net(SIZES[kind])
+    client, server = split_module(model, "middle")
+    assert_same_step(model, client, server, *inputs())
+    for rows in (1, 4):
+        assert_same_evaluation(model, client, server, *inputs(rows))
+    assert sum(tensor.numel() > 0 for tensor in client(*inputs())) == 1
+
+
+@pytest.mark.parametrize(
+    "go",
+    [
+        lambda net, x, y: net.head((h := net.middle(net.body(x)).mean(1)) * 2) * x.shape[1] + h.shape[1],
+        lambda net, x, y: net.head((h := net.middle(net.body(x)) * x.size(1)).mean(1)) * h.size(1),
+    ],
+)
+def test_sizes_cross_both_ways(go):
+    model = Net(go)
+    head, body, tail = split_module(model, "middle", tail="head")
+    for rows in (1, 4):
+        x, y = inputs(rows)
+        activations, kept = head(x, y)
+        assert torch.equal(tail(*body(*activations), *kept), model(x, y))
+
+
+# --- code that torch.fx does not record by itself --------------------------------------------------------------------
+def checked(net, x, y):
+    assert x.dim() == 3, f"got {x.shape}"
+    assert len(x) == len(y) and x.shape[1:] == y.shape[1:]  # noqa: PT018
+    start = torch.zeros(len(x), x.size(1), 4).double()
+    out = net.middle(net.body(x) + start)
+    assert (
+        out.shape[-1]
+        == 4
+    )  # fmt: skip
+    return out.view(len(y), -1)
+
+
+def test_lengths_sizes_and_asserts_are_recorded():
+    model = Net(checked)
+    client, server = split_module(model, "middle")
+    assert_same_step(model, client, server, *inputs())
+    assert_same_evaluation(model, client, server, *inputs(2))
+    x, y = inputs()
+    with pytest.raises(AssertionError, match=r"the assert at test_cut_rearranged.py:\d+ in checked failed"):
+        client(x, y[:, :2])
+    assert isinstance(torch.zeros, BuiltinFunctionType)
+    assert "len" not in globals()
+
+
+def test_an_assert_that_need_not_hold_in_all_its_parts_is_refused():
+    def go(net, x, y):
+        assert x.dim() == 2 or x.dim() == 3
+        return net.middle(net.body(x))
+
+    with pytest.raises(CutError, match="control flow"):
+        split_module(Net(go), "middle")
