@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from psl_flower import tree
 from psl_flower.errors import ConfigError
 from psl_flower.origin import where
 from psl_flower.precision import widened
@@ -27,6 +29,7 @@ MetricFn = Callable[[Any, Any], Any]
 _RESERVED = ("loss", "num_examples")
 _TORCHMETRICS = ("update", "compute", "reset")
 _SHOWN = 5
+_CLOSE = 1e-3  # rounding in half precision
 
 
 # --- classification --------------------------------------------------------------------------------------------------
@@ -174,14 +177,19 @@ class Scores:
         is NaN, there was nothing to count. Or an object with ``update``, ``compute`` and ``reset``, as torchmetrics has
         them: it is copied. A metric called "accuracy" is told in place of ours.
 
+    one_model : bool
+        Whether all parts are of one model, so that functions should tell what they would of all parts at once. One that
+        is no mean over examples is warned of, once.
+
     Raises
     ------
     ConfigError
         If one is neither, or its name is taken.
     """
 
-    def __init__(self, metrics: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, metrics: Mapping[str, Any] | None = None, *, one_model: bool = False) -> None:
         mine = check_metrics(metrics or {})
+        self._one_model = one_model
         self._objects = {name: copy.deepcopy(m) for name, m in mine.items() if _is_torchmetric(m)}
         self._functions: dict[str, MetricFn] = {n: m for n, m in mine.items() if n not in self._objects}
         self._ours = "accuracy" not in mine
@@ -189,6 +197,7 @@ class Scores:
 
     def reset(self) -> None:
         """Begin anew."""
+        self._parts = 0
         self._sums: dict[str, tuple[float, float]] = {}  # of each metric: the sum, and the weight it is divided by
         self._scored = self._ours
         for metric in self._objects.values():
@@ -236,12 +245,15 @@ class Scores:
             for name, function in self._functions.items():
                 mean = _number(_call(name, function, outputs, labels), name)
                 self._add(name, *((0.0, 0.0) if math.isnan(mean) else (mean * rows, rows)))
+                if self._one_model and self._parts == 1 and not _is_mean(function, outputs, labels, rows, mean):
+                    _tell_no_mean(name)
             logits = logits_of(outputs)
             preds = outputs if logits is None else logits
             for name, metric in self._objects.items():
                 if isinstance(labels, Tensor) and hasattr(metric, "to"):
                     metric = self._objects[name] = metric.to(labels.device)
                 _call(name, metric.update, preds, labels)
+        self._parts += 1
 
     def result(self) -> dict[str, float]:
         """Return the means; without "accuracy" where a part was no classification, NaN where nothing counted."""
@@ -287,6 +299,32 @@ def check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
                 f"{', '.join(_TORCHMETRICS)}, got {metric!r:.80}"
             )
     return dict(metrics)
+
+
+def _is_mean(function: MetricFn, outputs: Any, labels: Any, rows: int, value: float) -> bool:
+    """Return whether a metric of a batch is the mean of those of its halves; True as well where that cannot be told."""
+    half = rows // 2
+
+    def of(part: slice) -> float:
+        return float(function(*(tree.map_leaves(lambda t: t[part], each) for each in (outputs, labels))))
+
+    try:
+        mean = (of(slice(0, half)) * half + of(slice(half, None)) * (rows - half)) / rows
+    except Exception:  # the user's code, with less than it was made for, or what is no tree of rows
+        return True
+    return math.isnan(mean) or math.isclose(mean, value, rel_tol=_CLOSE, abs_tol=_CLOSE)
+
+
+@functools.cache
+def _tell_no_mean(name: str) -> None:
+    """Warn once of a metric."""
+    log.warning(
+        "metrics[%r] is no mean over examples: what is told of an evaluation is the mean of its batches' values, not "
+        "the value for all test data. Pass an object with %s, as torchmetrics has them, or an evaluate_batch_size that "
+        "holds all test data",
+        name,
+        ", ".join(_TORCHMETRICS),
+    )
 
 
 def _is_torchmetric(metric: Any) -> bool:

@@ -110,7 +110,7 @@ class Evaluator:
             yield orders, outputs, labels
 
     def _evaluate(self) -> MetricRecord | None:
-        scores, examples, withheld = Scores(self._metrics), 0, 0
+        scores, examples, withheld = Scores(self._metrics, one_model=True), 0, 0
         for orders, outcome in self._batches(self._method.evaluate):
             if outcome is None:
                 withheld += orders.num_rows

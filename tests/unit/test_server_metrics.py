@@ -118,6 +118,19 @@ class Highest:
         return self.value
 
 
+def test_a_metric_that_is_no_mean_is_told_once(caplog):
+    def root(outputs, labels):
+        return gap(outputs, labels).sqrt()
+
+    for one_model, told in ((False, 0), (True, 1), (True, 1)):
+        scores = Scores({"root of gap": root, "gap": gap}, one_model=one_model)
+        for part, (outputs, labels) in enumerate(parts()):
+            if told == 1 and not caplog.messages:
+                assert part < 2  # one part alone is the value of all, and the second tells
+            add(scores, outputs, labels)
+        assert [text[:50] for text in caplog.messages] == ["metrics['root of gap'] is no mean over examples: w"] * told
+
+
 def test_parts_are_told_as_the_whole_is():
     scores = Scores({"gap": gap, "highest": Highest()})
     assert scores.result() == {}
