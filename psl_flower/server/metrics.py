@@ -197,7 +197,7 @@ class Scores:
 
     def reset(self) -> None:
         """Begin anew."""
-        self._parts = 0
+        self._parts, self._looks = 0, self._one_model
         self._sums: dict[str, tuple[float, float]] = {}  # of each metric: the sum, and the weight it is divided by
         self._scored = self._ours
         for metric in self._objects.values():
@@ -245,7 +245,7 @@ class Scores:
             for name, function in self._functions.items():
                 mean = _number(_call(name, function, outputs, labels), name)
                 self._add(name, *((0.0, 0.0) if math.isnan(mean) else (mean * rows, rows)))
-                if self._one_model and self._parts == 1 and not _is_mean(function, outputs, labels, rows, mean):
+                if self._looks and self._parts and not _is_mean(function, outputs, labels, rows, mean):
                     _tell_no_mean(name)
             logits = logits_of(outputs)
             preds = outputs if logits is None else logits
@@ -254,6 +254,7 @@ class Scores:
                     metric = self._objects[name] = metric.to(labels.device)
                 _call(name, metric.update, preds, labels)
         self._parts += 1
+        self._looks &= self._parts < 2 or rows < 2  # the second part tells, if it can be halved
 
     def result(self) -> dict[str, float]:
         """Return the means; without "accuracy" where a part was no classification, NaN where nothing counted."""

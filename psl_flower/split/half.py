@@ -185,8 +185,13 @@ def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
 
 
 def _called(node: fx.Node) -> str:
-    """Return what a node of a graph does: a function by its name alone, which may be imported from elsewhere."""
-    return f"{node.op} {node.target if isinstance(node.target, str) else getattr(node.target, '__name__', '')}"
+    """Return what a node of a graph does: a function by its name alone, which may be imported from elsewhere.
+
+    With it, in brackets, the numbers with a point that it is called with: whole ones may be sizes.
+    """
+    numbers = [repr(value) for value in tree_leaves((node.args, node.kwargs)) if type(value) is float]
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return f"{node.op} {name}" + (f"({', '.join(numbers)})" if numbers else "")
 
 
 def _compile(code: str, names: Mapping[str, Any]) -> Callable[..., Any]:

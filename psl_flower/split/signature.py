@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from torch import nn
 
 from psl_flower.split.half import CutNames, Part
 from psl_flower.split.model import Halves
+from psl_flower.split.stored import stored_names
 
 _IN_PLACE = re.compile(r"(, )?inplace=(True|False)")
 _PARTS = ("client", "server", "tail")
 _RUN_BY_CLIENTS = ("client", "tail")
 _LIBRARIES = ("torch", "psl_flower")
 _LONGEST = 120  # characters of a layer with its options
+_NUMBERS = (bool, int, float)
+_MOST_SETTINGS = 500
 
 
 def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]:
@@ -37,8 +41,9 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
         "cut" and "tail", the names given or None, and "parts": for each part the number of its tensors (parameters and
         buffers) and of the values in them, and a digest of their names and shapes. For those that clients run also
         "layers", torch's own by name with their options, which another version of torch ("by") may write otherwise;
-        "calls", how often it calls which function, where a trace tells; and of the whole numbers that modules keep in
-        lists and arrays two digests, one of them in any order.
+        "calls", how often it calls which function, where a trace tells, with the numbers with a point it gives it;
+        "settings", numbers that modules of one's own keep by name; and of the whole numbers that they keep in lists and
+        arrays two digests, one of them in any order.
     """
     if isinstance(parts, Halves):
         parts = parts.parts
@@ -96,12 +101,20 @@ def difference(
 def doubt(
     mine: Mapping[str, Any], theirs: Mapping[str, Any], names: tuple[str, str] = ("the server", "the client")
 ) -> str | None:
-    """Say that two sides call other functions in a part, which may be the same mathematics or not; None if they do not.
+    """Say that two sides call other functions in a part, or keep other numbers; None if they do not.
+
+    Either may be the same mathematics or not.
 
     Parameters are those of `difference`, which has found none.
     """
     ours, yours = _parts(mine), _parts(theirs)
     for part in _RUN_BY_CLIENTS if mine.get("by") == theirs.get("by") else ():
+        a, b = (_entries(each.get(part), "settings") for each in (ours, yours))
+        if name := next((name for name in a if name in b and repr(a[name]) != repr(b[name])), None):
+            return (
+                f"{name!r:.80} of the {part} part of the model is {a[name]!r:.40} on {names[0]}, {b[name]!r:.40} on "
+                f"{names[1]}. Where that is not the same mathematics, give both the same model"
+            )
         a, b = (_entries(each.get(part), "calls") for each in (ours, yours))
         if not a or not b or a == b:
             continue
@@ -122,9 +135,20 @@ def _content(name: str, part: nn.Module) -> dict[str, Any]:
         content["layers"] = _layers(part)
         if isinstance(part, Part) and part.calls:
             content["calls"] = _functions(part.calls)
+        content["settings"] = dict(islice(_settings(part).items(), _MOST_SETTINGS))
         if numbers := _numbers(part):
             content["numbers"] = {name: [_digest(sorted(each)), _digest(each)] for name, each in numbers.items()}
     return content
+
+
+def _settings(part: nn.Module) -> dict[str, int | float]:
+    """Return the numbers that modules keep, but torch's own and those that a forward sets."""
+    found = {}
+    for name, module in part.named_modules():
+        if type(module).__module__.partition(".")[0] not in _LIBRARIES:
+            kept = vars(module).keys() - stored_names(type(module), loosely=True) - vars(nn.Module()).keys()
+            found |= {f"{name}.{key}": value for key in sorted(kept) if type(value := vars(module)[key]) in _NUMBERS}
+    return found
 
 
 def _numbers(part: nn.Module) -> dict[str, list[int]]:

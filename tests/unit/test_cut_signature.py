@@ -167,6 +167,45 @@ def test_whole_numbers_that_modules_keep():
     assert difference(*(signature(cut_model(each, "1")) for each in server)) is None  # the server's own is used
 
 
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.layer, self.factor, self.steps = nn.Linear(4, 4), factor, 0
+
+    def forward(self, x):
+        self.steps += 1
+        return self.layer(x) * self.factor
+
+
+class ScaledOutside(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.layer, self.head, self.factor = nn.Linear(4, 4), nn.Linear(4, 2), factor
+
+    def forward(self, x):
+        return self.head(self.layer(x) * self.factor)
+
+
+@pytest.mark.parametrize(
+    ("make", "cut", "words"),
+    [
+        (
+            lambda factor: nn.Sequential(Scaled(factor), nn.Linear(4, 2)),
+            "1",
+            "'0.factor' of the client part of the model",
+        ),
+        (ScaledOutside, "head", "model: 'mul(0.5)', 'mul(2.0)'"),
+    ],
+)
+def test_numbers_that_modules_keep_are_compared(make, cut, words):
+    mine, other = (signature(cut_model(make(factor), cut)) for factor in (2.0, 0.5))
+    assert difference(mine, other) is None
+    assert words in doubt(mine, other)
+    run = make(2.0)
+    run(torch.ones(2, 4))
+    assert doubt(mine, signature(cut_model(run, cut))) is None  # what forward sets is a state
+
+
 def test_tensors_that_modules_keep_are_the_servers():
     class Projected(nn.Linear):
         def __init__(self):
