@@ -25,6 +25,13 @@ Structure: TypeAlias = Any  # None | False | list[Structure] | dict[str, Structu
 
 
 # --- building --------------------------------------------------------------------------------------------------------
+def native(value: Any) -> Any:
+    """Return an array as torch takes it, without negative strides (``x[::-1]``) and in this machine's byte order."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
+
+
 def as_tree(value: Any, name: str) -> Tree:
     """Return what people's code returns as a tree.
 
@@ -45,7 +52,7 @@ def as_tree(value: Any, name: str) -> Tree:
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
         # torch takes no array that runs backwards, and warns of one that it must not write to
-        return torch.as_tensor(np.require(value, requirements=["C", "W"]))
+        return torch.as_tensor(np.require(native(value), requirements=["C", "W"]))
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
+import numpy as np
+from torch.utils._pytree import tree_map
 from torch.utils.data import default_collate
 
 from psl_flower.errors import ConfigError
+from psl_flower.tree import native
 
 
 def collate(rows: Sequence[Any], indices: Sequence[int], name: str) -> Any:
@@ -35,10 +38,13 @@ def collate(rows: Sequence[Any], indices: Sequence[int], name: str) -> Any:
         for index, row in zip(indices, rows, strict=True):
             _check_leaves(row, index, name)
         _check_alike(rows, indices, name)
-        raise ConfigError(
-            f"torch's default_collate cannot make a batch of the {name}: {type(error).__name__}: {error}; "
-            "pass a collate_fn that can"
-        ) from error
+        try:
+            return default_collate([tree_map(native, row) for row in rows])
+        except Exception:
+            raise ConfigError(
+                f"torch's default_collate cannot make a batch of the {name}: {type(error).__name__}: {error}; "
+                "pass a collate_fn that can"
+            ) from error
 
 
 def _check_leaves(row: Any, index: int, name: str) -> None:
@@ -57,6 +63,8 @@ def _refused(value: Any) -> tuple[str, str] | None:
         return f"is the string {value!r:.40}", "map labels to integers, texts to tokens, and leave other columns out"
     if value is None:
         return "is None", "leave such rows or columns out"
+    if isinstance(value, np.ma.MaskedArray):
+        return "is a masked array, of which torch takes the masked values, too", "fill it: filled(value)"
     if type(value).__module__.split(".")[0] == "PIL":
         return "is a PIL image", (
             "give the dataset a transform that makes tensors, e.g. transform=torchvision.transforms.ToTensor() "

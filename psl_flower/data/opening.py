@@ -27,6 +27,7 @@ from torch.utils.data import (
 from psl_flower.data.examples import Examples
 from psl_flower.data.rows import INPUT
 from psl_flower.errors import ConfigError
+from psl_flower.tree import native
 
 _FORMS = "return a map-style dataset, or a pair (training data, test data)"
 _OFFERED = ("context", "config")  # what a data_fn is called with, in this order
@@ -195,8 +196,12 @@ def _is_mask(indices: Any) -> bool:
 
 
 def _table(parts: tuple[Any, ...], name: str) -> TensorDataset:
+    if any(isinstance(part, np.ma.MaskedArray) for part in parts):
+        raise ConfigError(
+            f"masked arrays hold values where they are masked, too: fill those of the {name}, filled(value)"
+        )
     try:
-        tensors = [torch.as_tensor(part) for part in parts]
+        tensors = [torch.as_tensor(native(part)) for part in parts]
     except TypeError as error:
         raise ConfigError(
             f"arrays returned by data_fn must hold numbers, not so in the {name} ({error}): map labels to integers"

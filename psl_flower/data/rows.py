@@ -63,5 +63,6 @@ def _inputs_and_label(batch: Any, target: str, name: str) -> tuple[Any, Any]:
     kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
     raise ConfigError(
         f"rows must be pairs (input, label), tuples (input, ..., label) or dicts with a label, the rows of the {name} "
-        f"have no label (found a {kind}): add one, or pass target='input', which trains an autoencoder"
+        f"have no label (found a {kind}): add one (to predict, any number will do), or pass "
+        "target='input', which trains an autoencoder"
     )

@@ -102,6 +102,8 @@ PAIRS = {
     "list of tuples": [(x, int(y)) for x, y in zip(X, Y, strict=True)],
     "list of lists": [[x, y] for x, y in zip(X, Y, strict=True)],
     "numpy rows": [(x.numpy(), np.int64(y)) for x, y in zip(X, Y, strict=True)],
+    "numpy rows, reversed": [(np.flip(x.flip(0).numpy()), int(y)) for x, y in zip(X, Y, strict=True)],
+    "numpy rows of another machine": [(x.numpy().astype(">f4"), int(y)) for x, y in zip(X, Y, strict=True)],
     "Subset": Subset(TensorDataset(X.flip(0), Y.flip(0)), range(N - 1, -1, -1)),
     "Subset of tensors as indices": Subset(TensorDataset(X.flip(0), Y.flip(0)), torch.arange(N).flip(0)),
     "Subset of a Subset": Subset(Subset(GetItems(), list(range(N))[::-1]), list(range(N))[::-1]),
@@ -281,6 +283,7 @@ PICTURE = Image.new("RGB", (2, 2))
             r"row\[0\] is \(7, 2\) in example 7 .*, \(3, 2\) in example 3.*collate_fn",
         ),
         (Rows(lambda i: (X[i], {str(i): 1})), r"example 7 .* holds row\[0\], row\[1\]\['7'\], example 3 row\[0\]"),
+        (Rows(lambda i: (np.ma.masked_less(np.arange(3), 1), 1)), r"row\[0\] is a masked array.*filled"),
         (Rows(lambda i: ([1.0, 2.0], 1)), r"row\[0\] is a list of 2 numbers.*make it a tensor"),
         (
             Rows(lambda i: (X[i], object())),

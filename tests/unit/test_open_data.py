@@ -54,6 +54,7 @@ def first_inputs(examples):
         ((DATA, PART), (N, 4)),
         ([DATA, PART], (N, 4)),
         ((DATA, None), (N, None)),
+        ((X.numpy()[::-1], Y.numpy().astype(">i8")), (N, None)),
         (random_split(DATA, [7, 3]), (7, 3)),
         ([(x, y) for x, y in zip(X, Y, strict=True)], (N, None)),
         ([(X[0], X[1]), (X[2], X[3])], (2, None)),  # two rows with vectors for labels
@@ -115,6 +116,7 @@ def test_options_reach_both():
         ((DATA,), "got 1 parts"),
         ((X, X[:4]), r"a row an example .* are \(10, 3\), \(4, 3\).*\(\(x, y\), \(x_test, y_test\)\)"),
         ((X, torch.tensor(3)), r"are \(10, 3\), \(\)"),
+        ((np.ma.masked_less(X.numpy(), 0), Y.numpy()), r"masked arrays hold values.*training data, filled\(value\)"),
         ((X.numpy(), np.array(["cat"] * N)), "must hold numbers, .*map labels to integers"),
         (pandas.DataFrame({"x": [1.0], "y": [0]}), "of type DataFrame: of its columns"),
         (Dataset, "map-style dataset .*make an instance"),
