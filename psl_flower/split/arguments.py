@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from psl_flower.errors import CutError
+from psl_flower.signatures import annotate_whole, needed_arguments
 
 _NAMED = (
     inspect.Parameter.POSITIONAL_ONLY,
@@ -88,9 +89,11 @@ class Arguments:
         own = [p for p in signature.parameters.values() if p.kind in _NAMED]
         others = [name for name in names if name not in signature.parameters]
         if others and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            needed = needed_arguments(signature)
+            whole = f"; {annotate_whole(needed[0].name)}" if len(needed) == 1 else ""
             raise CutError(
                 f"forward{signature} of {type(model).__name__} takes no {', '.join(map(repr, others))}: the example's "
-                "names must be those of its arguments"
+                f"names must be those of its arguments{whole}"
             )
         own += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in others]
         inputs = tuple(p.name for p in own if p.name in names)

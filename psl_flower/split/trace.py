@@ -128,7 +128,7 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return Trace(graphs, pinned_modules(root), arguments, frozenset(share) & set(arguments.inputs))
+    return Trace(graphs, pinned_modules(root), arguments.annotated(graphs.values()), frozenset(share))
 
 
 def refuse_backward_hooks(root: nn.Module, names: Iterable[str]) -> None:
