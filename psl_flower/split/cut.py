@@ -143,7 +143,7 @@ def _try(root: nn.Module, recorded: Trace, names: Sequence[str], example: Mappin
     *parts, _ = (TracedHalf(root, programs, recorded, CutNames()) for programs in graphs)
     parts[0].arguments = recorded.arguments
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             values = parts[0](**example)
             if len(parts) == 2:
                 parts[1](*values[0])

@@ -76,7 +76,8 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return Trace(graphs, pinned_modules(root), arguments.annotated(graphs.values()), frozenset(share), Form(returns))
+    arguments = arguments.annotated(graphs.values()).with_sizes(graphs.values())
+    return Trace(graphs, pinned_modules(root), arguments, frozenset(share), Form(returns))
 
 
 def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> fx.GraphModule:

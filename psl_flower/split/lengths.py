@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from psl_flower import tree
 from psl_flower.split.half import Part
-from psl_flower.split.nodes import is_raw
+from psl_flower.split.nodes import constant, is_raw
 from psl_flower.split.partition import pieces_of
 from psl_flower.split.place import is_text
 from psl_flower.split.trace import Trace
@@ -42,7 +42,7 @@ def _long(
     inputs = [node for node in graph.nodes if is_raw(node)]
     values = [node.meta.get("val") for node in inputs]
     lengths: list[Any] = [value.shape[1] for value in values if isinstance(value, Tensor) and is_text(value)]
-    if not lengths or not isinstance(lengths[0], torch.SymInt):
+    if not lengths or constant(lengths[0]) is not None:
         return ()
     length = lengths[0].node.expr
     found = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from psl_flower.split.trace import PLACE
+PLACE = "psl_flower.place"  # where a node's meta has the line of the user's code that it is from
 
 # What to ask a tensor for that is no tensor: known without its values, but `item` and `tolist`.
 _FACTS = frozenset({"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_sparse"})
@@ -132,6 +132,11 @@ def is_known_of_any_batch(node: fx.Node) -> bool:
     if is_shape_of_input(node):
         return all(is_batch_size(user) for user in node.users)
     return is_batch_size(node) or is_device_of_input(node)
+
+
+def constant(size: int | torch.SymInt) -> int | None:
+    """Return a size that is a constant to recorded code; None for one that varies."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def is_symbol(size: Any) -> bool:

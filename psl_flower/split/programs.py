@@ -22,6 +22,7 @@ from psl_flower.extras import check_extra
 from psl_flower.signatures import whole_dict
 from psl_flower.split.half import input_names, signature_of
 from psl_flower.split.model import cut_model
+from psl_flower.split.nodes import constant
 from psl_flower.split.place import NEEDS_EXAMPLE, example_of, is_text
 
 INDEX = "parts.json"
@@ -214,5 +215,6 @@ def _tensor(name: str, node: fx.Node) -> dict[str, Any]:
     """
     value, shape = node.meta["val"], list[int | str]()
     for dimension, size in enumerate(value.shape):
-        shape.append(int(size) if isinstance(size, int) else "length" if dimension else "batch")
+        known = constant(size)
+        shape.append(known if known is not None else "length" if dimension else "batch")
     return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}

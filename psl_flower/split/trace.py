@@ -21,6 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from psl_flower.errors import CutError
 from psl_flower.origin import place, running
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
+from psl_flower.split.nodes import PLACE
 from psl_flower.split.stored import refusing_reads
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
@@ -29,8 +30,6 @@ TRACING = threading.Lock()
 
 # What names begin with that recordings add to a model.
 RECORDED = "_psl_"
-
-PLACE = "psl_flower.place"  # where a node's meta has the line of the user's code that it is from
 
 _BY_HAND = "or cut by hand: SplitModel(client=..., server=...)."
 

@@ -260,6 +260,29 @@ def test_a_length_that_a_tensor_changed_in_place_has_is_no_secret():
     assert torch.equal(halves.server(*halves.client(ids)), model(ids))
 
 
+class Scanning(nn.Module):
+    """Mamba's way: position by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.out = nn.Embedding(9, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, input_ids):
+        h, state = self.embed(input_ids), 0.0
+        for i in range(input_ids.shape[1]):
+            state = 0.5 * state + h[:, i]
+        return self.out(self.body(state))
+
+
+def test_a_length_that_is_a_constant_of_the_code_must_be_kept():
+    """In a longer text the rest would be overlooked without a word."""
+    model, ids = Scanning(), torch.randint(0, 9, (5, 7))
+    halves = cut_model(model, Cut("body", example={"input_ids": ids[:2, :6]}))
+    assert torch.equal(halves.server(*halves.client(ids[:, :6])), model(ids[:, :6]))
+    with pytest.raises(CutError, match=r"'input_ids' has shape \(5, 7\), but the model was cut for \(any, 6\)"):
+        halves.client(ids)
+
+
 class Lifted(nn.Module):
     """DeBERTa's way: a module within makes a constant of its own."""
 
