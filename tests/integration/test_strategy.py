@@ -343,6 +343,23 @@ def test_a_model_cut_by_hand():
     assert largest_difference(state, train_centralised(model, batches, sgd)) < 1e-5
 
 
+def test_what_building_a_model_draws_is_not_seen_in_the_users_numbers():
+    def seeding():
+        torch.manual_seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        return tiny_resnet()
+
+    strategy, grid = make(tiny_resnet(), seeding)
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    strategy.start(grid, tiny_resnet().state_dict(), num_rounds=1)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])  # noqa: NPY002
+
+
 def tiny_resnet_16():
     return tiny_resnet().bfloat16()
 
