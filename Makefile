@@ -42,7 +42,7 @@ docs: $(READY) ## make the docs as a site, in site/; what Sphinx warns of is an 
 
 SWEEPS ?= severe stragglers cifar10-small
 results: $(READY) ## train what docs/results.md shows, an hour or so, and put its tables there anew: DATA_PATH=folder of CIFAR-10
-	@for sweep in $(SWEEPS); do $(BIN)/psl-flower experiments run $$sweep --quick --out outputs/$$sweep-quick \
+	@for sweep in $(SWEEPS); do $(BIN)/psl-flower experiments run $$sweep --quick --output outputs/$$sweep-quick \
 		$$(test $$sweep != cifar10-small || echo $(if $(DATA_PATH),--data-path $(DATA_PATH))) || exit 1; done
 	$(BIN)/python docs/remake_results.py
 

@@ -26,6 +26,10 @@ _COMMANDS = {
 }
 
 
+# Options under the names they had in 0.1, for one release more; help does not show them.
+_FORMER = {"out": "output", "into": "output"}
+
+
 class _Commands(TyperGroup):
     """The commands, each imported when it is given: what one needs takes seconds, and help shall not."""
 
@@ -52,7 +56,10 @@ _app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: _FORMER.get(name, name),
+    },
 )
 
 

@@ -39,7 +39,7 @@ _EXAMPLE = re.compile(r"(\w+)=(\d+(?:,\d+)*)(?::(\w+))?")
 
   psl-flower export outputs
 
-  psl-flower export outputs --format onnx --into device
+  psl-flower export outputs --format onnx --output device
 
   psl-flower export outputs --model my_app.task:Net --example x=2,3,32,32
 
@@ -65,7 +65,7 @@ def _export(
             help="pt2 unless given; may be repeated.",
         ),
     ] = None,
-    into: Annotated[Path | None, typer.Option(metavar="DIR", help="Where they go; RUN's folder, parts.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where they go; RUN's folder, parts.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what is in parts.json, for scripts.")] = False,
 ) -> None:
     """Write the parts of a trained model as programs: one for the device, one for the server.
@@ -83,7 +83,7 @@ def _export(
         raise ConfigError(f"give the sizes of the model's inputs ({inputs}), as in --example x=2,3,32,32")
     _load(whole, trained)
     where = Cut(name, example=example or None)
-    folder = into or trained.folder / "parts"
+    folder = output or trained.folder / "parts"
     files = export_halves(whole, folder, where, tail or trained.tail or None, tuple(formats or FORMATS[:1]))
     if as_json:
         print((folder / INDEX).read_text(), end="")

@@ -139,7 +139,7 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         device="cpu",
     )
     rounds, begin = setting.num_rounds, time.process_time()
-    grid = RecordingGrid(app, setting.num_clients, recording, (from_round or rounds) - 1)
+    grid = RecordingGrid(app, setting.num_clients, recording, (rounds if from_round is None else from_round) - 1)
     result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=rounds)
     seconds = time.process_time() - begin
     halves = cut_model(model, setting.cut, setting.tail)

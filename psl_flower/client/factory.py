@@ -23,7 +23,7 @@ from psl_flower.client.defending import (
 from psl_flower.client.part import ClientPart, LossFn
 from psl_flower.client.process import RunState
 from psl_flower.data import open_data
-from psl_flower.devices import pick_device
+from psl_flower.devices import generators, pick_device
 from psl_flower.errors import ConfigError, PSLError
 from psl_flower.methods import SplitMethod, make_method
 from psl_flower.origin import RAISED, let_signals_end, where
@@ -108,7 +108,7 @@ def _build(factory: ClientFactory, state: RunState, context: Context, config: Co
     if state.parts is None:
         cut = _call(factory.cut, context=context) if callable(factory.cut) else factory.cut
         tail = _call(factory.tail, context=context) if callable(factory.tail) else factory.tail
-        halves = cut_model(_call(factory.model_fn, context=context), cut, tail)
+        halves = cut_model(_built(factory.model_fn, context), cut, tail)
         method = method_of(factory, state, context)
         parts = method.assign(halves.parts)
         mine = {name: parts[name] for name in method.client_parts()}
@@ -144,6 +144,15 @@ def _build(factory: ClientFactory, state: RunState, context: Context, config: Co
             state.defences, state.secret(context.node_id), labels, examples, test=False
         )
     return client
+
+
+def _built(model_fn: Callable[..., Any], context: Context) -> Any:
+    """Return the user's model. What it draws, or seeds, is not seen in the numbers that others of the process draw."""
+    back = generators()
+    try:
+        return _call(model_fn, context=context)
+    finally:
+        back()
 
 
 def _with_context(function: Callable[..., Any], context: Context) -> Callable[..., Any]:

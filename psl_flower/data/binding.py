@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Mapping
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from torch import nn
 
 from psl_flower.errors import ConfigError
+from psl_flower.signatures import annotate_whole, needed_arguments, whole_dict
 from psl_flower.tree import Tree
-
-_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def forward_signature(model: nn.Module) -> inspect.Signature | None:
@@ -76,18 +72,14 @@ def unwrapped(signature: inspect.Signature | None, inputs: Tree) -> str:
     (name,), (argument, *_) = inputs, signature.parameters
     if name in signature.parameters:
         return ""
-    return f"given was the rows' one input {name!r}; {_if_whole(argument)}"
-
-
-def _if_whole(argument: str) -> str:
-    return f"if {argument!r} is the row's whole dict, annotate it, {argument}: dict"
+    return f"given was the rows' one input {name!r}; {annotate_whole(argument)}"
 
 
 def _by_name(signature: inspect.Signature | None, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     parameters = {} if signature is None else dict(signature.parameters)
-    needed = [p for p in parameters.values() if p.default is p.empty and p.kind not in _VARIABLE]
-    if len(needed) == 1 and needed[0].name not in inputs and _is_dict(needed[0].annotation):
-        return ((), {needed[0].name: inputs}) if needed[0].kind is inspect.Parameter.KEYWORD_ONLY else ((inputs,), {})
+    whole = None if signature is None else whole_dict(signature, inputs)
+    if whole is not None:
+        return ((), {whole.name: inputs}) if whole.kind is whole.KEYWORD_ONLY else ((inputs,), {})
     named = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     kinds = {p.kind for p in parameters.values()}
     unknown = [name for name in inputs if name not in named]
@@ -95,11 +87,12 @@ def _by_name(signature: inspect.Signature | None, inputs: dict[str, Any]) -> tup
     if unknown and len(inputs) == 1 and by_position:
         return tuple(inputs.values()), {}
     if unknown and signature is not None and inspect.Parameter.VAR_KEYWORD not in kinds:
-        whole = f"; {_if_whole(needed[0].name)}" if len(needed) == 1 else ""
+        needed = needed_arguments(signature)
+        remedy = f"; {annotate_whole(needed[0].name)}" if len(needed) == 1 else ""
         raise ConfigError(
             f"a dict row's inputs go to the model by name, its forward takes {_takes(signature)}, but rows hold "
             f"{_holds(inputs)}: rename or remove {', '.join(map(repr, unknown))} "
-            f"(a datasets.Dataset: rename_column, remove_columns), or name the label with target={whole}"
+            f"(a datasets.Dataset: rename_column, remove_columns), or name the label with target={remedy}"
         )
     rest = dict(inputs)
     leading = []
@@ -108,17 +101,6 @@ def _by_name(signature: inspect.Signature | None, inputs: dict[str, Any]) -> tup
             break
         leading.append(rest.pop(name))
     return tuple(leading), rest
-
-
-def _is_dict(annotation: Any) -> bool:
-    """Return whether an annotation, which may be a string, is of a dict or another mapping, or allows one."""
-    if isinstance(annotation, str):
-        kinds = re.split(r"\|(?![^\[]*\])", annotation.removeprefix("typing.").removeprefix("Optional["))
-        return any(kind.strip().rpartition("typing.")[2].startswith(("dict", "Dict", "Mapping")) for kind in kinds)
-    kind = get_origin(annotation) or annotation
-    if kind in (Union, UnionType):
-        return any(map(_is_dict, get_args(annotation)))
-    return isinstance(kind, type) and issubclass(kind, Mapping)
 
 
 def _takes(signature: inspect.Signature) -> str:

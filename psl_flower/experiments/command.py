@@ -45,7 +45,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
   psl-flower experiments run severe --full --set "num-clients=[128]" --set seed=0
 
-  psl-flower experiments run my-sweep.toml --out results --workers 4
+  psl-flower experiments run my-sweep.toml --output results --workers 4
 
   psl-flower experiments report results"""
 )
@@ -74,7 +74,7 @@ def _run(
         bool, typer.Option("--quick", help="Minutes on a laptop; the default, if there is such a form.")
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="The paper's setting: for a GPU.")] = False,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; outputs/NAME-FORM.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go; outputs/NAME-FORM.")] = None,
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Trainings at once; one a core, or one on a GPU.")
     ] = None,
@@ -98,7 +98,7 @@ def _run(
     if data_path:
         overrides["data-path"] = str(data_path.expanduser().resolve())
     asked = read_sweep(sweep, "quick" if quick else "full" if full else "", overrides)
-    folder = out or Path("outputs") / "-".join(filter(None, [Path(sweep).stem, asked.form]))
+    folder = output or Path("outputs") / "-".join(filter(None, [Path(sweep).stem, asked.form]))
     try:
         raise typer.Exit(_run_sweep(asked, folder, workers, ctx.obj, dry_run=dry_run))
     except KeyboardInterrupt:
@@ -113,7 +113,7 @@ def _report(
 ) -> None:
     """Write report.html and report.md of a sweep anew; with --json, print its tables as well.
 
-    DIR is the --out of a sweep, finished or not.
+    DIR is the --output of a sweep, finished or not.
     """
     files = [str(path) for path in write_report(folder)]
     if as_json:

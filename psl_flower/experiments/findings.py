@@ -81,7 +81,7 @@ class Findings:
             with (folder / RESULTS_FILE).open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
         except OSError as exc:
-            raise ConfigError(f"{folder} has no results of a sweep ({exc}): run one with --out {folder}") from exc
+            raise ConfigError(f"{folder} has no results of a sweep ({exc}): run one with --output {folder}") from exc
         self.rows = [row for row in rows if self._run(row).is_dir()]  # somebody may have deleted some
         if not self.rows:
             raise ConfigError(f"{folder} holds no training of its {RESULTS_FILE} any more: run the sweep again")

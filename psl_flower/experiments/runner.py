@@ -50,9 +50,9 @@ def default_workers(threads: int, device: str) -> int:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a sweep's folder, made if it is not there; raise ConfigError if that fails or another process holds it."""
-    with writing_to(folder, "--out"):
+    with writing_to(folder, "--output"):
         (folder / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
-    with FolderLock(folder, "--out"):
+    with FolderLock(folder, "--output"):
         yield
 
 

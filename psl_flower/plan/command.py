@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from psl_flower.checks import check_choice, check_int
+from psl_flower.checks import check_choice, check_float, check_int
 from psl_flower.errors import ConfigError
 from psl_flower.plan.measure import Epoch, plan_epoch, summarize_epochs
 from psl_flower.plan.picture import save_picture
@@ -128,6 +128,12 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 def _compare(options: SimpleNamespace) -> None:
     for name in ("num_clients", "num_examples", "num_classes", "batch_size", "epochs", "seeds"):
         check_int(getattr(options, name), f"--{name.replace('_', '-')}", least=1)
+    if options.classes_per_client is not None:
+        check_int(options.classes_per_client, "--classes-per-client", least=1)
+    if options.alpha is not None:
+        check_float(options.alpha, "--alpha", above=0)
+    if options.sizes and not (options.classes_per_client is None and options.alpha is None):
+        raise ConfigError("--classes-per-client and --alpha shape a split, --sizes says who holds what: leave one out")
     check_int(options.seed, "--seed", least=0)
     reference: list[float] = []  # UGS's epoch times
     runs: dict[str, list[Epoch]] = {}

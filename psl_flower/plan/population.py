@@ -54,7 +54,8 @@ def split_labels(
             raise ConfigError("classes per client and alpha shape the splits 'mild' and 'severe', got split 'iid'")
         parts = iid_split(len(labels), num_clients, rng)
     else:
-        classes, concentration = classes_per_client or skew[0], alpha or skew[1]
+        classes = skew[0] if classes_per_client is None else classes_per_client
+        concentration = skew[1] if alpha is None else alpha
         parts = extended_dirichlet_split(labels, num_clients, classes, concentration, rng)
     codes = np.unique(labels, return_inverse=True)[1]
     num_classes = int(codes.max()) + 1

@@ -107,7 +107,6 @@ class Sampler(ABC):
         """Make the plan; every client of `population` holds data and 1 <= B <= N."""
 
     def __repr__(self) -> str:
-        options = inspect.signature(type(self).__init__).parameters.values()
-        held = [(option, getattr(self, option.name)) for option in options if hasattr(self, option.name)]
-        told = [f"{option.name}={v!r}" for option, v in held if repr(v) != repr(option.default)]
+        options = inspect.signature(type(self).__init__).parameters
+        told = [f"{name}={getattr(self, name)!r}" for name in options if hasattr(self, name)]
         return f"{type(self).__name__}({', '.join(told)})"

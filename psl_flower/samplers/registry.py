@@ -62,8 +62,8 @@ def make_sampler(name: str, batch_size: int, seed: int = 0, **options: Any) -> S
 
     Examples
     --------
-    >>> make_sampler("lds", 128, seed=1, delta=0.5)
-    LatentDirichletSampler(batch_size=128, seed=1, delta=0.5)
+    >>> make_sampler("lb", 128, seed=1, method="flow")
+    LatencyBudgetedSampler(batch_size=128, seed=1, method='flow', targets='random', order='shuffled')
     """
     sampler = _own_sampler(name) if ":" in str(name) else NAMED[_short_name(name)]
     check_options(options, sampler, f"sampler {name!r}", but=("batch_size", "seed"))

@@ -12,13 +12,15 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from psl_flower.errors import CutError
+from psl_flower.signatures import annotate_whole, needed_arguments
+from psl_flower.split.nodes import constant, input_name, is_raw
 
 _NAMED = (
     inspect.Parameter.POSITIONAL_ONLY,
@@ -45,12 +47,15 @@ class Arguments:
         Those of them that cannot be None: without a default, or the code fails. Where all may be None, the first.
     fixed : dict[str, str]
         Those that keep their default, and why.
+    sizes : dict
+        By input, or entry of one, its shape as it was recorded, with None for what may vary. None is known of others.
     """
 
     signature: inspect.Signature
     inputs: tuple[str, ...]
     needed: tuple[str, ...]
     fixed: Mapping[str, str]
+    sizes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Arguments:
@@ -88,9 +93,11 @@ class Arguments:
         own = [p for p in signature.parameters.values() if p.kind in _NAMED]
         others = [name for name in names if name not in signature.parameters]
         if others and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            needed = needed_arguments(signature)
+            whole = f"; {annotate_whole(needed[0].name)}" if len(needed) == 1 else ""
             raise CutError(
                 f"forward{signature} of {type(model).__name__} takes no {', '.join(map(repr, others))}: the example's "
-                "names must be those of its arguments"
+                f"names must be those of its arguments{whole}"
             )
         own += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in others]
         inputs = tuple(p.name for p in own if p.name in names)
@@ -109,6 +116,15 @@ class Arguments:
         dicts = {str(node.target) for node in named if node.op == "placeholder"}
         own = [p.replace(annotation=dict) if p.name in dicts else p for p in self.signature.parameters.values()]
         return replace(self, signature=self.signature.replace(parameters=own))
+
+    def with_sizes(self, graphs: Iterable[fx.Graph]) -> Arguments:
+        """Add which sizes of the inputs are constants to the recorded code, in any of the graphs."""
+        found: dict[str, tuple[int | None, ...]] = {}
+        for node in (node for graph in graphs for node in graph.nodes if is_raw(node) and "val" in node.meta):
+            sizes = tuple(map(constant, node.meta["val"].shape))
+            known = found.setdefault(input_name(node), sizes)
+            found[input_name(node)] = tuple(k if s is None else s for s, k in zip(sizes, known, strict=True))
+        return replace(self, sizes=found)
 
     def positions(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return what to call the model with, as hooks on it expect: by position as far as that goes."""
@@ -139,7 +155,24 @@ class Arguments:
             value, default = bound.arguments[name], self.signature.parameters[name].default
             if value is not default and not (isinstance(value, bool | int | float | str) and value == default):
                 raise CutError(f"the argument {name!r} was given, but {reason}.")
-        return [bound.arguments[name] for name in self.inputs]
+        values = {name: bound.arguments[name] for name in self.inputs}
+        for value in (values, *(value for value in values.values() if isinstance(value, Mapping))):
+            self._check_sizes(value)
+        return list(values.values())
+
+    def _check_sizes(self, values: Mapping[str, Any]) -> None:
+        for name in self.sizes.keys() & values.keys():
+            shape, wanted = getattr(values[name], "shape", None), self.sizes[name]
+            if shape is None or (
+                len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))
+            ):
+                continue
+            sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+            raise CutError(
+                f"the input {name!r} has shape {tuple(shape)}, but the model was cut for ({sizes}): torch.export took "
+                f"these sizes of the example for constants of the code; give batches of these sizes (pad texts to one "
+                f"length), or another example, or cut by hand: SplitModel(client=..., server=...)"
+            )
 
 
 def choose_inputs(root: nn.Module, arguments: Arguments, record: Callable[[tuple[str, ...]], fx.Graph]) -> Arguments:

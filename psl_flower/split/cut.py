@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
-from typing import overload
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
+import torch
 from torch import nn
 
 from psl_flower.errors import CutError
+from psl_flower.signatures import whole_dict
 from psl_flower.split.copying import copy_model
 from psl_flower.split.exported import export
 from psl_flower.split.half import CutNames, TracedHalf
 from psl_flower.split.lengths import mark_lengths
-from psl_flower.split.partition import divide
+from psl_flower.split.partition import UnknownNumber, divide
 from psl_flower.split.place import example_of, needs_example, share_of
 from psl_flower.split.rearrange import prepared
-from psl_flower.split.trace import Trace, trace
+from psl_flower.split.trace import Trace, told, trace
 
 log = logging.getLogger("flwr.psl_flower")
 
@@ -93,7 +95,7 @@ def cut_apart(
     except CutError as error:
         raise CutError(f"{where}: {error}{_suggestions(model, cut)}") from error.__cause__
     parts = [TracedHalf(root, programs, recorded, CutNames(cut, tail)) for programs in graphs]
-    parts[0].arguments, parts[-1].returns = recorded.arguments.annotated(recorded.graphs.values()), recorded.returns
+    parts[0].arguments, parts[-1].returns = recorded.arguments, recorded.returns
     mark_lengths(parts, root, recorded, names)
     _separate(parts)
     return tuple(parts)
@@ -105,7 +107,10 @@ def _record(root: nn.Module, names: Sequence[str], cut: str) -> Trace:
     try:
         recorded = trace(root, names, share)
         left_out = [name for name in example or () if name not in recorded.arguments.inputs]
-        if not left_out:
+        whole = whole_dict(recorded.arguments.signature, left_out)
+        if not left_out or whole is not None:
+            if example is not None:
+                _try(root, recorded, names, example if whole is None else {whole.name: example})
             return recorded
         error = CutError(f"torch.fx would leave out {listing(left_out)}, which forward does without.")
     except CutError as exc:
@@ -118,6 +123,38 @@ def _record(root: nn.Module, names: Sequence[str], cut: str) -> Trace:
         raise CutError(f"{error} Nor does torch.export do: {other}") from other.__cause__
     log.info("%s is cut with torch.export: %s", type(root).__name__, str(error).partition(". ")[0])
     return recorded
+
+
+def _try(root: nn.Module, recorded: Trace, names: Sequence[str], example: Mapping[str, Any]) -> None:
+    """Run what torch.fx has recorded on the example, in evaluation mode.
+
+    Raises
+    ------
+    CutError
+        If a number, or what else is no tensor, would cross: torch.export knows numbers, and what is in other things.
+    """
+    try:
+        graphs = divide(root, prepared(root, recorded, names), names)
+    except UnknownNumber:
+        raise
+    except CutError:
+        return  # torch.export would not do it either
+    flags = {module: module.training for module in root.modules()}
+    root.eval()
+    *parts, _ = (TracedHalf(root, programs, recorded, CutNames()) for programs in graphs)
+    parts[0].arguments = recorded.arguments
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            values = parts[0](**example)
+            if len(parts) == 2:
+                parts[1](*values[0])
+    except CutError:
+        raise
+    except Exception as error:
+        raise CutError(f"what torch.fx has recorded cannot be run with the example ({told(error)}).") from error
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
 
 
 def _separate(parts: Sequence[nn.Module]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor, fx, nn
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_map
 
 from psl_flower.errors import CutError
+from psl_flower.signatures import whole_dict
 from psl_flower.split.arguments import Arguments
 from psl_flower.split.place import is_text
 from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, pinned_modules, refuse_backward_hooks, told
@@ -33,6 +35,9 @@ _REMEDY = "cut by hand: SplitModel(client=..., server=...)"
 
 # What torch.export puts in to check that later calls are like the example; the parts check what they are given.
 _CHECKS = ("_assert", "sym_constrain_range")
+
+# By argument: a tensor, or of the one that takes a batch as a dict, the tensors by name.
+Inputs = Mapping[str, Tensor | dict[str, Tensor]]
 
 
 def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str]) -> Trace:
@@ -55,8 +60,9 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
     """
     if Version(torch.__version__) < Version(_FIRST_TORCH):
         raise CutError(f"a cut with torch.export needs torch {_FIRST_TORCH} or later, this is {torch.__version__}")
-    arguments = Arguments.given(root, list(example), _LEFT_OUT)
-    inputs = {name: example[name] for name in arguments.inputs}
+    whole = whole_dict(inspect.signature(root.forward), example)
+    arguments = Arguments.given(root, list(example) if whole is None else [whole.name], _LEFT_OUT)
+    inputs = {name: example[name] if whole is None else dict(example) for name in arguments.inputs}
     refuse_backward_hooks(root, (name for name, _ in root.named_modules()))
     _without_cache(root)
     flags = {module: module.training for module in root.modules()}
@@ -66,19 +72,19 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
         for mode in (True, False):
             root.train(mode)
             made = _export_once(root, arguments, inputs)
-            graphs[root.training], returns[root.training] = _as_graph(root, made, arguments.inputs)
+            graphs[root.training], returns[root.training] = _as_graph(root, made, inputs)
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return Trace(graphs, pinned_modules(root), arguments, frozenset(share) & set(arguments.inputs), Form(returns))
+    arguments = arguments.annotated(graphs.values()).with_sizes(graphs.values())
+    return Trace(graphs, pinned_modules(root), arguments, frozenset(share), Form(returns))
 
 
-def _export_once(root: nn.Module, arguments: Arguments, inputs: Mapping[str, Tensor]) -> fx.GraphModule:
+def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> fx.GraphModule:
     sizes = torch.export.Dim
-    dynamic = {
-        name: {0: sizes.DYNAMIC, 1: sizes.AUTO} if is_text(value) else {0: sizes.DYNAMIC}
-        for name, value in inputs.items()
-    }
+    dynamic = tree_map(
+        lambda value: {0: sizes.DYNAMIC, 1: sizes.AUTO} if is_text(value) else {0: sizes.DYNAMIC}, dict(inputs)
+    )
     try:
         with TRACING, _called_by(root, arguments.signature), _own_gradients_refused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -117,7 +123,8 @@ def _own_gradients_refused() -> Iterator[None]:
     apply, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
+        # of an operator with a name (torch.library) the call is recorded, and so its backward with it
+        if threading.get_ident() == thread and not cls.__module__.startswith("torch._library"):
             raise CutError(f"its backward would be lost: {cls.__module__}.{cls.__qualname__}")
         return apply.__func__(cls, *args, **kwargs)
 
@@ -136,7 +143,7 @@ def _without_cache(root: nn.Module) -> None:
             config.use_cache = False
 
 
-def _as_graph(root: nn.Module, made: fx.GraphModule, inputs: Collection[str]) -> tuple[fx.Graph, TreeSpec]:
+def _as_graph(root: nn.Module, made: fx.GraphModule, inputs: Inputs) -> tuple[fx.Graph, TreeSpec]:
     """Return a recording as a graph whose attributes are those of `root`, and the form of what it returns.
 
     Constants and regions of code under another autograd mode become attributes of `root`. Devices that are written
@@ -144,10 +151,17 @@ def _as_graph(root: nn.Module, made: fx.GraphModule, inputs: Collection[str]) ->
     """
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
-    placeholders = {str(node.target): node for node in made.graph.nodes if node.op == "placeholder"}
-    for name in inputs:
-        values[placeholders[name]] = _copied(graph.placeholder(name), placeholders[name])
-    device = graph.call_function(getattr, (values[placeholders[next(iter(inputs))]], "device"))
+    placeholders = (node for node in made.graph.nodes if node.op == "placeholder")
+    for name, value in inputs.items():
+        given = graph.placeholder(name)
+        if isinstance(value, Tensor):
+            source = next(placeholders)
+            values[source] = _copied(given, source)
+            continue
+        for key in value:
+            source = next(placeholders)
+            values[source] = _copied(graph.call_function(operator.getitem, (given, key)), source)
+    device = graph.call_function(getattr, (next(iter(values.values())), "device"))
     own = {*dict(root.named_parameters(remove_duplicate=False)), *dict(root.named_buffers(remove_duplicate=False))}
 
     def here(argument: Any) -> Any:
@@ -159,7 +173,7 @@ def _as_graph(root: nn.Module, made: fx.GraphModule, inputs: Collection[str]) ->
         if node.op == "get_attr":
             name = str(node.target)
             if name not in own:
-                name = _store(root, name, getattr(made, name))
+                name = _store(root, name.replace(".", "_"), operator.attrgetter(name)(made))
             values[node] = _copied(graph.get_attr(name), node)
         elif node.op == "output":
             graph.output(tuple(fx.node.map_aggregate(node.args[0], here)))

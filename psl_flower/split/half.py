@@ -203,13 +203,18 @@ def _compile(code: str, names: Mapping[str, Any]) -> Callable[..., Any]:
     return program
 
 
+def signature_of(half: nn.Module) -> inspect.Signature:
+    """Return how a model's first part is called, as the model's own ``forward`` says it."""
+    return half.signature() if isinstance(half, Part) else inspect.signature(half.forward)
+
+
 def input_names(half: nn.Module) -> tuple[str, ...]:
     """Return the names of the arguments a model's first part is called with, those it can do without included.
 
     They are those of the model's own ``forward`` (of ``client.forward`` for a SplitModel), ``*args`` and ``**kwargs``
     left out.
     """
-    signature = half.signature() if isinstance(half, Part) else inspect.signature(half.forward)
+    signature = signature_of(half)
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return tuple(name for name, parameter in signature.parameters.items() if parameter.kind not in variable)
 
@@ -238,8 +243,9 @@ def as_activations(values: Any, inputs: Sequence[Any], names: Sequence[str] = ()
     for name, value in zip(names, activations, strict=True):
         if not isinstance(value, torch.Tensor):
             raise CutError(
-                f"only tensors can cross the cut, value {name} is a {type(value).__name__}: cut elsewhere, or cut by "
-                f"hand so that the part before it returns a tensor or a tuple of tensors"
+                f"only tensors can cross the cut, value {name} is a {type(value).__name__}: cut elsewhere, give the "
+                f"cut an example batch (torch.export may see what is in it), or cut by hand so that the part before it "
+                f"returns a tensor or a tuple of tensors"
             )
     batch = next(v.shape[:1] for v in (*tree_leaves(inputs), *activations) if isinstance(v, torch.Tensor))
     for name, value in zip(names, activations, strict=True):

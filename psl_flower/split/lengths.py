@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from psl_flower import tree
 from psl_flower.split.half import Part
+from psl_flower.split.nodes import constant, is_raw
 from psl_flower.split.partition import pieces_of
 from psl_flower.split.place import is_text
 from psl_flower.split.trace import Trace
@@ -38,10 +39,10 @@ def _long(
     root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: frozenset[str]
 ) -> tuple[tuple[bool, ...], ...]:
     """Return for each cut, and each tensor that crosses it, whether its second size is the length of the texts."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in graph.nodes if is_raw(node)]
     values = [node.meta.get("val") for node in inputs]
     lengths: list[Any] = [value.shape[1] for value in values if isinstance(value, Tensor) and is_text(value)]
-    if not lengths or not isinstance(lengths[0], torch.SymInt):
+    if not lengths or constant(lengths[0]) is not None:
         return ()
     length = lengths[0].node.expr
     found = []

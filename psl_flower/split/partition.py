@@ -11,14 +11,28 @@ import operator
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.split.half import as_activations
-from psl_flower.split.trace import PLACE, Trace
+from psl_flower.split.nodes import (
+    asks_for_fact,
+    at,
+    changed_in_place,
+    input_name,
+    is_batch_size,
+    is_device_of_input,
+    is_input,
+    is_known_of_any_batch,
+    is_raw,
+    is_shape_of_input,
+    is_symbol,
+    modules_of,
+    size_in,
+)
+from psl_flower.split.trace import Trace
 
 NAMES = {2: ("client half", "server half"), 3: ("head", "body", "tail")}
 _SIDES = ("client", "server")
@@ -26,11 +40,9 @@ _BY_HAND = "SplitModel(client=..., server=...)"
 
 SIZES = "psl_flower.sizes"  # in the meta of a tensor without values, which crosses a cut to tell the sizes of another
 
-# What to ask a tensor for that is no tensor: known without its values, but `item` and `tolist`.
-_FACTS = frozenset({"shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_sparse"})
-_FACT_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", "get_device", "element_size"})
-_FACT_METHODS |= {"is_floating_point", "is_complex", "is_contiguous", "item", "tolist", "len"}
-_FACT_METHODS |= {"sym_size", "sym_numel", "sym_stride"}  # as torch.export calls them
+
+class UnknownNumber(CutError):
+    """A number would have to cross a cut: torch.export may know it as the size of a tensor that does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +101,31 @@ def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Colle
     _check_parameters(root, pieces)
     for piece, sent in enumerate(pieces.sent):
         for node in sent:
-            if is_raw(node) and _input_name(node) not in shared:
-                name = _input_name(node)
-                later = (_at(user) for user in node.users if user in {*chain(*pieces.runs[piece + 1 :])})
+            if is_raw(node) and input_name(node) not in shared:
+                name = input_name(node)
+                later = (at(user) for user in node.users if user in {*chain(*pieces.runs[piece + 1 :])})
                 raise CutError(
                     f"the input {name!r} is used after the cut{next(later, '')}, so raw examples would be sent to the "
                     f"server: cut later, or if that is intended, say so, Cut(name, share=({name!r},)), or cut by hand: "
                     f"{_BY_HAND}."
                 )
+            _check_rows(node)
         if all(is_raw(node) or SIZES in node.meta for node in sent):
             what = "it" if piece == 0 else f"the tail {cuts[1]!r}"
             raise CutError(f"nothing computed before {what} is used after it, so no tensor would cross the cut.")
     return [_piece_graph(pieces, piece) for piece in range(len(cuts) + 1)]
+
+
+def _check_rows(node: fx.Node) -> None:
+    """Refuse what would cross and is known, by torch.export, to have no row an example."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and not (value.ndim and is_symbol(value.shape[0])):
+        modules = modules_of(node)
+        where = f", computed in {modules[-1]!r}," if any(modules) else ""
+        raise CutError(
+            f"{node.name!r}{where} would cross, but its first dimension is not the batch, its shape is "
+            f"{tuple(value.shape)}: cut before what computes it, or after its last use, or cut by hand: {_BY_HAND}."
+        )
 
 
 def starts_of(nodes: Sequence[fx.Node], cuts: Sequence[str]) -> list[int]:
@@ -116,16 +141,6 @@ def starts_of(nodes: Sequence[fx.Node], cuts: Sequence[str]) -> list[int]:
     return starts
 
 
-def modules_of(node: fx.Node) -> list[str]:
-    """Return the modules that a step is, or is within, as far as the recording went through them."""
-    if node.op == "call_module":
-        return [str(node.target)]
-    if node.op != "call_function":
-        return []
-    # torch.export names the second call of a module layer@1
-    return [str(path).partition("@")[0] for path, _ in node.meta.get("nn_module_stack", {}).values()]
-
-
 def _classify(root: nn.Module, nodes: Iterable[fx.Node], shared: Collection[str]) -> tuple[set[fx.Node], set[fx.Node]]:
     """Return the nodes that are facts (sizes, dtypes, numbers) and the nodes computed from the examples' values.
 
@@ -133,16 +148,18 @@ def _classify(root: nn.Module, nodes: Iterable[fx.Node], shared: Collection[str]
     constants are.
     """
     facts: set[fx.Node] = set()
-    from_data = _changed_in_place(nodes)
+    from_data = changed_in_place(nodes)
     of_shared: set[fx.Node] = set()
     for node in nodes:
         sources = node.all_input_nodes
         if node.op == "placeholder":
             (of_shared if node.target in shared else from_data).add(node)
+        elif is_raw(node) and input_name(node) in shared:
+            of_shared.add(node)
         elif node in from_data:
             continue
         elif node.op in ("call_function", "call_method") and (
-            _asks_for_fact(node) or (sources and facts.issuperset(sources))
+            asks_for_fact(node) or (sources and facts.issuperset(sources))
         ):
             facts.add(node)
         elif not from_data.isdisjoint(sources):
@@ -152,35 +169,11 @@ def _classify(root: nn.Module, nodes: Iterable[fx.Node], shared: Collection[str]
     return facts, from_data
 
 
-def _changed_in_place(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the operations of torch.export that change what they are given, and what that is a view of.
-
-    They cannot be done over again elsewhere, as what does not come from the examples is: what they change, others read.
-    """
-    found: set[fx.Node] = set()
-    for node in nodes:
-        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-        if schema is None or not schema.is_mutable:
-            continue
-        found.add(node)
-        changed = [
-            argument
-            for argument, declared in zip(node.args, schema.arguments, strict=False)
-            if declared.alias_info is not None and declared.alias_info.is_write and isinstance(argument, fx.Node)
-        ]
-        while changed:
-            base = changed.pop()
-            if base.op == "call_function" and base not in found:
-                found.add(base)
-                changed += base.all_input_nodes[:1]
-    return found
-
-
 def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], shared: Collection[str]) -> Pieces:
     """Say which piece runs a node, and what the pieces hand to one another."""
     last = len(starts)
     facts, from_data = _classify(root, nodes, shared)
-    given = {node for node in nodes if is_input(node)}
+    given = {node for node in nodes if is_input(node) or (is_raw(node) and input_name(node) in shared)}
     own = {
         node: 0 if is_raw(node) else sum(start <= position for start in starts) for position, node in enumerate(nodes)
     }
@@ -277,24 +270,24 @@ def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
     for node in pieces.runs[piece]:
         if all(source in copies for source in node.all_input_nodes):
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        elif (size := _size_in(node, received)) is not None:
+        elif (size := size_in(node, received)) is not None:
             copies[node] = graph.call_method("size", (given[size[0]], size[1]))
-        elif _is_batch_size(node):
+        elif is_batch_size(node):
             shape = graph.call_function(getattr, (given[0], "shape"))
             copies[node] = graph.call_function(operator.getitem, (shape, 0))
-        elif _is_device_of_input(node):
+        elif is_device_of_input(node):
             copies[node] = graph.call_function(getattr, (given[0], "device"))
-        elif not _is_shape_of_input(node):
+        elif not is_shape_of_input(node):
             side = _SIDES[(piece + 1) % 2]
-            raise CutError(
-                f"{node.format_node()}{_at(node)} is a number that only the {side} knows, and only tensors cross the "
+            raise UnknownNumber(
+                f"{node.format_node()}{at(node)} is a number that only the {side} knows, and only tensors cross the "
                 f"cut: compute it from a tensor that crosses, cut elsewhere, or cut by hand: {_BY_HAND}."
             )
     if piece < last:
         inputs = tuple(given or (copies[node] for node in pieces.runs[piece] if is_input(node)))
 
         def handed(nodes: list[fx.Node]) -> fx.Node:
-            names = tuple(f"{node.name!r}{_at(node)}" for node in nodes)
+            names = tuple(f"{node.name!r}{at(node)}" for node in nodes)
             return graph.call_function(as_activations, (tuple(copies[node] for node in nodes), inputs, names))
 
         out = handed(pieces.sent[piece])
@@ -302,77 +295,6 @@ def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
         kept = handed(pieces.kept[piece]) if keeps and pieces.kept[piece] else ()
         graph.output((out, kept) if keeps else out)
     return graph
-
-
-def _at(node: fx.Node) -> str:
-    """Return which line of the user's code a step is from, in brackets, as far as torch.fx has recorded it."""
-    found = node.meta.get(PLACE)
-    return "" if found is None else f" ({found})"
-
-
-def _asks_for_fact(node: fx.Node) -> bool:
-    if node.target is getattr:
-        return node.args[1] in _FACTS
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.partition(".")[0] in _FACT_METHODS  # torch.export has sym_size.int
-
-
-def is_input(node: Any) -> bool:
-    """Whether a node is an input of the model."""
-    return isinstance(node, fx.Node) and node.op == "placeholder"
-
-
-def is_raw(node: Any) -> bool:
-    """Whether a node is an input, or an entry of an input that is a dictionary."""
-    if not isinstance(node, fx.Node):
-        return False
-    return is_input(node) or (
-        node.target is operator.getitem and isinstance(node.args[1], str) and is_raw(node.args[0])
-    )
-
-
-def _input_name(node: fx.Node) -> str:
-    return str(node.target if is_input(node) else node.args[1])
-
-
-def _is_shape_of_input(node: Any) -> bool:
-    """Whether a node is ``x.shape`` or ``x.size()``, of an input x."""
-    if not isinstance(node, fx.Node) or not node.args or not is_raw(node.args[0]):
-        return False
-    if node.target is getattr:
-        return node.args[1] == "shape"
-    return node.target == "size" and len(node.args) == 1 and not node.kwargs
-
-
-def _is_batch_size(node: fx.Node) -> bool:
-    """Whether a node is ``x.shape[0]``, ``x.size()[0]``, ``x.size(0)`` or ``len(x)``, of an input x."""
-    if node.target is operator.getitem:
-        return _is_shape_of_input(node.args[0]) and node.args[1:] == (0,)
-    if node.target is len:
-        return is_raw(node.args[0])
-    asked = [*node.args[1:], *node.kwargs.values()]
-    return node.target == "size" and is_raw(node.args[0]) and asked == [0]
-
-
-def _size_in(node: fx.Node, tensors: Sequence[fx.Node]) -> tuple[int, int] | None:
-    """Return which of some tensors, and which of its dimensions, has the size that torch.export knows a node as."""
-    wanted: Any = node.meta.get("val")
-    for i, tensor in enumerate(tensors) if isinstance(wanted, torch.SymInt) else ():
-        for dimension, size in enumerate(tensor.meta["val"].shape):
-            if isinstance(size, torch.SymInt) and size.node.expr == wanted.node.expr:
-                return i, dimension
-    return None
-
-
-def _is_device_of_input(node: fx.Node) -> bool:
-    return node.target is getattr and is_raw(node.args[0]) and node.args[1] == "device"
-
-
-def is_known_of_any_batch(node: fx.Node, asking: Collection[fx.Node] | None = None) -> bool:
-    """Whether any tensor of the batch tells what this node asks an input for, and some or all others ask it."""
-    if _is_shape_of_input(node):
-        return all(_is_batch_size(user) for user in node.users if asking is None or user in asking)
-    return _is_batch_size(node) or _is_device_of_input(node)
 
 
 def state_of(root: nn.Module, node: fx.Node) -> dict[str, torch.Tensor]:

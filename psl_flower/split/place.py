@@ -30,9 +30,10 @@ class Cut(str):
     name : str
         Qualified name of the first server-side submodule.
     example : dict of str to Tensor, optional
-        Inputs of the model's ``forward`` by name, at least two rows of them, of at least two positions; only names,
-        dtypes and sizes matter. The cut model takes these inputs and no others. Default: what the model says itself
-        (``dummy_inputs``, or its configuration), with an ``attention_mask`` if its ``forward`` takes one.
+        Inputs of the model's ``forward`` by name, or what is in the one dict that it takes; at least two rows, of at
+        least two positions; only names, dtypes and sizes matter. The cut model takes these inputs and no others.
+        Default: what the model says itself (``dummy_inputs``, or its configuration), with an ``attention_mask`` if its
+        ``forward`` takes one.
     share : collection of str
         Inputs that may go to the server as they are, in place of what is computed of them. Default: the attention
         mask, from which the server computes its own masks.
@@ -84,6 +85,10 @@ def example_of(model: nn.Module, cut: str) -> dict[str, Tensor] | None:
     if example is None:
         return None
     for name, value in example.items():
+        if isinstance(value, Mapping):
+            raise CutError(
+                f"the example's {name!r} must be a tensor, got a dict: put its entries into the example itself"
+            )
         if not isinstance(value, Tensor) or value.ndim == 0:
             raise CutError(f"the example's {name!r} must be a tensor with a row an example, got {value!r:.60}")
         if len(value) < 2 or (is_text(value) and value.shape[1] < 2):

@@ -19,8 +19,10 @@ from torch import Tensor, fx, nn
 
 from psl_flower.errors import ConfigError, CutError
 from psl_flower.extras import check_extra
-from psl_flower.split.half import input_names
+from psl_flower.signatures import whole_dict
+from psl_flower.split.half import input_names, signature_of
 from psl_flower.split.model import cut_model
+from psl_flower.split.nodes import constant
 from psl_flower.split.place import example_of, is_text, needs_example
 
 INDEX = "parts.json"
@@ -52,7 +54,7 @@ def export_halves(
         Made if need be.
     cut, tail : str, optional
         As in training. An example batch comes from the model (``dummy_inputs``) or with the cut, see `Cut`; for a
-        SplitModel, ``Cut("", example=...)`` names it.
+        SplitModel, ``Cut("", example=...)`` names it. Its names are those of the inputs of the first program.
 
     formats : sequence of str
         "pt2", "onnx", or both. ONNX needs the extra ``onnx``.
@@ -78,13 +80,11 @@ def export_halves(
         raise CutError(f"export_halves {needs_example(model)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in input_names(halves.client) if name in batch]
-    if len(names) != len(batch):
-        raise CutError(f"the client part takes {', '.join(input_names(halves.client))}, the example has {list(batch)}")
-    given, kept = {name: batch[name] for name in names}, dict[str, Tensor]()
+    call = _Call(halves.client, batch)
+    given, kept = {name: batch[name] for name in call.names}, dict[str, Tensor]()
     files, told = list[Path](), dict[str, Any]()
     for name, part in zip(NAMES, halves.parts, strict=False):
-        program = _Program(part, name, list(given) if name == "client" else None).eval()
+        program = _Program(part, name, call if name == "client" else None).eval()
         texts = [is_text(value) for value in given.values()] if name == "client" else getattr(part, "takes", ())
         made = _record(program, name, given, texts)
         written = {each: folder / f"{name}.{each}" for each in formats}
@@ -104,19 +104,38 @@ def export_halves(
     return files
 
 
+class _Call:
+    """How the first part is called with the inputs of an example batch: by name, or with all of them as one dict."""
+
+    def __init__(self, part: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        signature = signature_of(part)
+        self._whole = whole_dict(signature, batch)
+        taken = input_names(part)
+        self.names = [*(name for name in taken if name in batch), *(name for name in batch if name not in taken)]
+        try:
+            signature.bind(**self._arguments(batch))
+        except TypeError as error:
+            raise CutError(
+                f"the client part takes {', '.join(taken)}, the example has {list(batch)}: {error}"
+            ) from error
+
+    def __call__(self, part: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        return part(**self._arguments(dict(zip(self.names, tensors, strict=True))))
+
+    def _arguments(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        return dict(batch) if self._whole is None else {self._whole.name: dict(batch)}
+
+
 class _Program(nn.Module):
     """A part that takes tensors by position and returns them by name."""
 
-    def __init__(self, part: nn.Module, name: str, inputs: Sequence[str] | None) -> None:
+    def __init__(self, part: nn.Module, name: str, call: _Call | None) -> None:
         super().__init__()
-        self.part, self._name, self._inputs = part, name, inputs
+        self.part, self._name, self._call = part, name, call
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         """Run the part."""
-        if self._inputs is None:
-            outputs = self.part(*tensors)
-        else:
-            outputs = self.part(**dict(zip(self._inputs, tensors, strict=True)))
+        outputs = self.part(*tensors) if self._call is None else self._call(self.part, tensors)
         if isinstance(outputs, Mapping):
             return {key: value for key, value in outputs.items() if isinstance(value, Tensor)}
         if isinstance(outputs, tuple) and isinstance(outputs[0], tuple):
@@ -196,5 +215,6 @@ def _tensor(name: str, node: fx.Node) -> dict[str, Any]:
     """
     value, shape = node.meta["val"], list[int | str]()
     for dimension, size in enumerate(value.shape):
-        shape.append(int(size) if isinstance(size, int) else "length" if dimension else "batch")
+        known = constant(size)
+        shape.append(known if known is not None else "length" if dimension else "batch")
     return {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape}

@@ -9,16 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from psl_flower.split.partition import (
-    SIZES,
-    Pieces,
-    is_input,
-    is_known_of_any_batch,
-    modules_of,
-    pieces_of,
-    starts_of,
-    state_of,
-)
+from psl_flower.split.nodes import is_input, is_known_of_any_batch, modules_of
+from psl_flower.split.partition import SIZES, Pieces, pieces_of, starts_of, state_of
 from psl_flower.split.trace import Trace
 
 _BY_HAND = "SplitModel(client=..., server=...)"

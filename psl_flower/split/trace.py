@@ -22,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from psl_flower.errors import CutError
 from psl_flower.origin import place, running
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
+from psl_flower.split.nodes import PLACE
 from psl_flower.split.recordable import is_asserted, recordable
 from psl_flower.split.stored import refusing_reads
 
@@ -31,8 +32,6 @@ TRACING = threading.Lock()
 
 # What names begin with that recordings add to a model.
 RECORDED = "_psl_"
-
-PLACE = "psl_flower.place"  # where a node's meta has the line of the user's code that it is from
 
 _BY_HAND = "or cut by hand: SplitModel(client=..., server=...)."
 
@@ -130,7 +129,7 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
     finally:
         for module, flag in flags.items():
             module.training = flag
-    return Trace(graphs, pinned_modules(root), arguments, frozenset(share) & set(arguments.inputs))
+    return Trace(graphs, pinned_modules(root), arguments.annotated(graphs.values()), frozenset(share))
 
 
 def refuse_backward_hooks(root: nn.Module, names: Iterable[str]) -> None:

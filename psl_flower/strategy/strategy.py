@@ -233,7 +233,7 @@ class ParallelSplitLearning(ExchangingStrategy):
     def start(
         self,
         grid: Grid,
-        initial_arrays: ArrayRecord,
+        initial_arrays: ArrayRecord | Mapping[str, torch.Tensor],
         num_rounds: int = 3,
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
@@ -247,7 +247,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         grid : Grid
             Flower's, or an `InProcessGrid`.
         initial_arrays : ArrayRecord
-            The whole model's state dict.
+            The whole model's state dict; or the dict itself, which may hold bfloat16, as Flower's arrays may not.
         num_rounds : int
             Epochs.
         timeout : float

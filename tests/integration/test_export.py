@@ -60,7 +60,7 @@ MODEL = ["--model", "test_export:Net"]
 @pytest.mark.parametrize("source", [".", "checkpoints/round-00001-step-0000002.safetensors"])
 def test_the_parts_are_those_of_the_trained_model(source, run, tmp_path, capsys):
     folder, model = run
-    command = ["export", str(folder / source), *MODEL, "--example", "x=2,3", "--into", str(tmp_path), "--json"]
+    command = ["export", str(folder / source), *MODEL, "--example", "x=2,3", "--output", str(tmp_path), "--json"]
     assert cli.main(command) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["client"]["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 3]}]

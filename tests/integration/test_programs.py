@@ -60,11 +60,45 @@ def test_three_parts_of_a_language_model(tmp_path):
     assert told["tail"]["outputs"] == [{"name": "logits", "dtype": "float32", "shape": ["batch", "length", 50]}]
 
 
+class Pair(torch.nn.Module):
+    """Its batch is a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.scale, self.out = torch.nn.Embedding(9, 4), torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, batch):
+        return {"logits": self.out(self.embed(batch["words"]).mean(1) + self.scale(batch["sizes"]))}
+
+
+def run_pt2(path, tensors):
+    return torch.export.load(path).module()(*tensors.values())
+
+
+def run_onnx(path, tensors):
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    given = {name: tensor.numpy() for name, tensor in tensors.items()}
+    names = [output.name for output in session.get_outputs()]
+    return {name: torch.tensor(found) for name, found in zip(names, session.run(None, given), strict=True)}
+
+
+@pytest.mark.parametrize(("form", "run"), [("pt2", run_pt2), pytest.param("onnx", run_onnx, marks=pytest.mark.slow)])
+def test_a_batch_that_is_a_dict(form, run, tmp_path):
+    model = Pair().eval()
+    example = {"words": torch.zeros(2, 5).long(), "sizes": torch.zeros(2, 3)}
+    client, server = export_halves(model, tmp_path, Cut("out", example=example), formats=(form,))
+    told = json.loads((tmp_path / "parts.json").read_text())
+    assert [each["name"] for each in told["client"]["inputs"]] == ["words", "sizes"]
+    assert [each["name"] for each in told["server"]["outputs"]] == ["logits"]
+    batch = {"words": torch.randint(0, 9, (7, 6)), "sizes": torch.randn(7, 3)}
+    assert torch.allclose(run(server, run(client, batch))["logits"], model(batch)["logits"], atol=1e-6)
+
+
 def test_a_model_cut_by_hand(tmp_path):
     split = SplitModel(client=torch.nn.Linear(3, 4), server=torch.nn.Linear(4, 2)).eval()
     with pytest.raises(CutError, match="export_halves needs an example batch"):
         export_halves(split, tmp_path)
-    with pytest.raises(CutError, match=r"the client part takes input, the example has \['x'\]"):
+    with pytest.raises(CutError, match=r"the client part takes input, the example has \['x'\]: missing"):
         export_halves(split, tmp_path, Cut("", example={"x": torch.randn(2, 3)}))
     files = export_halves(split, tmp_path / "parts", Cut("", example={"input": torch.randn(2, 3)}))
     client, server = (torch.export.load(path).module() for path in files)

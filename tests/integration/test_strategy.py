@@ -343,6 +343,23 @@ def test_a_model_cut_by_hand():
     assert largest_difference(state, train_centralised(model, batches, sgd)) < 1e-5
 
 
+def test_what_building_a_model_draws_is_not_seen_in_the_users_numbers():
+    def seeding():
+        torch.manual_seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        return tiny_resnet()
+
+    strategy, grid = make(tiny_resnet(), seeding)
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    strategy.start(grid, tiny_resnet().state_dict(), num_rounds=1)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])  # noqa: NPY002
+
+
 def tiny_resnet_16():
     return tiny_resnet().bfloat16()
 
@@ -353,9 +370,9 @@ def load_partition_16(context):
 
 
 def test_a_bfloat16_model():
-    initial = ArrayRecord(
-        {n: t.float() if t.is_floating_point() else t for n, t in tiny_resnet_16().state_dict().items()}
-    )
+    initial = tiny_resnet_16().state_dict()
+    with pytest.raises(TypeError, match="BFloat16"):
+        ArrayRecord(initial)  # Flower's arrays have none, but a state dict may be given as it is
     result = run(model_fn=tiny_resnet_16, data_fn=load_partition_16, arrays=initial, num_rounds=2)
     state = state_of(result)
     assert all(t.dtype == torch.float32 for t in state.values() if t.is_floating_point())

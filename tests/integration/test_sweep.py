@@ -50,7 +50,7 @@ def arguments(folder, engine):
     """Write a sweep and return the words that run it."""
     path = folder / f"{engine}.toml"
     path.write_text(SWEEP.format(engine=engine))
-    return ["experiments", "run", str(path), "--out", str(folder / engine), "--workers", "1"]
+    return ["experiments", "run", str(path), "--output", str(folder / engine), "--workers", "1"]
 
 
 def start(words, folder):

@@ -283,4 +283,6 @@ def test_arguments_are_checked_at_construction():
 
 def test_it_has_a_name():
     sampler = make_sampler("aligned", 64, seed=2, targets="stratified", tilt=0.1)
-    assert repr(sampler) == "AlignedSampler(batch_size=64, seed=2, targets='stratified', tilt=0.1)"
+    assert repr(sampler) == (
+        "AlignedSampler(batch_size=64, seed=2, targets='stratified', tilt=0.1, order='shuffled', max_durations=12)"
+    )

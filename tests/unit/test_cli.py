@@ -37,6 +37,18 @@ def test_words_and_exit_codes_are_passed_on(capsys):
     assert "No such option" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "former"), [(["experiments", "run"], "--out"), (["export"], "--into=nowhere")])
+def test_what_is_written_goes_to_output_which_had_other_names(command, former, tmp_path, capsys):
+    """What they are given is not there; were they unknown, that would be said."""
+    assert cli.main([*command, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--output" in told
+    assert former.partition("=")[0] + " " not in told
+    words = [former] if "=" in former else [former, str(tmp_path / "out")]
+    assert cli.main([*command, str(tmp_path / "none.toml"), *words]) == 2
+    assert "No such option" not in capsys.readouterr().err
+
+
 def test_the_script_the_module_and_an_unknown_command():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert pyproject["project"]["scripts"] == {"psl-flower": "psl_flower.cli:main"}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformer_models import bert, gpt2, lora_llama, texts, vit
+from transformer_models import TOKENS, bert, gpt2, lora_llama, texts, vit
 
 from psl_flower.errors import CutError
 from psl_flower.split import Cut, cut_candidates, cut_model, find_mixing, input_names, split_module
@@ -168,6 +168,174 @@ def test_without_an_argument_the_example_leaves_out():
     halves = cut_model(Base(), Cut("b", example={"x": EXAMPLE["x"]}))
     with pytest.raises(CutError, match=r"'shift' was given, but the model was cut without it: put it into the example"):
         halves.client(**EXAMPLE)
+
+
+class Entries(Base):
+    """Takes its batch as one dict, of which another module takes all entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.pool = nn.Embedding(TOKENS, 4), nn.Linear(4, 2)
+
+    def forward(self, batch: dict):
+        return self.read(**batch)
+
+    def read(self, input_ids, attention_mask):
+        with torch.no_grad():
+            mask = attention_mask.float()[..., None]
+        return self.pool(self.b(self.embed(input_ids)).mul(mask).sum(1) / mask.sum(1))
+
+
+def test_a_batch_that_is_one_dict(monkeypatch):
+    names = ("attention_mask", "input_ids")
+    model, batch = Entries(), texts(4, 6)
+    halves = cut_model(model, Cut("b", example={name: texts(3, 5)[name] for name in names}))
+    crossing = halves.client(batch)
+    assert [tuple(tensor.shape) for tensor in crossing] == [(4, 6), (4, 6, 4)]
+    assert torch.equal(crossing[0], batch["attention_mask"])
+    assert halves.server.takes == (True, True)
+    assert torch.equal(halves.server(*crossing), model(batch))
+    with pytest.raises(CutError, match="'batch' must be a tensor, got a dict: put its entries into the example"):
+        cut_model(model, Cut("b", example={"batch": batch}))
+    monkeypatch.setattr(Entries.forward, "__annotations__", {})
+    with pytest.raises(CutError, match="if 'batch' is the row's whole dict, annotate it, batch: dict"):
+        cut_model(model, Cut("b", example=batch))
+
+
+class Outputs(nn.Module):
+    """Returns what is no tensor, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return SimpleNamespace(last=self.layer(x), states=None)
+
+
+class Passing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.head = Outputs(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        outputs = self.base(x)
+        return {"logits": self.head(outputs.last), "states": outputs.states}
+
+
+def test_what_is_no_tensor_cannot_cross_but_what_is_in_it_can():
+    model, x = Passing(), torch.randn(5, 4)
+    with pytest.raises(CutError, match=r"'base'.* is a SimpleNamespace: cut elsewhere, give the cut an example batch"):
+        cut_model(model, "head").client(x)
+    halves = cut_model(model, Cut("head", example={"x": torch.randn(2, 4)}))
+    assert torch.equal(halves.server(*halves.client(x))["logits"], model(x)["logits"])
+
+
+class Biased(nn.Module):
+    """T5's way: a bias is computed of the positions, in place, and its layers may share it."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.shared, self.embed, self.bias = shared, nn.Embedding(9, 3), nn.Embedding(5, 3)
+        self.body = nn.Linear(3, 3)
+
+    def forward(self, input_ids):
+        length = input_ids.shape[1]
+        places = torch.zeros(length, dtype=torch.long)
+        places += torch.arange(length).clamp(max=4)
+        bias = self.bias(places)[None]
+        h = self.body(self.embed(input_ids) + bias)
+        return h + bias if self.shared else h * torch.arange(length)[None, :, None]
+
+
+def test_what_all_examples_share_cannot_cross():
+    ids = torch.randint(0, 9, (3, 5))
+    with pytest.raises(CutError, match=r"would cross, but its first dimension is not the batch, its shape is \(1, s"):
+        cut_model(Biased(shared=True), Cut("body", example={"input_ids": ids}))
+
+
+def test_a_length_that_a_tensor_changed_in_place_has_is_no_secret():
+    model, ids = Biased(shared=False), torch.randint(0, 9, (4, 7))
+    halves = cut_model(model, Cut("body", example={"input_ids": ids[:3, :5]}))
+    assert torch.equal(halves.server(*halves.client(ids)), model(ids))
+
+
+class Scanning(nn.Module):
+    """Mamba's way: position by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.out = nn.Embedding(9, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, input_ids):
+        h, state = self.embed(input_ids), 0.0
+        for i in range(input_ids.shape[1]):
+            state = 0.5 * state + h[:, i]
+        return self.out(self.body(state))
+
+
+def test_a_length_that_is_a_constant_of_the_code_must_be_kept():
+    """In a longer text the rest would be overlooked without a word."""
+    model, ids = Scanning(), torch.randint(0, 9, (5, 7))
+    halves = cut_model(model, Cut("body", example={"input_ids": ids[:2, :6]}))
+    assert torch.equal(halves.server(*halves.client(ids[:, :6])), model(ids[:, :6]))
+    with pytest.raises(CutError, match=r"'input_ids' has shape \(5, 7\), but the model was cut for \(any, 6\)"):
+        halves.client(ids)
+
+
+class Lifted(nn.Module):
+    """DeBERTa's way: a module within makes a constant of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = Halved(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.inner(x))
+
+
+class Halved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            scale = torch.sqrt(torch.tensor(x.size(-1), dtype=torch.float))
+        return self.second(self.first(x) / scale)
+
+
+@torch.library.custom_op("psl_flower_tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+doubled.register_fake(torch.empty_like)
+doubled.register_autograd(lambda ctx, gradient: gradient * 2)
+
+
+class Named(Base):
+    """An operator with a name keeps its backward, as those do that mixtures of experts call."""
+
+    def inner(self, h):
+        return doubled(h)
+
+
+@pytest.mark.parametrize(("make", "cut"), [(Lifted, "inner.second"), (Named, "b")])
+def test_constants_of_modules_within_and_operators_with_a_name(make, cut):
+    model, x = make().eval(), torch.randn(5, 4)
+    batch = {"x": x} if make is Lifted else {"x": x, "shift": torch.randn(5, 4)}
+    halves = cut_model(model, Cut(cut, example=batch))
+    expected = model(**batch)
+    expected = expected if make is Lifted else expected["y"]
+    output = halves.server(*halves.client(**batch))
+    output = output if make is Lifted else output["y"]
+    assert torch.equal(output, expected)
+    expected.sum().backward()
+    output.sum().backward()
+    for part in halves.parts:
+        for name, parameter in part.named_parameters():
+            assert torch.equal(parameter.grad, model.get_parameter(name).grad), name
 
 
 class Reverse(torch.autograd.Function):

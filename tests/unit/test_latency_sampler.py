@@ -248,5 +248,7 @@ def test_arguments_are_checked_at_construction():
 
 def test_it_has_a_name():
     sampler = make_sampler("lb", 64, seed=2, method="flow", targets="stratified")
-    assert repr(sampler) == "LatencyBudgetedSampler(batch_size=64, seed=2, method='flow', targets='stratified')"
+    assert repr(sampler) == (
+        "LatencyBudgetedSampler(batch_size=64, seed=2, method='flow', targets='stratified', order='shuffled')"
+    )
     assert type(make_sampler("latency-budgeted", 64)) is LatencyBudgetedSampler

@@ -90,7 +90,10 @@ class TestSampler:
 
     def test_repr_can_be_read(self):
         assert repr(UniformGlobalSampler(128, seed=3)) == "UniformGlobalSampler(batch_size=128, seed=3)"
-        assert repr(LatentDirichletSampler(9, c=2.0)) == "LatentDirichletSampler(batch_size=9, c=2.0)"
+        assert repr(LatentDirichletSampler(9, c=2.0)) == (
+            "LatentDirichletSampler(batch_size=9, seed=0, delta=1.0, c=2.0, sample_size=1000, tolerance=0.001, "
+            "order='shuffled')"
+        )
 
 
 def test_numpy_parts_import_no_framework():

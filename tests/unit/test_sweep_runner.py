@@ -63,7 +63,7 @@ def table(folder):
 
 def test_a_sweep_survives_failures_and_runs_nothing_twice(sweep, tmp_path, capsys):
     folder = tmp_path / "out"
-    command = ["experiments", "run", sweep, "--out", str(folder), "--workers", "2"]
+    command = ["experiments", "run", sweep, "--output", str(folder), "--workers", "2"]
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "8 combinations, 7 trainings" in said
@@ -120,7 +120,7 @@ def test_what_any_training_would_refuse_ends_the_command_before_the_first(sweep,
     folder = tmp_path / "out"
     with open(sweep, "a") as file:
         file.write(f"{methods}\n")
-    assert main(["experiments", "run", sweep, "--out", str(folder)]) == 2
+    assert main(["experiments", "run", sweep, "--output", str(folder)]) == 2
     assert f"bad, num-clients 2, seed 0: {message}" in capsys.readouterr().err.splitlines()[-1]
     assert not folder.exists()
 
@@ -130,7 +130,7 @@ def test_one_sweep_at_a_time_in_a_folder(sweep, tmp_path, capsys):
         with (tmp_path / "out" / ".lock").open() as lock, pytest.raises(OSError, match="unavailable"):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with (
-            pytest.raises(ConfigError, match=r"--out: another run writes to .*out: process \d+ on .*: wait for it"),
+            pytest.raises(ConfigError, match=r"--output: another run writes to .*out: process \d+ on .*: wait for it"),
             alone_in(tmp_path / "out"),
         ):
             pass
@@ -151,7 +151,7 @@ def test_nothing_of_an_earlier_sweep_in_the_folder_is_reported(sweep, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_refused(sweep, capsys):
-    assert main(["experiments", "run", sweep, "--out", f"{sweep}/out"]) == 2
+    assert main(["experiments", "run", sweep, "--output", f"{sweep}/out"]) == 2
     assert "cannot be written to" in capsys.readouterr().err
 
 

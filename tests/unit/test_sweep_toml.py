@@ -242,6 +242,6 @@ def test_the_command_refuses_with_status_2(capsys, tmp_path):
 
 def test_a_model_that_cannot_be_cut_there_is_refused_before_anything_is_trained(capsys, tmp_path):
     out = tmp_path / "out"
-    assert main(["experiments", "run", "severe", "--set", "cut=stage9", "--out", str(out)]) == 2
+    assert main(["experiments", "run", "severe", "--set", "cut=stage9", "--output", str(out)]) == 2
     assert "has no such submodule" in capsys.readouterr().err
     assert not out.exists()
