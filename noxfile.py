@@ -6,6 +6,7 @@ Words after ``--`` go to pytest instead of the tests that a session takes by its
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import nox
@@ -18,6 +19,9 @@ nox.options.reuse_existing_virtualenvs = True
 # uv reads none of pip's settings: what ``make`` installs from a folder is to be found here, too.
 if "PIP_FIND_LINKS" in os.environ:
     os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"].replace(" ", ","))
+
+# nox gives each session a folder for temporary files, with a name too long for the sockets of Ray.
+TMPDIR = {"TMPDIR": tempfile.gettempdir()}
 
 # The oldest Flower fits others of its time only.
 FLOWERS = {
@@ -38,7 +42,7 @@ def install(session: nox.Session, *pins: str) -> None:
 def test(session: nox.Session, *words: str) -> None:
     """Run the tests that start no Flower processes."""
     words = tuple(session.posargs) or ("-n", "auto", *words)
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "", **TMPDIR}
     session.run("pytest", "-q", "-p", "no:cacheprovider", "-m", "not flower and not slow", *words, env=environment)
 
 
@@ -55,8 +59,8 @@ def flower(session: nox.Session, flwr: str) -> None:
     """Try the oldest and the newest Flower: tests, a simulation and a deployment."""
     install(session, *FLOWERS[flwr])
     test(session)
-    session.run("python", "tests/plain_flower.py", "simulation")
-    session.run("python", "tests/plain_flower.py", "deployment")
+    session.run("python", "tests/plain_flower.py", "simulation", env=TMPDIR)
+    session.run("python", "tests/plain_flower.py", "deployment", env=TMPDIR)
 
 
 @nox.session(python="3.11", name="newest-torch")

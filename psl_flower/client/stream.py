@@ -49,7 +49,7 @@ log = logging.getLogger("flwr.psl_flower")
 
 CONNECT_SECONDS = 20.0
 _JOIN_SECONDS = 30.0
-_END_SECONDS = 10.0  # for the stage that is being done when the process ends
+_END_SECONDS = 60.0  # for the stage that is being done when the process ends: a second alone, more on a busy machine
 
 _residents: dict[str, StreamClient] = {}  # by session; see Note [Process state] in process.py for why it is here
 _residents_lock = threading.Lock()
