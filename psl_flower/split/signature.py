@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from psl_flower.split.half import CutNames, Part
+from psl_flower.split.half import CutNames, Part, frozen_in
 from psl_flower.split.model import Halves
 from psl_flower.split.stored import stored_names
 
@@ -170,13 +170,14 @@ def _layers(part: nn.Module) -> dict[str, str]:
     Containers do nothing by themselves, and of an Identity as little is said as of a module that is not there.
     Where a layer keeps its result is no difference, so options in place are left out.
     """
-    layers = {}
+    layers, frozen = {}, frozen_in(part)
     for name, module in part.named_modules():
         kind = type(module)
         if not name or kind is nn.Identity or kind.__module__.startswith("torch.nn.modules.container"):
             continue
         own = kind.__module__.startswith("torch.") and kind is not nn.Module
-        layers[name] = f"{kind.__name__}({_IN_PLACE.sub('', module.extra_repr())})"[:_LONGEST] if own else ""
+        shown = f"{kind.__name__}({_IN_PLACE.sub('', module.extra_repr())})"[:_LONGEST] if own else ""
+        layers[name] = shown + ".eval()" * (own and name in frozen)
     return layers
 
 

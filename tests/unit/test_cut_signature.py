@@ -74,6 +74,11 @@ class Called(nn.Module):
         return self.head(self.dropout(self.function(self.body(x))))
 
 
+def frozen(called):
+    called.dropout.eval()
+    return called
+
+
 class MyGELU(nn.GELU):
     pass
 
@@ -85,6 +90,10 @@ OTHER = "cut at 'head', but not the same model: "
     ("theirs", "words"),
     [
         (Called(nn.Tanh(), dropout=0.5), "'dropout' of its client part is Dropout(p=0.0) on the server"),
+        (
+            frozen(Called(nn.Tanh())),
+            "'dropout' of its client part is Dropout(p=0.0) on the server, Dropout(p=0.0).eval() on",
+        ),
         (Called(nn.GELU()), "'function' of its client part is Tanh() on the server, GELU(approximate='none') on the"),
         (Called(nn.Identity()), "'function' of its client part is Tanh() on the server, nothing on the client"),
     ],
