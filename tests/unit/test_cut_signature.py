@@ -106,6 +106,12 @@ def test_the_same_tensors_used_otherwise(theirs, words):
     assert difference(mine, signature(cut_model(Called(nn.Tanh()), "head"))) is None
 
 
+def test_a_mode_counts_where_it_does_something():
+    loaded = Called(nn.Tanh())
+    loaded.body.eval()  # as of a pretrained model, on one side only
+    assert difference(*(signature(cut_model(m, "head")) for m in (loaded, Called(nn.Tanh())))) is None
+
+
 def test_what_may_be_the_same_mathematics_is_told_only():
     """As of attention, which has several implementations."""
     mine, other = (signature(cut_model(Called(f), "head")) for f in (torch.tanh, torch.relu))
