@@ -60,9 +60,10 @@ def _inputs_and_label(batch: Any, target: str, name: str) -> tuple[Any, Any]:
         return batch[0], None
     if optional and isinstance(batch, Tensor):
         return batch, None
+    enough = " (to predict, any number will do)" if name == "test data" else ""
     kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
     raise ConfigError(
         f"rows must be pairs (input, label), tuples (input, ..., label) or dicts with a label, the rows of the {name} "
-        f"have no label (found a {kind}): add one (to predict, any number will do), or pass "
-        "target='input', which trains an autoencoder"
+        f"have no label (found a {kind}): add one{enough}, or pass target='input', which trains "
+        "an autoencoder"
     )

@@ -24,7 +24,17 @@ from psl_flower.errors import CutError
 from psl_flower.signatures import whole_dict
 from psl_flower.split.arguments import Arguments
 from psl_flower.split.place import is_text
-from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, pinned_modules, refuse_backward_hooks, told
+from psl_flower.split.trace import (
+    RECORDED,
+    TRACING,
+    Form,
+    Trace,
+    frozen_layers,
+    pinned_modules,
+    put_in_mode,
+    refuse_backward_hooks,
+    told,
+)
 
 _LEFT_OUT = (
     "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients, or leave "
@@ -66,11 +76,11 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
     refuse_backward_hooks(root, (name for name, _ in root.named_modules()))
     _without_cache(root)
     flags = {module: module.training for module in root.modules()}
-    graphs: dict[bool, fx.Graph] = {}
+    frozen, graphs = frozen_layers(root), dict[bool, fx.Graph]()
     returns: dict[bool, TreeSpec] = {}
     try:
         for mode in (True, False):
-            root.train(mode)
+            put_in_mode(root, mode, frozen)
             made = _export_once(root, arguments, inputs)
             graphs[root.training], returns[root.training] = _as_graph(root, made, inputs)
     finally:

@@ -73,6 +73,11 @@ class Part(nn.Module):
         self._psl_pinned = {mode: sorted(some & names) for mode, some in pinned.items()}
 
 
+def frozen_in(part: nn.Module) -> list[str]:
+    """Return which submodules of a part stay in evaluation mode in training."""
+    return part._psl_pinned[True] if isinstance(part, Part) else []
+
+
 class TracedHalf(Part):
     """The part of a traced model that some graphs use, under the names it has in the whole model.
 

@@ -66,7 +66,7 @@ def check_client_half(half: nn.Module) -> None:
             f"the client half must treat examples one by one, but {listing(layers)} normalise "
             f"over the batch: use replace_batch_norm(model, before=cut) (before='server' for a SplitModel, and "
             f"tail=tail for a U shape) where the model is made, on the server and in model_fn, or freeze them by "
-            f"keeping them in evaluation mode in the model's train()"
+            f"keeping them in evaluation mode, layer.eval() or in the model's train()"
         )
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
-from psl_flower.split.half import CutNames, Part
+from psl_flower.split.half import CutNames, Part, frozen_in
 from psl_flower.split.model import Halves
 from psl_flower.split.stored import stored_names
 
@@ -25,6 +27,7 @@ _LIBRARIES = ("torch", "psl_flower")
 _LONGEST = 120  # characters of a layer with its options
 _NUMBERS = (bool, int, float)
 _MOST_SETTINGS = 500
+_BY_MODE = (_NormBase, _DropoutNd, nn.RReLU, nn.RNNBase)  # layers that do something else in training
 
 
 def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]:
@@ -143,10 +146,11 @@ def _content(name: str, part: nn.Module) -> dict[str, Any]:
 
 def _settings(part: nn.Module) -> dict[str, int | float]:
     """Return the numbers that modules keep, but torch's own and those that a forward sets."""
-    found = {}
+    found: dict[str, int | float] = {}
     for name, module in part.named_modules():
-        if type(module).__module__.partition(".")[0] not in _LIBRARIES:
-            kept = vars(module).keys() - stored_names(type(module), loosely=True) - vars(nn.Module()).keys()
+        kind: Any = type(module)
+        if kind.__module__.partition(".")[0] not in _LIBRARIES:
+            kept = vars(module).keys() - stored_names(kind, loosely=True) - vars(nn.Module()).keys()
             found |= {f"{name}.{key}": value for key in sorted(kept) if type(value := vars(module)[key]) in _NUMBERS}
     return found
 
@@ -170,13 +174,14 @@ def _layers(part: nn.Module) -> dict[str, str]:
     Containers do nothing by themselves, and of an Identity as little is said as of a module that is not there.
     Where a layer keeps its result is no difference, so options in place are left out.
     """
-    layers = {}
+    layers, frozen = {}, frozen_in(part)
     for name, module in part.named_modules():
         kind = type(module)
         if not name or kind is nn.Identity or kind.__module__.startswith("torch.nn.modules.container"):
             continue
         own = kind.__module__.startswith("torch.") and kind is not nn.Module
-        layers[name] = f"{kind.__name__}({_IN_PLACE.sub('', module.extra_repr())})"[:_LONGEST] if own else ""
+        shown = f"{kind.__name__}({_IN_PLACE.sub('', module.extra_repr())})"[:_LONGEST] if own else ""
+        layers[name] = shown + ".eval()" * (isinstance(module, _BY_MODE) and own and name in frozen)
     return layers
 
 

@@ -107,14 +107,14 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
     opened = frozenset(".".join(path[:depth]) for path in paths for depth in range(len(path)))
     refuse_backward_hooks(root, sorted(opened))
     flags = {module: module.training for module in root.modules()}
-    graphs: dict[bool, fx.Graph] = {}
+    frozen, graphs = frozen_layers(root), dict[bool, fx.Graph]()
     try:
         arguments = Arguments.of(root)
         for mode in (True, False):
-            root.train(mode)
+            put_in_mode(root, mode, frozen)
             arguments = choose_inputs(root, arguments, partial(_trace_once, root, opened, arguments.positions))
         for mode in (True, False):
-            root.train(mode)
+            put_in_mode(root, mode, frozen)
             graph = _trace_once(root, opened, arguments.positions, arguments.inputs)
             graphs[root.training] = next((other for other in graphs.values() if alike(root, graph, other)), graph)
     except CutError as error:
@@ -151,18 +151,37 @@ def refuse_backward_hooks(root: nn.Module, names: Iterable[str]) -> None:
 
 
 def pinned_modules(root: nn.Module) -> dict[bool, frozenset[str]]:
-    """Return which submodules ``root.train(mode)`` leaves in the other mode, for each ``mode``.
+    """Return which submodules stay in the other mode where the model is put into one, for each mode.
 
-    There are some where a class overrides ``train`` to keep a part of itself frozen. `root` is left in its mode.
+    There are some where a class overrides ``train`` to keep a part of itself frozen, and where single layers are given
+    in evaluation mode. `root` is left in its mode.
     """
     flags = {module: module.training for module in root.modules()}
-    pinned = {}
+    layers, pinned = frozen_layers(root), {}
     for mode in (True, False):
-        root.train(mode)
+        put_in_mode(root, mode, layers)
         pinned[mode] = frozenset(name for name, module in root.named_modules() if module.training != mode)
     for module, flag in flags.items():
         module.training = flag
     return pinned
+
+
+def put_in_mode(root: nn.Module, mode: bool, frozen: Iterable[nn.Module]) -> None:
+    """Put a model into a mode, but for layers that stay in evaluation."""
+    root.train(mode)
+    for layer in frozen:
+        layer.eval()
+
+
+def frozen_layers(root: nn.Module) -> set[nn.Module]:
+    """Return the layers that are in evaluation mode by themselves, as by ``norm.eval()``: what they are in is not."""
+    return {
+        layer
+        for module in root.modules()
+        if module.training
+        for layer in module.children()
+        if not layer.training and not any(True for _ in layer.children())
+    }
 
 
 def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:

@@ -875,6 +875,32 @@ def test_what_does_not_is_trained(layer):
     check_exact(parts(X, Y), lambda: Net(nn.Sequential(nn.Linear(8, 16), layer())))
 
 
+def normed(kind=Net, frozen=True):
+    """Return a net whose batch norm is frozen, or is in evaluation as all of it is after loading."""
+    model = kind(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16)))
+    model.body[1].running_mean.fill_(0.5)
+    (model.body[1] if frozen else model).eval()
+    return model
+
+
+class KeptFrozen(Net):
+    def train(self, mode=True):
+        super().train(mode).body[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("cut", ["head", "body.1"])
+def test_layers_that_are_given_in_evaluation_stay_so(cut):
+    """As fine-tuning code freezes them; ``model.train()`` alone would thaw them."""
+    weights = train(parts(X, Y), normed, cut=cut, optimizer=sgd).arrays.to_torch_state_dict()
+    assert largest_difference(weights, centralised(parts(X, Y), lambda: normed(KeptFrozen))) < 1e-9
+    assert weights["body.1.running_mean"].unique().tolist() == [0.5]
+
+
+def test_a_model_that_is_given_in_evaluation_trains():
+    check_exact(parts(X, Y), lambda: normed(frozen=False), cut="body.1")
+
+
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
 def test_parametrized_layers(norm):
     check_exact(parts(X, Y), lambda: Net(nn.Sequential(norm(nn.Linear(8, 16)), nn.SiLU())))

@@ -74,6 +74,11 @@ class Called(nn.Module):
         return self.head(self.dropout(self.function(self.body(x))))
 
 
+def frozen(called):
+    called.dropout.eval()
+    return called
+
+
 class MyGELU(nn.GELU):
     pass
 
@@ -85,6 +90,10 @@ OTHER = "cut at 'head', but not the same model: "
     ("theirs", "words"),
     [
         (Called(nn.Tanh(), dropout=0.5), "'dropout' of its client part is Dropout(p=0.0) on the server"),
+        (
+            frozen(Called(nn.Tanh())),
+            "'dropout' of its client part is Dropout(p=0.0) on the server, Dropout(p=0.0).eval() on",
+        ),
         (Called(nn.GELU()), "'function' of its client part is Tanh() on the server, GELU(approximate='none') on the"),
         (Called(nn.Identity()), "'function' of its client part is Tanh() on the server, nothing on the client"),
     ],
@@ -95,6 +104,12 @@ def test_the_same_tensors_used_otherwise(theirs, words):
     assert OTHER + words in difference(mine, other)
     assert difference(mine, {**other, "by": "2.0"}) is None  # another torch may name the same otherwise
     assert difference(mine, signature(cut_model(Called(nn.Tanh()), "head"))) is None
+
+
+def test_a_mode_counts_where_it_does_something():
+    loaded = Called(nn.Tanh())
+    loaded.body.eval()  # as of a pretrained model, on one side only
+    assert difference(*(signature(cut_model(m, "head")) for m in (loaded, Called(nn.Tanh())))) is None
 
 
 def test_what_may_be_the_same_mathematics_is_told_only():
