@@ -49,6 +49,8 @@ class Carrier(ABC):
         ------
         StoppedError
             After `stop`.
+        ProtocolError
+            If the request can be sent to no client.
         """
 
     def refuse(self, node: int, reason: str) -> None:  # noqa: B027 - a carrier may have no way to say so

@@ -91,6 +91,11 @@ class WeightStore:
         return tensors
 
 
+def cannot_ask(stage: str, reason: object) -> ProtocolError:
+    """Return what is raised for a request that can be sent to no client, so that none is to blame."""
+    return ProtocolError(f"stage {stage!r} cannot be asked for: {reason}")
+
+
 # --- requests --------------------------------------------------------------------------------------------------------
 def encode_request(request: Request, number: int, *, sent: Sent, wire_dtype: str = "float32") -> tuple[Frame, int]:
     """Return the frame of a request, and the bytes of its tensors.

@@ -19,6 +19,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from psl_flower.errors import ProtocolError
@@ -39,6 +40,7 @@ _MAGIC = b"PSLF"
 _VERSION = 1
 _ALIGNMENT = 64
 _PADDING = bytes(_ALIGNMENT)
+_MOST_OF_LENGTH = 24  # characters of a buffer's length in a header, with what stands around it
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,27 @@ class Frame:
 
     header: Mapping[str, Any]
     buffers: Sequence[Sequence[Buffer]] = ()
+
+    @cached_property
+    def text(self) -> bytes:
+        """The header in JSON.
+
+        Raises
+        ------
+        ProtocolError
+            If JSON cannot say it, or the other side would refuse it for its length.
+        """
+        try:
+            text = json.dumps(self.header, separators=(",", ":"), allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise ProtocolError(f"a header must be what JSON can say: {exc!s:.200}") from exc
+        length = len(text) + _MOST_OF_LENGTH * (len(self.buffers) + 1)
+        if length > MAX_HEADER_BYTES:
+            raise ProtocolError(
+                f"a header of {length} bytes is too long, the most is {MAX_HEADER_BYTES}: it holds all but the tensors "
+                "(configuration, which rows to leave out, names of parameters): send less of them"
+            )
+        return text
 
     def num_bytes(self) -> int:
         """Return the bytes of all buffers."""
@@ -111,13 +134,8 @@ def _lengths(frame: Frame) -> tuple[list[int], int]:
 
 def _first(frame: Frame, lengths: list[int], payload: int, taken: int | None) -> list[bytes]:
     """Return what comes before the payload."""
-    content = [lengths, frame.header] if taken is None else [lengths, frame.header, taken]
-    try:
-        header = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise ProtocolError(f"a header must be what JSON can say: {exc!s:.200}") from exc
-    if len(header) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"a header of {len(header)} bytes is too long, the most is {MAX_HEADER_BYTES}")
+    after = b"" if taken is None else b",%d" % taken
+    header = b"[[%s],%s%s]" % (",".join(map(str, lengths)).encode(), frame.text, after)
     return [_LENGTHS.pack(len(header), payload), header, _PADDING[: -(_LENGTHS.size + len(header)) % _ALIGNMENT]]
 
 

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.base import Carrier
-from psl_flower.exchange.codec import CONSTANTS, KEEP, Sent, decode_reply, encode_request
+from psl_flower.exchange.codec import CONSTANTS, KEEP, Sent, cannot_ask, decode_reply, encode_request
 from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.limits import MAX_KEPT
 from psl_flower.exchange.records import content_to_frame, frame_to_content
@@ -107,12 +107,14 @@ class MessageCarrier(Carrier):
             every_time = large or self._forgot[node] > _MOST_FORGOTTEN
             known = {} if every_time else self._sent.get(node, {})
             (self._named.add if needed.items() & known.items() else self._named.discard)(node)
-            frame, size = encode_request(each, 0, sent=dict(known))
             keep = self._keep and not every_time and bool(needed.items() - known.items())
-            frame = Frame({**frame.header, KEEP: keep}, frame.buffers)
+            try:
+                frame, size = encode_request(each, 0, sent=dict(known))
+                content = frame_to_content(Frame({**frame.header, KEEP: keep}, frame.buffers))
+            except ProtocolError as error:
+                raise cannot_ask(each.stage, error) from error
             self._sent[node] = {**known, **needed}
-            # a reply later than `timeout` is of no use: let Flower drop it
-            content, ttl = frame_to_content(frame), max(timeout, 1.0)
+            ttl = max(timeout, 1.0)  # a reply later than `timeout` is of no use: let Flower drop it
             messages[node] = Message(content, node, each.message_type, ttl=ttl, group_id=self._group_id)
             reply.bytes_sent += size
         if not messages:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from psl_flower.errors import ProtocolError
@@ -15,13 +13,18 @@ RAW = "psl_flower.raw"
 
 
 def frame_to_content(frame: Frame) -> RecordDict:
-    """Return a frame as a message's content: the header as JSON, the buffers as arrays of bytes."""
-    header = json.dumps(frame.header, separators=(",", ":"), allow_nan=False).encode()
+    """Return a frame as a message's content: the header as JSON, the buffers as arrays of bytes.
+
+    Raises
+    ------
+    ProtocolError
+        If its header cannot be sent.
+    """
     buffers = ArrayRecord()
     for i, pieces in enumerate(frame.buffers):
         data = b"".join(pieces)
         buffers[str(i)] = Array("uint8", (len(data),), RAW, data)
-    return RecordDict({"frame": ConfigRecord({"header": header}), "buffers": buffers})
+    return RecordDict({"frame": ConfigRecord({"header": frame.text}), "buffers": buffers})
 
 
 def content_to_frame(content: RecordDict) -> Frame:

@@ -84,6 +84,7 @@ def example_of(model: nn.Module, cut: str) -> dict[str, Tensor] | None:
         example = _made_up(model)
     if example is None:
         return None
+    value: Any  # it is the user's
     for name, value in example.items():
         if isinstance(value, Mapping):
             raise CutError(

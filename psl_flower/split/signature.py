@@ -29,6 +29,10 @@ _NUMBERS = (bool, int, float)
 _MOST_SETTINGS = 500
 _BY_MODE = (_NormBase, _DropoutNd, nn.RReLU, nn.RNNBase)  # layers that do something else in training
 
+# Functions of one tensor, no two of which are the same whatever their options (a leaky_relu may be a relu).
+_ACTIVATIONS = {"relu", "relu6", "tanh", "sigmoid", "gelu", "silu", "mish", "selu", "softplus", "softsign"}
+_ACTIVATIONS |= {"hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "sin", "cos", "exp"}
+
 
 def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]:
     """Return what tells a cut model from another: a small dictionary that JSON can hold.
@@ -95,6 +99,8 @@ def difference(
         elif mine.get("by") == theirs.get("by") and (layer := _other_layer(a, b)):
             name, here, there = layer
             what = f"{name!r:.80} of its {part} part is {here} on {one}, {there} on {other}"
+        elif mine.get("by") == theirs.get("by") and (called := _other_activations(a, b)):
+            what = f"its {part} part calls {called[0]} on {one}, where it calls {called[1]} on {other}"
         else:
             continue
         return f"{one} and {other} cut {_where(mine)}, but not the same model: {what}; {remedy}"
@@ -199,6 +205,21 @@ def _other_layer(a: Any, b: Any) -> tuple[str, str, str] | None:
             here, there = ("nothing" if each is None else f"{each!s:.{_LONGEST}}" for each in (here, there))
             return name, here, there
     return None
+
+
+def _other_activations(a: Any, b: Any) -> tuple[str, str] | None:
+    """Return activation functions that both sides call, each in the place of the other's; None if more differs.
+
+    Of other functions it may be that another one computes the same: of these it is certain that none does.
+    """
+    ours, yours = (Counter[str](), Counter[str]())
+    for content, counts in ((a, ours), (b, yours)):
+        for name, count in _entries(content, "calls").items():
+            counts[name.removesuffix(".default").removesuffix("_")] += count if type(count) is int else 0
+    here, there = ours - yours, yours - ours
+    if not here or here.total() != there.total() or not _ACTIVATIONS.issuperset({*here, *there}):
+        return None
+    return ", ".join(map(repr, sorted(here))), ", ".join(map(repr, sorted(there)))
 
 
 def _reordered(a: Any, b: Any) -> str | None:

@@ -51,7 +51,8 @@ from psl_flower import (
     split_client_app,
 )
 from psl_flower.callbacks import EarlyStopping
-from psl_flower.errors import ConfigError, MembershipError, StepError
+from psl_flower.errors import ConfigError, MembershipError, ProtocolError, StepError
+from psl_flower.exchange import frames
 from psl_flower.exchange.records import content_to_frame, frame_to_content
 from psl_flower.faults import FaultPolicy
 from psl_flower.server import LocalBackend
@@ -341,6 +342,18 @@ def test_a_model_cut_by_hand():
     assert {name.split(".")[0] for name in state} == {"client", "server"}
     batches = planned_batches(SAMPLER.plan(population(K)), K, seed=3, epoch=0, dtype=torch.float32)
     assert largest_difference(state, train_centralised(model, batches, sgd)) < 1e-5
+
+
+@pytest.mark.parametrize("transport", ["messages", "streams"])
+def test_a_request_too_long_is_told_once_and_ends_no_process(transport, monkeypatch, caplog):
+    monkeypatch.setattr(frames, "MAX_HEADER_BYTES", 20_000)
+    config = ConfigRecord({"notes": "x" * 20_000})
+    with pytest.raises(
+        ProtocolError, match=r"'describe' cannot be asked for: a header of 2\d+ bytes is too long"
+    ) as told:
+        run(transport=transport, start={"train_config": config})
+    assert "send less of them" in str(told.value)
+    assert "is gone" not in caplog.text
 
 
 def test_what_building_a_model_draws_is_not_seen_in_the_users_numbers():

@@ -114,14 +114,27 @@ def test_a_mode_counts_where_it_does_something():
 
 def test_what_may_be_the_same_mathematics_is_told_only():
     """As of attention, which has several implementations."""
-    mine, other = (signature(cut_model(Called(f), "head")) for f in (torch.tanh, torch.relu))
+    mine, other = (signature(cut_model(Called(f), "head")) for f in (torch.relu, lambda h: h.clamp(min=0)))
     assert difference(mine, other) is None
     assert doubt(mine, mine) is None
     assert "the server and client 3 do not call the same functions of torch as often in the client part" in (
         doubt(mine, other, ("the server", "client 3"))
     )
-    assert "model: 'relu', 'tanh'. Where" in doubt(mine, other)
+    assert "model: 'clamp', 'relu'. Where" in doubt(mine, other)
     assert doubt(mine, {**other, "by": "2.0"}) is None
+
+
+def test_another_activation_function_is_another_model():
+    """Called as a function it is no layer, but no two of them compute the same."""
+    mine, other, in_place = (signature(cut_model(Called(f), "head")) for f in (torch.tanh, torch.relu, torch.tanh_))
+    assert OTHER + "its client part calls 'tanh' on the server, where it calls 'relu' on the client; give" in (
+        difference(mine, other) or ""
+    )
+    assert difference(mine, {**other, "by": "2.0"}) is None
+    assert difference(mine, in_place) is None
+    longer = signature(cut_model(Called(lambda h: 2 * torch.sigmoid(2 * h) - 1), "head"))  # the same, written otherwise
+    assert difference(mine, longer) is None
+    assert doubt(mine, longer) is not None
 
 
 def test_layers_of_the_users_have_any_name():

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.base import Carrier
-from psl_flower.exchange.codec import decode_reply, encode_request
+from psl_flower.exchange.codec import cannot_ask, decode_reply, encode_request
 from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.streams.connection import Connection, Job
 from psl_flower.exchange.streams.endpoint import (
@@ -342,12 +342,14 @@ class StreamCarrier(Carrier):
         def make() -> Frame | None:
             if current.over:
                 return None
-            known, wire_dtype = sent.connection.sent_weights, self.options.wire_dtype
+            known, wire_dtype = {**sent.connection.sent_weights}, self.options.wire_dtype
             try:
                 frame, sent.bytes_sent = encode_request(sent.request, number, sent=known, wire_dtype=wire_dtype)
+                frame.text  # noqa: B018 - it may be too long
             except ProtocolError as error:
                 self._endpoint.events.put(Unsent(number, str(error)))
                 return None
+            sent.connection.sent_weights = known
             return frame
 
         return make
@@ -378,7 +380,7 @@ class StreamCarrier(Carrier):
         else:
             sent = self._sent.pop(event.number, None)
             if sent is not None and self._exchange is not None:
-                self._exchange.fail(sent.request.nodes, Kind.MALFORMED, event.reason)
+                raise cannot_ask(sent.request.stage, event.reason)
 
     def _joined(self, event: Joined) -> None:
         node = event.node
