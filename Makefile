@@ -41,9 +41,10 @@ docs: $(READY) ## make the docs as a site, in site/; what Sphinx warns of is an 
 	$(BIN)/sphinx-build -W --keep-going -b html docs site
 
 SWEEPS ?= severe stragglers cifar10-small
-results: $(READY) ## train what docs/results.md shows, an hour or so, and put its tables there anew: DATA_PATH=folder of CIFAR-10
-	@for sweep in $(SWEEPS); do $(BIN)/psl-flower experiments run $$sweep --quick --output outputs/$$sweep-quick \
-		$$(test $$sweep != cifar10-small || echo $(if $(DATA_PATH),--data-path $(DATA_PATH))) || exit 1; done
+results: $(READY) ## train what docs/results.md shows, an hour or so, and put its tables there anew: FASHION_MNIST=folder CIFAR10=folder
+	@for sweep in $(SWEEPS); do \
+		case $$sweep in cifar10*) path="$(CIFAR10)";; *) path="$(FASHION_MNIST)";; esac; \
+		$(BIN)/psl-flower experiments run $$sweep --quick $${path:+--data-path "$$path"} || exit 1; done
 	$(BIN)/python docs/remake_results.py
 
 matrix: ## run the tests with the oldest and newest Python, Flower and torch: gigabytes, hours

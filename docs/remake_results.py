@@ -13,7 +13,6 @@ title, each after a ``|``.
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,14 +51,14 @@ def _chosen(tables: dict[str, Table], words: str) -> Table:
     return replace(table, head=[table.head[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
 
 
-def main() -> int:
-    """Write the page anew; return 1 if some sweep was not there."""
-    text, missing = remade(PAGE.read_text(encoding="utf-8"), PAGE.parents[1])
+def main() -> None:
+    """Write the page anew, and say which of its tables are."""
+    before = PAGE.read_text(encoding="utf-8")
+    text, missing = remade(before, PAGE.parents[1])
     PAGE.write_text(text, encoding="utf-8")
-    for folder in missing:
-        print(f"{folder} is not there: its tables stay as they were", file=sys.stderr)
-    return int(bool(missing))
+    for _, folder, *_ in BLOCK.findall(before):
+        print(f"{folder}: {'not there, its tables stay as they were' if folder in missing else 'its tables are new'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,6 +12,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from psl_flower.colours import plain_log
 from psl_flower.errors import ConfigError
 
 # name: the typer app behind it, as module:object, and what it does
@@ -48,6 +49,7 @@ class _Commands(TyperGroup):
         if name in _COMMANDS:
             module, _, attribute = _COMMANDS[name][0].partition(":")
             command = typer.main.get_command(getattr(import_module(module), attribute))
+            plain_log()  # which the command has imported, if it has one
         return name, command, rest
 
 

@@ -88,11 +88,13 @@ def pick_device(device: str | torch.device) -> torch.device:
     Raises
     ------
     ConfigError
-        If torch does not know the device.
+        If torch does not know the device, or it is not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as exc:
-        raise ConfigError(f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0', got {device!r}") from exc
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        rule = "device must be 'auto' or one that torch has here, such as 'cpu' or 'cuda:0'"
+        raise ConfigError(f"{rule}, got {str(device)!r}: {str(exc).splitlines()[0]:.120}") from exc
+    return torch.device(device)

@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 import typer
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.table import Table
 
 from psl_flower.machine import installed_version, machine
 
@@ -45,10 +43,9 @@ def _info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for 
         rows.append((f"extra {name}", f"missing: {', '.join(lacking)}" if lacking else "installed"))
     rows += [(f"SuperLink {name}", address) for name, address in found["superlinks"].items()]
     rows += found["environment"].items()
-    table = Table.grid(padding=(0, 2))
-    for row in rows:
-        table.add_row(row[0], row[1] or "-")
-    Console(highlight=False, markup=False).print(table)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {value or '-'}")
 
 
 def information() -> dict[str, Any]:

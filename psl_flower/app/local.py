@@ -21,9 +21,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
+import typer
+
 from psl_flower.app.dashboard import dashboard, with_logger
 from psl_flower.app.preflight import check_run
 from psl_flower.app.watchdog import Watchdog, stop_trees
+from psl_flower.colours import wanted
 from psl_flower.threads import SLEEP_WHILE_WAITING
 
 _START_TIMEOUT = 180.0  # seconds; on a busy machine importing Flower alone takes half a minute
@@ -168,7 +171,7 @@ class LocalSuperLink:
                 for line in process.stdout or ():
                     lines.append(line)
                     if not quiet:
-                        print(line, end="", flush=True)
+                        typer.echo(line, nl=False, color=wanted(sys.stdout))
             except BaseException:
                 process.terminate()  # it only shows the log, and would for as long as the SuperLink has one
                 raise

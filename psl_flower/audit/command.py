@@ -32,11 +32,16 @@ from psl_flower.split.model import cut_model
 
 app = typer.Typer(add_completion=False)
 
+_ATTACKS = (*ATTACKS, *ACTIVE)
 _OF_MODEL = {"TargetEpsilon": TargetEpsilon}
 
 
 def _presets(begun: str) -> list[str]:
     return [name for name in preset_names("audit") if name.startswith(begun)]
+
+
+def _attacks(begun: str) -> list[str]:
+    return [name for name in _ATTACKS if name.startswith(begun)]
 
 
 def _list(wanted: bool) -> None:
@@ -88,7 +93,13 @@ def _audit(
     learning_rate: Annotated[float | None, _option("Of SGD; the preset's.", "RATE")] = None,
     attacks: Annotated[
         list[str] | None,
-        _option("One of them; the preset's, or all.", "|".join([*ATTACKS, *ACTIVE]), "--attack", panel="Attacks"),
+        _option(
+            f"{', '.join(_ATTACKS[:-1])} or {_ATTACKS[-1]}; the preset's, or all.",
+            "NAME",
+            "--attack",
+            panel="Attacks",
+            autocompletion=_attacks,
+        ),
     ] = None,
     seeds: Annotated[
         int | None, _option("Trainings of each cut with each of the defences; the preset's.", "N", panel="Attacks")

@@ -49,7 +49,7 @@ def open_carrier(grid: Grid, transport: str = "auto", options: StreamOptions | N
         check_temporary_folder()  # else Ray fails in it, in two hundred lines
         warn_of_spinning()
     if transport == "auto" and isinstance(grid, InProcessGrid):
-        log.info("Transport: messages, which cost nothing within one process.")
+        log.info("Transport: messages within one process.")
         transport = "messages"
     if transport == "messages":
         return MessageCarrier(grid)

@@ -36,6 +36,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
+def _presets(begun: str) -> list[str]:
+    return [name for name in preset_names("experiments") if name.startswith(begun)]
+
+
 @app.callback(
     epilog="""Examples:
 
@@ -69,7 +73,7 @@ def _about() -> None:
 )
 def _run(
     ctx: typer.Context,
-    sweep: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML")],
+    sweep: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", autocompletion=_presets)],
     quick: Annotated[
         bool, typer.Option("--quick", help="Minutes on a laptop; the default, if there is such a form.")
     ] = False,

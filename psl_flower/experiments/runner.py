@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from psl_flower.checks import writing_to
+from psl_flower.colours import plain_log
 from psl_flower.experiments.results import RUNS_FOLDER, read_result, summarise, write_results
 from psl_flower.experiments.sweep import Experiment, distinct
 from psl_flower.strategy.folder import FolderLock
@@ -200,6 +201,7 @@ def _train(experiment: Experiment, runs: Path, connection: Connection) -> None:
 
     _end_with_the_runner()
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    plain_log()
     folder, begin = _unfinished(runs, experiment, os.getpid()), time.monotonic()
     folder.mkdir()
     try:

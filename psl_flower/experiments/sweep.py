@@ -219,7 +219,7 @@ def _sweep(table: Mapping[str, Any], form: str, overrides: Mapping[str, Any]) ->
     _check_tables(merged)
     config, axes, methods = (dict(merged.get(name, {})) for name in ("config", "axes", "methods"))
     for key, value in overrides.items():
-        check_choice(key, "a key to set", ["method", *_CONFIG, *_SETTING])
+        check_choice(key, "a key to set", {"method": "", **_CONFIG, **_SETTING})
         methods = {label: {k: v for k, v in its.items() if k != key} for label, its in methods.items()}
         if isinstance(value, list) or key in ("method", "seed") or key in axes:
             axes[key] = value if isinstance(value, list) else [value]

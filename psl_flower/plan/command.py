@@ -218,9 +218,10 @@ def _describe(population: Population, options: SimpleNamespace) -> str:
     classes = "" if population.label_counts is None else f", {population.label_counts.shape[1]} classes"
     split = "" if options.sizes else f", {options.split} split"
     split += f" of {options.dataset}" if options.dataset else ""
+    epochs = options.seeds * options.epochs
     return (
         f"{len(population)} clients with {sizes.min()}-{sizes.max()} of {population.num_examples} examples"
-        f"{classes}{split}; delays {options.delays}; {options.seeds * options.epochs} epoch(s)"
+        f"{classes}{split}; delays {options.delays}; {epochs} epoch{'s' * (epochs > 1)}"
     )
 
 

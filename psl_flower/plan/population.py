@@ -118,7 +118,7 @@ def read_population(path: Path) -> Population:
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise ConfigError(f"the sizes in {path} cannot be read: {exc}") from exc
     if len(lines) < 2:
-        raise ConfigError(f"{path} needs a header line and a line a client, got {len(lines)} lines")
+        raise ConfigError(f"{path} needs two lines at least, a header and one a client, got {len(lines)}")
     header, rows = lines[0], lines[1:]
     if header[0] != "client_id" or len(header) < 2:
         raise ConfigError(f"{path} must have the columns client_id and size, or client_id and classes, got {header}")

@@ -120,7 +120,7 @@ def _record(root: nn.Module, names: Sequence[str], cut: str) -> Trace:
     try:
         recorded = export(root, example, share)
     except CutError as other:
-        raise CutError(f"{error} Nor does torch.export do: {other}") from other.__cause__
+        raise CutError(f"{error} Nor does torch.export do: {str(other).removesuffix('.')}.") from other.__cause__
     log.info("%s is cut with torch.export: %s", type(root).__name__, str(error).partition(". ")[0])
     return recorded
 

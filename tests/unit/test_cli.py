@@ -1,15 +1,20 @@
 """One command hands over to the others."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
+import typer
 
 from psl_flower import __version__, cli, info
+from psl_flower.app.local import LocalSuperLink
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,6 +76,53 @@ def test_help_and_completion_load_none_of_the_parts():
         [sys.executable, "-m", "psl_flower"], env=os.environ | words, capture_output=True, text=True, check=False
     )
     assert done.stdout.split() == ["experiments", "export"]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "shown"),
+    [(False, "", "INFO : one\n"), (True, "", "\033[92mINFO\033[0m : one\n"), (True, "1", "INFO : one\n")],
+)
+def test_flowers_colours_are_kept_for_terminals(terminal, no_color, shown, capsys, monkeypatch, tmp_path):
+    flwr = tmp_path / "flwr"
+    flwr.write_text(
+        """#!/bin/sh
+if [ $1 = run ]; then printf '\\033[92mINFO\\033[0m : one\nSuccessfully started run 7\n'
+else echo '{"runs": [{"status": "finished:completed"}]}'; fi
+"""
+    )
+    flwr.chmod(0o700)
+    superlink = LocalSuperLink(tmp_path)
+    superlink.environment["PATH"] = os.pathsep.join([str(tmp_path), os.defpath])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    superlink.run(tmp_path)
+    assert capsys.readouterr().out == f"{shown}Successfully started run 7\n"
+
+
+def test_what_a_command_itself_logs_has_no_colours_in_a_file(capsys, monkeypatch):
+    handler = logging.StreamHandler()
+    handler.colored = True  # as Flower's is
+    monkeypatch.setattr(logging.getLogger("flwr"), "handlers", [handler])
+    assert cli.main(["plan", "--help"]) == 0
+    assert handler.colored is False
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "begun", "found"),
+    [
+        ("experiments run", "sweep", "str", ["stragglers"]),
+        ("audit", "preset", "priv", ["privacy-cifar10", "privacy-digits", "privacy-fashion-mnist"]),
+        ("audit", "attacks", "tail", ["tail-labels", "tail-counts"]),
+    ],
+)
+def test_presets_and_attacks_are_completed(path, name, begun, found):
+    first, *rest = path.split()
+    module, _, attribute = cli._COMMANDS[first][0].partition(":")
+    command = typer.main.get_command(getattr(import_module(module), attribute))
+    for each in rest:
+        command = command.commands[each]
+    (parameter,) = (each for each in command.params if each.name == name)
+    assert [item.value for item in parameter.shell_complete(click.Context(command), begun)] == found
 
 
 def test_the_version_is_told(capsys):

@@ -286,8 +286,8 @@ class TestPopulation:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "header line"),
-            ("client_id,size\n", "a line a client"),
+            ("", "a header and one a client, got 0"),
+            ("client_id,size\n", "a header and one a client, got 1"),
             ("id,size\n1,2\n", "columns client_id and size"),
             ("client_id\n1\n", "columns client_id and size"),
             ("client_id,size\n1,x\n", "2 whole numbers a line"),

@@ -41,7 +41,7 @@ def make_model() -> PeftModel:
     return with_adapters(make_base())
 
 
-def pretrain(base: LlamaForCausalLM, steps: int = 300) -> None:
+def pretrain(base: LlamaForCausalLM, steps: int = 200) -> None:
     """Teach a base model the language from public texts, in which the topics are mixed."""
     rows, pad = encoded(2000, seed=1), PadTexts(PAD)
     optimizer = torch.optim.AdamW(base.parameters(), lr=3e-3)

@@ -61,11 +61,18 @@ def parse_defences(text: str, others: Mapping[str, Callable[..., Any]] | None = 
             raise ConfigError(rule)
         name = check_choice(call.func.id, "a defence", known)
         try:
-            values = [ast.literal_eval(value) for value in call.args]
-            named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+            values = [_literal(value) for value in call.args]
+            named = {str(each.arg): _literal(each.value) for each in call.keywords}
             made.append(known[name](*values, **named))
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
         except (TypeError, ValueError) as exc:
             raise ConfigError(f"{rule}: {name} takes numbers, {exc}") from exc
     return tuple(made)
+
+
+def _literal(value: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        raise ValueError(f"not {ast.unparse(value)!r:.80}") from None
