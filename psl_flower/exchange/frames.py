@@ -85,6 +85,31 @@ def _chunks(number: int, first: list[bytes], pieces: Iterator[Buffer]) -> Iterat
         yield b"".join([_PREFIX.pack(_MAGIC, _VERSION, number & 0xFFFFFFFF, index), *body])
 
 
+def join(frame: Frame) -> bytes:
+    """Return a frame in one piece, for `parse`.
+
+    Raises
+    ------
+    ProtocolError
+        If it cannot be encoded.
+    """
+    lengths, payload = _lengths(frame)
+    return b"".join([*_first(frame, lengths, payload, None), *_pieces(frame.buffers, lengths)])
+
+
+def parse(data: bytes) -> Frame:
+    """Return the frame that is in one piece; its buffers are views of a copy.
+
+    Raises
+    ------
+    ProtocolError
+        If it is not one.
+    """
+    copy = aligned(len(data))
+    copy[:] = data
+    return Decoder(len(data)).whole(copy)
+
+
 def put(frame: Frame, number: int, memory: SharedMemory) -> bool:
     """Lay a frame into shared memory; return whether there is room. If not, it is to take the stream.
 
@@ -206,9 +231,13 @@ class Decoder:
                     f"out of order: expected frame {self._number}, frame {number} lies in shared memory"
                 )
             return None  # those before it are on their way
-        found = self._begin(self.memory.incoming.take())
+        return self.whole(self.memory.incoming.take())
+
+    def whole(self, body: memoryview) -> Frame:
+        """Return the next frame, which is in one piece: all chunks' bodies."""
+        found = self._begin(body)
         if missing := found.missing():
-            raise ProtocolError(f"a frame in shared memory lacks {missing} bytes of its payload")
+            raise ProtocolError(f"a frame in one piece lacks {missing} bytes of its payload")
         return self._finish(found)
 
     def _finish(self, whole: _Open) -> Frame:
