@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.mtrand import get_bit_generator
 
 from psl_flower.errors import ConfigError
 
@@ -84,7 +85,7 @@ def numpy_words() -> bytes:
 
 
 def _numpy_address() -> int:
-    found = np.random.get_bit_generator()
+    found = get_bit_generator()
     if not isinstance(found, np.random.MT19937):
         raise ConfigError(
             "numpy's global generator must be one that np.random.seed can seed, the MT19937 that it is at first, got "

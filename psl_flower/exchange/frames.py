@@ -138,7 +138,7 @@ def _first(frame: Frame, lengths: list[int], payload: int, taken: int | None) ->
     """Return what comes before the payload."""
     content = [lengths, frame.header] if taken is None else [lengths, frame.header, taken]
     try:
-        header = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+        header = _WRITER.encode(content).encode()
     except (TypeError, ValueError, RecursionError) as exc:
         raise ProtocolError(f"a header must be what JSON can say: {exc!s:.200}") from exc
     if len(header) > MAX_HEADER_BYTES:
@@ -311,7 +311,7 @@ def parse_header(text: bytes) -> Any:
     if (found := text.count(b"[") + text.count(b"{")) > MAX_CONTAINERS:
         raise ProtocolError(f"a header of {found} lists and objects is too much, the most is {MAX_CONTAINERS}")
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _READER.decode(text.decode())
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"the header is not JSON: {exc!s:.80}") from exc
 
@@ -334,6 +334,11 @@ def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+# made once: json.dumps and json.loads make one for every call that says how
+_WRITER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_READER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _padded(length: int) -> int:
