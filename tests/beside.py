@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ from psl_flower.threads import set_threads
 class Central:
     """Centralised steps in a process of their own: with the memory that a plain program of torch has.
 
+    It is started for the first of them: beside the run's own processes it would delay what the run does first.
+
     Parameters
     ----------
     module : str
@@ -37,15 +39,18 @@ class Central:
     """
 
     def __init__(self, module, *numbers):
-        command = [sys.executable, str(Path(__file__).with_name("central.py")), module, *map(str, numbers)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, env=environment, **pipes)
+        self._command = [sys.executable, str(Path(__file__).with_name("central.py")), module, *map(str, numbers)]
 
     def step(self, threads):
         """Take a step with so many threads, and return its seconds."""
         print(threads, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
+
+    @cached_property
+    def _process(self):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(self._command, env=environment, **pipes)
 
     def close(self):
         """End the process."""

@@ -68,7 +68,7 @@ class Frame:
             If JSON cannot say it, or the other side would refuse it for its length.
         """
         try:
-            text = json.dumps(self.header, separators=(",", ":"), allow_nan=False).encode()
+            text = _WRITER.encode(self.header).encode()
         except (TypeError, ValueError, RecursionError) as exc:
             raise ProtocolError(f"a header must be what JSON can say: {exc!s:.200}") from exc
         length = len(text) + _MOST_OF_LENGTH * (len(self.buffers) + 1)
@@ -106,6 +106,31 @@ def encode(frame: Frame, number: int, taken: int | None = None) -> Iterator[byte
 def _chunks(number: int, first: list[bytes], pieces: Iterator[Buffer]) -> Iterator[bytes]:
     for index, body in enumerate(_bodies(first, pieces)):
         yield b"".join([_PREFIX.pack(_MAGIC, _VERSION, number & 0xFFFFFFFF, index), *body])
+
+
+def join(frame: Frame) -> bytes:
+    """Return a frame in one piece, for `parse`.
+
+    Raises
+    ------
+    ProtocolError
+        If it cannot be encoded.
+    """
+    lengths, payload = _lengths(frame)
+    return b"".join([*_first(frame, lengths, payload, None), *_pieces(frame.buffers, lengths)])
+
+
+def parse(data: bytes) -> Frame:
+    """Return the frame that is in one piece; its buffers are views of a copy.
+
+    Raises
+    ------
+    ProtocolError
+        If it is not one.
+    """
+    copy = aligned(len(data))
+    copy[:] = data
+    return Decoder(len(data)).whole(copy)
 
 
 def put(frame: Frame, number: int, memory: SharedMemory) -> bool:
@@ -224,9 +249,13 @@ class Decoder:
                     f"out of order: expected frame {self._number}, frame {number} lies in shared memory"
                 )
             return None  # those before it are on their way
-        found = self._begin(self.memory.incoming.take())
+        return self.whole(self.memory.incoming.take())
+
+    def whole(self, body: memoryview) -> Frame:
+        """Return the next frame, which is in one piece: all chunks' bodies."""
+        found = self._begin(body)
         if missing := found.missing():
-            raise ProtocolError(f"a frame in shared memory lacks {missing} bytes of its payload")
+            raise ProtocolError(f"a frame in one piece lacks {missing} bytes of its payload")
         return self._finish(found)
 
     def _finish(self, whole: _Open) -> Frame:
@@ -300,7 +329,7 @@ def parse_header(text: bytes) -> Any:
     if (found := text.count(b"[") + text.count(b"{")) > MAX_CONTAINERS:
         raise ProtocolError(f"a header of {found} lists and objects is too much, the most is {MAX_CONTAINERS}")
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _READER.decode(text.decode())
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"the header is not JSON: {exc!s:.80}") from exc
 
@@ -323,6 +352,11 @@ def _parse(text: bytes) -> tuple[list[int], dict[str, Any], int | None]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+# made once: json.dumps and json.loads make one for every call that says how
+_WRITER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_READER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _padded(length: int) -> int:

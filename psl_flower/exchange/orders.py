@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from psl_flower.errors import ProtocolError
@@ -49,8 +48,8 @@ def decode_orders(header: Mapping[str, Any], length: int, unpacker: Unpacker) ->
     if "drawing" in header:
         scalars["drawing"] = field(header, "drawing", int)
     columns: dict[str, Any] = {name: unpacker.column(header.get(name), torch.int64, (length,)) for name in _COLUMNS}
-    negative = [name for name, values in {**scalars, **columns}.items() if np.min(values) < 0]
-    if negative or (length and columns["counts"].min() < 1):
+    least = min(*scalars.values(), *(column.min(initial=0) for column in columns.values()))
+    if least < 0 or columns["counts"].min(initial=1) < 1:
         raise ProtocolError("orders must not hold negative numbers, and count at least one example a client")
     tables: dict[str, Any] = {
         name: unpacker.column(header[name], torch.int64, (length, None)) for name in _TABLES if name in header

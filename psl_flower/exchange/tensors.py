@@ -95,7 +95,8 @@ class Packer:
 
     def column(self, values: NDArray[Any]) -> Any:
         """Add a numpy array; return its description."""
-        return self._tensor(torch.from_numpy(np.array(values, order="C")), False)
+        self.buffers.append([memoryview(values.tobytes())])
+        return {"dtype": values.dtype.name, "shape": list(values.shape)}
 
     def _tensor(self, tensor: Tensor, reduce: bool, packing: int | None = None) -> dict[str, Any]:
         spec: dict[str, Any] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape)}

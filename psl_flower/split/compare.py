@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from psl_flower.devices import numpy_words
 
 # The share of integers and booleans that may differ.
 _TURNED = 1e-3
@@ -65,8 +66,7 @@ class Dice:
 
     def state(self) -> tuple[Any, ...]:
         """Return their states, only to compare them."""
-        numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
         states = [torch.get_rng_state()]
         if self._device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self._device))
-        return random.getstate(), numpy["pos"], numpy["key"].tobytes(), *(s.numpy().tobytes() for s in states)
+        return random.getstate(), numpy_words(), *(s.numpy().tobytes() for s in states)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 import time
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from psl_flower.exchange import MessageCarrier
 from psl_flower.exchange.codec import encode_request
 from psl_flower.exchange.frames import Frame
 from psl_flower.exchange.limits import MAX_HEADER_BYTES
-from psl_flower.exchange.records import RAW, content_to_frame, frame_to_content
+from psl_flower.exchange.records import FRAME, content_to_frame, frame_to_content
 from psl_flower.exchange.streams import StreamCarrier
 from psl_flower.flower import ERROR_CLIENT_APP
 from psl_flower.protocol import ATTACH, DESCRIBE, Leaf, Orders, Request, Weights
@@ -130,16 +131,12 @@ def frame_of(**changes):
     return Frame({**json.loads(json.dumps(frame.header)), **changes}, frame.buffers)
 
 
-def many_buffers():
-    return ArrayRecord({str(i): Array("uint8", (0,), RAW, b"") for i in range(2**16 + 1)})
-
-
 NO_REQUESTS = {
-    "empty": (lambda: RecordDict(), "expected a frame and its buffers"),
+    "empty": (lambda: RecordDict(), "expected a frame, got records named nothing"),
     "not JSON": (lambda: header(b"{"), "the header is not JSON"),
-    "not a number": (lambda: header(b'{"number": NaN}'), "the header is not JSON: NaN is not JSON"),
+    "not a number": (lambda: header(b'[[],{"number":NaN}]'), "the header is not JSON: NaN is not JSON"),
     "a long header": (lambda: header(b" " * (MAX_HEADER_BYTES + 1)), "is too long, the most is"),
-    "many buffers": (lambda: header(b"{}", many_buffers()), "a frame has at most 65536 buffers"),
+    "many buffers": (lambda: header(b"[[" + b"0," * 2**16 + b"0],{}]"), "the lengths of at most 65536 buffers"),
     "two clients": (lambda: frame_to_content(two_clients()), "a message is for one client, this one names 2"),
     "a wait of a year": (
         lambda: frame_to_content(frame_of(delays=[3e7])),
@@ -149,8 +146,9 @@ NO_REQUESTS = {
 }
 
 
-def header(text, buffers=None):
-    return RecordDict({"frame": ConfigRecord({"header": text}), "buffers": buffers or ArrayRecord()})
+def header(text):
+    data = struct.pack("<I4xQ", len(text), 0) + text
+    return RecordDict({"frame": ArrayRecord({"frame": Array("uint8", (len(data),), FRAME, data)})})
 
 
 def two_clients():

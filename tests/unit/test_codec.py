@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import json
+import struct
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request, encode_reply, encode_request
-from psl_flower.exchange.frames import Decoder, Frame, encode
-from psl_flower.exchange.records import RAW, content_to_frame, frame_to_content
+from psl_flower.exchange.frames import Decoder, Frame, encode, join
+from psl_flower.exchange.records import FRAME, content_to_frame, frame_to_content
 from psl_flower.failures import Failure
 from psl_flower.failures import Kind as FailureKind
 from psl_flower.privacy import Cohort
@@ -503,26 +503,26 @@ def test_malformed_replies_are_refused(name, change, message):
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
-def content(header=b"{}", arrays=None):
-    buffers = {name: Array("uint8", (1,), RAW, b"x") for name in arrays or ()}
-    return {"frame": ConfigRecord({"header": header}), "buffers": ArrayRecord(buffers)}
+def content(data=b"", name="frame", stype=FRAME):
+    return {"frame": ArrayRecord({name: Array("uint8", (len(data),), stype, data)})}
+
+
+WHOLE = join(Frame({}, [[memoryview(b"x")]]))
 
 
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ({}, "expected a frame and its buffers, got records named nothing"),
+        ({}, "expected a frame, got records named nothing"),
         ({"other": ConfigRecord()}, "got records named other"),
-        ({**content(), "buffers": ConfigRecord()}, "expected a frame and its buffers"),
-        ({**content(), "frame": ConfigRecord()}, "the frame has no header"),
-        (content("{}"), "the frame has no header"),
-        (content(b"{"), "the header is not JSON"),
-        (content(b"\xff"), "the header is not JSON"),
-        (content(b"[" * 10**5), "the header is not JSON"),
-        (content(b"[]"), "the header must be an object"),
-        (content(arrays=["1"]), "the buffers must be numbered"),
-        (content(arrays=["0", "01"]), "the buffers must be numbered"),
-        ({**content(), "buffers": ArrayRecord({"0": Array(np.zeros(2))})}, "the buffers must be 'psl_flower.raw'"),
+        ({"frame": ConfigRecord({"header": b"{}"}), "buffers": ArrayRecord()}, "got records named frame, buffers"),
+        ({"frame": ArrayRecord()}, "expected a frame in one array of the type 'psl_flower.frame'"),
+        (content(WHOLE, name="0"), "expected a frame in one array"),
+        (content(WHOLE, stype="psl_flower.raw"), "expected a frame in one array"),
+        (content(), "at least 16 bytes long, got 0"),
+        (content(WHOLE[:20]), "a frame of 64 bytes is too long, the most is 20"),
+        (content(WHOLE[:-1]), "lacks 1 bytes of its payload"),
+        (content(WHOLE + b"x"), "or more"),
     ],
 )
 def test_records_that_hold_no_frame_are_refused(records, message):
@@ -530,13 +530,21 @@ def test_records_that_hold_no_frame_are_refused(records, message):
         content_to_frame(RecordDict(records))
 
 
-def test_numbers_that_json_does_not_know_are_refused():
-    header, buffers = header_of("forward")
-    text = json.dumps({**header, "delays": [float("nan"), 0.0, 0.0]}).encode()
-    arrays = {str(i): Array("uint8", (len(b),), RAW, bytes(b)) for i, (b,) in enumerate(buffers)}
-    records = {"frame": ConfigRecord({"header": text}), "buffers": ArrayRecord(arrays)}
-    with pytest.raises(ProtocolError, match="the header is not JSON: NaN is not JSON"):
-        decode_request(content_to_frame(RecordDict(records)), WeightStore())
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{", "the header is not JSON"),
+        (b"\xff", "the header is not JSON"),
+        (b"[" * 10**5, "the header is not JSON"),
+        (b"[[],{},NaN]", "the header is not JSON: NaN is not JSON"),
+        (b"[]", "the header must be a pair"),
+        (b"[[1],{}]", "do not make a payload"),
+    ],
+)
+def test_headers_that_say_nothing_are_refused(header, message):
+    data = struct.pack("<I4xQ", len(header), 0) + header
+    with pytest.raises(ProtocolError, match=message):
+        content_to_frame(RecordDict(content(data)))
 
 
 # --- mutations -------------------------------------------------------------------------------------------------------
@@ -554,8 +562,8 @@ arrays = st.builds(
     Array,
     st.sampled_from(["float32", "uint8", ""]),
     st.lists(st.one_of(st.integers(-1, 4), st.integers(-(2**63), 2**64)), max_size=4).map(tuple),
-    st.sampled_from([RAW, "numpy.ndarray", ""]),
-    st.binary(max_size=64),
+    st.sampled_from([FRAME, "numpy.ndarray", ""]),
+    st.one_of(st.binary(max_size=64), st.sampled_from([WHOLE, WHOLE[:-1]])),
 )
 SAMPLES = {name: frame_to_content(encode_request(request, 0, sent={})[0]) for name, request in REQUESTS.items()}
 ANSWERS = {
@@ -568,7 +576,7 @@ REPLIES = {name: frame_to_content(encode_reply(0, reply, REQUESTS[name])) for na
 
 
 def mutate(data, content):
-    """Change, add or drop a few records, fields and arrays, in ways Flower's own records allow."""
+    """Change, add or drop a few records, fields, arrays and bytes, in ways Flower's own records allow."""
     content = copy.deepcopy(content)
     for _ in range(data.draw(st.integers(1, 3))):
         names = list(content)
@@ -576,7 +584,7 @@ def mutate(data, content):
             break
         name = data.draw(st.sampled_from(names))
         record = content[name]
-        action = data.draw(st.sampled_from(["drop record", "rename record", "drop", "set", "add"]))
+        action = data.draw(st.sampled_from(["drop record", "rename record", "drop", "set", "add", "damage"]))
         if action == "drop record":
             del content[name]
         elif action == "rename record":
@@ -585,8 +593,13 @@ def mutate(data, content):
         elif action == "drop":
             if record:
                 del record[data.draw(st.sampled_from(list(record)))]
+        elif action == "damage" and isinstance(record, ArrayRecord) and record:
+            array = record[next(iter(record))]
+            raw = bytearray(array.data or b"x")
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+            record[next(iter(record))] = Array(array.dtype, array.shape, array.stype, bytes(raw))
         else:
-            fields = list(record) if action == "set" and record else ["0", "1", "00", "٣", "header"]
+            fields = list(record) if action == "set" and record else ["frame", "0", "header"]
             value = data.draw(arrays if isinstance(record, ArrayRecord) else values)
             record[data.draw(st.sampled_from(fields))] = value
     return content

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from psl_flower.devices import pick_device, reseed, seeded
+from psl_flower.devices import numpy_words, pick_device, reseed, seeded
 from psl_flower.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -38,6 +38,37 @@ def test_generators_are_put_back_also_after_an_error():
         with pytest.raises(KeyError), seeded(3, CPU):
             raise KeyError(draw())
         assert draw() == expected
+
+
+def test_a_number_that_numpy_holds_back_is_there_after_every_block():
+    with seeded(1, CPU):
+        expected = [np.random.randn() for _ in range(6)]
+    found = []
+    with seeded(1, CPU):
+        for _ in expected:
+            found.append(np.random.randn())
+            for _ in range(2):
+                with seeded(2, CPU):
+                    np.random.randn()
+    assert found == expected
+
+
+def test_words_are_what_numpy_tells_of_its_generator():
+    with seeded(3, CPU):
+        for count in (0, 1, 700):
+            np.random.rand(count)
+            _, key, position, *_ = np.random.get_state()
+            assert numpy_words() == key.tobytes() + np.int32(position).tobytes()
+
+
+def test_a_generator_that_cannot_be_seeded_is_refused():
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(1))
+    try:
+        with pytest.raises(ConfigError, match=r"got PCG64: leave np\.random\.set_bit_generator out"), seeded(3, CPU):
+            pass
+    finally:
+        np.random.set_bit_generator(before)
 
 
 def test_reseeding_within_a_block_is_a_block_of_its_own_seed():

@@ -252,7 +252,7 @@ def test_undecodable_replies_fail_their_client_only(clock):
         return Message(RecordDict(), reply_to=message) if bad else description(message, 1)
 
     found = exchange(FakeGrid(clock, {}, reply=reply))
-    assert failures(found) == {3: "bad reply: expected a frame and its buffers, got records named nothing"}
+    assert failures(found) == {3: "bad reply: expected a frame, got records named nothing"}
     assert found.failures[3].kind is Kind.MALFORMED
 
 

@@ -1,6 +1,5 @@
 """A Grid that keeps every byte that comes back from the clients."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +8,8 @@ from typing import Any, Self
 import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
+
+from psl_flower.exchange.records import content_to_frame
 
 
 class ListeningGrid(Grid):
@@ -40,10 +41,10 @@ class ListeningGrid(Grid):
 
     def _keep(self, message: Message) -> None:
         self.replies += 1
-        header = json.loads(message.content.config_records["frame"]["header"])
-        buffers = [array.data for array in message.content.array_records["buffers"].values()]
-        for data in [json.dumps(header).encode(), *buffers]:
-            self.bytes += self._file.write(data)
+        for record in message.content.array_records.values():
+            self.bytes += sum(self._file.write(array.data) for array in record.values())
+        frame = content_to_frame(message.content)
+        header, buffers = frame.header, [data for (data,) in frame.buffers]
         self.counts_of_classes += sum("counts" in each for each in header.get("descriptions", {}).values())
         at, stage = iter(buffers), message.metadata.message_type
         for part in header.get("parts", []):
