@@ -16,6 +16,8 @@ _VALUES = re.compile(r"(?<![\w:.\[(])-?\d+(?:\.\d+)?\b")
 _NUMBERS = re.compile(r"0x[0-9a-f]+|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", re.IGNORECASE)
 _LISTED = re.compile(r"#(?:, (?:#|\.\.\.))+")
 
+IN_LOG = " (what is left out here is in the log of the client)"  # goes with `without_values`
+
 
 class Kind(Enum):
     """Kinds of failures; the value is what summaries call it."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from psl_flower import tree
+from psl_flower.data import ClassNumbers
 from psl_flower.errors import ProtocolError
 from psl_flower.failures import Failure
 from psl_flower.orders import Orders, WorkOrder
@@ -195,6 +196,8 @@ class Description:
         Its public key; empty without secure aggregation.
     private : str
         Its options of DP-SGD; empty without.
+    classes : ClassNumbers, optional
+        The numbers of its classes by digests of their names, where its data name them and labels are sent anyway.
     """
 
     partition_id: int | None
@@ -207,6 +210,7 @@ class Description:
     model: str = ""
     key: bytes = b""
     private: str = ""
+    classes: ClassNumbers | None = None
 
     def same_data(self, other: Description) -> bool:
         """Return whether `other` speaks of as many training examples, of the same classes."""

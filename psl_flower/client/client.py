@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import nn
 
 from psl_flower.data import (
     Batch,
+    ClassNumbers,
     Examples,
     PadTexts,
     Seeds,
+    agreed,
     bind_inputs,
     forward_signature,
     read_together,
@@ -237,6 +240,18 @@ class SplitClient:
                     indices[part] = to_end(indices[part], start, count)
             self._by_class = (key, indices, bounds)
         return self._by_class[1], self._by_class[2]
+
+    def class_numbers(self) -> ClassNumbers | None:
+        """Return which number each class has, where the data say so by name.
+
+        Raises
+        ------
+        ConfigError
+            If a class has one number in some data, and another in others.
+        """
+        own = (type(self).draw_batch, type(self).batch) == (SplitClient.draw_batch, SplitClient.batch)
+        told = [(data.name, each) for data in self._known for each in data.class_numbers()]
+        return agreed((name, each if own else replace(each, sure=False)) for name, each in told)
 
     def classes(self) -> IntArray:
         """Return the classes that there are training examples of, ascending int64, whatever is told of them."""

@@ -20,6 +20,7 @@ import torch
 
 from psl_flower import tree
 from psl_flower.client.batch_tags import batch_tags, check_tags
+from psl_flower.client.class_names import told_classes
 from psl_flower.client.client import SplitClient
 from psl_flower.client.context import ClientContext
 from psl_flower.client.defending import Defending, check_drawing, packing_of
@@ -33,7 +34,7 @@ from psl_flower.data import PadTexts, Seeds, join_batches
 from psl_flower.data.batch import Batch, checksum, checksums
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
-from psl_flower.failures import Failure, Kind, without_values
+from psl_flower.failures import IN_LOG, Failure, Kind, without_values
 from psl_flower.methods.base import SplitMethod, Stage
 from psl_flower.origin import RAISED, let_signals_end, where
 from psl_flower.protocol import DESCRIBE, Config, Leaf, Orders, Part, Reply, Request, WorkOrder
@@ -102,7 +103,7 @@ def _answer(
                     label_counts=request.label_counts, method=method.name, model=state.signature
                 )
                 private = "" if state.private is None else repr(state.private)
-                described = replace(described, key=key, private=private)
+                described = replace(described, key=key, private=private, classes=told_classes(method, client))
                 reply.descriptions[node] = with_noise(method, state, node, described)
             except RAISED as exc:
                 let_signals_end(exc)
@@ -335,7 +336,7 @@ class _Work:
             if isinstance(exc, BadRowsError):
                 raise BadRowsError(exc.message, {row: without_values(why) for row, why in exc.rows.items()}) from exc
             text = without_values(str(exc) if isinstance(exc, PSLError) else where(exc))
-            raise ConfigError(f"{text} (what is left out here is in the log of the client)") from exc
+            raise ConfigError(text + IN_LOG) from exc
 
     def _again(self, after: str, request: Request, orders: Orders, clients: Sequence[SplitClient]) -> ClientContext:
         """Do the stage again that this one goes on from."""

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import default_collate
 
 from psl_flower.data.batch import Batch
+from psl_flower.data.classes import ClassNumbers, class_numbers
 from psl_flower.data.collating import collate
 from psl_flower.data.labels import listed_labels, telling_rows
+from psl_flower.data.padding import PadTexts
 from psl_flower.data.reading import RowsError, check_map_style, is_plain, read_columns, read_rows
 from psl_flower.data.rows import INPUT, divide
 from psl_flower.devices import generators, seeded
@@ -178,6 +181,11 @@ class Examples:
         return len(self._errors_of(others)) == len(others)
 
     # --- labels ------------------------------------------------------------------------------------------------------
+    def class_numbers(self) -> list[ClassNumbers]:
+        """Return which number each class has, where the dataset, or those it is made of, say so by name."""
+        kept = self.collate_fn in (None, default_collate) or isinstance(self.collate_fn, PadTexts)
+        return class_numbers(self.dataset, self.target, sure=kept)
+
     def labels(self, without: Collection[int] = ()) -> NDArray[np.int64]:
         """Return the class of every example, (n,) int64, and leave random state as it was.
 

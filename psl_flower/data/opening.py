@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch.utils.data import (
 
 from psl_flower.data.examples import Examples
 from psl_flower.data.rows import INPUT
+from psl_flower.data.telling import tell_once
 from psl_flower.errors import ConfigError
 from psl_flower.tree import native
 
@@ -41,8 +41,6 @@ _NODE_CONFIG = {
 
 # samplers that draw from all examples, however many they draw
 _OF_ALL = (RandomSampler, WeightedRandomSampler)
-
-_log = logging.getLogger("flwr.psl_flower")
 
 Collate = Callable[[list[Any]], Any]
 
@@ -241,7 +239,7 @@ def _of_loader(loader: DataLoader[Any], name: str, collate_fn: Collate | None) -
         ignored.append(f"the order of its {type(sampler).__name__}")
     if type(batches) is not BatchSampler and type(batches).__name__ not in ignored:
         ignored.append(type(batches).__name__)
-    _tell_once(
+    tell_once(
         f"The {name} is a DataLoader: its dataset and collate_fn are used, {' and '.join(ignored)} not. Which examples "
         "a step takes is decided by the strategy's sampler, and an epoch uses each once."
     )
@@ -253,9 +251,3 @@ def _leaves_out(sampler: Any, dataset: Any) -> bool:
         return len(sampler) != len(dataset)
     except TypeError:  # it has no length
         return False
-
-
-@functools.cache
-def _tell_once(text: str) -> None:
-    """Warn once in a process, in which a hundred clients may live."""
-    _log.warning(text)

@@ -14,6 +14,7 @@ import numpy as np
 
 from psl_flower.errors import MembershipError, ProtocolError
 from psl_flower.exchange.base import Carrier
+from psl_flower.exchange.same_classes import maybe_otherwise, numbered_otherwise
 from psl_flower.failures import Failure, Kind, failure_lines
 from psl_flower.privacy import fingerprint
 from psl_flower.protocol import DESCRIBE, Config, Description, Reply, Request
@@ -95,6 +96,7 @@ class Clients:
         # nodes that did not describe themselves since the last refresh: how often, and the look to ask them again at
         self._turned_away: dict[int, tuple[int, int]] = {}
         self._doubted = False  # it was said that a client's model may be another
+        self._doubted_classes = False  # and that its classes may have other numbers
         self._told: dict[int, str] = {}  # why nodes were refused, as far as it was said
 
     @property
@@ -192,6 +194,7 @@ class Clients:
             config=self._config,
         )
         reply, failures = self._carrier.exchange(request, timeout), dict[int, Failure]()
+        good: dict[int, Description] = {}
         for node in request.nodes:
             described = reply.descriptions.get(node)
             try:
@@ -200,10 +203,14 @@ class Clients:
                 else:
                     described.check(label_counts=self._label_counts)
                     self._check_same(node, described)
-                    self._descriptions[node] = described
+                    good[node] = described
             except ProtocolError as error:
                 failures[node] = error.failure()
+        failures |= self._other_classes(good)
+        self._descriptions |= {node: described for node, described in good.items() if node not in failures}
+        for node in request.nodes:
             if node in failures:
+                described = reply.descriptions.get(node)
                 if described is not None and type(described.partition_id) is int:
                     failures[node] = replace(failures[node], partition_id=described.partition_id)
                 times = self._turned_away.get(node, (0, 0))[0] + 1
@@ -230,9 +237,23 @@ class Clients:
             log.info("Secure aggregation: keys, by client: %s", shown)
         return keys
 
+    def _other_classes(self, described: Mapping[int, Description]) -> dict[int, Failure]:
+        """Return the nodes that give a class another number than the others; warn, once, where they may."""
+        again = {d.partition_id for d in described.values()}
+        others = [m for m in self._members.values() if m.client not in again and m.node not in described]
+        before = {self.name(m.client): told for m in others if (told := m.description.classes) is not None}
+        nodes = {_named(node, d, and_node=True): node for node, d in sorted(described.items(), key=_by_client)}
+        new = {who: told for who, node in nodes.items() if (told := described[node].classes) is not None}
+        refused = numbered_otherwise(new, before)
+        new = {who: told for who, told in new.items() if who not in refused}
+        if not self._doubted_classes and (unsure := maybe_otherwise(new, before)):
+            self._doubted_classes = True
+            log.warning(unsure)
+        return {nodes[who]: ProtocolError(why).failure() for who, why in refused.items()}
+
     def _check_same(self, node: int, described: Description) -> None:
         """Raise ProtocolError unless a client splits the same model in the same way."""
-        who = f"node {node}" if described.partition_id is None else f"client {described.partition_id}"
+        who = _named(node, described)
         if self._method and described.method and described.method != self._method:
             raise ProtocolError(
                 f"the server's method is {self._method!r}, that of {who} is {described.method!r}: give both the same"
@@ -381,6 +402,16 @@ def _who(failures: Mapping[int, Failure], node: int) -> str:
     """Return how a node is called that has not described itself."""
     partition = failures[node].partition_id
     return f"node {node}" if partition is None or partition < 0 else f"client {partition} (node {node})"
+
+
+def _named(node: int, described: Description, *, and_node: bool = False) -> str:
+    client = described.partition_id
+    return f"node {node}" if client is None else f"client {client}" + f" (node {node})" * and_node
+
+
+def _by_client(each: tuple[int, Description]) -> tuple[bool, int]:
+    node, described = each
+    return described.partition_id is None, node if described.partition_id is None else described.partition_id
 
 
 def _members(described: Mapping[int, Description]) -> list[Member]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from psl_flower import tree
+from psl_flower.data.classes import DIGEST, MAX_NAMED, ClassNumbers
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.fields import (
     decode_config,
@@ -361,6 +362,8 @@ def _encode_description(each: Description) -> dict[str, Any]:
     }
     if each.labels is not None and each.counts is not None:
         header |= {"labels": each.labels.tolist(), "counts": each.counts.tolist()}
+    if each.classes is not None:
+        header["classes"] = {"numbers": dict(each.classes.numbers), "sure": each.classes.sure}
     return header
 
 
@@ -385,7 +388,16 @@ def _decode_description(header: Any) -> Description:
         model=sys.intern(field(header, "model", str, MAX_MODEL)),  # all clients' alike, and kept
         key=_key(field(header, "key", str)),
         private=field(header, "private", str),
+        classes=_decode_classes(field(header, "classes", dict)) if "classes" in header else None,
     )
+
+
+def _decode_classes(spec: Mapping[str, Any]) -> ClassNumbers:
+    numbers = limited(field(spec, "numbers", dict), MAX_NAMED)
+    if any(len(name) > DIGEST for name in numbers):
+        raise ProtocolError(f"expected digests of {DIGEST} characters, got {max(numbers, key=len)!r:.80}")
+    values = integers({"numbers": list(numbers.values())}, "numbers")
+    return ClassNumbers(dict(zip(map(sys.intern, numbers), values, strict=True)), field(spec, "sure", bool))
 
 
 def _key(text: str) -> bytes:

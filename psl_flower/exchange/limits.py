@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psl_flower.data.classes import MAX_NAMED
 from psl_flower.protocol import MAX_CLASSES, MAX_EXAMPLES
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -75,6 +76,7 @@ LIMITS = (
     Limit("waiting", MAX_DELAY, "seconds of a simulated straggler", _REQUEST),
     Limit("examples", MAX_EXAMPLES, "that a client says it holds", _MEMBER),
     Limit("classes", MAX_CLASSES, "", _MEMBER),
+    Limit("names of classes", MAX_NAMED, "of which a client tells digests", _REQUEST),
 )
 
 

@@ -113,6 +113,7 @@ TRIALS = {
     "waiting": lambda n: request(delays=[n, 0.0]),
     "examples": lambda n: Description(0, n, n).check(label_counts=False),
     "classes": of_classes,
+    "names of classes": lambda n: described(classes={"numbers": {str(i): i for i in range(n)}, "sure": True}),
 }
 
 

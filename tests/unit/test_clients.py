@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from psl_flower.data import ClassNumbers
 from psl_flower.errors import MembershipError
 from psl_flower.exchange import Carrier, Clients, clients
 from psl_flower.failures import Failure, Kind
@@ -66,6 +67,76 @@ def test_a_model_that_may_be_another_is_told_once(caplog):
     assert len(members.members) == 3
     assert caplog.text.count("the server and client 0 do not call the same functions of torch") == 1
     assert caplog.text.count("call the same functions") == 1
+
+
+# --- numbers of classes ----------------------------------------------------------------------------------------------
+COMPLETE, LACKING, FIRST = (
+    {name: i for i, name in enumerate(names)} for names in (("a", "b", "c"), ("a", "c"), ("a",))
+)
+
+
+def naming(numbers, *, sure=True):
+    """Return a description of each client, by node, whose data have these numbers by name."""
+    told = [each and ClassNumbers(each, sure).digests() for each in numbers]
+    return {70 + k: replace(described(k), classes=each) for k, each in enumerate(told)}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "refused", "said"),
+    [
+        (
+            (LACKING, COMPLETE, COMPLETE),
+            0,
+            r"one that is 1 here, of 2 classes, is 2 on client 1 \(node 71\) and 1 more, of 3",
+        ),
+        ((COMPLETE, LACKING), 1, r"one that is 1 here, of 2 classes, is 2 on client 0 \(node 70\), of 3: number all"),
+    ],
+)
+def test_who_numbers_classes_otherwise_than_most_is_refused(numbers, refused, said):
+    with pytest.raises(MembershipError, match=rf"client {refused} \(node 7{refused}\): a class must have .*{said}"):
+        refreshed(naming(numbers))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(COMPLETE, COMPLETE), (COMPLETE, FIRST, None), ({"a": 0, "c": 2}, {"b": 1}, COMPLETE), (None, None)],
+)
+def test_clients_that_agree_as_far_as_they_tell_are_let_in(numbers, caplog):
+    with caplog.at_level(logging.WARNING, "flwr.psl_flower"):
+        assert len(refreshed(naming(numbers)).members) == len(numbers)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sure", "said"),
+    [
+        ((COMPLETE, LACKING, LACKING), False, "a class that is 1 on client 1 (node 71) is 2 on client 0 (node 70), as"),
+        (
+            ({"neg": 0}, {"negative": 0}),
+            True,
+            "class 0 has another name on client 1 (node 71) than on client 0 (node 70)",
+        ),
+    ],
+)
+def test_that_clients_may_number_classes_otherwise_is_told_once(numbers, sure, said, caplog):
+    with caplog.at_level(logging.WARNING, "flwr.psl_flower"):
+        members = refreshed(naming(numbers, sure=sure))
+        members.refresh(1, 5.0)
+    assert len(members.members) == len(numbers)
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_newcomers_cannot_outvote_members_and_a_client_may_come_back_with_better_data(caplog):
+    nodes = naming((COMPLETE, COMPLETE, LACKING, LACKING, LACKING))
+    carrier = FakeCarrier(nodes, looks=[[70, 71], [70, 71, 72, 73, 74], [70, 71, 72, 73, 74]])
+    members = Clients(carrier, label_counts=False, tolerate=True)
+    members.refresh(1, 5.0)
+    with caplog.at_level(logging.WARNING, "flwr.psl_flower"):
+        assert members.look_again(5.0) == []
+    assert "client 2 (node 72) and 2 others likewise: a class must have the same number" in caplog.text
+    nodes[72] = replace(nodes[72], classes=nodes[70].classes)
+    members.refresh(1, 5.0)
+    assert list(members.members) == [0, 1, 2]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psl_flower.data import ClassNumbers
 from psl_flower.errors import ProtocolError
 from psl_flower.exchange.codec import WeightStore, decode_reply, decode_request, encode_reply, encode_request
 from psl_flower.exchange.frames import Decoder, Frame, encode, join
@@ -267,6 +269,8 @@ def test_descriptions_come_out_as_they_went_in(labels, partition_id, way):
     described = Description(
         partition_id, 12, 4, labels, counts, left_out=unreadable, method="parallel", model="head: stem"
     )
+    if counts is not None:
+        described = replace(described, classes=ClassNumbers({"cat": 0, "owl": 1}).digests())
     received = answered("describe", Reply(descriptions={BIG: described, 7: described}), way)
     assert equal(received.descriptions, {BIG: described, 7: described})
     assert received.failures.keys() == {4}

@@ -146,10 +146,10 @@ def test_a_single_tensor_has_no_labels():
 # --- loaders ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def told(caplog):
-    opening._tell_once.cache_clear()
+    opening.tell_once.cache_clear()
     with caplog.at_level(logging.WARNING, "flwr.psl_flower"):
         yield lambda: [record.getMessage() for record in caplog.records]
-    opening._tell_once.cache_clear()
+    opening.tell_once.cache_clear()
 
 
 class Halves:
