@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_cut import assert_names, assert_same_evaluation, assert_same_step
-from torch import nn
+from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.split import split_module
@@ -146,10 +146,25 @@ def test_lengths_sizes_and_asserts_are_recorded():
     assert "len" not in globals()
 
 
-def test_an_assert_that_need_not_hold_in_all_its_parts_is_refused():
-    def go(net, x, y):
-        assert x.dim() == 2 or x.dim() == 3
-        return net.middle(net.body(x))
+def either(x):
+    assert x.dim() == 2 or x.dim() == 3
 
+
+def one_of(x):
+    assert x.dim() in (2, 3)
+
+
+def any_of(x):
+    assert any([x.dim() == 2, x.dim() == 3])
+
+
+@pytest.mark.parametrize("check", [either, one_of, any_of])
+def test_an_assert_that_need_not_hold_in_all_its_parts_is_refused(check):
     with pytest.raises(CutError, match="control flow"):
-        split_module(Net(go), "middle")
+        split_module(Net(lambda net, x, y: (check(x), net.middle(net.body(x)))[1]), "middle")
+
+
+def test_a_model_that_is_a_recording_itself():
+    model = fx.symbolic_trace(Net(lambda net, x, y: net.middle(net.body(x) * y)))
+    client, server = split_module(model, "middle")
+    assert_same_evaluation(model, client, server, *inputs())
