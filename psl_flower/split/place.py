@@ -84,7 +84,8 @@ def example_of(model: nn.Module, cut: str) -> dict[str, Tensor] | None:
         example = _made_up(model)
     if example is None:
         return None
-    for name, value in example.items():
+    given: Mapping[str, Any] = example
+    for name, value in given.items():
         if isinstance(value, Mapping):
             raise CutError(
                 f"the example's {name!r} must be a tensor, got a dict: put its entries into the example itself"

@@ -74,6 +74,61 @@ def test_what_may_be_changed_in_between_stays_where_it_is():
         split_module(Net(go), "middle")
 
 
+def a_view_of_it(net, x, y):
+    h = net.body(x)
+    v = h.view_as(h)
+    m = net.middle(v).detach()
+    v.mul_(2)
+    return m + net.middle(net.body(h))
+
+
+def both_names_cross(net, x, y):
+    h = net.body(x) * 1
+    v = h.transpose(0, 1)
+    m = net.middle(h).detach()
+    v.mul_(2)
+    return m + h
+
+
+def kept_for_the_tail(net, x, y):
+    h = net.body(x)
+    m = net.middle(h)
+    F.relu(h, inplace=True)
+    return net.head(m) + h
+
+
+def joined_late(net, x, y):
+    h = net.middle(b := net.body(x))
+    both = h + b
+    return net.head(h.mul_(2)) + both
+
+
+def with_a_layer(net, x, y):
+    h = net.body(x)
+    return net.head(net.middle(h)) + h
+
+
+@pytest.mark.parametrize("go", [a_view_of_it, both_names_cross, kept_for_the_tail, joined_late, with_a_layer])
+def test_a_change_in_place_that_the_other_side_would_not_see_is_refused(go):
+    model, tail = Net(go), None if go in (a_view_of_it, both_names_cross) else "head"
+    if go is with_a_layer:
+        model.middle = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.Linear(4, 4).double())
+    with pytest.raises(CutError, match="changes a tensor in place that is used on the other side of a cut"):
+        split_module(model, "middle", tail=tail)
+
+
+def test_a_change_in_place_is_welcome_where_it_is_seen():
+    """As of what crosses, and in the layers within a part: nobody else has what a layer returns."""
+
+    def go(net, x, y):
+        h = net.body(x).mul_(2)
+        return net.head(net.middle(h) + h).view_as(h).tanh_()
+
+    model = Net(go)
+    model.middle = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True)).double()
+    assert_same_step(model, *split_module(model, "middle"), *inputs())
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 def cut_pixels(net, x, y):
     n, h, _ = x.shape
