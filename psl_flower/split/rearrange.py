@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from psl_flower.split.in_place import seen
-from psl_flower.split.nodes import is_input, is_known_of_any_batch, modules_of
+from psl_flower.split.nodes import asks_for_fact, is_input, is_known_of_any_batch, modules_of
 from psl_flower.split.partition import SIZES, Pieces, pieces_of, starts_of, state_of
 from psl_flower.split.trace import Trace
 
@@ -19,6 +19,10 @@ _BY_HAND = "SplitModel(client=..., server=...)"
 # How code asks for the sizes of a tensor, by node target; `getattr` with one of the first.
 _SIZE_ATTRIBUTES = ("shape", "ndim")
 _SIZE_METHODS = ("size", "dim", "ndimension")
+
+# What computes a number, or as many entries as there are, of the values of examples.
+_COUNTING = {"argwhere", "bincount", "item", "masked_select", "nonzero", "repeat_interleave", "tolist", "unique"}
+_COUNTING |= {"unique_consecutive"}
 
 
 def prepared(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
@@ -140,9 +144,25 @@ def _asking(pieces: Pieces) -> set[fx.Node]:
             if not _asks_for_sizes(node) or is_known_of_any_batch(node, run):
                 continue
             (tensor,) = node.all_input_nodes
-            if tensor not in known and home[tensor] == piece - 1 and "val" not in tensor.meta:
+            if tensor not in known and home[tensor] == piece - 1 and "val" not in tensor.meta and not _counts(tensor):
                 found.add(node)
     return found
+
+
+def _counts(tensor: fx.Node) -> bool:
+    """Return whether the sizes of a tensor may tell of values of the examples: how many are positive, say."""
+    for node in _reached([tensor], lambda node: node.all_input_nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        alone = name == "where" and len(node.args) == 1
+        if name in _COUNTING or alone or (name == "getitem" and any(map(_has_values, node.all_input_nodes[1:]))):
+            return True
+    return False
+
+
+def _has_values(node: fx.Node) -> bool:
+    """Return whether a node is computed of more than sizes."""
+    sources = _reached([node], lambda node: [] if asks_for_fact(node) else node.all_input_nodes)
+    return any(source.op in ("placeholder", "get_attr", "call_module") for source in sources)
 
 
 def _asks_for_sizes(node: fx.Node) -> bool:

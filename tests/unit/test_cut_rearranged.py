@@ -161,6 +161,18 @@ def test_sizes_cross(kind):
 
 
 @pytest.mark.parametrize(
+    "count", [lambda x: x.unique(dim=1), lambda x: x[:, (x > 0).all(0)[:, 0]], lambda x: x[:, : x.argmax().item()]]
+)
+def test_sizes_that_tell_of_values_do_not_cross(count):
+    def go(net, x, y):
+        found = count(x)
+        return net.middle(net.body(x)) * found.shape[1]
+
+    with pytest.raises(CutError, match="is a number that only the client knows"):
+        split_module(Net(go), "middle")
+
+
+@pytest.mark.parametrize(
     "go",
     [
         lambda net, x, y: net.head((h := net.middle(net.body(x)).mean(1)) * 2) * x.shape[1] + h.shape[1],
