@@ -155,10 +155,10 @@ class Arguments:
             value, default = bound.arguments[name], self.signature.parameters[name].default
             if value is not default and not (isinstance(value, bool | int | float | str) and value == default):
                 raise CutError(f"the argument {name!r} was given, but {reason}.")
-        given = {name: bound.arguments[name] for name in self.inputs}
-        for value in (given, *(value for value in given.values() if isinstance(value, Mapping))):
+        values = {name: bound.arguments[name] for name in self.inputs}
+        for value in (values, *(value for value in values.values() if isinstance(value, Mapping))):
             self._check_sizes(value)
-        return list(given.values())
+        return list(values.values())
 
     def _check_sizes(self, values: Mapping[str, Any]) -> None:
         for name in self.sizes.keys() & values.keys():

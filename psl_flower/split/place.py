@@ -84,8 +84,7 @@ def example_of(model: nn.Module, cut: str) -> dict[str, Tensor] | None:
         example = _made_up(model)
     if example is None:
         return None
-    given: Mapping[str, Any] = example
-    for name, value in given.items():
+    for name, value in example.items():
         if isinstance(value, Mapping):
             raise CutError(
                 f"the example's {name!r} must be a tensor, got a dict: put its entries into the example itself"
