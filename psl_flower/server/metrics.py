@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dis
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Self
 
 import torch
@@ -30,6 +33,8 @@ _RESERVED = ("loss", "num_examples")
 _TORCHMETRICS = ("update", "compute", "reset")
 _SHOWN = 5
 _CLOSE = 1e-3  # rounding in half precision
+_STORES = ("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR")
+_KEEPING_NOTHING = (ModuleType, FunctionType, BuiltinFunctionType, type, bool, int, float, str, type(None))
 
 
 # --- classification --------------------------------------------------------------------------------------------------
@@ -304,6 +309,8 @@ def check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_mean(function: MetricFn, outputs: Any, labels: Any, rows: int, value: float) -> bool:
     """Return whether a metric of a batch is the mean of those of its halves; True as well where that cannot be told."""
+    if not _can_be_asked_again(function):
+        return True
     half = rows // 2
 
     def of(part: slice) -> float:
@@ -314,6 +321,18 @@ def _is_mean(function: MetricFn, outputs: Any, labels: Any, rows: int, value: fl
     except Exception:  # the user's code, with less than it was made for, or what is no tree of rows
         return True
     return math.isnan(mean) or math.isclose(mean, value, rel_tol=_CLOSE, abs_tol=_CLOSE)
+
+
+def _can_be_asked_again(function: MetricFn) -> bool:
+    """Return whether a metric is a function that keeps nothing of what it is given: others may collect it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not isinstance(function, FunctionType) or any(step.opname in _STORES for step in dis.get_instructions(function)):
+        return False
+    names = inspect.getclosurevars(function)
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    held = (*names.nonlocals.values(), *names.globals.values(), *defaults)
+    return all(isinstance(value, _KEEPING_NOTHING) for value in held)
 
 
 @functools.cache

@@ -40,16 +40,16 @@ def changed_in_place(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         if schema is None or not schema.is_mutable:
             continue
         found.add(node)
-        changed = _same_memory(node, written=True)
+        changed = same_memory(node, written=True)
         while changed:
             base = changed.pop()
             if base.op == "call_function" and base not in found:
                 found.add(base)
-                changed += _same_memory(base)
+                changed += same_memory(base)
     return found
 
 
-def _same_memory(node: fx.Node, *, written: bool = False) -> list[fx.Node]:
+def same_memory(node: fx.Node, *, written: bool = False) -> list[fx.Node]:
     """Return what an operation of torch.export may return a view of, or what it writes to."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:  # an entry of several that an operation returns

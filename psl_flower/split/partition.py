@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.split.half import as_activations
+from psl_flower.split.in_place import seen_otherwise
 from psl_flower.split.nodes import (
     asks_for_fact,
     at,
@@ -99,6 +100,7 @@ def pieces_of(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Col
 def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> list[fx.Graph]:
     pieces = pieces_of(root, graph, cuts, shared)
     _check_parameters(root, pieces)
+    _check_changes(root, list(graph.nodes), pieces)
     for piece, sent in enumerate(pieces.sent):
         for node in sent:
             if is_raw(node) and input_name(node) not in shared:
@@ -114,6 +116,19 @@ def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Colle
             what = "it" if piece == 0 else f"the tail {cuts[1]!r}"
             raise CutError(f"nothing computed before {what} is used after it, so no tensor would cross the cut.")
     return [_piece_graph(pieces, piece) for piece in range(len(cuts) + 1)]
+
+
+def _check_changes(root: nn.Module, nodes: Sequence[fx.Node], pieces: Pieces) -> None:
+    """Refuse a change in place that would not be seen, or be seen too early, across a cut."""
+    sent, kept = [[], *pieces.sent], [[], [], *pieces.kept]
+    handed = [{i - 1: sent[i], i - 2: kept[i]} if i > 1 else {i - 1: sent[i]} for i in range(len(pieces.runs))]
+    node = seen_otherwise(root, nodes, pieces.runs, handed)
+    if node is not None:
+        raise CutError(
+            f"{node.name!r}{at(node)} changes a tensor in place that is used on the other side of a cut, too, which "
+            f"would not see it: make a new one there (relu in place of relu_, inplace=False), cut elsewhere, or cut by "
+            f"hand: {_BY_HAND}."
+        )
 
 
 def _check_rows(node: fx.Node) -> None:

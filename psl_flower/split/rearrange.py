@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from psl_flower.split.nodes import is_input, is_known_of_any_batch, modules_of
+from psl_flower.split.in_place import seen
+from psl_flower.split.nodes import asks_for_fact, is_input, is_known_of_any_batch, modules_of
 from psl_flower.split.partition import SIZES, Pieces, pieces_of, starts_of, state_of
 from psl_flower.split.trace import Trace
 
@@ -18,6 +19,10 @@ _BY_HAND = "SplitModel(client=..., server=...)"
 # How code asks for the sizes of a tensor, by node target; `getattr` with one of the first.
 _SIZE_ATTRIBUTES = ("shape", "ndim")
 _SIZE_METHODS = ("size", "dim", "ndimension")
+
+# What computes a number, or as many entries as there are, of the values of examples.
+_COUNTING = {"argwhere", "bincount", "item", "masked_select", "nonzero", "repeat_interleave", "tolist", "unique"}
+_COUNTING |= {"unique_consecutive"}
 
 
 def prepared(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
@@ -62,8 +67,9 @@ def in_order(root: nn.Module, graph: fx.Graph, cuts: Sequence[str]) -> fx.Graph:
         entered = [node for node in after if _within(node, [cut])]
         led = _reached(seeds, lambda node: node.users) & _reached(entered, lambda node: node.all_input_nodes)
         moved = {*_reached([*seeds, *(led & free.keys())], lambda node: node.all_input_nodes)} & free.keys()
-        if not _overtakes(nodes, moved, starts[piece + 1]):
-            graph = _first(graph, moved, nodes[starts[piece + 1]])
+        order = _in_order(nodes, moved, starts[piece + 1])
+        if seen(root, order) == seen(root, nodes):
+            graph = _copy(order)
     return graph
 
 
@@ -84,26 +90,17 @@ def _reached(begin: Iterable[fx.Node], ways: Callable[[fx.Node], Iterable[fx.Nod
     return found
 
 
-def _overtakes(nodes: Sequence[fx.Node], moved: Collection[fx.Node], start: int) -> bool:
-    """Return whether something that stays reads what a moved node reads, before it: it might change it in place."""
-    position = {node: i for i, node in enumerate(nodes)}
-    return any(
-        user not in moved and start <= position[user] < position[node]
-        for node in moved
-        for source in node.all_input_nodes
-        if source not in moved and not is_input(source) and source.op != "get_attr"
-        for user in source.users
-    )
+def _in_order(nodes: Sequence[fx.Node], moved: Collection[fx.Node], start: int) -> list[fx.Node]:
+    """Return nodes with some of them ahead of what begins at `start`, in their order."""
+    late = nodes[start:]
+    return [*nodes[:start], *(node for node in late if node in moved), *(node for node in late if node not in moved)]
 
 
-def _first(graph: fx.Graph, moved: Collection[fx.Node], start: fx.Node) -> fx.Graph:
-    """Return a copy of a graph with some nodes ahead of another, in their order."""
+def _copy(nodes: Iterable[fx.Node]) -> fx.Graph:
+    """Return a graph of copies of nodes, in their order."""
     copy = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    nodes = list(graph.nodes)
-    begin = nodes.index(start)
-    late = [node for node in nodes[begin:] if node not in moved]
-    for node in (*nodes[:begin], *(node for node in nodes[begin:] if node in moved), *late):
+    for node in nodes:
         values[node] = copy.node_copy(node, values.__getitem__)
     return copy
 
@@ -147,9 +144,25 @@ def _asking(pieces: Pieces) -> set[fx.Node]:
             if not _asks_for_sizes(node) or is_known_of_any_batch(node, run):
                 continue
             (tensor,) = node.all_input_nodes
-            if tensor not in known and home[tensor] == piece - 1 and "val" not in tensor.meta:
+            if tensor not in known and home[tensor] == piece - 1 and "val" not in tensor.meta and not _counts(tensor):
                 found.add(node)
     return found
+
+
+def _counts(tensor: fx.Node) -> bool:
+    """Return whether the sizes of a tensor may tell of values of the examples: how many are positive, say."""
+    for node in _reached([tensor], lambda node: node.all_input_nodes):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        alone = name == "where" and len(node.args) == 1
+        if name in _COUNTING or alone or (name == "getitem" and any(map(_has_values, node.all_input_nodes[1:]))):
+            return True
+    return False
+
+
+def _has_values(node: fx.Node) -> bool:
+    """Return whether a node is computed of more than sizes."""
+    sources = _reached([node], lambda node: [] if asks_for_fact(node) else node.all_input_nodes)
+    return any(source.op in ("placeholder", "get_attr", "call_module") for source in sources)
 
 
 def _asks_for_sizes(node: fx.Node) -> bool:

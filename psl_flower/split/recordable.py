@@ -19,7 +19,8 @@ from torch import fx, nn
 _SIZED = ("empty", "ones", "rand", "randn", "zeros")
 
 # What a condition must not hold, for it to be true only where all of its parts are.
-_NOT_ALL = (ast.Or, ast.Not, ast.IfExp, ast.Lambda, ast.comprehension)
+_NOT_ALL = (ast.Or, ast.Not, ast.IfExp, ast.Lambda, ast.comprehension, ast.In, ast.NotIn)  # `in` asks for each
+_ASKING = {"any", "bool"}  # functions that ask for truth values themselves
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
     """
     classes = {kind for name in opened for kind in type(root.get_submodule(name)).__mro__}
     functions = [f for kind in classes for f in vars(kind).values() if isinstance(f, FunctionType)]
-    codes = [f.__globals__ for f in functions if not f.__module__.startswith("torch.")]
+    codes = [f.__globals__ for f in functions if not str(f.__module__).startswith("torch.")]
     free = {id(names): names for names in codes if "len" not in names}
     sized = {name: getattr(torch, name) for name in _SIZED}
     try:
@@ -77,4 +78,7 @@ def is_asserted(frame: FrameType | None) -> bool:
     line = frame.f_lineno - first + 1
     asserts = [node for node in ast.walk(code) if isinstance(node, ast.Assert)]
     found = [node for node in asserts if node.lineno <= line <= (node.end_lineno or node.lineno)]
-    return bool(found) and not any(isinstance(part, _NOT_ALL) for node in found for part in ast.walk(node.test))
+    parts = [part for node in found for part in ast.walk(node.test)]
+    return bool(found) and not any(
+        isinstance(part, _NOT_ALL) or (isinstance(part, ast.Name) and part.id in _ASKING) for part in parts
+    )

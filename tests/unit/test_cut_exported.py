@@ -241,6 +241,8 @@ class Biased(nn.Module):
 
     def forward(self, input_ids):
         length = input_ids.shape[1]
+        if length < 2:  # which torch.fx cannot record
+            raise ValueError(length)
         places = torch.zeros(length, dtype=torch.long)
         places += torch.arange(length).clamp(max=4)
         bias = self.bias(places)[None]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_cut import assert_names, assert_same_evaluation, assert_same_step
-from torch import nn
+from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.split import split_module
@@ -74,6 +74,61 @@ def test_what_may_be_changed_in_between_stays_where_it_is():
         split_module(Net(go), "middle")
 
 
+def a_view_of_it(net, x, y):
+    h = net.body(x)
+    v = h.view_as(h)
+    m = net.middle(v).detach()
+    v.mul_(2)
+    return m + net.middle(net.body(h))
+
+
+def both_names_cross(net, x, y):
+    h = net.body(x) * 1
+    v = h.transpose(0, 1)
+    m = net.middle(h).detach()
+    v.mul_(2)
+    return m + h
+
+
+def kept_for_the_tail(net, x, y):
+    h = net.body(x)
+    m = net.middle(h)
+    F.relu(h, inplace=True)
+    return net.head(m) + h
+
+
+def joined_late(net, x, y):
+    h = net.middle(b := net.body(x))
+    both = h + b
+    return net.head(h.mul_(2)) + both
+
+
+def with_a_layer(net, x, y):
+    h = net.body(x)
+    return net.head(net.middle(h)) + h
+
+
+@pytest.mark.parametrize("go", [a_view_of_it, both_names_cross, kept_for_the_tail, joined_late, with_a_layer])
+def test_a_change_in_place_that_the_other_side_would_not_see_is_refused(go):
+    model, tail = Net(go), None if go in (a_view_of_it, both_names_cross) else "head"
+    if go is with_a_layer:
+        model.middle = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True), nn.Linear(4, 4).double())
+    with pytest.raises(CutError, match="changes a tensor in place that is used on the other side of a cut"):
+        split_module(model, "middle", tail=tail)
+
+
+def test_a_change_in_place_is_welcome_where_it_is_seen():
+    """As of what crosses, and in the layers within a part: nobody else has what a layer returns."""
+
+    def go(net, x, y):
+        h = net.body(x).mul_(2)
+        return net.head(net.middle(h) + h).view_as(h).tanh_()
+
+    model = Net(go)
+    model.middle = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True)).double()
+    assert_same_step(model, *split_module(model, "middle"), *inputs())
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 def cut_pixels(net, x, y):
     n, h, _ = x.shape
@@ -103,6 +158,18 @@ def test_sizes_cross(kind):
     for rows in (1, 4):
         assert_same_evaluation(model, client, server, *inputs(rows))
     assert sum(tensor.numel() > 0 for tensor in client(*inputs())) == 1
+
+
+@pytest.mark.parametrize(
+    "count", [lambda x: x.unique(dim=1), lambda x: x[:, (x > 0).all(0)[:, 0]], lambda x: x[:, : x.argmax().item()]]
+)
+def test_sizes_that_tell_of_values_do_not_cross(count):
+    def go(net, x, y):
+        found = count(x)
+        return net.middle(net.body(x)) * found.shape[1]
+
+    with pytest.raises(CutError, match="is a number that only the client knows"):
+        split_module(Net(go), "middle")
 
 
 @pytest.mark.parametrize(
@@ -146,10 +213,25 @@ def test_lengths_sizes_and_asserts_are_recorded():
     assert "len" not in globals()
 
 
-def test_an_assert_that_need_not_hold_in_all_its_parts_is_refused():
-    def go(net, x, y):
-        assert x.dim() == 2 or x.dim() == 3
-        return net.middle(net.body(x))
+def either(x):
+    assert x.dim() == 2 or x.dim() == 3
 
+
+def one_of(x):
+    assert x.dim() in (2, 3)
+
+
+def any_of(x):
+    assert any([x.dim() == 2, x.dim() == 3])
+
+
+@pytest.mark.parametrize("check", [either, one_of, any_of])
+def test_an_assert_that_need_not_hold_in_all_its_parts_is_refused(check):
     with pytest.raises(CutError, match="control flow"):
-        split_module(Net(go), "middle")
+        split_module(Net(lambda net, x, y: (check(x), net.middle(net.body(x)))[1]), "middle")
+
+
+def test_a_model_that_is_a_recording_itself():
+    model = fx.symbolic_trace(Net(lambda net, x, y: net.middle(net.body(x) * y)))
+    client, server = split_module(model, "middle")
+    assert_same_evaluation(model, client, server, *inputs())

@@ -129,6 +129,22 @@ def test_a_metric_that_is_no_mean_is_told_once(caplog):
         assert [text[:49] for text in caplog.messages] == ["metrics['root of gap'] is no mean over examples: "] * told
 
 
+def test_what_a_metric_collects_it_is_given_once():
+    """The look whether it is a mean would show it rows again."""
+    seen = []
+
+    class Collecting:
+        def __call__(self, outputs, _):
+            seen.append(outputs)
+            return 0.0
+
+    metrics = {"function": lambda outputs, _: float(seen.append(outputs) or 0), "object": Collecting()}
+    scores = Scores(metrics, one_model=True)
+    for outputs, labels in parts():
+        add(scores, outputs, labels)
+    assert sum(map(len, seen)) == len(metrics) * len(OUTPUTS)
+
+
 def test_a_metric_of_one_part_may_be_any(caplog):
     scores = Scores({"spread": lambda outputs, _: outputs.std()}, one_model=True)
     add(scores, OUTPUTS, LABELS)
