@@ -797,7 +797,7 @@ def of_step(step):
 
 
 def no_record(message, answer):
-    del answer.content["buffers"]
+    del answer.content["frame"]
     return answer
 
 
@@ -816,7 +816,7 @@ def of_bias(change):
     return of_output(lambda gradients: {**gradients, "stem.bias": change(gradients["stem.bias"])})
 
 
-NO_RECORD = "bad reply: expected a frame and its buffers, got records named frame"
+NO_RECORD = "bad reply: expected a frame, got records named nothing"
 FAULTS = {
     "forward: missing": (FORWARD, nothing, "no reply within"),
     "forward: no record": (FORWARD, no_record, NO_RECORD),
