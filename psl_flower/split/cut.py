@@ -17,6 +17,7 @@ from psl_flower.split.copying import copy_model
 from psl_flower.split.exported import export
 from psl_flower.split.half import CutNames, TracedHalf
 from psl_flower.split.lengths import mark_lengths
+from psl_flower.split.modes import modes_kept
 from psl_flower.split.partition import UnknownNumber, divide
 from psl_flower.split.place import example_of, needs_example, share_of
 from psl_flower.split.rearrange import prepared
@@ -139,12 +140,11 @@ def _try(root: nn.Module, recorded: Trace, names: Sequence[str], example: Mappin
         raise
     except CutError:
         return  # torch.export would not do it either
-    flags = {module: module.training for module in root.modules()}
-    root.eval()
-    *parts, _ = (TracedHalf(root, programs, recorded, CutNames()) for programs in graphs)
-    parts[0].arguments = recorded.arguments
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with modes_kept(root), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            root.eval()
+            *parts, _ = (TracedHalf(root, programs, recorded, CutNames()) for programs in graphs)
+            parts[0].arguments = recorded.arguments
             values = parts[0](**example)
             if len(parts) == 2:
                 parts[1](*values[0])
@@ -152,9 +152,6 @@ def _try(root: nn.Module, recorded: Trace, names: Sequence[str], example: Mappin
         raise
     except Exception as error:
         raise CutError(f"what torch.fx has recorded cannot be run with the example ({told(error)}).") from error
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def _separate(parts: Sequence[nn.Module]) -> None:

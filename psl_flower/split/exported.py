@@ -23,18 +23,9 @@ from torch.utils._pytree import TreeSpec, tree_map
 from psl_flower.errors import CutError
 from psl_flower.signatures import whole_dict
 from psl_flower.split.arguments import Arguments
+from psl_flower.split.modes import modes_kept, pinned_modules
 from psl_flower.split.place import is_text
-from psl_flower.split.trace import (
-    RECORDED,
-    TRACING,
-    Form,
-    Trace,
-    frozen_layers,
-    pinned_modules,
-    put_in_mode,
-    refuse_backward_hooks,
-    told,
-)
+from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, refuse_backward_hooks, told
 
 _LEFT_OUT = (
     "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients, or leave "
@@ -75,17 +66,13 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
     inputs = {name: example[name] if whole is None else dict(example) for name in arguments.inputs}
     refuse_backward_hooks(root, (name for name, _ in root.named_modules()))
     _without_cache(root)
-    flags = {module: module.training for module in root.modules()}
-    frozen, graphs = frozen_layers(root), dict[bool, fx.Graph]()
+    graphs: dict[bool, fx.Graph] = {}
     returns: dict[bool, TreeSpec] = {}
-    try:
+    with modes_kept(root) as put:
         for mode in (True, False):
-            put_in_mode(root, mode, frozen)
+            put(mode)
             made = _export_once(root, arguments, inputs)
             graphs[root.training], returns[root.training] = _as_graph(root, made, inputs)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
     arguments = arguments.annotated(graphs.values()).with_sizes(graphs.values())
     return Trace(graphs, pinned_modules(root), arguments, frozenset(share), Form(returns))
 

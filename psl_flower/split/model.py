@@ -15,8 +15,8 @@ from psl_flower.errors import ConfigError, CutError
 from psl_flower.split.copying import copy_model
 from psl_flower.split.cut import cut_apart, cut_candidates, listing
 from psl_flower.split.half import CutNames, Part, as_activations
+from psl_flower.split.modes import pinned_modules
 from psl_flower.split.stored import hold_tensors
-from psl_flower.split.trace import pinned_modules
 
 
 class SplitModel(nn.Module):

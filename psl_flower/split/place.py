@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from psl_flower.errors import CutError
+from psl_flower.signatures import needed_arguments
 
 # What says how long texts are, and nothing of what is in them: whatever masks attention tells the server as much.
 SHARED = ("attention_mask",)
@@ -64,9 +65,8 @@ def share_of(cut: str) -> tuple[str, ...]:
 
 def needs_example(model: nn.Module) -> str:
     """Return what to do where there is no example batch of a model."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    names = needed or [p.name for p in parameters][:1]
+    signature = inspect.signature(model.forward)
+    names = [parameter.name for parameter in needed_arguments(signature)] or list(signature.parameters)[:1]
     shown = ", ".join(f"{name!r}: {_EXAMPLES.get(name, 'torch.zeros(2, ...)')}" for name in names)
     return f"needs an example batch, two rows of each input: name it with the cut, Cut(name, example={{{shown}}})"
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from psl_flower.errors import CutError
 from psl_flower.origin import place, running
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
+from psl_flower.split.modes import modes_kept, pinned_modules
 from psl_flower.split.nodes import PLACE
 from psl_flower.split.recordable import is_asserted, recordable
 from psl_flower.split.stored import refusing_reads
@@ -67,7 +68,7 @@ class Trace:
     graphs : dict[bool, fx.Graph]
         The model's graph for each value its ``training`` flag takes; one and the same graph if they do not differ.
     pinned : dict[bool, frozenset[str]]
-        See `pinned_modules`.
+        See `psl_flower.split.modes.pinned_modules`.
     arguments : Arguments
         Which arguments the graphs take.
     shared : frozenset of str
@@ -106,17 +107,17 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
     paths = [cut.split(".") for cut in cuts]
     opened = frozenset(".".join(path[:depth]) for path in paths for depth in range(len(path)))
     refuse_backward_hooks(root, sorted(opened))
-    flags = {module: module.training for module in root.modules()}
-    frozen, graphs = frozen_layers(root), dict[bool, fx.Graph]()
+    graphs: dict[bool, fx.Graph] = {}
     try:
-        arguments = Arguments.of(root)
-        for mode in (True, False):
-            put_in_mode(root, mode, frozen)
-            arguments = choose_inputs(root, arguments, partial(_trace_once, root, opened, arguments.positions))
-        for mode in (True, False):
-            put_in_mode(root, mode, frozen)
-            graph = _trace_once(root, opened, arguments.positions, arguments.inputs)
-            graphs[root.training] = next((other for other in graphs.values() if alike(root, graph, other)), graph)
+        with modes_kept(root) as put:
+            arguments = Arguments.of(root)
+            for mode in (True, False):
+                put(mode)
+                arguments = choose_inputs(root, arguments, partial(_trace_once, root, opened, arguments.positions))
+            for mode in (True, False):
+                put(mode)
+                graph = _trace_once(root, opened, arguments.positions, arguments.inputs)
+                graphs[root.training] = next((other for other in graphs.values() if alike(root, graph, other)), graph)
     except CutError as error:
         at = place(error)
         raise error if at is None else CutError(f"{at}: {error}") from error.__cause__
@@ -126,9 +127,6 @@ def trace(root: nn.Module, cuts: Sequence[str], share: Collection[str] = ()) -> 
             f"({told(error)}). Move this code into a submodule of its own, which is called whole, as long as no cut is "
             f"inside it, or cut by hand: SplitModel(client=..., server=...)."
         ) from error
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
     return Trace(graphs, pinned_modules(root), arguments.annotated(graphs.values()), frozenset(share))
 
 
@@ -148,40 +146,6 @@ def refuse_backward_hooks(root: nn.Module, names: Iterable[str]) -> None:
                 f"put it on a module that stays whole, change gradients in the optimizer (register_step_pre_hook), "
                 f"{_BY_HAND}"
             )
-
-
-def pinned_modules(root: nn.Module) -> dict[bool, frozenset[str]]:
-    """Return which submodules stay in the other mode where the model is put into one, for each mode.
-
-    There are some where a class overrides ``train`` to keep a part of itself frozen, and where single layers are given
-    in evaluation mode. `root` is left in its mode.
-    """
-    flags = {module: module.training for module in root.modules()}
-    layers, pinned = frozen_layers(root), {}
-    for mode in (True, False):
-        put_in_mode(root, mode, layers)
-        pinned[mode] = frozenset(name for name, module in root.named_modules() if module.training != mode)
-    for module, flag in flags.items():
-        module.training = flag
-    return pinned
-
-
-def put_in_mode(root: nn.Module, mode: bool, frozen: Iterable[nn.Module]) -> None:
-    """Put a model into a mode, but for layers that stay in evaluation."""
-    root.train(mode)
-    for layer in frozen:
-        layer.eval()
-
-
-def frozen_layers(root: nn.Module) -> set[nn.Module]:
-    """Return the layers that are in evaluation mode by themselves, as by ``norm.eval()``: what they are in is not."""
-    return {
-        layer
-        for module in root.modules()
-        if module.training
-        for layer in module.children()
-        if not layer.training and not any(True for _ in layer.children())
-    }
 
 
 def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
