@@ -29,7 +29,7 @@ def where(error: BaseException, *, text: bool = True) -> str:
 def place(error: BaseException) -> str | None:
     """Return the place alone; None where no frame is the user's."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if _is_users(frame.filename):
+        if is_users(frame.filename):
             return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
     return None
 
@@ -45,7 +45,7 @@ def running(since: CodeType) -> str | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not since:
         code = frame.f_code
-        if _is_users(code.co_filename):
+        if is_users(code.co_filename):
             return f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back
     return None
@@ -72,7 +72,8 @@ def let_signals_end(error: BaseException) -> None:
 
 
 @cache
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
+    """Return whether a file holds code of the user's: it is neither a library's, nor ours, nor generated."""
     if filename.startswith(("<frozen", "<psl_flower", "<eval_with_key")) or not filename:  # generated code
         return False
     path = Path(filename)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +16,7 @@ TOKENS = 50
 def transformers() -> ModuleType:
     """Return the package, which takes seconds to import: each process of pytest imports all tests."""
     import_torchvision()  # transformers' models import it
-    import transformers
-
-    return transformers
+    return pytest.importorskip("transformers")
 
 
 def llama(layers: int = 2) -> nn.Module:
@@ -76,12 +75,14 @@ def vit() -> nn.Module:
 
 
 def lora_llama(dropout: float = 0.1) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+    peft = pytest.importorskip("peft")
 
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, init_lora_weights=False)
-        return get_peft_model(llama(), config)
+        config = peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, init_lora_weights=False
+        )
+        return peft.get_peft_model(llama(), config)
 
 
 def seeded(kind: type[nn.Module], config: object) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from psl_flower.split.compare import CannotTellError
 from psl_flower.split.cut import cut_candidates, split_module
-from psl_flower.split.half import input_names
+from psl_flower.split.half import input_names, told_frozen
 from psl_flower.split.lengths import most_positions, shortened, text_length
 from psl_flower.split.model import Halves, SplitModel, cut_model
 from psl_flower.split.norm import batch_statistics_layers, check_client_half, replace_batch_norm
@@ -31,4 +31,5 @@ __all__ = [
     "signature",
     "split_module",
     "text_length",
+    "told_frozen",
 ]

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.signatures import whole_dict
 from psl_flower.split.copying import copy_model
 from psl_flower.split.exported import export
-from psl_flower.split.half import CutNames, TracedHalf
+from psl_flower.split.half import CutNames, TracedHalf, listing
 from psl_flower.split.lengths import mark_lengths
 from psl_flower.split.modes import modes_kept
 from psl_flower.split.partition import UnknownNumber, divide
@@ -24,6 +24,9 @@ from psl_flower.split.rearrange import prepared
 from psl_flower.split.trace import Trace, told, trace
 
 log = logging.getLogger("flwr.psl_flower")
+
+# What was recorded, prepared for some cuts, and for each piece its graph in each mode.
+Divided = tuple[Trace, list[dict[bool, fx.Graph]]]
 
 
 @overload
@@ -91,28 +94,37 @@ def cut_apart(
     names = [_first_name(root, name) for name in cuts]
     where = f"cut {cut!r}" + ("" if tail is None else f", tail {tail!r}")
     try:
-        recorded = prepared(root, _record(root, names, cut), names)
-        graphs = divide(root, recorded, names)
+        recorded, tried, batch = _record(root, names, cut)
+        recorded, graphs = tried or _divided(root, recorded, names)
     except CutError as error:
         raise CutError(f"{where}: {error}{_suggestions(model, cut)}") from error.__cause__
     parts = [TracedHalf(root, programs, recorded, CutNames(cut, tail)) for programs in graphs]
     parts[0].arguments, parts[-1].returns = recorded.arguments, recorded.returns
-    mark_lengths(parts, root, recorded, names)
+    mark_lengths(parts, root, recorded, names, batch)
     _separate(parts)
     return tuple(parts)
 
 
-def _record(root: nn.Module, names: Sequence[str], cut: str) -> Trace:
-    """Record a model with torch.fx, which looks at the code around the cuts only, else with torch.export."""
+def _divided(root: nn.Module, recorded: Trace, names: Sequence[str]) -> Divided:
+    recorded = prepared(root, recorded, names)
+    return recorded, divide(root, recorded, names)
+
+
+def _record(root: nn.Module, names: Sequence[str], cut: str) -> tuple[Trace, Divided | None, Mapping[str, Any] | None]:
+    """Record a model with torch.fx, which looks at the code around the cuts only, else with torch.export.
+
+    Where it had to be divided to be tried, what came of that is returned, too; and the batch it was tried with.
+    """
     example, share = example_of(root, cut), share_of(cut)
     try:
         recorded = trace(root, names, share)
         left_out = [name for name in example or () if name not in recorded.arguments.inputs]
         whole = whole_dict(recorded.arguments.signature, left_out)
         if not left_out or whole is not None:
-            if example is not None:
-                _try(root, recorded, names, example if whole is None else {whole.name: example})
-            return recorded
+            if example is None:
+                return recorded, None, None
+            batch = example if whole is None else {whole.name: example}
+            return recorded, _try(root, recorded, names, batch), batch
         error = CutError(f"torch.fx would leave out {listing(left_out)}, which forward does without.")
     except CutError as exc:
         error = exc
@@ -123,10 +135,10 @@ def _record(root: nn.Module, names: Sequence[str], cut: str) -> Trace:
     except CutError as other:
         raise CutError(f"{error} Nor does torch.export do: {str(other).removesuffix('.')}.") from other.__cause__
     log.info("%s is cut with torch.export: %s", type(root).__name__, str(error).partition(". ")[0])
-    return recorded
+    return recorded, None, None
 
 
-def _try(root: nn.Module, recorded: Trace, names: Sequence[str], example: Mapping[str, Any]) -> None:
+def _try(root: nn.Module, recorded: Trace, names: Sequence[str], example: Mapping[str, Any]) -> Divided | None:
     """Run what torch.fx has recorded on the example, in evaluation mode.
 
     Raises
@@ -135,11 +147,11 @@ def _try(root: nn.Module, recorded: Trace, names: Sequence[str], example: Mappin
         If a number, or what else is no tensor, would cross: torch.export knows numbers, and what is in other things.
     """
     try:
-        graphs = divide(root, prepared(root, recorded, names), names)
+        recorded, graphs = _divided(root, recorded, names)
     except UnknownNumber:
         raise
     except CutError:
-        return  # torch.export would not do it either
+        return None  # torch.export would not do it either
     try:
         with modes_kept(root), torch.no_grad(), torch.random.fork_rng(devices=[]):
             root.eval()
@@ -152,6 +164,7 @@ def _try(root: nn.Module, recorded: Trace, names: Sequence[str], example: Mappin
         raise
     except Exception as error:
         raise CutError(f"what torch.fx has recorded cannot be run with the example ({told(error)}).") from error
+    return recorded, graphs
 
 
 def _separate(parts: Sequence[nn.Module]) -> None:
@@ -184,12 +197,6 @@ def cut_candidates(model: nn.Module, depth: int | None = None) -> list[str]:
     return list(_candidates(root, "", depth, None))
 
 
-def listing(names: Sequence[object], most: int = 8) -> str:
-    """Return at most `most` names, quoted and joined, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
-
-
 def _candidates(root: nn.Module, parent: str, depth: int | None, whole: Trace | None) -> Iterator[str]:
     """Yield the names inside a module; `whole` is what torch.export has recorded, which holds for all of them."""
     children = [(f"{parent}.{name}" if parent else name) for name, _ in root.get_submodule(parent).named_children()]
@@ -197,12 +204,12 @@ def _candidates(root: nn.Module, parent: str, depth: int | None, whole: Trace | 
     if not children or depth == 0:
         return
     try:
-        recorded = whole or _record(root, children[:1], children[0])
+        recorded = whole or _record(root, children[:1], children[0])[0]
     except CutError:
         return  # nor can anything deeper be cut, for that needs the same code traced
     for child in children:
         try:
-            divide(root, prepared(root, recorded, [child]), [child])
+            _divided(root, recorded, [child])
         except CutError:
             pass
         else:

@@ -23,6 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_map
 from psl_flower.errors import CutError
 from psl_flower.signatures import whole_dict
 from psl_flower.split.arguments import Arguments
+from psl_flower.split.gradients import applied, apply
 from psl_flower.split.modes import modes_kept, pinned_modules
 from psl_flower.split.place import is_text
 from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, refuse_backward_hooks, told
@@ -117,19 +118,19 @@ def _called_by(root: nn.Module, signature: inspect.Signature) -> Iterator[None]:
 @contextmanager
 def _own_gradients_refused() -> Iterator[None]:
     """Refuse autograd functions of one's own: torch.export records their forward, and their backward is lost."""
-    apply, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+    thread = threading.get_ident()
 
-    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def refuse(cls: type, args: Any) -> None:
         # of an operator with a name (torch.library) the call is recorded, and so its backward with it
         if threading.get_ident() == thread and not cls.__module__.startswith("torch._library"):
             raise CutError(f"its backward would be lost: {cls.__module__}.{cls.__qualname__}")
-        return apply.__func__(cls, *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[assignment]
-    try:
+    def call(cls: type, *args: Any) -> Any:
+        refuse(cls, args)
+        return apply(cls, *args)
+
+    with applied(call, refuse):
         yield
-    finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 def _without_cache(root: nn.Module) -> None:

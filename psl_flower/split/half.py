@@ -13,11 +13,22 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from psl_flower.errors import CutError
 from psl_flower.split.arguments import Arguments
+from psl_flower.split.functions import called
 from psl_flower.split.trace import Form, Trace
+
+BY_MODE = (_NormBase, _DropoutNd, nn.RReLU, nn.RNNBase)  # layers that do something else in training
+
+
+def listing(names: Sequence[object], most: int = 8) -> str:
+    """Return at most `most` names, quoted and joined, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class Part(nn.Module):
     longest : int or None
         The most positions a text may have, if the model's configuration tells.
     calls : tuple of str
-        The names of what it calls, in order, where a trace tells.
+        What it calls, in order, where a trace tells, see `functions.called`.
     """
 
     takes: tuple[bool, ...] = ()
@@ -78,6 +89,21 @@ def frozen_in(part: nn.Module) -> list[str]:
     return part._psl_pinned[True] if isinstance(part, Part) else []
 
 
+def told_frozen(parts: Iterable[nn.Module]) -> str:
+    """Say which layers stay in evaluation mode where that matters: torch's that do something else in training, others.
+
+    Layers that were taken out of another model may be so unintended.
+    """
+    names = [
+        name
+        for part in parts
+        for name in frozen_in(part)
+        if isinstance(layer := part.get_submodule(name), BY_MODE)
+        or not (type(layer).__module__.startswith("torch.") or any(True for _ in layer.children()))
+    ]
+    return f"; in evaluation mode, by layer.eval() or the model's train(), stay {listing(names)}" if names else ""
+
+
 class TracedHalf(Part):
     """The part of a traced model that some graphs use, under the names it has in the whole model.
 
@@ -103,16 +129,16 @@ class TracedHalf(Part):
 
     def __init__(self, root: nn.Module, graphs: Mapping[bool, fx.Graph], trace: Trace, cut: CutNames) -> None:
         super().__init__(cut)
-        called, read = (
+        used, read = (
             {str(node.target) for graph in graphs.values() for node in graph.nodes if node.op == op}
             for op in ("call_module", "get_attr")
         )
-        for name in itertools.chain(sorted(called), sorted(read)):  # a module before its parts
+        for name in itertools.chain(sorted(used), sorted(read)):  # a module before its parts
             self._graft(root, name)
         self._graft_aliases(root)
         self.training = root.training
         self._pin(trace.pinned)
-        self.calls = tuple(_called(node) for mode in sorted(graphs) for node in graphs[mode].nodes)
+        self.calls = tuple(called(node, root) for mode in sorted(graphs) for node in graphs[mode].nodes)
         self._psl_sources = {mode: _source(graph) for mode, graph in graphs.items()}
         self._psl_programs = {mode: _compile(*source) for mode, source in self._psl_sources.items()}
 
@@ -187,16 +213,6 @@ def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     """Return a graph as Python source of a function ``forward(self, ...)``, and the globals it needs."""
     code = graph.python_code("self")
     return code.src, dict(code.globals)
-
-
-def _called(node: fx.Node) -> str:
-    """Return what a node of a graph does: a function by its name alone, which may be imported from elsewhere.
-
-    With it, in brackets, the numbers with a point that it is called with: whole ones may be sizes.
-    """
-    numbers = [repr(value) for value in tree_leaves((node.args, node.kwargs)) if type(value) is float]
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return f"{node.op} {name}" + (f"({', '.join(numbers)})" if numbers else "")
 
 
 def _compile(code: str, names: Mapping[str, Any]) -> Callable[..., Any]:

@@ -2,13 +2,15 @@
 
 Clients pad to the longest of their own texts, and what they send is padded to the longest of the step: the activations
 with zeros, the mask with zeros too, so that nothing looks at them, labels with -100. What comes back is cut to the own
-length. Only torch.export tells which sizes are that of the text; it is always the second, beside the batch.
+length. torch.export tells which sizes are that of the text; what torch.fx has recorded is run on an example, and on one
+of shorter texts. It is always the second size, beside the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from psl_flower import tree
 from psl_flower.split.half import Part
+from psl_flower.split.modes import modes_kept
 from psl_flower.split.nodes import constant, is_raw
 from psl_flower.split.partition import pieces_of
 from psl_flower.split.place import is_text
@@ -23,12 +26,19 @@ from psl_flower.split.trace import Trace
 from psl_flower.tree import Tree
 
 
-def mark_lengths(parts: Sequence[Part], root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> None:
+def mark_lengths(
+    parts: Sequence[Part], root: nn.Module, recorded: Trace, cuts: Sequence[str], batch: Mapping[str, Any] | None
+) -> None:
     """Tell parts which of the tensors they are given and give are as long as the texts; none, where that is no use.
 
-    They are of use only if a mask of the texts crosses to the server, which hides what was padded.
+    They are of use only if a mask of the texts crosses to the server, which hides what was padded. A batch is needed
+    for what torch.fx has recorded.
     """
-    found = {_long(root, graph, cuts, recorded.shared) for graph in recorded.graphs.values()}
+    if batch is None:
+        found = {_long(root, graph, cuts, recorded.shared) for graph in recorded.graphs.values()}
+    else:
+        sent = (pieces_of(root, graph, cuts, recorded.shared).sent[0] for graph in recorded.graphs.values())
+        found = {_tried(parts, raw, batch) for raw in {tuple(is_raw(node) for node in nodes) for nodes in sent}}
     config = getattr(root, "config", None)
     for i, flags in enumerate(found.pop() if len(found) == 1 else ()):
         parts[i].gives = parts[i + 1].takes = flags
@@ -54,6 +64,39 @@ def _long(
         if len(found) == 1 and not any(long and node in inputs for long, node in zip(found[0], sent, strict=True)):
             return ()
     return tuple(found)
+
+
+def _tried(parts: Sequence[Part], raw: Sequence[bool], batch: Mapping[str, Any]) -> tuple[tuple[bool, ...], ...]:
+    """Return the same, by the shapes for a batch and for one whose texts are shorter by one."""
+    texts = [value.shape[1] for value in tree.leaves(batch) if is_text(value)]
+    if len(set(texts)) != 1 or not any(raw):
+        return ()
+    shorter = tree.map_leaves(lambda value: value[:, :-1] if is_text(value) else value, batch)
+    try:
+        shapes = zip(_shapes(parts, batch), _shapes(parts, shorter), strict=True)
+    except Exception:  # its texts have one length
+        return ()
+    found = []
+    for whole, less in shapes:
+        long = tuple(before != after for before, after in zip(whole, less, strict=True))
+        for at_cut, before, after in zip(long, whole, less, strict=True):
+            if at_cut and after != (*before[:1], texts[0] - 1, *before[2:]):
+                return ()
+        found.append(long)
+    return tuple(found) if any(long and each for long, each in zip(found[0], raw, strict=False)) else ()
+
+
+def _shapes(parts: Sequence[Part], batch: Mapping[str, Any]) -> list[list[tuple[int, ...]]]:
+    """Return the shapes of what crosses each cut."""
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(modes_kept(part))
+            part.eval()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        sent = parts[0](**batch)
+        crossing = [sent] if len(parts) == 2 else [sent[0], parts[1](*sent[0])]
+    return [[tuple(tensor.shape) for tensor in tensors] for tensors in crossing]
 
 
 def _expression(size: Any) -> Any:

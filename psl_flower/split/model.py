@@ -13,8 +13,8 @@ from torch import nn
 
 from psl_flower.errors import ConfigError, CutError
 from psl_flower.split.copying import copy_model
-from psl_flower.split.cut import cut_apart, cut_candidates, listing
-from psl_flower.split.half import CutNames, Part, as_activations
+from psl_flower.split.cut import cut_apart, cut_candidates
+from psl_flower.split.half import CutNames, Part, as_activations, listing
 from psl_flower.split.modes import pinned_modules
 from psl_flower.split.stored import hold_tensors
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,26 +29,6 @@ def modules_of(node: fx.Node) -> list[str]:
     return [str(path).partition("@")[0] for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
-def changed_in_place(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the operations of torch.export that change what they are given, and what that is a view of.
-
-    They cannot be done over again elsewhere, as what does not come from the examples is: what they change, others read.
-    """
-    found: set[fx.Node] = set()
-    for node in nodes:
-        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-        if schema is None or not schema.is_mutable:
-            continue
-        found.add(node)
-        changed = same_memory(node, written=True)
-        while changed:
-            base = changed.pop()
-            if base.op == "call_function" and base not in found:
-                found.add(base)
-                changed += same_memory(base)
-    return found
-
-
 def same_memory(node: fx.Node, *, written: bool = False) -> list[fx.Node]:
     """Return what an operation of torch.export may return a view of, or what it writes to."""
     schema = getattr(node.target, "_schema", None)
@@ -70,10 +50,19 @@ def at(node: fx.Node) -> str:
 
 def asks_for_fact(node: fx.Node) -> bool:
     """Whether a node asks a tensor for what is known without its values."""
-    if node.target is getattr:
-        return node.args[1] in _FACTS
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.partition(".")[0] in _FACT_METHODS  # torch.export has sym_size.int
+    return tells_fact(node.target, node.args)
+
+
+def tells_fact(target: Any, args: Sequence[Any]) -> bool:
+    """Whether a step asks a tensor for what is known without its values."""
+    if target is getattr:
+        return args[1] in _FACTS
+    return is_fact(target if isinstance(target, str) else getattr(target, "__name__", ""))
+
+
+def is_fact(method: str) -> bool:
+    """Whether a method of tensors, or a function, tells what is known without their values."""
+    return method.partition(".")[0] in _FACT_METHODS  # torch.export has sym_size.int
 
 
 def is_input(node: Any) -> bool:
@@ -124,16 +113,16 @@ def size_in(node: fx.Node, tensors: Sequence[fx.Node]) -> tuple[int, int] | None
     return None
 
 
-def is_device_of_input(node: fx.Node) -> bool:
-    """Whether a node is ``x.device``, of an input x."""
-    return node.target is getattr and is_raw(node.args[0]) and node.args[1] == "device"
+def asks_for_device(node: fx.Node) -> bool:
+    """Whether a node is ``h.device``: all tensors of a side are on one."""
+    return node.target is getattr and node.args[1] == "device"
 
 
 def is_known_of_any_batch(node: fx.Node, asking: Collection[fx.Node] | None = None) -> bool:
     """Whether any tensor of the batch tells what this node asks an input for, and some or all others ask it."""
     if is_shape_of_input(node):
         return all(is_batch_size(user) for user in node.users if asking is None or user in asking)
-    return is_batch_size(node) or is_device_of_input(node)
+    return is_batch_size(node) or asks_for_device(node)
 
 
 def constant(size: int | torch.SymInt) -> int | None:

@@ -17,7 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from psl_flower.errors import ConfigError
 from psl_flower.split.copying import copy_model
-from psl_flower.split.cut import listing
+from psl_flower.split.half import listing
 from psl_flower.split.model import SplitModel, cut_model
 
 _MOST_GROUPS = 32

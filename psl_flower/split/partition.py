@@ -17,14 +17,13 @@ from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.split.half import as_activations
-from psl_flower.split.in_place import seen_otherwise
+from psl_flower.split.in_place import WATCHED, changed_in_place, check_version, seen_otherwise, version, watch
 from psl_flower.split.nodes import (
+    asks_for_device,
     asks_for_fact,
     at,
-    changed_in_place,
     input_name,
     is_batch_size,
-    is_device_of_input,
     is_input,
     is_known_of_any_batch,
     is_raw,
@@ -123,7 +122,10 @@ def _check_changes(root: nn.Module, nodes: Sequence[fx.Node], pieces: Pieces) ->
     sent, kept = [[], *pieces.sent], [[], [], *pieces.kept]
     handed = [{i - 1: sent[i], i - 2: kept[i]} if i > 1 else {i - 1: sent[i]} for i in range(len(pieces.runs))]
     node = seen_otherwise(root, nodes, pieces.runs, handed)
-    if node is not None:
+    if node is None:
+        if seen_otherwise(root, nodes, pieces.runs, handed, wary=True) is not None:
+            watch(root, nodes)
+    else:
         raise CutError(
             f"{node.name!r}{at(node)} changes a tensor in place that is used on the other side of a cut, too, which "
             f"would not see it: make a new one there (relu in place of relu_, inplace=False), cut elsewhere, or cut by "
@@ -163,7 +165,7 @@ def _classify(root: nn.Module, nodes: Iterable[fx.Node], shared: Collection[str]
     constants are.
     """
     facts: set[fx.Node] = set()
-    from_data = changed_in_place(nodes)
+    from_data = changed_in_place(root, nodes)
     of_shared: set[fx.Node] = set()
     for node in nodes:
         sources = node.all_input_nodes
@@ -192,6 +194,14 @@ def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], sh
     own = {
         node: 0 if is_raw(node) else sum(start <= position for start in starts) for position, node in enumerate(nodes)
     }
+    for node in reversed(nodes):  # a new tensor is made where it is filled
+        if (
+            node in from_data
+            and node.users
+            and node.op == "call_function"
+            and from_data.isdisjoint(node.all_input_nodes)
+        ):
+            own[node] = max(own[node], min(own[user] for user in node.users))
     for piece in range(2, last + 1):
         own.update(dict.fromkeys(_joins(root, nodes, own, piece, facts, from_data), piece))
     runs: dict[fx.Node, set[int]] = {}
@@ -199,7 +209,8 @@ def _assign(root: nn.Module, nodes: Sequence[fx.Node], starts: Sequence[int], sh
         if node in from_data or node in given or not node.users or own[node] == last:
             runs[node] = {own[node]}
         else:  # what does not come from the examples runs where it is used
-            runs[node] = set().union(*(runs[user] for user in node.users))
+            users = [user for user in node.users if not asks_for_device(user)] or node.users
+            runs[node] = set().union(*(runs[user] for user in users))
     running = [[node for node in nodes if piece in runs[node]] for piece in range(last + 1)]
     needed: list[set[fx.Node]] = []
     for piece in range(last + 1):
@@ -284,13 +295,17 @@ def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
     copies = {node: graph.call_method("clone", (tensor,)) for node, tensor in zip(received, given, strict=True)}
     for node in pieces.runs[piece]:
         if all(source in copies for source in node.all_input_nodes):
+            watched = [copies[source] for source in node.all_input_nodes] if WATCHED in node.meta else []
+            before = [graph.call_function(version, (source,)) for source in watched]
             copies[node] = graph.node_copy(node, copies.__getitem__)
+            for source, number in zip(watched, before, strict=True):
+                graph.call_function(check_version, (source, number, str(node.target)))
         elif (size := size_in(node, received)) is not None:
             copies[node] = graph.call_method("size", (given[size[0]], size[1]))
         elif is_batch_size(node):
             shape = graph.call_function(getattr, (given[0], "shape"))
             copies[node] = graph.call_function(operator.getitem, (shape, 0))
-        elif is_device_of_input(node):
+        elif asks_for_device(node):
             copies[node] = graph.call_function(getattr, (given[0], "device"))
         elif not is_shape_of_input(node):
             side = _SIDES[(piece + 1) % 2]

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from psl_flower.split.in_place import seen
-from psl_flower.split.nodes import asks_for_fact, is_input, is_known_of_any_batch, modules_of
+from psl_flower.split.in_place import seen, watch
+from psl_flower.split.nodes import PLACE, asks_for_fact, at, is_input, is_known_of_any_batch, modules_of
 from psl_flower.split.partition import SIZES, Pieces, pieces_of, starts_of, state_of
+from psl_flower.split.told import tell_dtype, tell_sizes, told_dtype, told_sizes
 from psl_flower.split.trace import Trace
 
 _BY_HAND = "SplitModel(client=..., server=...)"
@@ -69,6 +70,8 @@ def in_order(root: nn.Module, graph: fx.Graph, cuts: Sequence[str]) -> fx.Graph:
         moved = {*_reached([*seeds, *(led & free.keys())], lambda node: node.all_input_nodes)} & free.keys()
         order = _in_order(nodes, moved, starts[piece + 1])
         if seen(root, order) == seen(root, nodes):
+            if seen(root, order, wary=True) != seen(root, nodes, wary=True):
+                watch(root, order)
             graph = _copy(order)
     return graph
 
@@ -106,42 +109,41 @@ def _copy(nodes: Iterable[fx.Node]) -> fx.Graph:
 
 
 def with_sizes(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Collection[str]) -> fx.Graph:
-    """Let the sizes of a tensor that stays on one side cross to the other, where code there asks for them.
+    """Let the sizes and the dtype of a tensor that stays on one side cross, where code on the other asks for them.
 
-    They cross as those of a tensor without values: (rows, 0, the other sizes).
+    They cross as the sizes of a tensor without values, see `told`.
     """
     asking = _asking(pieces_of(root, graph, cuts, shared))
     if not asking:
         return graph
     copy = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    wholes: dict[fx.Node, fx.Node] = {}
-    tensors = {node.all_input_nodes[0] for node in asking}
+    told: dict[tuple[fx.Node, bool], fx.Node] = {}
     for node in graph.nodes:
-        if node in asking:
-            whole = wholes[node.all_input_nodes[0]]
-            asked = [*node.args[1:], *node.kwargs.values()]
-            if node.target in ("dim", "ndimension") or asked == ["ndim"]:
-                values[node] = copy.call_function(len, (whole,))
-            elif node.target == "size" and asked:
-                values[node] = copy.call_function(operator.getitem, (whole, asked[0]))
-            else:
-                values[node] = whole
+        if node not in asking:
+            values[node] = copy.node_copy(node, values.__getitem__)
+            for kind in sorted({_asks_for_dtype(user) for user in node.users if user in asking}):
+                told[node, kind] = _told(copy, node, values[node], dtype=kind)
             continue
-        values[node] = copy.node_copy(node, values.__getitem__)
-        if node in tensors:
-            wholes[node] = _sizes_of(copy, values[node])
+        known = told[node.all_input_nodes[0], _asks_for_dtype(node)]
+        asked = [*node.args[1:], *node.kwargs.values()]
+        if node.target in ("dim", "ndimension") or asked == ["ndim"]:
+            values[node] = copy.call_function(len, (known,))
+        elif node.target == "size" and asked:
+            values[node] = copy.call_function(operator.getitem, (known, asked[0]))
+        else:
+            values[node] = known
     return copy
 
 
 def _asking(pieces: Pieces) -> set[fx.Node]:
-    """Return the nodes that ask for sizes of a tensor which is neither on their side nor crosses to it."""
+    """Return the nodes that ask for sizes or the dtype of a tensor which is neither on their side nor crosses to it."""
     home = {node: piece for piece, run in reversed([*enumerate(pieces.runs)]) for node in run}
     found = set()
     for piece, run in enumerate(pieces.runs[1:], start=1):
         known = {*run, *pieces.sent[piece - 1], *(pieces.kept[piece - 2] if piece > 1 else ())}
         for node in run:
-            if not _asks_for_sizes(node) or is_known_of_any_batch(node, run):
+            if not (_asks_for_sizes(node) or _asks_for_dtype(node)) or is_known_of_any_batch(node, run):
                 continue
             (tensor,) = node.all_input_nodes
             if tensor not in known and home[tensor] == piece - 1 and "val" not in tensor.meta and not _counts(tensor):
@@ -171,14 +173,16 @@ def _asks_for_sizes(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _SIZE_METHODS and len(node.all_input_nodes) == 1
 
 
-def _sizes_of(graph: fx.Graph, tensor: fx.Node) -> fx.Node:
-    """Add the tensor that tells another's sizes, and return what reads them from it."""
-    wide = graph.call_method("unsqueeze", (tensor, 1))
-    told = graph.call_method("bool", (graph.call_method("narrow", (wide, 1, 0, 0)),))
-    told.meta[SIZES] = True
-    shape = graph.call_function(getattr, (told, "shape"))
-    rows, others = (graph.call_function(operator.getitem, (shape, part)) for part in (slice(0, 1), slice(2, None)))
-    return graph.call_function(operator.add, (rows, others))
+def _asks_for_dtype(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] == "dtype"
+
+
+def _told(graph: fx.Graph, node: fx.Node, tensor: fx.Node, *, dtype: bool) -> fx.Node:
+    """Add the tensor that tells a node's sizes or dtype, and return what reads that; `tensor` is the node's copy."""
+    tell, read = (tell_dtype, told_dtype) if dtype else (tell_sizes, told_sizes)
+    sent = graph.call_function(tell, (tensor, f"{node.name!r}{at(node)}"))
+    sent.meta |= {SIZES: True, PLACE: node.meta.get(PLACE)}
+    return graph.call_function(read, (graph.call_function(getattr, (sent, "shape")),))
 
 
 def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:

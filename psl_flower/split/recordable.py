@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from psl_flower.split.changing import changes_recorded
+
 # Functions of sizes. Where the first of several is a recorded one, torch takes it for the only argument.
 _SIZED = ("empty", "ones", "rand", "randn", "zeros")
 
+_OF_DTYPES = ("finfo", "iinfo")
+
 # What a condition must not hold, for it to be true only where all of its parts are.
 _NOT_ALL = (ast.Or, ast.Not, ast.IfExp, ast.Lambda, ast.comprehension, ast.In, ast.NotIn)  # `in` asks for each
+_NOT_NONE = (ast.And, *(kind for kind in _NOT_ALL if kind is not ast.Or))  # and for it to be false only where all are
 _ASKING = {"any", "bool"}  # functions that ask for truth values themselves
 
 
@@ -37,15 +42,16 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
     functions = [f for kind in classes for f in vars(kind).values() if isinstance(f, FunctionType)]
     codes = [f.__globals__ for f in functions if not str(f.__module__).startswith("torch.")]
     free = {id(names): names for names in codes if "len" not in names}
-    sized = {name: getattr(torch, name) for name in _SIZED}
+    patched = {name: getattr(torch, name) for name in (*_SIZED, *_OF_DTYPES)}
     try:
         for names in free.values():
             names["len"] = _length
-        for name, function in sized.items():
-            setattr(torch, name, _of_sizes(function))
-        yield
+        for name, function in patched.items():
+            setattr(torch, name, (_of_dtypes if name in _OF_DTYPES else _of_sizes)(function))
+        with changes_recorded():
+            yield
     finally:
-        for name, function in sized.items():
+        for name, function in patched.items():
             setattr(torch, name, function)
         for names in free.values():
             del names["len"]
@@ -66,19 +72,43 @@ def _of_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def is_asserted(frame: FrameType | None) -> bool:
-    """Return whether a truth value that code asks for just now must be true, as it is that of an ``assert``."""
+def _of_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*dtypes: Any, **options: Any) -> Any:
+        proxy = next((each for each in (*dtypes, *options.values()) if isinstance(each, fx.Proxy)), None)
+        if proxy is None:
+            return function(*dtypes, **options)
+        return proxy.tracer.create_proxy("call_function", function, dtypes, options)
+
+    return call
+
+
+def wanted(frame: FrameType | None) -> bool | None:
+    """Return which truth value code needs that asks for one just now; None if it may go on with either.
+
+    That of an ``assert`` must be true, and that of ``if ...: raise`` false.
+    """
     if frame is None:
-        return False
+        return None
     try:
         lines, first = inspect.getsourcelines(frame.f_code)
         code = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, SyntaxError):
-        return False
+        return None
     line = frame.f_lineno - first + 1
-    asserts = [node for node in ast.walk(code) if isinstance(node, ast.Assert)]
-    found = [node for node in asserts if node.lineno <= line <= (node.end_lineno or node.lineno)]
-    parts = [part for node in found for part in ast.walk(node.test)]
-    return bool(found) and not any(
-        isinstance(part, _NOT_ALL) or (isinstance(part, ast.Name) and part.id in _ASKING) for part in parts
-    )
+    found = [
+        node
+        for node in ast.walk(code)
+        if isinstance(node, ast.Assert | ast.If)
+        and node.lineno <= line <= ((node if isinstance(node, ast.Assert) else node.test).end_lineno or line)
+    ]
+    if len(found) != 1 or (isinstance(found[0], ast.If) and not isinstance(found[0].body[-1], ast.Raise)):
+        return None
+    value, condition = isinstance(found[0], ast.Assert), found[0].test
+    while isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
+        value, condition = not value, condition.operand
+    unclear = _NOT_ALL if value else _NOT_NONE
+    for part in ast.walk(condition):
+        chained = not value and isinstance(part, ast.Compare) and len(part.ops) > 1
+        if chained or isinstance(part, unclear) or (isinstance(part, ast.Name) and part.id in _ASKING):
+            return None
+    return value

@@ -148,9 +148,8 @@ def _misshapen(outputs: Sequence[Tensor], rows: int) -> str | None:
 
 def _eager() -> AbstractContextManager[Any]:
     """Run compiled modules as they were written: hooks do not go into what is compiled."""
-    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
     # whoever compiles has imported torch's compiler, which takes seconds
-    return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 # Functions whose only randomness is dropout, and the argument that switches it off.

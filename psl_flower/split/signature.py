@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
-from psl_flower.split.half import CutNames, Part, frozen_in
+from psl_flower.split.functions import in_code, of_layer
+from psl_flower.split.half import BY_MODE, CutNames, Part, frozen_in
 from psl_flower.split.model import Halves
 from psl_flower.split.stored import stored_names
 
@@ -27,11 +26,11 @@ _LIBRARIES = ("torch", "psl_flower")
 _LONGEST = 120  # characters of a layer with its options
 _NUMBERS = (bool, int, float)
 _MOST_SETTINGS = 500
-_BY_MODE = (_NormBase, _DropoutNd, nn.RReLU, nn.RNNBase)  # layers that do something else in training
 
-# Functions of one tensor, no two of which are the same whatever their options (a leaky_relu may be a relu).
+# Functions of one tensor, no two of which are the same whatever their options.
 _ACTIVATIONS = {"relu", "relu6", "tanh", "sigmoid", "gelu", "silu", "mish", "selu", "softplus", "softsign"}
 _ACTIVATIONS |= {"hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "sin", "cos", "exp"}
+_WITH_OPTIONS = {"leaky_relu", "elu", "celu"}  # of which this holds of each, with other options (one may be a relu)
 
 
 def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]:
@@ -48,7 +47,8 @@ def signature(parts: nn.Module | Sequence[nn.Module] | Halves) -> dict[str, Any]
         "cut" and "tail", the names given or None, and "parts": for each part the number of its tensors (parameters and
         buffers) and of the values in them, and a digest of their names and shapes. For those that clients run also
         "layers", torch's own by name with their options, which another version of torch ("by") may write otherwise;
-        "calls", how often it calls which function, where a trace tells, with the numbers with a point it gives it;
+        "calls", how often it calls which function, where a trace tells, with the numbers with a point it gives it (a
+        layer without state is its function); "code", the functions that modules of one's own name in their code;
         "settings", numbers that modules of one's own keep by name; and of the whole numbers that they keep in lists and
         arrays two digests, one of them in any order.
     """
@@ -141,13 +141,20 @@ def _content(name: str, part: nn.Module) -> dict[str, Any]:
     values = sum(tensor.numel() for tensor in part.state_dict().values())
     content: dict[str, Any] = {"tensors": len(shapes), "values": values, "digest": _digest(shapes)}
     if name in _RUN_BY_CLIENTS:
-        content["layers"] = _layers(part)
+        content["layers"] = layers(part)
+        content["code"] = _code(part)
         if isinstance(part, Part) and part.calls:
             content["calls"] = _functions(part.calls)
         content["settings"] = dict(islice(_settings(part).items(), _MOST_SETTINGS))
         if numbers := _numbers(part):
             content["numbers"] = {name: [_digest(sorted(each)), _digest(each)] for name, each in numbers.items()}
     return content
+
+
+def _code(part: nn.Module) -> dict[str, list[str]]:
+    """Return the functions of torch that modules of one's own name in their code."""
+    own = ((n, m) for n, m in part.named_modules() if type(m).__module__.partition(".")[0] not in _LIBRARIES)
+    return dict(islice(((name, found) for name, module in own if (found := in_code(module))), _MOST_SETTINGS))
 
 
 def _settings(part: nn.Module) -> dict[str, int | float]:
@@ -174,26 +181,26 @@ def _numbers(part: nn.Module) -> dict[str, list[int]]:
     return found
 
 
-def _layers(part: nn.Module) -> dict[str, str]:
+def layers(part: nn.Module) -> dict[str, str]:
     """Return modules by name: torch's own with their options, "" for all others, whose names mean nothing.
 
     Containers do nothing by themselves, and of an Identity as little is said as of a module that is not there.
     Where a layer keeps its result is no difference, so options in place are left out.
     """
-    layers, frozen = {}, frozen_in(part)
+    found, frozen = {}, frozen_in(part)
     for name, module in part.named_modules():
         kind = type(module)
         if not name or kind is nn.Identity or kind.__module__.startswith("torch.nn.modules.container"):
             continue
         own = kind.__module__.startswith("torch.") and kind is not nn.Module
         shown = f"{kind.__name__}({_IN_PLACE.sub('', module.extra_repr())})"[:_LONGEST] if own else ""
-        layers[name] = shown + ".eval()" * (isinstance(module, _BY_MODE) and own and name in frozen)
-    return layers
+        found[name] = shown + ".eval()" * (isinstance(module, BY_MODE) and own and name in frozen)
+    return found
 
 
 def _functions(calls: Sequence[str]) -> dict[str, int]:
     kinds = (call.partition(" ") for call in calls)
-    return dict(Counter(name for kind, _, name in kinds if kind in ("call_function", "call_method")))
+    return dict(Counter(name for kind, _, name in kinds if kind == "call_function"))
 
 
 def _other_layer(a: Any, b: Any) -> tuple[str, str, str] | None:
@@ -202,9 +209,37 @@ def _other_layer(a: Any, b: Any) -> tuple[str, str, str] | None:
     for name in [*ours, *yours] if isinstance(b.get("layers"), Mapping) else ():
         here, there = ours.get(name), yours.get(name)
         if here != there and "" not in (here, there):
+            if (here is None and _is_function(name, there, b, a)) or (there is None and _is_function(name, here, a, b)):
+                continue
             here, there = ("nothing" if each is None else f"{each!s:.{_LONGEST}}" for each in (here, there))
             return name, here, there
     return None
+
+
+def _is_function(name: str, layer: Any, mine: Any, theirs: Any) -> bool:
+    """Return whether the other side calls a function in the place of a layer of torch's that only one side has."""
+    function = of_layer(str(layer).partition("(")[0])
+    if function is None:
+        return False
+    path = name.split(".")[:-1]
+    above = {".".join(path[:depth]) for depth in range(len(path) + 1)}
+    code = _entries(theirs, "code")
+    if any(isinstance(names, list) and function in names for at, names in code.items() if at in above):
+        return True
+    ours, yours = (
+        {key: n for key, n in _counted(each).items() if key.partition("(")[0] == function} for each in (mine, theirs)
+    )
+    return bool(ours) and ours == yours
+
+
+def _counted(content: Any) -> Counter[str]:
+    """Return how often a side calls each function, wherever it keeps the result, and whoever has recorded it."""
+    counts = Counter[str]()
+    for name, count in _entries(content, "calls").items():
+        base, bracket, options = name.partition("(")
+        base = base.removesuffix(".default").removesuffix("_")
+        counts[base + bracket + options] += count if type(count) is int else 0
+    return counts
 
 
 def _other_activations(a: Any, b: Any) -> tuple[str, str] | None:
@@ -212,12 +247,11 @@ def _other_activations(a: Any, b: Any) -> tuple[str, str] | None:
 
     Of other functions it may be that another one computes the same: of these it is certain that none does.
     """
-    ours, yours = (Counter[str](), Counter[str]())
-    for content, counts in ((a, ours), (b, yours)):
-        for name, count in _entries(content, "calls").items():
-            counts[name.removesuffix(".default").removesuffix("_")] += count if type(count) is int else 0
+    ours, yours = _counted(a), _counted(b)
     here, there = ours - yours, yours - ours
-    if not here or here.total() != there.total() or not _ACTIVATIONS.issuperset({*here, *there}):
+    bases = [sorted(name.partition("(")[0] for name in each.elements()) for each in (here, there)]
+    known = _ACTIVATIONS | _WITH_OPTIONS if bases[0] == bases[1] else _ACTIVATIONS
+    if not here or len(bases[0]) != len(bases[1]) or not known.issuperset(bases[0] + bases[1]):
         return None
     return ", ".join(map(repr, sorted(here))), ", ".join(map(repr, sorted(there)))
 

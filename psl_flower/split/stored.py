@@ -49,7 +49,7 @@ def _stored(function: Any, kind: type, *, loosely: bool) -> frozenset[str]:
         for cell in each.__closure__ or ():
             with contextlib.suppress(ValueError):  # an empty one
                 waiting.append(cell.cell_contents)
-        for code in _codes(each.__code__):
+        for code in codes(each.__code__):
             for step in dis.get_instructions(code):
                 if step.opname == "STORE_ATTR":
                     found.add(step.argval)
@@ -60,12 +60,12 @@ def _stored(function: Any, kind: type, *, loosely: bool) -> frozenset[str]:
     return frozenset(found)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes(code: CodeType) -> Iterator[CodeType]:
     """Yield the code of a function, and of those that are defined in it."""
     yield code
     for each in code.co_consts:
         if isinstance(each, CodeType):
-            yield from _codes(each)
+            yield from codes(each)
 
 
 def _by_hooks(part: nn.Module) -> frozenset[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 import random
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.nn.utils import rnn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
 from psl_flower.errors import CutError
 from psl_flower.origin import place, running
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
+from psl_flower.split.changing import CHANGING, Fresh, made_like
+from psl_flower.split.compare import tensors
+from psl_flower.split.gradients import functions_recorded, without_gradients
 from psl_flower.split.modes import modes_kept, pinned_modules
-from psl_flower.split.nodes import PLACE
-from psl_flower.split.recordable import is_asserted, recordable
+from psl_flower.split.nodes import PLACE, is_fact
+from psl_flower.split.recordable import recordable, wanted
 from psl_flower.split.stored import refusing_reads
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
@@ -34,6 +40,11 @@ TRACING = threading.Lock()
 # What names begin with that recordings add to a model.
 RECORDED = "_psl_"
 
+# What packs sequences is a step: it looks at values.
+_SEQUENCES = tuple(
+    each for name, each in vars(rnn).items() if name.endswith("_sequence") and name.startswith(("p", "u"))
+)
+_DATA: Any = torch.Tensor.data
 _BY_HAND = "or cut by hand: SplitModel(client=..., server=...)."
 
 # From inputs by name to what a model is called with.
@@ -157,8 +168,19 @@ def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tup
 def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
     for _ in range(3):  # more than once, for these generators are global: it may have been another thread that drew
         states = _random_states()
-        with TRACING, _RefuseRandomTensors(), refusing_reads(root, opened), recordable(root, opened):  # type: ignore[no-untyped-call]
-            graph = _PathTracer(opened, call, inputs).trace(root)
+        tracer = _PathTracer(opened, call, inputs)
+        parameters = _Parameters(root, tracer)
+        with (
+            TRACING,
+            _Computed(root, tracer.fresh),
+            parameters,
+            functions_recorded(parameters.recorded),
+            refusing_reads(root, opened),
+            recordable(root, opened),
+        ):
+            graph = tracer.trace(root)
+        for node in graph.nodes:
+            node.meta.pop("is_wrapped", None)  # or code made of it would have torch.fx wrap functions for good
         if _random_states() == states:
             return graph
     raise CutError(
@@ -171,9 +193,11 @@ class _PathTracer(fx.Tracer):
     """A tracer that goes through the modules named in `opened` and calls all others whole."""
 
     def __init__(self, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> None:
-        super().__init__(param_shapes_constant=True)
+        super().__init__(autowrap_functions=_SEQUENCES, param_shapes_constant=True)
+        self._autowrap_search.append(rnn)
         self._opened, self._call, self._inputs = opened, call, inputs
         self._contexts = _contexts()
+        self.fresh = Fresh()
         self._thread = threading.get_ident()
         self._since: CodeType | None = None  # what calls the model's code
 
@@ -214,21 +238,46 @@ class _PathTracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Record what an ``assert`` wants to be true; other decisions on values cannot be recorded."""
-        if not is_asserted(sys._getframe(2)):  # the frame that asks, past Proxy.__bool__
+        """Record what an ``assert`` or ``if ...: raise`` wants; other decisions on values cannot be recorded."""
+        value = wanted(sys._getframe(2))  # the frame that asks, past Proxy.__bool__
+        if value is None:
             return super().to_bool(obj)
         at = running(self._since) if self._since is not None else None
-        self.create_proxy("call_function", torch._assert, (obj, f"the assert at {at} failed"), {})
-        return True
+        holds = obj if value else self.create_proxy("call_function", operator.not_, (obj,), {})
+        self.create_proxy(
+            "call_function", torch._assert, (holds, f"the {'assert' if value else 'check'} at {at} failed"), {}
+        )
+        return value
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any
+    ) -> fx.Proxy:
+        """Add a step, which may change no tensor that is made only once."""
+        called = kind in ("call_function", "call_method")
+        if called and (made := made_like(self, target, args, kwargs)) is not None:
+            return made
+        args = self.fresh.recorded(self, kind, target, args)
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or not self._contexts[0]:
+            return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        return without_gradients(super().create_proxy, kind, target, args, kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what stands for an argument of a step."""
+        if isinstance(a, torch.Generator):
+            raise CutError(
+                "the model draws with a torch.Generator, and torch.fx would record the one there is now for ever: draw "
+                f"without one, move this code into a submodule of its own, {_BY_HAND}"
+            )
+        copied = self.fresh.copy_of(a) if isinstance(a, torch.Tensor) else None
+        return super().create_arg(a if copied is None else copied)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta[PLACE] = None if self._since is None else running(self._since)
-        if _contexts() != self._contexts:
+        if _contexts()[1:] != self._contexts[1:]:
             raise CutError(
-                f"{node.name!r} is computed under torch.no_grad, inference_mode or autocast, or by an "
-                "autograd.Function, which torch.fx does not record: move it into a submodule of its own, give "
-                "torch.utils.checkpoint use_reentrant=False, use requires_grad_(False), or cut by hand: "
+                f"{node.name!r} is computed under torch.inference_mode or autocast, which torch.fx does not record: "
+                "move it into a submodule of its own, use torch.no_grad() in place of the first, or cut by hand: "
                 "SplitModel(client=..., server=...)."
             )
         return node
@@ -244,10 +293,54 @@ def _contexts() -> tuple[bool, ...]:
     )
 
 
-class _RefuseRandomTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses random tensors: what is drawn while tracing does not depend on the input and would be frozen."""
+class _Parameters(TorchFunctionMode):
+    """Records what is made of parameters themselves, as parameters() or a list gives them, as that of attributes."""
+
+    def __init__(self, root: nn.Module, tracer: fx.Tracer) -> None:
+        super().__init__()
+        self._names, self._tracer = {id(p): name for name, p in root.named_parameters()}, tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func == _DATA.__get__ and id(args[0]) in self._names:
+            return self.recorded(args[0]).data
+        if name == "__set__" and func == _DATA.__set__ and id(args[0]) in self._names:
+            self.recorded(args[0]).data = args[1]
+            return None
+        if name in ("__get__", "__set__", "__len__", "__hash__", "__repr__", "__deepcopy__") or is_fact(name):
+            return func(*args, **(kwargs or {}))
+        if not any(id(value) in self._names for value in tensors((args, kwargs))):
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(self.recorded, (args, kwargs or {}))
+        return fx.Proxy.__torch_function__(func, types, args, kwargs)
+
+    def recorded(self, value: Any) -> Any:
+        """Return what is recorded of a parameter, and all else as it is."""
+        name = self._names.get(id(value))
+        return value if name is None else self._tracer.create_proxy("get_attr", name, (), {})
+
+
+class _Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what must not be computed while tracing, as it would be frozen.
+
+    That is random tensors, and what is made of parameters, or of what was changed.
+    """
+
+    def __init__(self, root: nn.Module, fresh: Fresh) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fresh = fresh
+        strided = (p for p in root.parameters() if p.layout is torch.strided)
+        self._parameters = {p.untyped_storage()._cdata for p in strided}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tensors((args, kwargs))
+        self._fresh.refuse(given)
+        if any(t.layout is torch.strided and t.untyped_storage()._cdata in self._parameters for t in given):
+            raise CutError(
+                "what is computed here of parameters torch.fx would record as it is now, for ever: take them as "
+                "attributes (self.layer.weight), move it into a submodule of its own, or cut by hand: "
+                "SplitModel(client=..., server=...)."
+            )
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise CutError(
                 "the model draws random numbers that do not depend on its input, and torch.fx would record one draw "
@@ -285,6 +378,7 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     except BaseException:
         restore()
         raise
+    _take_back(root, ((module, buffers) for module, _, buffers in held))
     after = _attributes(root)
     changed = [name for name, version in before.items() if after.get(name) != version]
     changed = [name for name in changed if not name.startswith(RECORDED)]
@@ -300,6 +394,19 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             f"the model's forward changes {changed[0]!r}, which is neither parameter nor buffer, and that would not be "
             f"recorded: register it as a buffer, move it into a submodule of its own, {_BY_HAND}"
         )
+
+
+def _take_back(root: nn.Module, held: Iterable[tuple[nn.Module, Mapping[str, torch.Tensor | None]]]) -> None:
+    """Put buffers back in the place of what ``self.level += 1`` sets, which is the buffer itself."""
+    names = {module: name for name, module in root.named_modules()}
+    for module, buffers in held:
+        for key, buffer in buffers.items():
+            found: Any = module._buffers.get(key)
+            node: Any = found.node if isinstance(found, fx.Proxy) else None
+            while node is not None and node.target in CHANGING:
+                node = node.args[0]
+            if node is not None and node.op == "get_attr" and node.target == f"{names[module]}.{key}".lstrip("."):
+                module._buffers[key] = buffer
 
 
 def _attributes(root: nn.Module) -> dict[str, tuple[int, int]]:

@@ -186,7 +186,7 @@ def hidden_states(rows):
 
 
 def test_only_adapters_travel_and_peft_loads_what_comes_of_it(tmp_path):
-    from peft import PeftModel
+    peft = pytest.importorskip("peft")
 
     model, steps = adapters(), Steps()
     before = trainable(model)
@@ -219,7 +219,7 @@ def test_only_adapters_travel_and_peft_loads_what_comes_of_it(tmp_path):
     model.load_state_dict(arrays, strict=False)
     model.save_pretrained(tmp_path / "adapters")
     assert (tmp_path / "adapters" / "adapter_model.safetensors").exists()
-    loaded = PeftModel.from_pretrained(llama().double(), tmp_path / "adapters").eval()
+    loaded = peft.PeftModel.from_pretrained(llama().double(), tmp_path / "adapters").eval()
     batch = texts(2, 5)
     assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
     model.merge_and_unload().save_pretrained(tmp_path / "merged")

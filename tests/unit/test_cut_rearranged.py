@@ -129,6 +129,74 @@ def test_a_change_in_place_is_welcome_where_it_is_seen():
     assert_same_step(model, *split_module(model, "middle"), *inputs())
 
 
+class Shift(nn.Linear):
+    """Changes what it is given, which only running it shows."""
+
+    def forward(self, x):
+        x += 1
+        return super().forward(x)
+
+
+def called_again(net, x, y):
+    h = net.body(x)
+    return net.middle(h.view(-1, 5, 4)) + net.body(h)
+
+
+@pytest.mark.parametrize(("go", "tail"), [(with_a_layer, "head"), (called_again, None), (with_a_layer, None)])
+def test_a_module_that_changes_what_it_is_given(go, tail):
+    model = Net(go)
+    model.middle = Shift(4, 4).double()
+    head, body, *tails = split_module(model, "middle", tail=tail)
+    if go is with_a_layer and tail is None:  # it is seen there
+        assert_same_step(model, head, body, *inputs())
+        return
+    sent = head(*inputs())[0] if tails else head(*inputs())
+    with pytest.raises(
+        CutError, match="the module 'middle' changes in place what it is given, which is used elsewhere"
+    ):
+        body(*sent)
+
+
+def by_operators(net, x, y):
+    h = also = net.body(x)
+    h += 1
+    h *= 2
+    g = too = net.middle(also)
+    g -= 1
+    return net.head(too) + also
+
+
+def by_index(net, x, y):
+    h = net.body(x)
+    moved = torch.zeros(len(x), 5, 4, dtype=h.dtype)
+    moved[:, 1:] = h[:, :-1]
+    g = net.middle(h)
+    moved[:, 0] -= g[:, 0]
+    moved.mT[:, 0] += 1
+    g.detach().data += 1
+    return net.head(g + moved)
+
+
+def into_what_is_no_input(net, x, y):
+    total = torch.zeros(4).double()
+    g = net.middle(net.body(x))
+    total += g.mean((0, 1))
+    rows, half = x.size(1), x.size(1)
+    half //= 2
+    return net.head(g + total)[:, :half] * rows
+
+
+@pytest.mark.parametrize(
+    "go", [by_operators, pytest.param(by_index, marks=pytest.mark.torch("2.10")), into_what_is_no_input]
+)
+def test_what_code_changes_in_place_is_recorded(go):
+    model = Net(go)
+    parts = split_module(model, "middle")
+    for _ in range(2):  # what the first pass leaves behind is no matter to the second
+        assert_same_step(model, *parts, *inputs())
+        assert_same_evaluation(model, *parts, *inputs())
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------
 def cut_pixels(net, x, y):
     n, h, _ = x.shape
@@ -150,7 +218,9 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.torch("2.10")) if k == "mask" else k for k in SIZES]
+)
 def test_sizes_cross(kind):
     model = Net(SIZES[kind])
     client, server = split_module(model, "middle")
@@ -201,6 +271,7 @@ def checked(net, x, y):
     return out.view(len(y), -1)
 
 
+@pytest.mark.torch("2.10")
 def test_lengths_sizes_and_asserts_are_recorded():
     model = Net(checked)
     client, server = split_module(model, "middle")

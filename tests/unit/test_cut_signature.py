@@ -1,10 +1,12 @@
 """Two sides that cut differently are told so in a sentence."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from psl_flower.split import SplitModel, cut_model, difference, doubt, signature
@@ -135,6 +137,70 @@ def test_another_activation_function_is_another_model():
     longer = signature(cut_model(Called(lambda h: 2 * torch.sigmoid(2 * h) - 1), "head"))  # the same, written otherwise
     assert difference(mine, longer) is None
     assert doubt(mine, longer) is not None
+
+
+def test_which_line_a_function_is_called_on_is_no_difference():
+    def halved(h):
+        h /= 2.5
+        return h
+
+    def halved_below(h):
+        h /= 2.5
+        return h
+
+    mine, theirs = (signature(cut_model(Called(f), "head")) for f in (halved, halved_below))
+    assert "itruediv(2.5)" in mine["parts"]["client"]["calls"]
+    assert doubt(mine, theirs) is None
+
+
+class Within(nn.Module):
+    """Has a layer, or a function in its place, in a module that is taken over whole."""
+
+    def __init__(self, layer=None):
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, 4), layer
+
+    def forward(self, x):
+        return (self.act or F.relu)(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "function", "words"),
+    [
+        (nn.ReLU(inplace=True), F.relu, None),
+        (nn.LeakyReLU(), lambda h: F.leaky_relu(h), None),
+        (nn.LeakyReLU(0.2), lambda h: F.leaky_relu(h, 0.2), None),
+        (nn.Softmax(1), lambda h: h.softmax(1), None),
+        (nn.LeakyReLU(0.1), lambda h: F.leaky_relu(h, 0.2), r"LeakyReLU\(negative_slope=0.1\) on the server, nothing"),
+        (nn.GELU("tanh"), F.gelu, "GELU.* on the server, nothing"),
+        (nn.ReLU(), torch.tanh, r"ReLU\(\) on the server, nothing"),
+        (
+            lambda h: F.leaky_relu(h),
+            lambda h: F.leaky_relu(h, 0.2),
+            r"'leaky_relu\(0.01\)'.* calls 'leaky_relu\(0.2\)'",
+        ),
+        (
+            F.gelu,
+            lambda h: F.gelu(h, approximate="tanh"),
+            r"calls \"gelu\('none'\)\"",
+        ),
+    ],
+)
+def test_a_layer_and_its_function_are_one(layer, function, words):
+    mine, theirs = (signature(cut_model(Called(each), "head")) for each in (layer, function))
+    found = [difference(mine, theirs), difference(theirs, mine)]
+    assert found == [None, None] if words is None else re.search(words, found[0] or "") and found[1]
+    assert words or doubt(mine, theirs) is None
+
+
+def test_a_layer_and_its_function_are_one_in_a_module_that_stays_whole():
+    def signed(layer):
+        return signature(cut_model(nn.Sequential(Within(layer), nn.Linear(4, 2)), "1"))
+
+    assert difference(signed(nn.ReLU()), signed(None)) is None
+    assert "'0.act' of its client part is nothing on the server, Tanh() on" in (
+        difference(signed(None), signed(nn.Tanh())) or ""
+    )
 
 
 def test_layers_of_the_users_have_any_name():
