@@ -17,7 +17,8 @@ def accumulate(optimizer: Callable[[Any], torch.optim.Optimizer], steps: int) ->
     """Return a function that makes an optimizer which steps with the mean of so many gradients.
 
     Equal to ``(loss / steps).backward()`` in each of so many batches, and then ``optimizer.step()``. A larger batch
-    does the same at once; this is for one that the server's memory does not hold.
+    does the same at once, where in all of them as much counts in the loss (with `ignore_index`, say, as many targets);
+    this is for one that the server's memory does not hold.
 
     Parameters
     ----------

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from psl_flower import tree
+from psl_flower.server.apart import apart
 from psl_flower.server.loss import Loss, WeightedLoss, weighted
 
 REFUSED = (
@@ -60,8 +61,9 @@ def adds_up(
 
     def of(labels: Any, part: slice) -> WeightedLoss:
         ours, theirs = (tree.map_leaves(lambda t: t[part], each) for each in (outputs, labels))
-        return weighted(loss, ours, theirs, len(range(rows)[part]), classify=classify)
+        return weighted(asked, ours, theirs, len(range(rows)[part]), classify=classify)
 
+    asked = apart(loss) or loss
     answers = []
     close = CLOSE.get(whole.mean.dtype, 1e-2)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a divisor with a gradient is no weight

@@ -23,13 +23,16 @@ from psl_flower import tree
 from psl_flower.checks import why_not_called
 from psl_flower.errors import ConfigError, LabelError
 from psl_flower.server.metrics import Predictions, is_integer, label_rule, logits_of, wrong_rows
-from psl_flower.server.misfit import cross_entropy_misfit
+from psl_flower.server.misfit import binary_misfit, cross_entropy_misfit, remark
 from psl_flower.server.reduction import Reduction
 from psl_flower.tree import Tree
 
 Loss = Callable[[Any, Any], Tensor]
 
 _CROSS_ENTROPIES = {f: inspect.signature(f) for f in (F.cross_entropy, F.nll_loss)}
+_ENTROPIES = _CROSS_ENTROPIES | {
+    f: inspect.signature(f) for f in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+}
 _DIVISIONS = (Tensor.div, Tensor.div_, Tensor.true_divide, torch.div, torch.true_divide)
 _MEANS = (Tensor.mean, torch.mean)
 _SUMS = (Tensor.sum, torch.sum)
@@ -49,8 +52,8 @@ class WeightedLoss:
         nothing counts, and the mean is NaN.
     predictions : Predictions or None
         Of classes, and the labels; None unless it is classification.
-    broadcast : str or None
-        A sentence if outputs and labels were spread over each other in the loss.
+    remark : str or None
+        A sentence on what is seldom meant: outputs and labels that are spread over each other, say.
     summed : bool
         Whether it is no mean, but the sum over the batch.
     """
@@ -58,7 +61,7 @@ class WeightedLoss:
     mean: Tensor
     weight: float
     predictions: Predictions | None = None
-    broadcast: str | None = None
+    remark: str | None = None
     summed: bool = False
 
     @property
@@ -153,7 +156,7 @@ def weighted(
     weight, summed = watch.weight_of(mean, rows), False
     if reduction is not None and weight and not watch.is_mean:
         summed = reduction.is_sum(loss, outputs, labels, mean.item())
-    return WeightedLoss(mean, rows if summed else weight, predictions, watch.broadcast, summed)
+    return WeightedLoss(mean, rows if summed else weight, predictions, watch.remark, summed)
 
 
 def logits_for(loss: Loss, outputs: Any) -> Any:
@@ -165,7 +168,18 @@ def logits_for(loss: Loss, outputs: Any) -> Any:
 
 
 def loss_target(target: Tree, device: torch.device, *, classify: bool) -> Any:
-    """Return a batch's target as a loss takes it: on its device, and class indices as int64 only."""
+    """Return a batch's target as a loss takes it: on its device, and class indices as int64 only.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    if target is None:
+        raise ConfigError(
+            "the test data have no labels, and an evaluation compares with them: add a label to the rows, name it with "
+            "target=, or pass evaluate_every=0 (predict needs none)"
+        )
     labels = tree.to_device(target, device)
     return labels.long() if classify and is_integer(labels) else labels
 
@@ -191,7 +205,7 @@ class _Watch(TorchFunctionMode):
         # by the id of a tensor that is a mean, it, which keeps the id its own, and what gives the number it is over
         self._means: dict[int, tuple[Tensor, list[Callable[[], float]]]] = {}
         self.targets: list[Predictions] = []  # of cross-entropies with class indices
-        self.broadcast: str | None = None
+        self.remark: str | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -204,9 +218,9 @@ class _Watch(TorchFunctionMode):
             if misfit := cross_entropy_misfit(func.__name__, input, target, weight, whole=whole):
                 raise ConfigError(misfit)
             self._cross_entropy(**given)
-        elif func in _DIFFERENCES and self.broadcast is None:
-            self.broadcast = _spread([*args, *kwargs.values()])
-        result = func(*args, **kwargs)
+        elif func in _DIFFERENCES and self.remark is None:
+            self.remark = _spread([*args, *kwargs.values()])
+        result = self._called(func, args, kwargs)
         if isinstance(result, Tensor) and result.ndim == 0:
             operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             divisors = self._divisors(func, operands) or self._number(func, args)
@@ -214,6 +228,22 @@ class _Watch(TorchFunctionMode):
                 self._means[id(result)] = (result, divisors)
             elif func in _SUMS or kwargs.get("reduction") == "sum" or self._of_totals(operands):
                 self._totals[id(result)] = result
+        return result
+
+    def _called(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch, and say of a cross-entropy what is wrong with what it is given."""
+        if func not in _ENTROPIES:
+            return func(*args, **kwargs)
+        given = _arguments(_ENTROPIES[func], args, kwargs)
+        name, input, target = func.__name__, given["input"], given["target"]
+        try:
+            result = func(*args, **kwargs)
+        except Exception as exc:
+            if func in _CROSS_ENTROPIES or not (misfit := binary_misfit(name, input, target)):
+                raise
+            raise ConfigError(misfit) from exc
+        if self.remark is None and (func in _CROSS_ENTROPIES or given["reduction"] != "none"):  # or some are left out
+            self.remark = remark(name, input, target)
         return result
 
     @property

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-import dis
 import functools
-import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from psl_flower import tree
+from psl_flower.devices import generators
 from psl_flower.errors import ConfigError
 from psl_flower.origin import where
 from psl_flower.precision import widened
+from psl_flower.server.apart import apart
 from psl_flower.typing import IntArray
 
 log = logging.getLogger("flwr.psl_flower")
@@ -33,8 +34,8 @@ _RESERVED = ("loss", "num_examples")
 _TORCHMETRICS = ("update", "compute", "reset")
 _SHOWN = 5
 _CLOSE = 1e-3  # rounding in half precision
-_STORES = ("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR")
-_KEEPING_NOTHING = (ModuleType, FunctionType, BuiltinFunctionType, type, bool, int, float, str, type(None))
+_MOST_HELD = 2**26  # bytes of outputs and labels that a metric is given at once
+_FAILURES: set[tuple[str, str]] = set()  # of metrics, by name and place, that this process has told of
 
 
 # --- classification --------------------------------------------------------------------------------------------------
@@ -152,6 +153,11 @@ def why_no_accuracy(outputs: Any, labels: Any) -> str:
     logits = logits_of(outputs)
     shown = f"a {type(outputs).__name__}" if logits is None else _batch_shape(logits)
     theirs = f"{_batch_shape(labels)} of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+    if classes_of(outputs, labels) is not None:
+        return (
+            "there is no accuracy: the loss's cross-entropy is of other targets than the labels, or of some of them: "
+            "pass metrics={'name': function of (outputs, labels)} for your own"
+        )
     return (
         f"there is no accuracy: it needs outputs (n, classes, ...) and integer labels (n, ...), or a cross-entropy of "
         f"them, got outputs {shown} and labels {theirs}: pass metrics={{'name': function of (outputs, labels)}} for "
@@ -180,11 +186,12 @@ class Scores:
     metrics : dict of str to callable
         The user's own. A function of (outputs, labels) that returns the mean over the examples it is given; where that
         is NaN, there was nothing to count. Or an object with ``update``, ``compute`` and ``reset``, as torchmetrics has
-        them: it is copied. A metric called "accuracy" is told in place of ours.
+        them: it is copied. A metric called "accuracy" is told in place of ours. One that fails for a part is NaN for
+        all, which is warned of.
 
     one_model : bool
-        Whether all parts are of one model, so that functions should tell what they would of all parts at once. One that
-        is no mean over examples is warned of, once.
+        Whether all parts are of one model, so that metrics should tell what they would of all parts at once. They are
+        given as many as `_MOST_HELD` allows; where those are not all, one that is no mean over examples is warned of.
 
     Raises
     ------
@@ -205,6 +212,9 @@ class Scores:
         self._parts, self._looks = 0, self._one_model
         self._sums: dict[str, tuple[float, float]] = {}  # of each metric: the sum, and the weight it is divided by
         self._scored = self._ours
+        self._failed: set[str] = set()  # metrics of the user's that could not be computed for a part
+        self._held: list[tuple[Any, Any, int]] = []  # parts that metrics are still to be given
+        self._bytes = 0  # of these
         for metric in self._objects.values():
             metric.reset()
 
@@ -232,11 +242,6 @@ class Scores:
             Right predictions, and those that count; None where it is no classification: there is no accuracy then.
         summed : bool
             Whether the loss of all is their sum, and no mean.
-
-        Raises
-        ------
-        ConfigError
-            If a metric of the user's fails, or returns no number.
         """
         self._add("loss", *loss)
         if summed:
@@ -244,20 +249,38 @@ class Scores:
         self._scored &= score is not None
         if self._ours and score is not None:
             self._add("accuracy", *score)
-        if (self._functions or self._objects) and isinstance(outputs, Tensor | tuple | dict):
+        if not self._functions and not self._objects:
+            return
+        self._held.append((outputs, labels, rows))
+        self._bytes += sum(t.nbytes for t in tree_leaves((outputs, labels)) if isinstance(t, Tensor))
+        if not self._one_model or self._bytes > _MOST_HELD:
+            self._measure()
+
+    def _measure(self) -> None:
+        """Give metrics the parts that are held, as one if they can be joined."""
+        for outputs, labels, rows in _joined(self._held):
+            self._measure_part(outputs, labels, rows)
+        self._held, self._bytes = [], 0
+
+    def _measure_part(self, outputs: Any, labels: Any, rows: int) -> None:
+        if isinstance(outputs, Tensor | tuple | dict):
             outputs = widened(outputs)
         with torch.no_grad():
-            for name, function in self._functions.items():
-                mean = _number(_call(name, function, outputs, labels), name)
-                self._add(name, *((0.0, 0.0) if math.isnan(mean) else (mean * rows, rows)))
-                if self._looks and self._parts and not _is_mean(function, outputs, labels, rows, mean):
-                    _tell_no_mean(name)
+            for name in self._working(self._functions):
+                function = self._functions[name]
+                with self._told(name, outputs, labels):
+                    mean = _number(function(outputs, labels))
+                    self._add(name, *((0.0, 0.0) if math.isnan(mean) else (mean * rows, rows)))
+                    if self._looks and self._parts and not _is_mean(function, outputs, labels, rows, mean):
+                        _tell_no_mean(name)
             logits = logits_of(outputs)
             preds = outputs if logits is None else logits
-            for name, metric in self._objects.items():
-                if isinstance(labels, Tensor) and hasattr(metric, "to"):
-                    metric = self._objects[name] = metric.to(labels.device)
-                _call(name, metric.update, preds, labels)
+            for name in self._working(self._objects):
+                metric = self._objects[name]
+                with self._told(name, preds, labels):
+                    if isinstance(labels, Tensor) and hasattr(metric, "to"):
+                        metric = self._objects[name] = metric.to(labels.device)
+                    metric.update(preds, labels)
         self._parts += 1
         self._looks &= self._parts < 2 or rows < 2  # the second part tells, if it can be halved
 
@@ -265,10 +288,14 @@ class Scores:
         """Return the means; without "accuracy" where a part was no classification, NaN where nothing counted."""
         if not self._sums:
             return {}
+        self._measure()
         found = {name: total / weight if weight else math.nan for name, (total, weight) in self._sums.items()}
         if self._ours and not self._scored:
             found.pop("accuracy", None)
-        return {**found, **{name: _number(metric.compute(), name) for name, metric in self._objects.items()}}
+        for name in self._working(self._objects):
+            with self._told(name):
+                found[name] = _number(self._objects[name].compute())
+        return found | dict.fromkeys(self._failed, math.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, for a checkpoint within a round."""
@@ -276,16 +303,42 @@ class Scores:
             "sums": {name: list(pair) for name, pair in self._sums.items()},
             "scored": self._scored,
             "objects": {name: _state_of(metric) for name, metric in self._objects.items()},
+            "failed": sorted(self._failed),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self.reset()
         self._sums = {name: (pair[0], pair[1]) for name, pair in state["sums"].items()}
-        self._scored = bool(state["scored"])
+        self._scored, self._failed = bool(state["scored"]), set(state["failed"])
         for name, metric in self._objects.items():
             for key, value in state["objects"].get(name, {}).items():
                 setattr(metric, key, value)
+
+    def _working(self, metrics: Mapping[str, Any]) -> list[str]:
+        return [name for name in metrics if name not in self._failed]
+
+    @contextmanager
+    def _told(self, name: str, *given: Any) -> Iterator[None]:
+        """Let what goes wrong in a metric cost the metric, not the run."""
+        try:
+            yield
+        except Exception as exc:  # the user's code
+            self._failed.add(name)
+            key = (name, where(exc, text=False))
+            if key in _FAILURES:
+                return
+            _FAILURES.add(key)
+            shapes = [str(tuple(t.shape)) if isinstance(t, Tensor) else f"a {type(t).__name__}" for t in given]
+            log.warning(
+                "metrics[%r] failed%s: %s. It is told as nan of this round or evaluation, and wherever it fails. Of "
+                "batches in which it has no value, let it return nan; pass an object with %s for what is computed of "
+                "all examples at once",
+                name,
+                f" on outputs {' and labels '.join(shapes)}" if shapes else "",
+                exc if isinstance(exc, ConfigError) else where(exc),
+                ", ".join(_TORCHMETRICS),
+            )
 
     def _add(self, name: str, total: float, weight: float) -> None:
         before = self._sums.get(name, (0.0, 0.0))
@@ -309,30 +362,21 @@ def check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_mean(function: MetricFn, outputs: Any, labels: Any, rows: int, value: float) -> bool:
     """Return whether a metric of a batch is the mean of those of its halves; True as well where that cannot be told."""
-    if not _can_be_asked_again(function):
+    asked = apart(function)
+    if asked is None:
         return True
-    half = rows // 2
+    half, put_back = rows // 2, generators()
 
     def of(part: slice) -> float:
-        return float(function(*(tree.map_leaves(lambda t: t[part], each) for each in (outputs, labels))))
+        return float(asked(*(tree.map_leaves(lambda t: t[part], each) for each in (outputs, labels))))
 
     try:
         mean = (of(slice(0, half)) * half + of(slice(half, None)) * (rows - half)) / rows
     except Exception:  # the user's code, with less than it was made for, or what is no tree of rows
         return True
+    finally:
+        put_back()
     return math.isnan(mean) or math.isclose(mean, value, rel_tol=_CLOSE, abs_tol=_CLOSE)
-
-
-def _can_be_asked_again(function: MetricFn) -> bool:
-    """Return whether a metric is a function that keeps nothing of what it is given: others may collect it."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    if not isinstance(function, FunctionType) or any(step.opname in _STORES for step in dis.get_instructions(function)):
-        return False
-    names = inspect.getclosurevars(function)
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    held = (*names.nonlocals.values(), *names.globals.values(), *defaults)
-    return all(isinstance(value, _KEEPING_NOTHING) for value in held)
 
 
 @functools.cache
@@ -359,20 +403,22 @@ def _state_of(metric: Any) -> dict[str, Any]:
     return {**copy.deepcopy(dict(state)), "_update_count": metric._update_count}
 
 
-def _call(name: str, function: Callable[..., Any], outputs: Any, labels: Any) -> Any:
+def _joined(parts: Sequence[tuple[Any, Any, int]]) -> Sequence[tuple[Any, Any, int]]:
+    """Return parts as one; as they are if their outputs are no rows, or of several lengths."""
+    if len(parts) < 2:
+        return parts
+    outputs, labels, rows = zip(*parts, strict=True)
     try:
-        return function(outputs, labels)
-    except Exception as exc:
-        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (outputs, labels)]
-        raise ConfigError(
-            f"metrics[{name!r}] failed on outputs {shapes[0]} and labels {shapes[1]}: {where(exc)}"
-        ) from exc
+        whole = tree.join(outputs, "outputs"), tree.join(labels, "labels"), sum(rows)
+        return [whole] if tree.rows(whole[:2], "outputs") == sum(rows) else parts
+    except (ConfigError, AttributeError, RuntimeError, TypeError):
+        return parts
 
 
-def _number(value: Any, name: str) -> float:
+def _number(value: Any) -> float:
     try:
         return float(value)  # a number of Python's, torch's or numpy's
     except (TypeError, ValueError, RuntimeError):
         shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         remedy = "name each by itself, metrics=dict(collection)" if isinstance(value, dict) else "return its mean"
-        raise ConfigError(f"metrics[{name!r}] must return one number, got {shape}: {remedy}") from None
+        raise ConfigError(f"it must return one number, got {shape}: {remedy}") from None

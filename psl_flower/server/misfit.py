@@ -1,4 +1,7 @@
-"""Why cross-entropy cannot take what it is given, and the remedy: torch says it in words of its own."""
+"""What cross-entropies cannot take, or take for something else than is meant, and the remedy.
+
+Torch says it in words of its own, or not at all.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 from torch import Tensor
 
 from psl_flower.server.metrics import is_integer
+
+_LOOKED_AT = 8  # rows that tell logits from probabilities
 
 
 def cross_entropy_misfit(
@@ -56,6 +61,58 @@ def cross_entropy_misfit(
     elif not is_integer(labels):
         remedy = "class indices must be integers" + _made_whole(labels)
     return None if remedy is None else f"{name} cannot take these: {found}. {remedy[0].upper()}{remedy[1:]}"
+
+
+def binary_misfit(name: str, outputs: Any, labels: Any) -> str | None:
+    """Return why a binary cross-entropy has failed, what was found, and the remedy; None where that is not known.
+
+    Parameters
+    ----------
+    name : str
+        "binary_cross_entropy" or "binary_cross_entropy_with_logits".
+    outputs, labels
+        What it was given.
+    """
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
+        return None
+    if outputs.shape != labels.shape:
+        both = outputs.numel() == labels.numel() and (outputs.ndim, labels.ndim) == (2, 1)
+        remedy = "Give both one shape: " + ("labels[:, None], or outputs.squeeze(1)" if both else "a label an output")
+    elif labels.dtype != outputs.dtype:
+        remedy = f"Labels must be of the outputs' dtype: labels.to({outputs.dtype})"
+    elif not _within(outputs):
+        remedy = f"It takes probabilities, from 0 to 1: outputs.sigmoid(), or take {name}_with_logits"
+    else:
+        return None
+    return f"{name} cannot take these: outputs are {_spec(outputs)} and labels {_spec(labels)}. {remedy}"
+
+
+def remark(name: str, outputs: Any, labels: Any) -> str | None:
+    """Return what is seldom meant of what a cross-entropy has taken; None where nothing is.
+
+    Parameters
+    ----------
+    name : str
+        "cross_entropy", "nll_loss" or "binary_cross_entropy_with_logits".
+    outputs, labels
+        What it was given.
+    """
+    if name == "binary_cross_entropy_with_logits":
+        return None if _within(labels) else f"{name} is for labels from 0 to 1, and there are others"
+    rows = outputs.detach()[:_LOOKED_AT]
+    if len(rows) < 2 or rows.ndim < 2:
+        return None
+    if name == "nll_loss" and bool((rows > 0).any()):
+        return "nll_loss takes log-probabilities, and there are outputs above 0: take cross_entropy"
+    sums = rows.sum(1)
+    if name == "cross_entropy" and _within(rows) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        return "cross_entropy takes logits, and the outputs are probabilities: leave out the model's softmax"
+    return None
+
+
+def _within(tensor: Tensor) -> bool:
+    """Return whether all numbers are from 0 to 1."""
+    return bool(((tensor >= 0) & (tensor <= 1)).all())
 
 
 def _made_whole(labels: Tensor) -> str:

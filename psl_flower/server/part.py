@@ -229,8 +229,8 @@ class ServerPart:
             )
         if found.summed:
             backend.tell_once(SUMMED)
-        if found.broadcast:
-            backend.tell_once(found.broadcast)
+        if found.remark:
+            backend.tell_once(found.remark)
         if backend.classification and found.predictions is None:
             backend.tell_once(why_no_accuracy(outputs, labels))
         return outputs, found

@@ -1,12 +1,15 @@
 """Losses as sum and weight: parts that are added up equal the loss of all of them pooled."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError, LabelError
 from psl_flower.server import Reduction, weighted
 
@@ -250,10 +253,10 @@ def test_what_a_loss_raises_by_itself_comes_through():
 )
 def test_outputs_and_labels_that_torch_spreads_over_each_other_are_told(loss):
     outputs, labels = torch.randn(5, 1), torch.randn(5)
-    assert "spreads to (5, 5)" in weighted(loss, outputs, labels, 5).broadcast
-    assert weighted(loss, outputs, labels[:, None], 5).broadcast is None
-    assert weighted(lambda o, y: loss(o[:, 0], y), outputs, labels, 5).broadcast is None
-    assert weighted(loss, outputs[:1], labels[:1], 1).broadcast is None
+    assert "spreads to (5, 5)" in weighted(loss, outputs, labels, 5).remark
+    assert weighted(loss, outputs, labels[:, None], 5).remark is None
+    assert weighted(lambda o, y: loss(o[:, 0], y), outputs, labels, 5).remark is None
+    assert weighted(loss, outputs[:1], labels[:1], 1).remark is None
 
 
 # --- sums ------------------------------------------------------------------------------------------------------------
@@ -289,6 +292,20 @@ def test_means_are_no_sums(loss):
     assert not weighted(loss, rows_of(CLASSES), classes(), sum(SIZES), reduction=Reduction()).summed
 
 
+def test_what_asking_draws_is_put_back():
+    def loss(outputs, labels):
+        kept = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
+        return (outputs[:, 0] - labels).square().sum() * (1 + 1e-9 * kept)
+
+    following = []
+    for reduction in (None, Reduction()):
+        with seeded(0, torch.device("cpu")):
+            found = weighted(loss, rows_of(CLASSES), classes(), sum(SIZES), reduction=reduction)
+            following.append((torch.rand(()).item(), random.random(), np.random.rand()))  # noqa: NPY002
+    assert found.summed
+    assert following[0] == following[1]
+
+
 def test_what_a_loss_does_is_asked_once():
     sizes, reduction = [], Reduction()
 
@@ -300,7 +317,7 @@ def test_what_a_loss_does_is_asked_once():
     assert not weighted(loss, zero, zero[:, 0], 2, reduction=reduction).summed  # 0 tells nothing
     for _ in range(2):
         assert weighted(loss, zero + 1, zero[:, 0], 2, reduction=reduction).summed
-    assert sizes == [2, 2, 4, 6, 2]
+    assert sizes == [2, 2, 2]  # a copy was
 
 
 def test_a_loss_that_takes_no_other_batch_is_a_mean():
@@ -360,3 +377,42 @@ def test_class_weights_under_autocast():
             lambda o, y: F.cross_entropy(o, y, WEIGHT.float()), rows_of(CLASSES).bfloat16(), classes(), sum(SIZES)
         )
     assert found.mean.dtype is torch.float32
+
+
+HALF = torch.full((4, 1), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "labels", "remedy"),
+    [
+        (F.binary_cross_entropy_with_logits, HALF, HALF[:, 0], r"labels\[:, None\], or outputs\.squeeze\(1\)"),
+        (F.binary_cross_entropy_with_logits, HALF.repeat(1, 2), HALF, "one shape: a label an output"),
+        (torch.nn.BCEWithLogitsLoss(), HALF, torch.ones(4, 1, dtype=torch.long), r"labels\.to\(torch\.float32\)"),
+        (F.binary_cross_entropy, 4 * HALF, HALF, r"from 0 to 1: outputs\.sigmoid\(\), or .*_with_logits"),
+    ],
+)
+def test_what_a_binary_cross_entropy_cannot_take_is_told_with_the_remedy(loss, outputs, labels, remedy):
+    with pytest.raises(ConfigError, match=rf"binary_cross_entropy\w* cannot take these: outputs are .*{remedy}"):
+        weighted(loss, outputs, labels, 4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "meant", "seldom_meant", "told"),
+    [
+        (F.cross_entropy, 2 * torch.eye(4), torch.eye(4).softmax(1), "takes logits"),
+        (torch.nn.NLLLoss(), torch.eye(4).log_softmax(1), torch.eye(4), "takes log-probabilities"),
+        (lambda o, y: F.binary_cross_entropy_with_logits(o[:, 0], (y > 0).float()), torch.eye(4), None, ""),
+        (lambda o, y: F.binary_cross_entropy_with_logits(o[:, 0], y.float()), None, torch.eye(4), "labels from 0 to 1"),
+        (
+            lambda o, y: F.binary_cross_entropy_with_logits(o[:, 0], y - 1.0, reduction="none")[y > 0][:1].mean(),
+            torch.eye(4),
+            None,
+            "",
+        ),
+    ],
+)
+def test_what_is_seldom_meant_is_told(loss, meant, seldom_meant, told):
+    for outputs in (meant, seldom_meant):
+        if outputs is not None:
+            remark = weighted(loss, outputs, torch.arange(4), 4).remark
+            assert (told in remark) if outputs is seldom_meant else remark is None

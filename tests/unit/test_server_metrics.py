@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import math
+import re
 from collections import namedtuple
 
 import pytest
@@ -118,7 +120,23 @@ class Highest:
         return self.value
 
 
-def test_a_metric_that_is_no_mean_is_told_once(caplog):
+def test_of_one_model_a_metric_is_given_all_at_once_where_rows_can_be_joined():
+    def spread(outputs, labels):
+        outputs = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+        return outputs.std() * (labels >= 0).sum()
+
+    Object = namedtuple("Object", "logits")
+    for kind, exact in ((dict, True), (Object, False)):
+        scores = Scores({"spread": spread}, one_model=True)
+        for outputs, labels in parts():
+            scores.add(kind(logits=outputs), labels, len(labels), loss=(0.0, 1.0), score=None)
+        whole = spread({"logits": OUTPUTS}, LABELS).item()
+        assert (scores.result()["spread"] == pytest.approx(whole)) is exact
+
+
+def test_a_metric_that_is_no_mean_is_told_once(caplog, monkeypatch):
+    monkeypatch.setattr("psl_flower.server.metrics._MOST_HELD", 0)
+
     def root(outputs, labels):
         return gap(outputs, labels).sqrt()
 
@@ -129,20 +147,25 @@ def test_a_metric_that_is_no_mean_is_told_once(caplog):
         assert [text[:49] for text in caplog.messages] == ["metrics['root of gap'] is no mean over examples: "] * told
 
 
-def test_what_a_metric_collects_it_is_given_once():
+def test_what_a_metric_collects_it_is_given_once(monkeypatch):
     """The look whether it is a mean would show it rows again."""
+    monkeypatch.setattr("psl_flower.server.metrics._MOST_HELD", 0)
     seen = []
 
     class Collecting:
+        def __init__(self):
+            self.seen = []
+
         def __call__(self, outputs, _):
-            seen.append(outputs)
+            self.seen.append(outputs)
             return 0.0
 
-    metrics = {"function": lambda outputs, _: float(seen.append(outputs) or 0), "object": Collecting()}
+    mine = Collecting()
+    metrics = {"function": lambda outputs, _: float(seen.append(outputs) or 0), "object": mine}
     scores = Scores(metrics, one_model=True)
     for outputs, labels in parts():
         add(scores, outputs, labels)
-    assert sum(map(len, seen)) == len(metrics) * len(OUTPUTS)
+    assert sum(map(len, seen)) == sum(map(len, mine.seen)) == len(OUTPUTS)
 
 
 def test_a_metric_of_one_part_may_be_any(caplog):
@@ -251,17 +274,41 @@ def test_what_is_no_metric_is_refused(metrics, expected):
         check_metrics(metrics)
 
 
+def of_two_kinds(outputs, labels):
+    """As the area under a curve, which one kind of label alone has none of."""
+    if len(set(labels.tolist())) < 2:
+        raise ValueError(f"only one of {labels.unique().tolist()}")
+    return outputs.mean()
+
+
+class NeverComputed(Highest):
+    def compute(self):
+        return {"f1": 1.0}
+
+
 @pytest.mark.parametrize(
-    ("metric", "expected"),
+    ("metric", "text"),
     [
-        (lambda o, y: o, r"must return one number, got shape \(9, 4\)"),
-        (lambda o, y: {"f1": 1.0}, "must return one number, got a dict"),
-        (
-            lambda o, y: o[100],
-            r"failed on outputs \(9, 4\) and labels \(9,\): test_server_m.*:\d+ in <lambda>: IndexError: index 100",
-        ),
+        (lambda o, y: o, r" on .*: it must return one number, got shape \(5, 4\): return its mean"),
+        (lambda o, y: {"f1": 1.0}, " on .*: it must return one number, got a dict: name each by itself"),
+        (of_two_kinds, r" on outputs \(1, 4\) and labels \(1,\): test_s.*:\d+ in of_two_kinds: ValueError: only one"),
+        (NeverComputed(), ": it must return one number, got a dict"),
     ],
 )
-def test_a_metric_that_fails_is_named(metric, expected):
-    with pytest.raises(ConfigError, match=rf"metrics\['mine'\] {expected}"):
-        add(Scores({"mine": metric}), OUTPUTS, LABELS)
+def test_a_metric_that_fails_is_told_once_and_costs_itself_only(metric, text, caplog, monkeypatch):
+    monkeypatch.setattr("psl_flower.server.metrics._FAILURES", set())
+    for _ in range(2):
+        scores = Scores({"mine": metric, "gap": gap})
+        for rows in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 9)):
+            add(scores, OUTPUTS[rows], LABELS[rows])
+        again = Scores({"mine": metric, "gap": gap})
+        again.load_state_dict(scores.state_dict())
+        for found in (scores.result(), again.result()):
+            assert math.isnan(found["mine"])
+            assert found["gap"] == pytest.approx(gap(OUTPUTS, LABELS).item())
+            assert {"loss", "accuracy"} <= set(found)
+    (said,) = caplog.messages
+    assert re.match(rf"metrics\['mine'\] failed{text}", said)
+    scores.reset()
+    add(scores, OUTPUTS, LABELS)
+    assert math.isnan(scores.result()["mine"]) is (metric is not of_two_kinds)

@@ -1,0 +1,76 @@
+"""A copy of a user's function computes the same, and what a call changes is the copy's own."""
+
+import functools
+import threading
+
+import torch
+
+from psl_flower.server.apart import apart
+
+COUNT = 0
+SEEN = []
+
+
+def counting(x):
+    global COUNT
+    COUNT += 1
+    return helping(x)
+
+
+def helping(x):
+    SEEN.append(x)
+    return x + len(SEEN)
+
+
+def noting(x):
+    noting.calls += 1
+    return x + noting.calls
+
+
+noting.calls = 0
+
+
+class Object:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x + self.calls
+
+    def method(self, x):
+        return self(x)
+
+
+def closing():
+    calls, weights, thing = 0, torch.ones(1), Object()
+
+    def function(x, more=(), *, seen=SEEN):
+        nonlocal calls
+        calls += 1
+        weights.add_(1)
+        seen.append(x)
+        return float(x + calls + weights + thing(x) + len(more)) + (function(x - 1) if x > 1 else 0)
+
+    return function
+
+
+def test_what_a_copy_changes_is_its_own():
+    makes = lambda: counting, lambda: noting, Object, lambda: Object().method, closing
+    for make in (*makes, lambda: functools.partial(closing(), 3)):
+        function = make()
+        asked = apart(function)
+        args = () if isinstance(function, functools.partial) else (3,)
+        answers = [asked(*args) for _ in range(3)]
+        assert len(set(answers)) == 3
+        assert (COUNT, SEEN) == (0, [])
+        assert [function(*args) for _ in range(3)] == answers
+        globals().update(COUNT=0)
+        SEEN.clear()
+
+
+def test_what_is_torchs_stays_it_and_what_cannot_be_copied_is_not_asked():
+    cross_entropy, lock = torch.nn.functional.cross_entropy, threading.Lock()
+    assert apart(cross_entropy) is cross_entropy
+    assert apart(lambda: cross_entropy)() is cross_entropy
+    assert apart(lambda: lock) is None
