@@ -12,7 +12,7 @@ import numpy as np
 from psl_flower.app.array_cache import Arrays, cache_dir, cached_arrays, exclusive
 from psl_flower.app.idx import read_idx
 from psl_flower.errors import ConfigError
-from psl_flower.extras import extra
+from psl_flower.extras import check_extra, extra
 
 Split = Literal["train", "test"]
 
@@ -52,6 +52,23 @@ _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _TORCHVISION_CLASS = {"fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 
+def check_dataset(name: str, data_path: str = "") -> None:
+    """Refuse a dataset that `load_arrays` could not read here, without reading it.
+
+    Raises
+    ------
+    ConfigError
+        If it is not in the folder, or the package that reads it is not installed.
+    """
+    if name == "digits":
+        _check_no_path(data_path)
+        check_extra("sklearn", "vision", "the dataset 'digits'")
+    elif not data_path:
+        check_extra("torchvision", "vision", f"the download of {name}")
+    elif any(_files_of(split, Path(data_path).expanduser())[1] for split in ("train", "test")):
+        check_extra("pyarrow", "vision", "a dataset in parquet files")
+
+
 @lru_cache(maxsize=4)
 def load_arrays(name: str, split: Split, data_path: str = "") -> Arrays:
     """Load one split of a dataset; what it returns is kept for as long as the process lives.
@@ -78,8 +95,7 @@ def load_arrays(name: str, split: Split, data_path: str = "") -> Arrays:
         If the data cannot be found, read or downloaded, or is not what `name` promises.
     """
     if name == "digits":
-        if data_path:
-            raise ConfigError(f"dataset 'digits' comes with scikit-learn and takes no data-path, got {data_path!r}")
+        _check_no_path(data_path)
         return _load_digits(split)
     images, labels = _load_files(name, split, Path(data_path).expanduser()) if data_path else _download(name, split)
     spec = SPECS[name]
@@ -93,6 +109,11 @@ def load_arrays(name: str, split: Split, data_path: str = "") -> Arrays:
             f"labels of {name} are 0 to {spec.num_classes - 1}, those of {source} {labels.min()} to {labels.max()}"
         )
     return images, labels
+
+
+def _check_no_path(data_path: str) -> None:
+    if data_path:
+        raise ConfigError(f"dataset 'digits' comes with scikit-learn and takes no data-path, got {data_path!r}")
 
 
 def _load_digits(split: Split) -> Arrays:
@@ -109,14 +130,23 @@ def _load_digits(split: Split) -> Arrays:
 
 
 def _load_files(name: str, split: Split, folder: Path) -> Arrays:
+    idx, parquet = _files_of(split, folder)
+    if idx:
+        images, labels = map(read_idx, idx)
+        return images[:, None], labels.astype(np.int64)
+    with extra("vision", "a dataset in parquet files"):
+        from psl_flower.app.parquet import read_parquet
+    return cached_arrays(parquet, lambda: read_parquet(parquet, SPECS[name].shape))
+
+
+def _files_of(split: Split, folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the idx files of images and labels, or the parquet files that there are in their place."""
     idx = [_idx_file(folder, f"{_IDX_PREFIX[split]}-{what}-ubyte") for what in ("images-idx3", "labels-idx1")]
-    if idx[0] and idx[1]:
-        return read_idx(idx[0])[:, None], read_idx(idx[1]).astype(np.int64)
-    parquet = sorted(folder.glob(f"{split}*.parquet"))
-    if parquet:
-        with extra("vision", "a dataset in parquet files"):
-            from psl_flower.app.parquet import read_parquet
-        return cached_arrays(parquet, lambda: read_parquet(parquet, SPECS[name].shape))
+    found = [path for path in idx if path is not None]
+    if len(found) == len(idx):
+        return found, []
+    if parquet := sorted(folder.glob(f"{split}*.parquet")):
+        return [], parquet
     raise ConfigError(
         f"data-path must be a folder with {_IDX_PREFIX[split]}-images-idx3-ubyte[.gz] and "
         f"{_IDX_PREFIX[split]}-labels-idx1-ubyte[.gz], or with {split}*.parquet; {folder} "
@@ -132,7 +162,7 @@ def _download(name: str, split: Split) -> Arrays:
     with extra("vision", f"the download of {name}"):
         from psl_flower.torchvision_compat import import_torchvision  # takes a second: only those who use it pay
 
-    datasets = import_torchvision().datasets
+        datasets = import_torchvision().datasets
     root = cache_dir() / "torchvision"
     try:
         with exclusive("torchvision"):  # one download, however many processes need it

@@ -99,7 +99,7 @@ def small_image_resnet(name: str, in_channels: int, num_classes: int) -> nn.Modu
     with extra("vision", f"the model {name!r}"):
         from psl_flower.torchvision_compat import import_torchvision  # takes a second: only those who use it pay
 
-    models = import_torchvision().models
+        models = import_torchvision().models
     model: nn.Module = getattr(models, name)(num_classes=num_classes)
     model.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does

@@ -42,7 +42,8 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
     ------
     ConfigError
         If Flower is too old, the app is not there, a key is unknown, a value is refused, the model cannot be cut where
-        it shall be, there are too few clients, Ray is not installed, or TMPDIR is too long.
+        it shall be, there are too few clients, the data are not there, what the settings need is not installed, or
+        TMPDIR is too long.
     """
     check_int(num_supernodes, "--num-supernodes", least=1)
     if not has_one_address():
@@ -60,7 +61,8 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
         check_choice(name, "a configuration key", keys)
     if flower.get("components", {}).get("serverapp") != _SERVER_APP:
         return keys | overrides
-    from psl_flower.app.task import check_model  # torch: only where its models are used
+    from psl_flower.app.datasets import check_dataset
+    from psl_flower.app.server_app import make_strategy  # torch: only where its models are used
     from psl_flower.config import RunConfig
 
     config = RunConfig.read(keys | overrides)
@@ -69,7 +71,8 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
             f"min-available-nodes must be at most the number of clients, {num_supernodes}, got "
             f"{config.min_available_nodes}: lower it, or raise --num-supernodes"
         )
-    check_model(config)
+    check_dataset(config.dataset, config.data_path)
+    make_strategy(config)
     return keys | overrides
 
 

@@ -22,6 +22,7 @@ from psl_flower.data import (
     read_together,
     unwrapped,
 )
+from psl_flower.data.rows import TEST
 from psl_flower.errors import BadRowsError, ConfigError, ProtocolError
 from psl_flower.failures import Failure, Kind
 from psl_flower.origin import where
@@ -63,7 +64,7 @@ class SplitClient:
         partition_id: int | None = None,
         config: Config | None = None,
     ) -> None:
-        data = {"training data": train} if test is None else {"training data": train, "test data": test}
+        data = {"training data": train} if test is None else {"training data": train, TEST: test}
         self._known = [d if isinstance(d, Examples) else Examples(d, name=name) for name, d in data.items()]
         self.train: Any = self._known[0].dataset
         self.test: Any = None if test is None else self._known[1].dataset
@@ -188,7 +189,10 @@ class SplitClient:
         if order.class_starts is None or order.class_counts is None:
             permutation = self._epoch_permutation(order)
             if order.start < 0 or not 0 < order.count <= len(permutation) - order.start:
-                raise ProtocolError(f"asked for {order.count} examples from {order.start} on, of {len(permutation)}")
+                raise ProtocolError(
+                    f"asked for {order.count} examples from {order.start} on, of {len(permutation)}: a client's data "
+                    "must not become fewer while a run lasts"
+                )
             return permutation[order.start : order.start + order.count]
         indices, bounds = self._epoch_classes(order)
         # classes beyond those this client holds have no examples

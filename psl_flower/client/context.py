@@ -109,7 +109,7 @@ class BoundPart:
         """Run the model's last part, and return the loss of its outputs: the mean, and what it is the mean over."""
         if self._loss is None:
             raise ConfigError(f"the loss of the {self._part.name} is not known on this client")
-        outputs, rows = self._run(inputs), tree.rows(target, "target")
+        outputs, rows = self._run(inputs), tree.rows(inputs, "inputs")
         with torch.set_grad_enabled(self._training), computing(self._precision, self._part.device):
             found = self._loss(outputs, target, rows, self._part.device)
             if self._bound is not None and self._training:

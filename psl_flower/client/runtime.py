@@ -32,6 +32,7 @@ from psl_flower.client.process import RunState
 from psl_flower.client.watching import Watch, WatchedSeeds, check_frozen
 from psl_flower.data import PadTexts, Seeds, join_batches
 from psl_flower.data.batch import Batch, checksum, checksums
+from psl_flower.data.rows import TEST
 from psl_flower.devices import reseed, seeded
 from psl_flower.errors import BadRowsError, ConfigError, LabelError, ProtocolError, PSLError
 from psl_flower.failures import IN_LOG, Failure, Kind, without_values
@@ -291,7 +292,7 @@ class _Work:
             if orders.checksums is None:
                 context.checksums = tags
             else:
-                data, by_secret = "test data" if orders.test else "training data", orders.drawing is not None
+                data, by_secret = TEST if orders.test else "training data", orders.drawing is not None
                 check_tags(tags, orders.checksums, data, by_secret=by_secret and not orders.test)
             run = partial(stage.function, self.method, context, joined, **inputs)
             if len(clients) == 1:

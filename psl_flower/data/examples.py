@@ -131,9 +131,12 @@ class Examples:
         """
         inputs, target = divide(found, self.target, self.name)
         inputs = as_tree(inputs, "inputs")
-        target = inputs if self.target == INPUT else map_leaves(_signed, as_tree(target, "label"))
+        if self.target == INPUT:
+            target = inputs
+        elif target is not None:
+            target = map_leaves(_signed, as_tree(target, "label"))
         for tree, name in ((inputs, "inputs"), (target, "label")):
-            if (count := rows(tree, name)) != size:
+            if tree is not None and (count := rows(tree, name)) != size:
                 raise ConfigError(
                     f"a batch must have a row an example, batch rows first in every tensor: of {size} examples "
                     f"of the {self.name}, {name} has {count} rows"

@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from psl_flower.data.examples import Examples
-from psl_flower.data.rows import INPUT
+from psl_flower.data.rows import INPUT, TEST
 from psl_flower.data.telling import tell_once
 from psl_flower.errors import ConfigError
 from psl_flower.tree import native
@@ -108,7 +108,7 @@ def open_data(
         )
     train, test = _pair(what)
     options: dict[str, Any] = {"target": target, "collate_fn": collate_fn}
-    return _open(train, "training data", **options), None if test is None else _open(test, "test data", **options)
+    return _open(train, "training data", **options), None if test is None else _open(test, TEST, **options)
 
 
 def _pair(what: Any) -> tuple[Any, Any]:

@@ -11,13 +11,15 @@ from psl_flower.errors import ConfigError
 
 LABEL_NAMES = ("label", "labels")  # of a dict row, where none is named
 INPUT = "input"  # as `target`: the inputs themselves
+TEST = "test data"  # as the name of data: what is evaluated, or predicted
 
 
 def divide(batch: Any, target: str, name: str) -> tuple[Any, Any]:
     """Return the inputs and the target of a batch, which has the form of a row.
 
     A row is a pair (x, y), a tuple (x1, x2, ..., y), or a dict with the label under a name of its own. With
-    ``target="input"``, labels are left out, rows without a label are taken, and the inputs are the target.
+    ``target="input"``, labels are left out, rows without a label are taken, and the inputs are the target. Test data
+    need no label, for they may be there to be predicted: the target is None.
 
     Raises
     ------
@@ -39,7 +41,7 @@ def label_name(names: Any, target: str) -> str | None:
 
 
 def _inputs_and_label(batch: Any, target: str, name: str) -> tuple[Any, Any]:
-    optional = target == INPUT
+    optional = target == INPUT or name == TEST
     if isinstance(batch, Mapping):
         key = label_name(batch, target)
         if key is None and not optional:
@@ -60,10 +62,8 @@ def _inputs_and_label(batch: Any, target: str, name: str) -> tuple[Any, Any]:
         return batch[0], None
     if optional and isinstance(batch, Tensor):
         return batch, None
-    enough = " (to predict, any number will do)" if name == "test data" else ""
     kind = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
     raise ConfigError(
         f"rows must be pairs (input, label), tuples (input, ..., label) or dicts with a label, the rows of the {name} "
-        f"have no label (found a {kind}): add one{enough}, or pass target='input', which trains "
-        "an autoencoder"
+        f"have no label (found a {kind}): add one, or pass target='input', which trains an autoencoder"
     )

@@ -17,7 +17,7 @@ from psl_flower.typing import IndexArray, IntArray
 Rows = IndexArray
 
 
-def iid_split(num_examples: int, num_partitions: int, rng: np.random.Generator) -> list[Rows]:
+def iid_split(num_examples: int, num_partitions: int, rng: np.random.Generator | int) -> list[Rows]:
     """Deal examples out at random into partitions whose sizes differ by at most 1.
 
     Parameters
@@ -26,8 +26,8 @@ def iid_split(num_examples: int, num_partitions: int, rng: np.random.Generator) 
         N, at least `num_partitions`.
     num_partitions : int
         At least 1.
-    rng : numpy.random.Generator
-        Deals.
+    rng : numpy.random.Generator or int
+        Deals; a whole number is a seed.
 
     Returns
     -------
@@ -41,6 +41,7 @@ def iid_split(num_examples: int, num_partitions: int, rng: np.random.Generator) 
     """
     num_examples = check_int(num_examples, "num_examples", least=1)
     _check_partitions(num_partitions, num_examples)
+    rng = _generator(rng)
     return [np.sort(part) for part in np.array_split(rng.permutation(num_examples), num_partitions)]
 
 
@@ -49,7 +50,7 @@ def extended_dirichlet_split(
     num_partitions: int,
     num_classes_per_partition: int,
     alpha: float,
-    rng: np.random.Generator,
+    rng: np.random.Generator | int,
 ) -> list[Rows]:
     """Give each partition a few classes, and spread each class over its holders (extended Dirichlet split).
 
@@ -68,8 +69,8 @@ def extended_dirichlet_split(
         C, from 1 to the number of classes, and enough that K * C reaches it.
     alpha : float
         Concentration, greater than 0: the smaller, the more uneven.
-    rng : numpy.random.Generator
-        Draws everything.
+    rng : numpy.random.Generator or int
+        Draws everything; a whole number is a seed.
 
     Returns
     -------
@@ -89,6 +90,7 @@ def extended_dirichlet_split(
     _check_partitions(num_partitions, len(values))
     check_int(num_classes_per_partition, "num_classes_per_partition", least=1)
     check_float(alpha, "alpha", above=0)
+    rng = _generator(rng)
 
     # one stable sort groups the examples by class; what it sorts is shuffled, so each class is in random order
     order = rng.permutation(len(values))
@@ -109,6 +111,10 @@ def extended_dirichlet_split(
     owners = np.empty(len(values), dtype=np.intp)
     owners[order] = np.repeat(by_class // num_classes_per_partition, counts.flat[by_class])
     return np.split(np.argsort(owners, kind="stable"), np.cumsum(counts.sum(axis=1))[:-1])
+
+
+def _generator(rng: np.random.Generator | int) -> np.random.Generator:
+    return rng if isinstance(rng, np.random.Generator) else np.random.default_rng(check_int(rng, "rng", least=0))
 
 
 def _check_partitions(num_partitions: int, num_examples: int) -> None:
@@ -138,7 +144,7 @@ def _checked_labels(labels: ArrayLike) -> NDArray[Any]:
     try:
         values = np.asarray(labels)
         missing = np.not_equal(values, values) | np.equal(values, np.array(None))  # NaN differs from itself
-        if values.dtype == object and not missing.any():
+        if values.dtype == object and values.size and not missing.any():
             np.minimum.reduce(values)  # compares each with the least so far: numbers among strings cannot be
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"labels must be comparable with each other, all numbers or all strings: {exc}") from exc

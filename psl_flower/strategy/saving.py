@@ -66,6 +66,7 @@ class Saver:
         self._checkpoints, self._scheduler = checkpoints, scheduler
         self._settings = {
             "model": {name: f"{t.dtype} {tuple(t.shape)}" for name, t in template.items()},
+            "layers": settings.describe_layers(backend.parts.values()),
             **{name: settings.describe(value) for name, value in options.items()},
             "optimizer": settings.describe_optimizer(backend.optimizer),
             "scheduler": settings.describe_scheduler(scheduler.wrapped),
@@ -117,7 +118,7 @@ class Saver:
         for each time that the run was resumed with other settings: "round" and "step" (0-based) from which they are in
         force, and "changes", which has the value before and the new one by setting.
         """
-        own = {name: value for name, value in self._settings.items() if name not in ("model", "run_config")}
+        own = {name: value for name, value in self._settings.items() if name not in ("model", "layers", "run_config")}
         return {**self._run_config, "strategy": own, "changes": self._history}
 
     def save(self, run: Run, server_round: int, ledger: EpochLedger, epoch: Epoch, delays: DelayModel | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psl_flower.errors import ConfigError
 from psl_flower.server import Accumulated
+from psl_flower.split.signature import layers
 
 # Settings that decide what is in a checkpoint, or which examples an epoch has left.
 _FIXED = ("model", "cut", "method", "sampler", "classification")
@@ -90,6 +91,11 @@ def _arguments(value: Any) -> dict[str, Any]:
             if kept is not _ABSENT:
                 found.setdefault(name, kept)
     return found
+
+
+def describe_layers(parts: Iterable[nn.Module]) -> dict[str, str]:
+    """Return torch's own layers in the parts of a model, by name, with their options; "" for modules of one's own."""
+    return {name: each for part in parts for name, each in layers(part).items()}
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

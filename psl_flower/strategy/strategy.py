@@ -33,7 +33,7 @@ from psl_flower.samplers.base import Sampler
 from psl_flower.samplers.uniform import UniformGlobalSampler
 from psl_flower.server import LocalBackend, Loss, OptimizerFn, check_loss, check_metrics, make_scheduler
 from psl_flower.server.optimizer import check_optimizer_fn, sgd
-from psl_flower.split import check_client_half, cut_model
+from psl_flower.split import check_client_half, cut_model, told_frozen
 from psl_flower.stragglers import DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, as_record, kept_state, sizes, state_to_arrays, with_state
 from psl_flower.strategy.evaluate_fn import EvaluateFn, check_evaluate_fn, evaluate_on_server
@@ -97,7 +97,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         computed. Pass False for any other loss.
     metrics : dict, optional
         Your own, by name: functions of (outputs, labels) that return the mean over the examples they are given, or
-        objects of torchmetrics. Told of training and of split evaluation.
+        objects of torchmetrics. Told of training and of split evaluation, see `psl_flower.server.Scores`.
     delays : DelayModel, optional
         What a delay-aware sampler plans with: a model of `psl_flower.stragglers`, or a `DelayEstimator`, which measures
         how long the clients work on their requests. Read anew at the start of every epoch.
@@ -445,5 +445,5 @@ class ParallelSplitLearning(ExchangingStrategy):
         """Log the strategy's configuration."""
         log.info("Split learning, method %s, transport %s:", self.method.name, self.transport)
         log.info("\t├── Sampler: %r", self.sampler)
-        log.info("\t├── Cut: %s (%s)", self.cut, self._sizes)
+        log.info("\t├── Cut: %s (%s)%s", self.cut, self._sizes, told_frozen(self.halves.parts))
         log.info("\t└── Server half on: %s; at least %d nodes", self._device, self.min_available_nodes)

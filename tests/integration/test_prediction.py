@@ -137,6 +137,39 @@ def test_rows_say_which_examples_could_be_read():
     assert found[2].rows.tolist() == list(range(22))
 
 
+UNLABELLED = {
+    "a tuple of one": TensorDataset,
+    "alone": list,
+    "a dict": lambda images: [{"x": image} for image in images],
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "tail", "transport"),
+    [
+        ("a tuple of one", None, "messages"),
+        ("alone", None, "streams"),
+        ("a dict", None, "streams"),
+        ("alone", "tail", "messages"),
+    ],
+)
+def test_data_without_labels_are_predicted_and_not_evaluated(rows, tail, transport):
+    def data_fn(context):
+        return client_data(partition(context), K, torch.float64), UNLABELLED[rows](inputs_of(partition(context)))
+
+    given = {"on_predict": lambda outputs, rows, context: outputs} if tail else None
+    found = predict(tail, given, data_fn=data_fn, evaluate_batch_size=24, transport=transport)
+    for client, prediction in found.items():
+        assert prediction.labels is None
+        torch.testing.assert_close(prediction.outputs, whole(inputs_of(client), tail), rtol=0, atol=1e-12)
+
+    model_fn, cuts = MODELS[tail]
+    app = split_client_app(model_fn, **cuts, data_fn=data_fn, device="cpu")
+    strategy = ParallelSplitLearning(model_fn(), **cuts, device="cpu", transport=transport)
+    with pytest.raises((ConfigError, StepError), match=r"the test data have no labels, .*evaluate_every=0"):
+        strategy.start(InProcessGrid(app, K), ArrayRecord(model_fn().state_dict()), num_rounds=1)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"transport": "messages"}, {"transport": "streams", "secure_aggregation": True}, {"evaluate_batch_size": 10}],
@@ -207,14 +240,14 @@ def test_texts_of_many_lengths_end_in_zeros_and_in_labels_that_do_not_count():
 
 
 class Tagger(torch.nn.Module):
-    """Says something of each token, of those it may look at; torch.export records it, so its texts have any length."""
+    """Says something of each token, of those it may look at; texts have any length, as the cut's example tells."""
 
     def __init__(self):
         super().__init__()
         self.embed, self.mix, self.tags = torch.nn.Embedding(30, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
 
     def forward(self, input_ids, attention_mask):
-        if input_ids.ndim != 2:  # torch.fx cannot tell
+        if input_ids.ndim != 2:
             raise ValueError("texts are rows of tokens")
         seen = attention_mask[..., None].to(torch.float64)
         hidden = self.mix(torch.tanh(self.embed(input_ids))) * seen

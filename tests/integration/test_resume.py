@@ -39,7 +39,7 @@ def make(folder, *, sampler=None, model=None, cut=CUT, optimizer=sgd, **options)
     return ParallelSplitLearning(
         model or tiny_resnet(),
         cut=cut,
-        sampler=sampler or UniformGlobalSampler(16, seed=3),
+        sampler=sampler or UniformGlobalSampler(32, seed=3),
         optimizer=optimizer,
         output_dir=folder,
         min_available_nodes=K,
@@ -85,7 +85,7 @@ def make_sampler(name):
     return SAMPLERS[name](population(K).num_examples // 12, seed=3)
 
 
-PLAN = UniformGlobalSampler(16, seed=3).plan(population(K))
+PLAN = UniformGlobalSampler(32, seed=3).plan(population(K))
 
 
 def options_for(name):
@@ -256,8 +256,8 @@ def wider():
     [
         ({"model": wider()}, r"model: head.weight: the checkpoint has 'torch.float32 \(4, 4\)', this run .*\(5, 4\)'"),
         ({"cut": "layer1"}, "cut: the checkpoint has 'layer2', this run 'layer1'"),
-        ({"sampler": UniformGlobalSampler(8, seed=3)}, "sampler: batch_size: the checkpoint has 16, this run 8"),
-        ({"sampler": UniformGlobalSampler(16, seed=4)}, "sampler: seed: the checkpoint has 3, this run 4"),
+        ({"sampler": UniformGlobalSampler(8, seed=3)}, "sampler: batch_size: the checkpoint has 32, this run 8"),
+        ({"sampler": UniformGlobalSampler(32, seed=4)}, "sampler: seed: the checkpoint has 3, this run 4"),
         ({"optimizer": adam}, "optimizer: class: the checkpoint has 'SGD', this run 'Adam'"),
         ({"scheduler": scheduler}, "scheduler: class: the checkpoint has None, this run 'StepLR'"),
         ({"classification": False}, "classification: the checkpoint has True, this run False"),

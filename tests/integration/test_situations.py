@@ -414,6 +414,22 @@ def test_modes_of_torch_outside_are_not_those_of_a_run(mode):
         train(parts(X, Y))
 
 
+class Annealed:
+    """A loss that counts its calls, and weighs less with each."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, outputs, labels):
+        self.calls += 1
+        return F.mse_loss(outputs.softmax(1), F.one_hot(labels, 3).to(outputs)) / self.calls
+
+
+def test_a_loss_that_keeps_a_state_is_called_once_a_step():
+    weights = train(parts(X, Y), loss=Annealed(), optimizer=sgd).arrays.to_torch_state_dict()
+    assert largest_difference(weights, centralised(parts(X, Y), loss=Annealed())) < 1e-9
+
+
 def test_a_number_beside_the_outputs():
     class Numbered(Net):
         def forward(self, x):
@@ -438,7 +454,7 @@ def binary(outputs, labels):
         ((TOKENS, TAGS), Tagger, flat_cross_entropy, True),
         ((X, torch.stack([Y == 0, Y == 1, Y == 2], 1).long()), Net, binary, False),  # several labels a row
         ((X, (Y > 0).long()[:, None]), lambda: Net(outputs=1), binary, False),  # one logit
-        ((X, torch.arange(TOTAL)[:, None]), lambda: Net(outputs=1), lambda o, y: F.mse_loss(o, y / 90.0), False),
+        ((X, torch.arange(TOTAL)[:, None]), lambda: Net(outputs=1), lambda o, y: F.mse_loss(o, y.to(o) / 90), False),
         ((X, Y), Net, nn.CrossEntropyLoss(label_smoothing=0.1), True),
     ],
 )
@@ -454,14 +470,14 @@ def test_accuracy_is_told_of_classes_only(tensors, model_fn, loss, accuracy):
         assert told["accuracy"] == pytest.approx((model(inputs).argmax(1) == labels).double().mean().item())
 
 
-def test_a_collection_of_metrics_is_named_one_by_one():
+def test_a_collection_of_metrics_is_named_one_by_one(caplog):
     import_torchvision()  # torchmetrics imports it where it is installed
     from torchmetrics import MetricCollection  # here: it takes seconds
     from torchmetrics.classification import MulticlassAUROC, MulticlassF1Score
 
     collection = MetricCollection({"f1": MulticlassF1Score(3, average="macro"), "auroc": MulticlassAUROC(3)})
-    with pytest.raises(ConfigError, match=r"metrics\['all'\] must return one number, got a dict: name each by itself"):
-        train(parts(X, Y), metrics={"all": collection})
+    assert math.isnan(train(parts(X, Y), metrics={"all": collection}).train_metrics_clientapp[1]["all"])
+    assert "metrics['all'] failed: it must return one number, got a dict: name each by itself" in caplog.text
     told = train(parts(X, Y), metrics=dict(collection)).train_metrics_clientapp[1]
     assert {"f1", "auroc"} <= set(told)
 
@@ -890,15 +906,17 @@ class KeptFrozen(Net):
 
 
 @pytest.mark.parametrize("cut", ["head", "body.1"])
-def test_layers_that_are_given_in_evaluation_stay_so(cut):
+def test_layers_that_are_given_in_evaluation_stay_so(cut, caplog):
     """As fine-tuning code freezes them; ``model.train()`` alone would thaw them."""
     weights = train(parts(X, Y), normed, cut=cut, optimizer=sgd).arrays.to_torch_state_dict()
     assert largest_difference(weights, centralised(parts(X, Y), lambda: normed(KeptFrozen))) < 1e-9
     assert weights["body.1.running_mean"].unique().tolist() == [0.5]
+    assert "; in evaluation mode, by layer.eval() or the model's train(), stay 'body.1'" in caplog.text
 
 
-def test_a_model_that_is_given_in_evaluation_trains():
+def test_a_model_that_is_given_in_evaluation_trains(caplog):
     check_exact(parts(X, Y), lambda: normed(frozen=False), cut="body.1")
+    assert "in evaluation mode" not in caplog.text
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
@@ -998,7 +1016,9 @@ NOISE = {
 }
 
 
-@pytest.mark.parametrize("kind", NOISE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.torch("2.10")) if k == "gumbel" else k for k in NOISE]
+)
 def test_noise_is_no_mixing_and_the_same_on_every_carrier(kind):
     data, model = parts(X, Y), lambda: Net(Lambda(NOISE[kind]))
     weights = [train(data, model, transport=t).arrays.to_torch_state_dict() for t in ("messages", "streams")]
@@ -1133,7 +1153,7 @@ def test_an_evaluate_fn_may_use_up_its_arrays():
 
 
 # --- J: another run goes on ------------------------------------------------------------------------------------------
-def test_settings_of_a_resumed_run(tmp_path):
+def test_settings_of_a_resumed_run(tmp_path, caplog):
     whole = train(parts(X, Y), optimizer=sgd, rounds=2, output_dir=tmp_path).arrays.to_torch_state_dict()
     options = {"output_dir": tmp_path, "resume_from": "latest"}
     again = train(parts(X, Y), optimizer=sgd, rounds=1, **options)  # fewer than done
@@ -1144,6 +1164,8 @@ def test_settings_of_a_resumed_run(tmp_path):
     assert 0 < change < as_before / 2
     with pytest.raises(ConfigError, match=r"optimizer.*SGD.*Adam|optimizer.*Adam.*SGD"):
         train(parts(X, Y), optimizer=torch.optim.Adam, rounds=4, **options)
+    train(parts(X, Y), lambda: Net(nn.Sequential(nn.Linear(8, 16), nn.Tanh())), rounds=3, **options)
+    assert "layers: body.1 was 'SiLU()', now 'Tanh()'" in caplog.text
 
 
 # --- K: no waiting without hope --------------------------------------------------------------------------------------

@@ -20,9 +20,12 @@ KEYS = RunConfig().as_run_config()
 
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch):
+    """Let the launchers stop where they would start Flower, and take any Flower until then for one that they know."""
+
     def start(self):
         raise AssertionError("it was started")
 
+    monkeypatch.setattr(flower, "version", lambda name: flower.FIRST_WITH_ONE_ADDRESS)
     monkeypatch.setattr(local.LocalSuperLink, "start", start)
 
 
@@ -41,6 +44,8 @@ def nothing_starts(monkeypatch):
         ),
         (["-c", "cut='stage9'"], "cut 'stage9'"),
         (["-c", "min-available-nodes=5", "--num-supernodes", "4"], "min-available-nodes must be at most the number of"),
+        (["-c", "dataset='cifar10' data-path='/no/where'"], "data-path must be a folder with train-images-idx3-ubyte"),
+        (["-c", "resume-from='latest' keep-checkpoints=0"], "checkpoint_every and resume_from='latest' need an output"),
         (["--num-supernodes", "0"], "--num-supernodes must be at least 1, got 0"),
     ],
 )
@@ -51,6 +56,26 @@ def test_a_wrong_setting_ends_the_launcher_with_one_line(command, words, message
     (line,) = said.err.splitlines()
     assert line.startswith(f"psl-flower: {message}")
     assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("package", "setting", "extra"),
+    [
+        ("sklearn", "seed=1", "vision"),
+        ("torchvision", "dataset='cifar10'", "vision"),
+        ("torchvision", "model='resnet18'", "vision"),
+        ("scipy", "sampler='lds'", "samplers"),
+        ("tensorboard", "loggers='tensorboard'", "tensorboard"),
+        ("wandb", "loggers='wandb'", "wandb"),
+    ],
+)
+def test_what_the_settings_need_and_is_not_installed_is_told_first(package, setting, extra, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["run", str(ROOT), "-c", setting]) == 2
+    assert f"needs {package}, which is not installed: pip install 'psl-flower[{extra}]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["run", "deploy"])

@@ -301,7 +301,7 @@ def test_rows_that_cannot_be_used_say_what_to_do(dataset, message):
     [
         (
             lambda rows: ([x for x, _ in rows], torch.zeros(len(rows))),
-            "of 4 examples of the test data, inputs has 6 rows",
+            "of 4 examples of the training data, inputs has 6 rows",
         ),
         (lambda rows: (torch.zeros(len(rows)), torch.tensor(1)), "label has no dimension"),
         (lambda rows: (torch.zeros(len(rows)), ["cat"] * len(rows)), r"label\[0\] must be a tensor, .* got 'cat'"),
@@ -310,7 +310,7 @@ def test_rows_that_cannot_be_used_say_what_to_do(dataset, message):
 )
 def test_a_collate_fn_that_returns_something_else(collate_fn, message):
     with pytest.raises(ConfigError, match=message):
-        Examples(TensorDataset(X, Y), collate_fn=collate_fn, name="test data").batch(ROWS)
+        Examples(TensorDataset(X, Y), collate_fn=collate_fn, name="training data").batch(ROWS)
 
 
 @pytest.mark.parametrize("dataset", [{1, 2}, 3, Rows, iter([])])

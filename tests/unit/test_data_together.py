@@ -57,6 +57,7 @@ def test_it_is_what_each_reads_joined(datasets):
     assert batch.size == sum(COUNTS)
 
 
+@pytest.mark.torch("2.10")
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
 def test_labels_of_unsigned_types_are_what_they_are_for_one_client(dtype):
     datasets = [TensorDataset(torch.randn(10, 2), torch.from_numpy(np.arange(10)).to(dtype)) for _ in COUNTS]

@@ -19,7 +19,7 @@ LABELS = np.repeat(np.arange(10), 500)
 
 
 def split(labels=LABELS, num_partitions=16, num_classes=2, alpha=3.0, seed=0):
-    return extended_dirichlet_split(labels, num_partitions, num_classes, alpha, np.random.default_rng(seed))
+    return extended_dirichlet_split(labels, num_partitions, num_classes, alpha, seed)
 
 
 def assert_cover(parts, num_examples):
@@ -187,6 +187,8 @@ class TestExtendedDirichletSplit:
                 "at least one example, got 5000 examples for 5001 partitions: lower num_partitions",
             ),
             ({"labels": []}, r"labels must be one value an example, got shape \(0,\)"),
+            ({"labels": np.array([], dtype=object)}, r"labels must be one value an example, got shape \(0,\)"),
+            ({"seed": -1}, "rng must be at least 0, got -1"),
             ({"labels": [[1], [2]]}, r"labels must be one value an example, got shape \(2, 1\)"),
             ({"labels": [[1], [2, 3]]}, "labels must be comparable with each other"),
             ({"labels": np.array(["a", 1], dtype=object)}, "labels must be comparable with each other"),
@@ -278,3 +280,9 @@ def class_choices(num_classes, num_partitions, per_partition):
     complete = {choice: probability for (choice, times), probability in states.items() if all(times)}
     total = sum(complete.values())
     return {choice: probability / total for choice, probability in complete.items()}
+
+
+def test_a_seed_stands_for_its_generator():
+    by_seed, by_generator = iid_split(12, 3, 7), iid_split(12, 3, np.random.default_rng(7))
+    np.testing.assert_array_equal(by_seed, by_generator)
+    assert [part.tolist() for part in split(seed=7)] == [part.tolist() for part in split(seed=np.random.default_rng(7))]
