@@ -1,12 +1,15 @@
 """Settings of all tests."""
 
+import gc
 import os
 import signal
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 from leftovers import pytest_configure  # noqa: F401 (a hook)
+from packaging.version import Version
 
 # Several processes, each with as many torch threads as there are cores, take five times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +27,11 @@ TOGETHER = {
     "test_audit.py": "audit",  # two trainings
     "test_transformers.py": "transformers",  # the import of transformers
     "test_cut_exported.py": "transformers",
+    "test_the_app_of_steps_with_lora_sends_the_bytes_of_splitlora": "transformers",
     "test_run_folder.py": "forked",  # processes that are forked from one, see warm.py
+    "test_the_same_over_streams_of_several_processes": "forked",
+    "test_clients_scale_their_gradients_down_as_the_server_would": "forked",
+    "test_a_client_whose_process_is_killed_is_back_in_the_next_round": "forked",
     "test_stream_failures.py": "forked",
     "test_sweep.py": "forked",
     "test_sweep_runner.py": "forked",
@@ -59,8 +66,25 @@ def pytest_xdist_make_scheduler(config, log):
     return Together(config, log)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keep what is imported from the garbage collector, which would go through millions of objects again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_runtest_setup(item):
-    """Skip what would start later than the environment allows: slow tests run as far as somebody's time goes."""
+    """Skip what the installed torch cannot do, and what would start later than the environment allows.
+
+    Slow tests run as far as somebody's time goes.
+    """
+    for mark in item.iter_markers("torch"):
+        if Version(version("torch")) < Version(mark.args[0]):
+            pytest.skip(f"needs torch {mark.args[0]}")
     until = os.environ.get("PSL_TESTS_UNTIL")  # seconds since 1970
     if until and time.time() > float(until):
         pytest.skip("no time is left")

@@ -20,17 +20,3 @@ def test_every_name_can_be_had():
 def test_numpy_parts_import_neither_torch_nor_flower(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'flwr', 'ray', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_what_every_clients_process_imports_is_little():
-    heavy = {"scipy", "matplotlib", "sklearn", "datasets", "ray", "sympy", "torch._dynamo"}
-    program = f"""
-import sys, torch, psl_flower.client, psl_flower.app.client_app
-from psl_flower.client.part import parameter_gradients
-layer = torch.nn.Linear(2, 3)
-outputs = layer(torch.ones(4, 2))
-parameter_gradients(dict(layer.named_parameters()), outputs, torch.ones_like(outputs))
-print({heavy} & set(sys.modules))
-"""
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout == "set()\n"
