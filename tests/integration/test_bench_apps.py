@@ -4,8 +4,10 @@ import copy
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 from flwr.app import Context, RecordDict
 
@@ -38,10 +40,28 @@ def test_the_app_of_steps_beside_centralised_ones(monkeypatch, tmp_path):
     run("cost", monkeypatch, tmp_path, steps=2)
 
 
+class Here:
+    """Centralised steps in this process, where transformers is imported already."""
+
+    def __init__(self, module, *numbers):
+        self._step = importlib.import_module(module).centralised(*numbers)
+
+    def step(self, threads):
+        begin = time.perf_counter()
+        self._step()
+        return time.perf_counter() - begin
+
+    def close(self):
+        pass
+
+
 def test_the_app_of_steps_with_lora_sends_the_bytes_of_splitlora(monkeypatch, tmp_path):
+    pytest.importorskip("peft")
     cut, parts = strategy.cut_model, []  # recording a transformer takes seconds: once for both sides
     monkeypatch.setattr(strategy, "cut_model", lambda *args, **kw: parts.append(cut(*args, **kw)) or parts[0])
     monkeypatch.setattr(factory, "cut_model", lambda *_: copy.deepcopy(parts[0]))
+    monkeypatch.syspath_prepend(APPS.parent)
+    monkeypatch.setattr(importlib.import_module("beside"), "Central", Here)
     found = run("lora", monkeypatch, tmp_path, steps=6, width=16, layers=2)
     task = sys.modules["lora.task"]
     theirs = task.bytes_of_step(task.make_model(16, 2), 16, processes=1)

@@ -48,7 +48,7 @@ def assert_exact(files):
     cases = exactness_cases(2)
     for file in files:
         case, weights = cases[file.stem], load_file(file)
-        reference = case.reference(2)
+        reference = case.reference()
         assert largest_difference({key: weights[key] for key in reference}, reference) < case.tolerance, file.stem
 
 

@@ -42,7 +42,7 @@ def train(case, num_clients, client_class=SplitClient, **options):
 @pytest.mark.parametrize(("name", "num_clients"), exactness_params([1, 16]))
 def test_equals_centralised_training(name, num_clients):
     case = exactness_cases(num_clients)[name]
-    assert largest_difference(train(case, num_clients), case.reference(num_clients)) < case.tolerance
+    assert largest_difference(train(case, num_clients), case.reference()) < case.tolerance
 
 
 class OwnForward(SplitClient):
@@ -55,13 +55,13 @@ def test_one_client_at_a_time(sum_gradients, caplog):
     case = exactness_cases(16)["UniformGlobalSampler-sgd-64"]
     with caplog.at_level(logging.INFO, "flwr.psl_flower"):
         split = train(case, 16, OwnForward, sum_gradients=sum_gradients)
-    assert largest_difference(split, case.reference(16)) < case.tolerance
+    assert largest_difference(split, case.reference()) < case.tolerance
     assert caplog.text.count("run one at a time: OwnForward has a forward pass of its own") == 1  # said once
 
 
 def test_gradients_client_by_client():
     case = exactness_cases(16)["UniformGlobalSampler-sgd-64"]
-    assert largest_difference(train(case, 16, sum_gradients=False), case.reference(16)) < case.tolerance
+    assert largest_difference(train(case, 16, sum_gradients=False), case.reference()) < case.tolerance
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_gradients_client_by_client():
 )
 def test_fewer_bits_change_the_weights_a_little(wire_dtype, least, most):
     case = exactness_cases(16)["UniformGlobalSampler-sgd-32"]
-    difference = largest_difference(train(case, 16, wire_dtype=wire_dtype), case.reference(16))
+    difference = largest_difference(train(case, 16, wire_dtype=wire_dtype), case.reference())
     assert least < difference < most

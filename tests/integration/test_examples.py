@@ -127,9 +127,9 @@ def run_in_process(command):
 SHORTER = {
     "examples/quickstart": {"num-server-rounds": 4},
     "examples/quickstart/fedavg": {"num-server-rounds": 2},
-    "examples/custom-model": {"num-server-rounds": 2},
-    "examples/stragglers": {"num-server-rounds": 2, "delays-latency": 0.0002},
-    "examples/compare-samplers": {"num-server-rounds": 2},
+    "examples/custom-model": {"num-server-rounds": 1},
+    "examples/stragglers": {"num-server-rounds": 1, "delays-latency": 0.0002},
+    "examples/compare-samplers": {"num-server-rounds": 1},
 }
 # accuracy on the server's test data, both ends; of custom-model, the share of the variance explained
 SCORES = {
@@ -137,9 +137,9 @@ SCORES = {
     ("examples/quickstart", "skewed"): (0.84, 0.99),
     ("examples/quickstart/fedavg", "iid"): (0.5, 0.95),
     ("examples/quickstart/fedavg", "skewed"): (0.05, 0.8),  # 24 runs: 0.11 to 0.55, 0.37 ± 0.12; split learning: 0.89
-    ("examples/custom-model", None): (0.45, 0.8),
+    ("examples/custom-model", None): (0.2, 0.7),
     ("examples/labels-stay", None): (0.92, 1.0),
-    ("examples/stragglers", "severe"): (0.9, 0.995),
+    ("examples/stragglers", "severe"): (0.7, 0.995),
     ("examples/compare-samplers", "severe"): (0.3, 0.995),
 }
 

@@ -60,7 +60,7 @@ from psl_flower.strategy import strategy as strategy_module
 
 K = 3
 STRICT = FaultPolicy(tolerate=False)
-SAMPLER = UniformGlobalSampler(16, seed=3)
+SAMPLER = UniformGlobalSampler(40, seed=3)
 STEPS = len(SAMPLER.plan(population(K)))
 
 
@@ -441,7 +441,7 @@ def test_dropout_and_augmentation_repeat_exactly():
     torch.manual_seed(2)
     second = run(**options, num_rounds=2)
     assert largest_difference(state_of(first), state_of(second)) == 0
-    other = run(**options, num_rounds=2, sampler=UniformGlobalSampler(16, seed=4))
+    other = run(**options, num_rounds=2, sampler=UniformGlobalSampler(SAMPLER.batch_size, seed=4))
     assert largest_difference(state_of(first), state_of(other)) > 1e-3
 
 
@@ -554,7 +554,9 @@ def test_evaluation_does_not_change_training():
 
 @pytest.mark.parametrize(("every", "rounds"), [(0, []), (1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3])])
 def test_evaluate_every(every, rounds):
-    result = run(data_fn=load_partition_with_test, num_rounds=4, evaluate_every=every, sampler=UniformGlobalSampler(60))
+    result = run(
+        data_fn=load_partition_with_test, num_rounds=4, evaluate_every=every, sampler=UniformGlobalSampler(200)
+    )
     assert list(result.evaluate_metrics_clientapp) == rounds
 
 
@@ -619,7 +621,7 @@ class AsksForLabels(UniformGlobalSampler):
 
 @pytest.mark.parametrize("sampler_class", [UniformGlobalSampler, AsksForLabels])
 def test_metrics_of_every_step_and_round_are_written(tmp_path, sampler_class):
-    folder, sampler = tmp_path / "new" / "folder", sampler_class(16, seed=3)
+    folder, sampler = tmp_path / "new" / "folder", sampler_class(SAMPLER.batch_size, seed=3)
     options = {"output_dir": folder, "data_fn": load_partition_with_test, "sampler": sampler}
     evaluate = {"evaluate_fn": lambda server_round, arrays: MetricRecord({"accuracy": 0.5, "loss": 1.0})}
     result = run(**options, num_rounds=2, start=evaluate)
@@ -682,7 +684,11 @@ def test_model_curves_and_configuration_are_written(tmp_path):
     assert config["dataset"] == "digits"
     assert config["strategy"]["cut"] == CUT
     assert config["strategy"]["num_rounds"] == 1
-    assert config["strategy"]["sampler"] == {"class": "UniformGlobalSampler", "batch_size": 16, "seed": 3}
+    assert config["strategy"]["sampler"] == {
+        "class": "UniformGlobalSampler",
+        "batch_size": SAMPLER.batch_size,
+        "seed": 3,
+    }
     assert config["changes"] == []
 
 

@@ -129,7 +129,7 @@ def paths(value, path=()):
             yield from paths(value[key], (*path, key))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_headers_with_a_value_replaced_or_removed(data):
     name = data.draw(st.sampled_from(sorted(FRAMES)))

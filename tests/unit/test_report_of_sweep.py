@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from psl_flower.errors import ConfigError
+from psl_flower.experiments import report
 from psl_flower.experiments.findings import Findings
 from psl_flower.experiments.pictures import _legend, _styles
 from psl_flower.experiments.report import write_report
@@ -109,7 +110,8 @@ def test_one_column_makes_one_table_of_all_metrics(tmp_path):
     assert texts(table)["FLS"] == ["51.0 ± 1.4", "10 ± 0", "30 ± 0"]
 
 
-def test_the_papers_figures_stand_beside_ours_marked_as_the_papers(tmp_path):
+def test_the_papers_figures_stand_beside_ours_marked_as_the_papers(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_pictures", lambda *_: [])  # which take seconds
     paper = {"source": "arXiv 1", "conditions": "CIFAR-10", "accuracy": {"UGS": {"128": "84.31"}}}
     folder = a_sweep(tmp_path, paper=paper)
     accuracy = make_tables(Findings(folder))[0]

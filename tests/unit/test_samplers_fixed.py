@@ -60,7 +60,7 @@ def test_memory_is_of_the_data_not_of_steps_times_clients(sampler):
 def test_step_counts_on_the_severe_split(num_clients, local_steps, proportional_steps):
     labels = np.repeat(np.arange(10), 5000)
     steps = []
-    for seed in range(100):
+    for seed in range(40):
         rows = extended_dirichlet_split(labels, num_clients, 2, 3.0, np.random.default_rng(seed))
         population = Population(np.arange(num_clients), [len(part) for part in rows])
         plans = [sampler(128).plan(population) for sampler in (FixedLocalSampler, FixedProportionalSampler)]
