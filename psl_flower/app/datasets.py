@@ -23,17 +23,19 @@ class DatasetSpec:
 
     shape: tuple[int, int, int]  # (C, H, W) of every image
     num_classes: int
+    num_examples: int  # for training
     mean: tuple[float, ...]  # of each channel's training pixels, on a scale of 0 to 1
     std: tuple[float, ...]
     mirrored: bool = False  # whether mirror images look natural, so that crop_flip helps
 
 
 SPECS = {
-    "digits": DatasetSpec(shape=(1, 8, 8), num_classes=10, mean=(0.3054,), std=(0.3760,)),
-    "fashion-mnist": DatasetSpec(shape=(1, 28, 28), num_classes=10, mean=(0.2860,), std=(0.3530,)),
+    "digits": DatasetSpec(shape=(1, 8, 8), num_classes=10, num_examples=1437, mean=(0.3054,), std=(0.3760,)),
+    "fashion-mnist": DatasetSpec(shape=(1, 28, 28), num_classes=10, num_examples=60_000, mean=(0.2860,), std=(0.3530,)),
     "cifar10": DatasetSpec(
         shape=(3, 32, 32),
         num_classes=10,
+        num_examples=50_000,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
         mirrored=True,
@@ -41,6 +43,7 @@ SPECS = {
     "cifar100": DatasetSpec(
         shape=(3, 32, 32),
         num_classes=100,
+        num_examples=50_000,
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         mirrored=True,

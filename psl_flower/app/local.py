@@ -26,6 +26,7 @@ import typer
 from psl_flower.app.dashboard import dashboard, with_logger
 from psl_flower.app.preflight import check_run
 from psl_flower.app.watchdog import Watchdog, stop_trees
+from psl_flower.checks import writing_to
 from psl_flower.colours import wanted
 from psl_flower.threads import SLEEP_WHILE_WAITING
 
@@ -179,7 +180,8 @@ class LocalSuperLink:
         status = self._status(output)
         if process.returncode or status != "finished:completed":
             log = f":\n{output[-4000:]}" if quiet else ""  # else it stands above already
-            raise RuntimeError(f"the run ended with status {status!r}, exit code {process.returncode}{log}")
+            code = f", flwr run with exit code {process.returncode}" if process.returncode else ""
+            raise RuntimeError(f"the run ended with status {status!r}{code}{log}")
         return output
 
     def _status(self, output: str) -> str:
@@ -244,6 +246,9 @@ def run_app(
         If a setting is refused; nothing is started then.
     """
     config = check_run(app, run_config, num_supernodes, simulation=simulation)
+    if home is not None:
+        with writing_to(home, "--home"):
+            home.mkdir(parents=True, exist_ok=True)
     page: AbstractContextManager[object] = nullcontext()
     if with_dashboard:
         run_config = with_logger(config, run_config)

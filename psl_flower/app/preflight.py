@@ -42,8 +42,8 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
     ------
     ConfigError
         If Flower is too old, the app is not there, a key is unknown, a value is refused, the model cannot be cut where
-        it shall be, there are too few clients, the data are not there, what the settings need is not installed, or
-        TMPDIR is too long.
+        it shall be, there are too few clients, or too many for the data, the data are not there, what the settings
+        need is not installed, or TMPDIR is too long.
     """
     check_int(num_supernodes, "--num-supernodes", least=1)
     if not has_one_address():
@@ -63,6 +63,7 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
         return keys | overrides
     from psl_flower.app.datasets import check_dataset
     from psl_flower.app.server_app import make_strategy  # torch: only where its models are used
+    from psl_flower.app.task import check_split
     from psl_flower.config import RunConfig
 
     config = RunConfig.read(keys | overrides)
@@ -72,6 +73,8 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
             f"{config.min_available_nodes}: lower it, or raise --num-supernodes"
         )
     check_dataset(config.dataset, config.data_path)
+    if not config.data_path:  # what is in a folder may be a part of it
+        check_split(config, num_supernodes)
     make_strategy(config)
     return keys | overrides
 
@@ -90,9 +93,23 @@ def read_overrides(run_config: Sequence[str]) -> dict[str, Any]:
                 values |= _flat(tomllib.loads(f"{name} = {value}"))
             except tomllib.TOMLDecodeError:
                 raise ConfigError(
-                    f"-c takes numbers, true, false and strings in quotes, got {name}={value}: write {name}='{value}'"
+                    f"-c takes numbers, true, false and strings in quotes, got {name}={value}: write "
+                    f"{name}={_as_toml(value)}"
                 ) from None
     return values
+
+
+def _as_toml(text: str) -> str:
+    """Return what somebody who writes `text` for a value is likely to mean."""
+    number = text.replace(",", ".")
+    number = f"0{number}" if number.startswith(".") else f"{number}0" if number.endswith(".") else number
+    for guess in (text.lower(), number):  # True, 0,1
+        try:
+            tomllib.loads(f"guess = {guess}")
+        except tomllib.TOMLDecodeError:
+            continue
+        return guess
+    return f"'{text}'"
 
 
 def _flower_table(app: Path) -> dict[str, Any]:

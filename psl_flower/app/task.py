@@ -130,6 +130,35 @@ def split_indices(config: RunConfig, split: Split, num_partitions: int) -> list[
     return split_labels(config, load_arrays(config.dataset, split, config.data_path)[1], split, num_partitions)
 
 
+def check_split(config: RunConfig, num_clients: int) -> None:
+    """Refuse to split the whole of a dataset among more or fewer clients than it can be, without reading it.
+
+    Raises
+    ------
+    ConfigError
+        If some client could have no example, or some class no client.
+    """
+    spec, skew = SPECS[config.dataset], config.label_skew()
+    if num_clients > spec.num_examples:
+        raise ConfigError(
+            f"dataset {config.dataset!r} has {spec.num_examples} training examples, and each client needs one, got "
+            f"{num_clients} clients: take fewer"
+        )
+    if skew is None:
+        return
+    (classes, _), most = skew, spec.num_classes
+    if classes > most:
+        raise ConfigError(
+            f"classes-per-client must be at most {most}, the classes of {config.dataset!r}, got {classes}"
+        )
+    if classes * num_clients < most:
+        raise ConfigError(
+            f"partition {config.partition!r} must give each of the {most} classes to a client, got {num_clients} "
+            f"clients with {classes} classes each: take {-(-most // classes)} clients or more, raise "
+            "classes-per-client, or choose partition 'iid'"
+        )
+
+
 def split_labels(config: RunConfig, labels: NDArray[np.int64], split: Split, num_partitions: int) -> list[Rows]:
     """Return the positions in `labels` that each client gets, split as configured; test data is split evenly."""
     stream = (_SPLIT_STREAM, int(split == "test"))

@@ -1,5 +1,6 @@
 """What is wrong with a run is said in one line before anything is started."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from flwr.common.config import parse_config_args
 from ray._private.utils import validate_socket_filepath
 
 from psl_flower import cli, flower, temporary_folder
-from psl_flower.app import local
+from psl_flower.app import datasets, local
 from psl_flower.app.preflight import check_run, read_overrides
+from psl_flower.app.task import check_split, split_indices
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
 from psl_flower.temporary_folder import check_temporary_folder
@@ -47,6 +49,19 @@ def nothing_starts(monkeypatch):
         (["-c", "dataset='cifar10' data-path='/no/where'"], "data-path must be a folder with train-images-idx3-ubyte"),
         (["-c", "resume-from='latest' keep-checkpoints=0"], "checkpoint_every and resume_from='latest' need an output"),
         (["--num-supernodes", "0"], "--num-supernodes must be at least 1, got 0"),
+        (
+            ["--num-supernodes", "1438"],
+            "dataset 'digits' has 1437 training examples, and each client needs one, got 1438",
+        ),
+        (
+            ["-c", "partition='severe'", "--num-supernodes", "4"],
+            "partition 'severe' must give each of the 10 classes to a client, got 4 clients with 2 classes each",
+        ),
+        (
+            ["-c", "partition='mild' classes-per-client=11"],
+            "classes-per-client must be at most 10, the classes of 'dig",
+        ),
+        (["--home", "/dev/null/home"], "--home: /dev/null/home cannot be written to"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "deploy"])
@@ -137,6 +152,31 @@ def test_a_folder_too_long_for_the_paths_of_rays_sockets_is_refused(monkeypatch,
     with pytest.raises(ConfigError, match=rf"{name} must have at most {len(longest)} bytes.*: set {name}=/tmp before"):
         check_run(ROOT, [], 2, simulation=True)
     check_run(ROOT, [], 2, simulation=False)  # a deployment has no Ray
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ("False", "false"),
+        ("0,1", "0.1"),
+        (".5", "0.5"),
+        ("5.", "5.0"),
+        ("fls", "'fls'"),
+        ("b1", "'b1'"),
+        ("a,b", "'a,b'"),
+    ],
+)
+def test_who_writes_a_value_otherwise_than_toml_is_told_how_to(given, right):
+    with pytest.raises(ConfigError, match=rf": write key={re.escape(right)}$"):
+        read_overrides([f"key={given}"])
+
+
+def test_clients_as_many_or_few_as_a_split_can_have_are_let_through():
+    most = datasets.SPECS["digits"].num_examples
+    assert most == len(datasets.load_arrays("digits", "train")[1])
+    for clients, config in ((most, RunConfig()), (5, RunConfig(partition="severe"))):
+        check_split(config, clients)
+        assert len(split_indices(config, "train", clients)) == clients
 
 
 @pytest.mark.parametrize("command", ["run", "deploy"])
