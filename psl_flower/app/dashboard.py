@@ -97,7 +97,10 @@ def _tell(url: str, folder: Path, process: subprocess.Popen[bytes], over: thread
         written = any(file.stat().st_mtime >= begin for file in folder.glob("events.*"))
         with socket.socket() as probe:
             if written and probe.connect_ex(("127.0.0.1", port)) == 0:
-                print(f"Dashboard: {url} (the round arrow on the right loads what is new)", flush=True)
+                print(
+                    f"Dashboard: {url} (the round arrow loads what is new; who is slow and who failed: TEXT)",
+                    flush=True,
+                )
                 return
     if not over.is_set():
         print(f"The dashboard has ended; the run goes on. To see why: tensorboard --logdir {folder}", flush=True)

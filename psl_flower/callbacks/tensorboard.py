@@ -22,7 +22,7 @@ _LAYOUT = {
         "batch deviation": ["train_step/deviation"],
         "bytes of a step": ["train_step/bytes_.*"],
     },
-    "Time and faults": {
+    "Time and faults (whose curve is which: open Matches, or see TEXT above)": {
         "where the time went (seconds)": ["time/.*"],
         "slowest clients (ms an example)": ["slowest/.*"],
         "failures by kind": ["failures/.*"],
@@ -56,7 +56,8 @@ class TensorBoardLogger(Callback):
         """Open the event file."""
         # 0: hide what an earlier run has left
         self._writer = self._make(str(self._folder), purge_step=0, flush_secs=_FLUSH_SECONDS)
-        self._writer.add_text("configuration", _table("key", "value", config), 0)
+        # a block: in a table, one long value leaves the keys no room
+        self._writer.add_text("settings", "\n".join(f"    {key} = {value!r}" for key, value in config.items()), 0)
         self._writer.add_custom_scalars(
             {page: {name: ["Multiline", tags] for name, tags in charts.items()} for page, charts in _LAYOUT.items()}
         )
@@ -91,7 +92,8 @@ class TensorBoardLogger(Callback):
             _table("whose requests failed", "times", failing),
             _table("left out for good", "why", excluded),
         ]
-        self._writer.add_text("time and faults", "\n\n".join(filter(None, tables)), step)
+        # TensorBoard sorts by name: this one is above the settings
+        self._writer.add_text("faults and time", "\n\n".join(filter(None, tables)), step)
 
     def on_round(self, record: RoundRecord) -> None:
         """Write a round's scalars."""

@@ -91,7 +91,7 @@ class MessageCarrier(Carrier):
             if waiting:
                 time.sleep(min(max(_FIRST_WAIT, _WAIT_SHARE * elapsed), _LONGEST_WAIT, timeout - elapsed))
         for node in waiting.values():
-            reason = f"no reply within {timeout:g} s: raise timeout, or see whether the client still runs"
+            reason = f"no reply within {timeout:g} s: raise step-timeout, or see whether the client still runs"
             reply.failures[node] = Failure(Kind.TIMEOUT, reason)
         self._late.extend(waiting)
         return reply

@@ -218,7 +218,10 @@ def test_tensorboard_shows_while_a_run_goes_on_who_is_slow_who_fails_and_where_t
     assert (first("time/clients"), first("time/wire")) == ((40, 3.0), (40, 1.0))
     assert (first("slowest/client 7"), first("slowest/client 3")) == ((40, 20.0), (40, 5.0))  # ms an example
     assert (first(f"failures/{Kind.TIMEOUT.value}"), first("failing/client 5")) == ((40, 2.0), (40, 1.0))
-    told = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("time and faults/text_summary")]
+    texts = sorted(tag for tag in events.Tags()["tensors"] if tag.endswith("/text_summary"))  # the page's order
+    assert texts == ["faults and time/text_summary", "settings/text_summary"]
+    assert events.Tensors(texts[1])[0].tensor_proto.string_val[0].decode() == "    seed = 7"
+    told = [event.tensor_proto.string_val[0].decode() for event in events.Tensors(texts[0])]
     assert "| clients | 3.0 |\n| wire | 1.0 |" in told[0]
     assert "| slowest clients | ms an example |\n|---|---|\n| 7 | 20.00 |\n| 3 | 5.00 |" in told[0]
     assert "| timeout | 2 |" in told[0]

@@ -181,7 +181,7 @@ def test_silence_ends_at_the_timeout(clock):
     reply = exchange(grid, timeout=5.0)
     assert sizes(reply) == {4: 4}
     assert failures(reply) == dict.fromkeys(
-        (3, 5), "no reply within 5 s: raise timeout, or see whether the client still runs"
+        (3, 5), "no reply within 5 s: raise step-timeout, or see whether the client still runs"
     )
     assert {reply.failures[node].kind for node in (3, 5)} == {Kind.TIMEOUT}
     assert clock.now == pytest.approx(5.0)

@@ -305,7 +305,7 @@ class StreamCarrier(Carrier):
 
     def _give_up(self, current: Exchange) -> None:
         """Answer for those that did not."""
-        reason = f"no reply within {current.timeout:g} s: raise timeout, or see whether the client still runs"
+        reason = f"no reply within {current.timeout:g} s: raise step-timeout, or see whether the client still runs"
         current.fail(current.open_nodes(), Kind.TIMEOUT, reason)
         # a process that is stuck while others work would hold up every step: the others take over its clients
         stuck = {s.connection for s in self._sent.values() if s.connection.closing is None}
