@@ -23,7 +23,13 @@ from psl_flower.app.models import build_model, default_cut
 from psl_flower.config import RunConfig
 from psl_flower.errors import ConfigError
 from psl_flower.methods import ParallelSplit, UShapedSplit, make_method
-from psl_flower.partition.split import Rows, extended_dirichlet_split, iid_split
+from psl_flower.partition.split import (
+    Rows,
+    check_classes,
+    check_partitions,
+    extended_dirichlet_split,
+    iid_split,
+)
 from psl_flower.split import check_client_half, cut_model, replace_batch_norm
 
 # keeps the data split apart from every other use of the seed, see Note [Sampler streams] in samplers/base.py
@@ -139,24 +145,9 @@ def check_split(config: RunConfig, num_clients: int) -> None:
         If some client could have no example, or some class no client.
     """
     spec, skew = SPECS[config.dataset], config.label_skew()
-    if num_clients > spec.num_examples:
-        raise ConfigError(
-            f"dataset {config.dataset!r} has {spec.num_examples} training examples, and each client needs one, got "
-            f"{num_clients} clients: take fewer"
-        )
-    if skew is None:
-        return
-    (classes, _), most = skew, spec.num_classes
-    if classes > most:
-        raise ConfigError(
-            f"classes-per-client must be at most {most}, the classes of {config.dataset!r}, got {classes}"
-        )
-    if classes * num_clients < most:
-        raise ConfigError(
-            f"partition {config.partition!r} must give each of the {most} classes to a client, got {num_clients} "
-            f"clients with {classes} classes each: take {-(-most // classes)} clients or more, raise "
-            "classes-per-client, or choose partition 'iid'"
-        )
+    check_partitions(num_clients, spec.num_examples)
+    if skew is not None:
+        check_classes(num_clients, skew[0], spec.num_classes)
 
 
 def split_labels(config: RunConfig, labels: NDArray[np.int64], split: Split, num_partitions: int) -> list[Rows]:

@@ -40,7 +40,7 @@ def iid_split(num_examples: int, num_partitions: int, rng: np.random.Generator |
         If a partition would be empty.
     """
     num_examples = check_int(num_examples, "num_examples", least=1)
-    _check_partitions(num_partitions, num_examples)
+    check_partitions(num_partitions, num_examples)
     rng = _generator(rng)
     return [np.sort(part) for part in np.array_split(rng.permutation(num_examples), num_partitions)]
 
@@ -87,7 +87,7 @@ def extended_dirichlet_split(
     Extended Dirichlet strategy of arXiv 2302.01633.
     """
     values = _checked_labels(labels)
-    _check_partitions(num_partitions, len(values))
+    check_partitions(num_partitions, len(values))
     check_int(num_classes_per_partition, "num_classes_per_partition", least=1)
     check_float(alpha, "alpha", above=0)
     rng = _generator(rng)
@@ -98,7 +98,7 @@ def extended_dirichlet_split(
     grouped = values[order]
     starts = np.flatnonzero(np.concatenate(([True], grouped[1:] != grouped[:-1])))
     class_sizes = np.diff(starts, append=len(values))
-    _check_classes(num_partitions, num_classes_per_partition, len(starts))
+    check_classes(num_partitions, num_classes_per_partition, len(starts))
 
     chosen = _choose_classes(num_partitions, len(starts), num_classes_per_partition, rng)
     by_class = np.argsort(chosen, axis=None, kind="stable")  # entry e is partition e // C's class number e % C
@@ -117,26 +117,40 @@ def _generator(rng: np.random.Generator | int) -> np.random.Generator:
     return rng if isinstance(rng, np.random.Generator) else np.random.default_rng(check_int(rng, "rng", least=0))
 
 
-def _check_partitions(num_partitions: int, num_examples: int) -> None:
+def check_partitions(num_partitions: int, num_examples: int) -> None:
+    """Refuse more partitions than examples.
+
+    Raises
+    ------
+    ConfigError
+        If some partition would be empty, or there is none.
+    """
     check_int(num_partitions, "num_partitions", least=1)
     if num_partitions > num_examples:
         raise ConfigError(
-            f"every partition needs at least one example, got {num_examples} examples for {num_partitions} partitions: "
-            f"lower num_partitions"
+            f"every partition (client) needs at least one example, got {num_examples} examples for {num_partitions} "
+            "partitions: take fewer"
         )
 
 
-def _check_classes(num_partitions: int, num_classes_per_partition: int, num_classes: int) -> None:
+def check_classes(num_partitions: int, num_classes_per_partition: int, num_classes: int) -> None:
+    """Refuse partitions of so many classes that there are not as many, or of so few that a class would have no holder.
+
+    Raises
+    ------
+    ConfigError
+        If they are refused.
+    """
     if num_classes_per_partition > num_classes:
         raise ConfigError(
-            f"num_classes_per_partition must not exceed the number of classes, got {num_classes_per_partition} "
-            f"for {num_classes} classes"
+            "the classes of a partition (client) must not exceed the number of classes, got "
+            f"{num_classes_per_partition} for {num_classes} classes: take fewer"
         )
     if num_partitions * num_classes_per_partition < num_classes:
         raise ConfigError(
             f"every class needs a holder, but {num_partitions} partitions of {num_classes_per_partition} classes each "
-            f"hold at most {num_partitions * num_classes_per_partition} of {num_classes} classes: raise num_partitions "
-            f"or num_classes_per_partition"
+            f"hold at most {num_partitions * num_classes_per_partition} of {num_classes} classes: take more partitions "
+            "(clients), or more classes each"
         )
 
 

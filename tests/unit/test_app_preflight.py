@@ -51,15 +51,15 @@ def nothing_starts(monkeypatch):
         (["--num-supernodes", "0"], "--num-supernodes must be at least 1, got 0"),
         (
             ["--num-supernodes", "1438"],
-            "dataset 'digits' has 1437 training examples, and each client needs one, got 1438",
+            "every partition (client) needs at least one example, got 1437 examples for 1438 partit",
         ),
         (
             ["-c", "partition='severe'", "--num-supernodes", "4"],
-            "partition 'severe' must give each of the 10 classes to a client, got 4 clients with 2 classes each",
+            "every class needs a holder, but 4 partitions of 2 classes each hold at most 8 of 10 classes",
         ),
         (
             ["-c", "partition='mild' classes-per-client=11"],
-            "classes-per-client must be at most 10, the classes of 'dig",
+            "the classes of a partition (client) must not exceed the number of classes, got 11 for 10",
         ),
         (["--home", "/dev/null/home"], "--home: /dev/null/home cannot be written to"),
     ],

@@ -49,7 +49,7 @@ class TestIidSplit:
         [
             (
                 (3, 4),
-                "every partition needs at least one example, got 3 examples for 4 partitions: lower num_partitions",
+                r"every partition \(client\) needs at least one example, got 3 examples for 4 partitions: take fewer",
             ),
             ((0, 1), "num_examples must be at least 1, got 0"),
             ((3, 0), "num_partitions must be at least 1, got 0"),
@@ -180,11 +180,11 @@ class TestExtendedDirichletSplit:
             ({"num_classes": 11}, "must not exceed the number of classes, got 11 for 10 classes"),
             (
                 {"num_partitions": 4},
-                "4 partitions of 2 classes each hold at most 8 of 10 classes: raise num_partitions",
+                "4 partitions of 2 classes each hold at most 8 of 10 classes: take more partitions",
             ),
             (
                 {"num_partitions": 5001},
-                "at least one example, got 5000 examples for 5001 partitions: lower num_partitions",
+                "at least one example, got 5000 examples for 5001 partitions: take fewer",
             ),
             ({"labels": []}, r"labels must be one value an example, got shape \(0,\)"),
             ({"labels": np.array([], dtype=object)}, r"labels must be one value an example, got shape \(0,\)"),
