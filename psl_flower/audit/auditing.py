@@ -183,6 +183,8 @@ def _case(setting: Setting, label: str, attacks: Sequence[str], progress: _Progr
         case.findings.extend(found.findings)
         if found.gallery is not None:
             case.galleries.append(found.gallery)
+        if not found.findings:
+            case.idle.append(name)
     progress.end()
     return case
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from psl_flower.audit.quiet import quietly
 from psl_flower.audit.rehearsal import prepared
 from psl_flower.audit.report import JSON_FILE, save_report
 from psl_flower.audit.target_epsilon import TargetEpsilon
-from psl_flower.checks import check_int
+from psl_flower.checks import check_int, writing_to
 from psl_flower.config import RunConfig
 from psl_flower.errors import CutError
 from psl_flower.machine import machine
@@ -125,7 +126,7 @@ def _audit(
         momentum=given.momentum,
         augment="none",  # what is reconstructed is compared with what is in the data
     )
-    with quietly(logging.WARNING):  # the runs' own log
+    with quietly(logging.WARNING), _folder(output):  # the runs' own log
         found = audit(
             partial(_model, config),
             load_images(config, "train"),
@@ -151,6 +152,19 @@ def _audit(
         print((output / JSON_FILE).read_text(encoding="utf-8"), end="")
     else:
         print(found.markdown(), *paths, sep="\n")
+
+
+@contextmanager
+def _folder(output: Path) -> Iterator[None]:
+    """Make the report's folder before what takes long; what is refused leaves none."""
+    with writing_to(output, "--output"):
+        output.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something is in it
+            output.rmdir()
+        raise
 
 
 def _fitting(cuts: Sequence[str], model: nn.Module, tail: str | None) -> Sequence[str]:

@@ -27,6 +27,8 @@ class Case:
         Of the training, of a processor.
     findings : list of Finding
     galleries : list of Gallery
+    idle : list of str
+        Attacks that had nothing to attack.
     """
 
     cut: str
@@ -37,6 +39,7 @@ class Case:
     seconds: float
     findings: list[Finding] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can have it; pictures are files of their own."""
@@ -129,8 +132,14 @@ class AuditResult:
     def markdown(self) -> str:
         """Return all as tables in Markdown: a table of prices, a table of leaks for each cut and defence."""
         text = ["# What leaks", "", *_prices(self.cases)]
-        for (cut, defence), lines in _grouped(self.lines()).items():
-            text += ["", f"## Cut {cut}, {defence}", "", *_table(lines)]
+        found = _grouped(self.lines())
+        idle = {(case.cut, case.defence): case.idle for case in self.cases}
+        for (cut, defence), nothing in idle.items():
+            text += ["", f"## Cut {cut}, {defence}"]
+            if (cut, defence) in found:
+                text += ["", *_table(found[cut, defence])]
+            if nothing:
+                text += ["", f"Had nothing to attack here, which is no sign of safety: {', '.join(nothing)}."]
         return "\n".join(text) + "\n"
 
 

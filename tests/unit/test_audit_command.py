@@ -26,6 +26,7 @@ def test_it_trains_attacks_and_reports(tmp_path, capsys):
         *QUICK,
     ]
     words += ["--defences", "none", "--defences", "RandomizedResponse(0.01, 10)", "--output", str(tmp_path), "--json"]
+    words += ["--attack", "tail-labels"]  # on what only a U shape has
     assert cli.main(words) == 0
     shown = capsys.readouterr()
     told = json.loads(shown.out)
@@ -37,6 +38,9 @@ def test_it_trains_attacks_and_reports(tmp_path, capsys):
     assert shares[1] < 0.4  # chance is 0.1
     assert "2/2  cut stage2, RandomizedResponse(0.01, 10), seed 0: labels  ETA" in shown.err
     assert (tmp_path / "frontier.png").exists()
+    assert [case["idle"] for case in told["cases"]] == [["tail-labels"]] * 2
+    report = (tmp_path / "audit.md").read_text()
+    assert report.count("Had nothing to attack here, which is no sign of safety: tail-labels.") == 2
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,12 @@ def test_what_is_wrong_is_refused(words, message, capsys, tmp_path):
     assert cli.main(["audit", *words, "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_runs(capsys):
+    assert cli.main(["audit", "--output", "/dev/null/out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("psl-flower: --output: /dev/null/out cannot be written to")
 
 
 @pytest.mark.parametrize("name", preset_names("audit"))
