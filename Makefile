@@ -59,7 +59,7 @@ clean: ## remove what the commands above made
 	rm -rf .venv .nox site .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs build dist
 
 $(READY): pyproject.toml constraints.txt
-	@echo "Installing psl_flower and what it is tested with into .venv: about 2.5 GB in two or three minutes, only this once."
+	@echo "Installing psl_flower and what it is tested with into .venv: 2.5 GB, or 7 with CUDA, in some minutes, only this once."
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip
