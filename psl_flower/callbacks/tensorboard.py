@@ -12,6 +12,7 @@ from psl_flower.extras import extra
 from psl_flower.records import RoundRecord, StepRecord
 
 _FLUSH_SECONDS = 5  # TensorBoard's own is two minutes: too long for who looks on
+_TOLD_SECONDS = 0.05  # less is 0.0 in the table
 _MOST_CLIENTS = 8  # with a curve of their failures
 # The page "custom scalars", for looking on: what it is called there, and the curves in one picture
 _LAYOUT = {
@@ -86,11 +87,11 @@ class TensorBoardLogger(Callback):
         step = summary["steps_committed"]
         self._write(now, step)
         tables = [
-            _table("where the time went", "seconds", {k: f"{s:.1f}" for k, s in seconds.items() if s}),
-            _table("slowest clients", "ms an example", {k: f"{ms:.2f}" for k, ms in slowest.items()}),
-            _table("what failed", "times", refused),
-            _table("whose requests failed", "times", failing),
             _table("left out for good", "why", excluded),
+            _table("whose requests failed", "times", failing),
+            _table("what failed", "times", refused),
+            _table("slowest clients", "ms an example", {k: f"{ms:.2f}" for k, ms in slowest.items()}),
+            _table("where the time went", "seconds", {k: f"{s:.1f}" for k, s in seconds.items() if s >= _TOLD_SECONDS}),
         ]
         # TensorBoard sorts by name: this one is above the settings
         self._writer.add_text("faults and time", "\n\n".join(filter(None, tables)), step)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from psl_flower.failures import Failure, Kind
 from psl_flower.protocol import Reply
 from psl_flower.strategy import summary as summary_module
 from psl_flower.strategy.summary import SPENT, RunSummary
@@ -59,6 +60,13 @@ def test_a_process_worked_at_most_as_long_as_it_was_waited_for(clock):
     summary = RunSummary()
     step(summary, clock, [Reply(busy=99.0)])
     assert spent(summary) == {"server": 4, "clients": 3}
+
+
+def test_an_exchange_in_which_a_client_is_silent_is_no_matter_of_the_wire(clock):
+    summary = RunSummary()
+    silent, wrong = (Failure(kind, "") for kind in (Kind.TIMEOUT, Kind.SHAPE))
+    step(summary, clock, [Reply(busy=2.0, failures={2: silent}), Reply(busy=2.0, failures={2: wrong})])
+    assert spent(summary) == {"server": 4, "clients": 4, "waiting": 1, "wire": 1}
 
 
 def test_a_joint_pass_is_not_divided_among_its_clients(clock):
