@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from psl_flower.callbacks.registry import LOGGERS, check_loggers
@@ -36,11 +36,6 @@ SIMULATED_DELAYS = tuple(name for name in DELAY_MODELS if name != "measured")
 
 # (classes a client, Dirichlet concentration) of the label-skewed splits, docs/method.md, 5
 _LABEL_SKEW = {"mild": (5, 3.0), "severe": (2, 3.0)}
-
-
-def _known_loggers(names: str) -> str:
-    check_loggers(names)
-    return names
 
 
 # An option of the sampler's or the delay model's class, by its name there: defaults and checks are the class's own.
@@ -205,7 +200,7 @@ class RunConfig:
         unit="threads",
         ge=0,
     )
-    loggers: Annotated[str, AfterValidator(_known_loggers)] = key(
+    loggers: str = key(
         "", f"What to write beside metrics.jsonl and CSV: {', '.join(LOGGERS)}, or both, separated by a comma"
     )
     output_dir: str = key("outputs", "Where results go, relative to the SuperLink's working directory", min_length=1)
@@ -214,6 +209,7 @@ class RunConfig:
         self.fault_policy()
         self.stream_options()  # refuses addresses without a port
         parse_defences(self.defences)
+        check_loggers(self.loggers)
         if self.partition == "iid" and (self.classes_per_client or self.dirichlet_alpha):
             raise ConfigError(
                 "classes-per-client and dirichlet-alpha shape the partitions 'mild' and 'severe', got "
@@ -287,7 +283,8 @@ class RunConfig:
 
     def stream_options(self) -> StreamOptions:
         """Return how streams are configured."""
-        return StreamOptions(bind=self.stream_bind, advertise=self.stream_address, wire_dtype=self.wire_dtype)
+        with _naming("stream"):
+            return StreamOptions(bind=self.stream_bind, advertise=self.stream_address, wire_dtype=self.wire_dtype)
 
     def label_skew(self) -> tuple[int, float] | None:
         """Return (classes a client, Dirichlet alpha) of the data split, or None for IID."""

@@ -269,6 +269,8 @@ def test_the_delays_file_may_start_at_home(tmp_path, monkeypatch):
         ({"delays": "lognormal", "delays-fraction": 0.5}, "delays-fraction is for delays 'slow-fraction', got 0.5"),
         ({"delays": "slow-fraction", "delays-fraction": 2}, r"keys delays-\*: fraction must be at most 1, got 2"),
         ({"delays": "slow-fraction", "delays-path": "/a.csv"}, "delays-path is for delays 'csv', got '/a.csv'"),
+        ({"stream-bind": "9095"}, r"the keys stream-\*: bind must be host:port"),
+        ({"loggers": "wandb,tb"}, "^loggers must be one of 'tensorboard', 'wandb', got 'tb'"),
         ({"delays": "csv"}, r"delays-\*: delays 'csv' needs the option 'path'"),
         ({"delays": "csv", "delays-path": "a.csv"}, "delays-path must be absolute, got 'a.csv'"),
         ({"delays": "measured", "delays-latency": 1.0}, "got 1.0 with simulated-delays 'none'"),
