@@ -42,7 +42,8 @@ def test_a_supernode_is_the_readmes_with_the_superlinks_name(number):
 
 def test_all_are_the_one_image_whose_user_may_read_the_key_that_is_for_the_superlinks_name():
     for service in SERVICES.values():
-        assert service["build"] == {"context": "../..", "dockerfile": "examples/deployment/Dockerfile"}
+        assert service["build"] == SERVICES["superlink"]["build"]
+        assert (FOLDER / service["build"]["context"] / service["build"]["dockerfile"]).samefile(FOLDER / "Dockerfile")
         assert service["image"] == "psl-flower-deployment"
     made = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
     for words in re.findall(r"^COPY (.*) \S+$", made, re.MULTILINE):
