@@ -43,7 +43,7 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
     ConfigError
         If Flower is too old, the app is not there, a key is unknown, a value is refused, the model cannot be cut where
         it shall be, there are too few clients, or too many for the data, the data are not there, what the settings
-        need is not installed, or TMPDIR is too long.
+        need is not installed, there is no checkpoint to resume from, or TMPDIR is too long.
     """
     check_int(num_supernodes, "--num-supernodes", least=1)
     if not has_one_address():
@@ -61,6 +61,7 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
         check_choice(name, "a configuration key", keys)
     if flower.get("components", {}).get("serverapp") != _SERVER_APP:
         return keys | overrides
+    from psl_flower import checkpoint
     from psl_flower.app.datasets import check_dataset
     from psl_flower.app.server_app import make_strategy  # torch: only where its models are used
     from psl_flower.app.task import check_split
@@ -76,6 +77,8 @@ def check_run(app: str | Path, run_config: Sequence[str], num_supernodes: int, *
     if not config.data_path:  # what is in a folder may be a part of it
         check_split(config, num_supernodes)
     make_strategy(config)
+    if config.resume_from not in ("", "latest"):
+        checkpoint.read(Path(config.resume_from))
     return keys | overrides
 
 

@@ -61,6 +61,7 @@ def nothing_starts(monkeypatch):
             ["-c", "partition='mild' classes-per-client=11"],
             "the classes of a partition (client) must not exceed the number of classes, got 11 for 10",
         ),
+        (["-c", "resume-from='/no/where'"], "resume_from: there is no checkpoint /no/where: pass 'latest', or the"),
         (["--home", "/dev/null/home"], "--home: /dev/null/home cannot be written to"),
     ],
 )
