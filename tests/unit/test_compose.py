@@ -29,6 +29,7 @@ def test_the_superlink_is_the_readmes_but_can_be_reached():
     paths = {name: f"certificates/{told[name]}" for name in ("--ssl-ca-certfile", "--ssl-certfile", "--ssl-keyfile")}
     assert SERVICES["superlink"]["command"].startswith("flower-superlink ")
     assert options(SERVICES["superlink"]["command"]) == told | paths | {"--host": "0.0.0.0"}
+    assert told["--port"] in SERVICES["superlink"]["healthcheck"]["test"][-1]
     assert SERVICES["superlink"]["ports"] == [f"127.0.0.1:{told['--port']}:{told['--port']}"]
 
 
