@@ -72,7 +72,7 @@ class RunSummary:
     seconds : dict of str to float
         What the run's time, on the wall clock, was spent on, see `SPENT`. "clients" is the work of the process that
         took longest, exchange by exchange and by its own clock, simulated delays that were slept included; "wire" is
-        what exchanges took beyond it, or "waiting", where a client did not answer in time; attempts at steps that
+        what exchanges took beyond it, or "waiting", where a client did not answer; attempts at steps that
         nothing came of, and pauses after them, are "waiting", too.
     client_seconds, client_examples : dict of int to float, int
         Work of each client, and examples it was about.
@@ -133,7 +133,7 @@ class RunSummary:
         """Count an exchange that took `seconds`, so far on the "wire"; `counts` are the examples asked of a client."""
         replied = {client: s for client, s in reply.seconds.items() if client not in reply.failures}
         worked = min(reply.busy, seconds)
-        silent = any(failure.kind is Kind.TIMEOUT for failure in reply.failures.values())
+        silent = any(failure.kind.is_outage for failure in reply.failures.values())
         self.seconds["wire"] -= seconds if silent else worked
         self.seconds["waiting"] += seconds - worked if silent else 0.0
         self.seconds["clients"] += worked

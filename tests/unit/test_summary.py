@@ -64,9 +64,9 @@ def test_a_process_worked_at_most_as_long_as_it_was_waited_for(clock):
 
 def test_an_exchange_in_which_a_client_is_silent_is_no_matter_of_the_wire(clock):
     summary = RunSummary()
-    silent, wrong = (Failure(kind, "") for kind in (Kind.TIMEOUT, Kind.SHAPE))
-    step(summary, clock, [Reply(busy=2.0, failures={2: silent}), Reply(busy=2.0, failures={2: wrong})])
-    assert spent(summary) == {"server": 4, "clients": 4, "waiting": 1, "wire": 1}
+    kinds = (Kind.TIMEOUT, Kind.UNREACHABLE, Kind.SHAPE)
+    step(summary, clock, [Reply(busy=2.0, failures={2: Failure(kind, "")}) for kind in kinds])
+    assert spent(summary) == {"server": 4, "clients": 6, "waiting": 2, "wire": 1}
 
 
 def test_a_joint_pass_is_not_divided_among_its_clients(clock):
