@@ -23,6 +23,7 @@ OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFn = Callable[[torch.optim.Optimizer], Any]
 
 _NEEDED = ("step", "zero_grad", "param_groups", "state_dict", "load_state_dict")
+_LIGHTNINGS = ("frequency", "name", "strict", "reduce_on_plateau")  # that change nothing here
 _SHOWN = 5
 
 
@@ -116,6 +117,16 @@ def _check_parameters(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
             len(parameters),
             _listed(left_out),
         )
+
+
+def keeps_averages_apart(optimizer: Any) -> bool:
+    """Return whether an optimizer has hooks after its steps, which may keep averages, and none that save them."""
+    made = optimizer.inner if isinstance(optimizer, Accumulated) else optimizer
+    after, saving = (
+        getattr(made, f"_optimizer_{name}_post_hooks", None)
+        for name in ("step", "state_dict")  # of torch's optimizers
+    )
+    return bool(after) and not saving
 
 
 class RatedOptimizer:
@@ -239,7 +250,8 @@ def make_scheduler(
     factory : callable, optional
         Takes the optimizer and returns a torch scheduler, which steps after every round; or, as in Lightning, a dict
         ``{"scheduler": ..., "interval": "round" or "step", "monitor": "loss"}``. A round is an epoch, so "epoch" says
-        the same as "round". `monitor` is the metric of a ``ReduceLROnPlateau``, by default the training loss.
+        the same as "round". `monitor` is the metric of a ``ReduceLROnPlateau``, by default the training loss. What
+        else Lightning has there may stay; its `frequency` must be 1.
     optimizer : Optimizer
     evaluate_every : int
         Rounds between two evaluations on the clients' test data, whose metrics may be waited for; 0 for none.
@@ -265,7 +277,14 @@ def make_scheduler(
         ) from exc
     options = made if isinstance(made, dict) else {"scheduler": made}
     for key in options:
-        check_choice(key, "a key of the dict that scheduler returns", ("scheduler", "interval", "monitor"))
+        check_choice(
+            key, "a key of the dict that scheduler returns", ("scheduler", "interval", "monitor", *_LIGHTNINGS)
+        )
+    if (frequency := options.get("frequency", 1)) != 1:
+        raise ConfigError(
+            f"scheduler: frequency must be 1, got {frequency!r:.80}: a scheduler steps at each interval, so give its "
+            "own options (step_size, T_max, patience) so many times as much"
+        )
     scheduler = options.get("scheduler")
     _check_scheduler(scheduler, optimizer)
     interval = check_choice(options.get("interval", "round"), "scheduler: interval", ("round", "step", "epoch"))

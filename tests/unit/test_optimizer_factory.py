@@ -122,6 +122,7 @@ def halves(optimizer):
         (lambda o: {"scheduler": halves(o)}, [0.5, 0.25]),
         (lambda o: {"scheduler": halves(o), "interval": "epoch"}, [0.5, 0.25]),
         (lambda o: {"scheduler": halves(o), "interval": "step"}, [2**-3, 2**-6]),
+        (lambda o: {"scheduler": halves(o), "frequency": 1, "name": "lr", "strict": True}, [0.5, 0.25]),
     ],
 )
 def test_by_round_and_by_step(factory, expected):
@@ -187,7 +188,11 @@ class ByEpoch:
         (lambda o: o, "got SGD"),
         (lambda o: 0.1, "got float, which has no step"),
         (lambda o: {"interval": "step"}, "got None"),
-        (lambda o: {"scheduler": halves(o), "frequency": 2}, "'scheduler', 'interval', 'monitor', got 'frequency'"),
+        (lambda o: {"scheduler": halves(o), "frequency": 2}, r"frequency must be 1, got 2: .*\(step_size"),
+        (
+            lambda o: {"scheduler": halves(o), "freq": 1},
+            r"'interval', 'monitor', .*got 'freq' \(did you mean 'frequency'",
+        ),
         (lambda o: {"scheduler": halves(o), "interval": "batch"}, "'round', 'step', 'epoch', got 'batch'"),
         (lambda o: {"scheduler": halves(o), "monitor": "loss"}, "StepLR steps without a metric: leave monitor='loss'"),
         (lambda o: {"scheduler": plateau(o), "monitor": 3}, "monitor must be the name of a metric, .* got 3"),
