@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
@@ -152,3 +153,16 @@ def test_a_frontier_has_a_panel_a_leak_and_of_gradients_at_two_cuts_the_worse():
 def test_the_audit_is_listed_where_it_is_found():
     assert "audit" in dir(privacy)
     assert privacy.audit is audit
+
+
+# --- decoders --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("width", [7, 2500])
+def test_ridge_regressions_are_those_of_scikit_learn_with_few_examples_and_with_many(width):
+    generator = torch.Generator().manual_seed(0)
+    values, inputs = torch.randn(60, width, generator=generator), torch.randn(60, 1, 2, 3, generator=generator)
+    new = torch.randn(5, width, generator=generator)
+    for made, penalty in zip(decoder._ridges(values, inputs), decoder._RIDGES, strict=True):
+        x, y = values.double().numpy(), inputs.flatten(1).double().numpy()
+        ridge = Ridge(alpha=60 * penalty, fit_intercept=False).fit(x, y - y.mean(axis=0))
+        expected = ridge.predict(new.double().numpy()) + y.mean(axis=0)
+        assert made(new).flatten(1).numpy() == pytest.approx(expected, abs=1e-5)
