@@ -66,6 +66,12 @@ def make_optimizer(factory: Callable[[Any], Any], parameters: Mapping[str, nn.Pa
             f"{type(optimizer).__name__} computes a step's loss several times (its step needs a closure), and clients "
             "compute theirs once a step: take an optimizer that needs no closure, for example torch.optim.Adam"
         )
+    if all(callable(getattr(_inner(optimizer), mode, None)) for mode in ("train", "eval")):
+        raise ConfigError(
+            f"{type(_inner(optimizer)).__name__} has other weights for evaluation than for training (train() and "
+            "eval()), and a run evaluates, saves and returns those that it trains: take an optimizer without them; for "
+            "averages see docs/transformers.md, Recipes"
+        )
     return optimizer  # type: ignore[no-any-return]
 
 
@@ -121,7 +127,7 @@ def _check_parameters(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
 
 def keeps_averages_apart(optimizer: Any) -> bool:
     """Return whether an optimizer has hooks after its steps, which may keep averages, and none that save them."""
-    made = optimizer.inner if isinstance(optimizer, Accumulated) else optimizer
+    made = _inner(optimizer)
     after, saving = (
         getattr(made, f"_optimizer_{name}_post_hooks", None)
         for name in ("step", "state_dict")  # of torch's optimizers
@@ -338,6 +344,11 @@ def _monitor_of(scheduler: Any, name: Any) -> Monitor | None:
     if mode and getattr(scheduler, "mode", mode) != mode:
         log.warning("%s has mode=%r, but monitors %r: is mode=%r meant?", kind, scheduler.mode, name, mode)
     return monitor
+
+
+def _inner(optimizer: Any) -> Any:
+    """Return the optimizer that the user's function has made."""
+    return optimizer.inner if isinstance(optimizer, Accumulated) else optimizer
 
 
 def _parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

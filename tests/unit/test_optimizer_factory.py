@@ -9,7 +9,7 @@ from torch.optim import SGD, Adam
 from torch.optim import lr_scheduler as lrs
 
 from psl_flower.errors import ConfigError
-from psl_flower.server import make_optimizer, make_scheduler
+from psl_flower.server import accumulate, make_optimizer, make_scheduler
 
 
 def named(seed=0):
@@ -87,6 +87,16 @@ def test_what_is_no_optimizer_is_refused(made, expected):
 def test_an_optimizer_that_needs_a_closure_is_refused():
     with pytest.raises(ConfigError, match=r"LBFGS computes .* needs a closure.*Adam"):
         make_optimizer(torch.optim.LBFGS, named())
+
+
+class ScheduleFree(SGD):
+    train = eval = print
+
+
+@pytest.mark.parametrize("factory", [ScheduleFree, accumulate(ScheduleFree, 2)])
+def test_an_optimizer_with_other_weights_for_evaluation_is_refused(factory):
+    with pytest.raises(ConfigError, match="ScheduleFree has other weights for evaluation than for training"):
+        make_optimizer(factory, named())
 
 
 def test_what_is_no_function_and_a_model_without_parameters_are_refused():
