@@ -192,7 +192,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         if sampler is not None and not isinstance(sampler, Sampler):
-            raise ConfigError(f"sampler must be a psl_flower Sampler, got {sampler!r:.80}")
+            raise ConfigError(f"sampler must be a Sampler, UniformGlobalSampler(batch_size=128), got {sampler!r:.80}")
         check_optimizer_fn(optimizer)
         check_loss(loss)
         self.cut, self.tail, self.method = cut, tail, make_method(method, tail)
