@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from psl_flower.split.model import Halves
 from psl_flower.typing import IntArray
 
 BoolArray = NDArray[np.bool_]
+_TOGETHER = 64  # exchanges whose rows a part is run on at once
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -137,7 +139,8 @@ class Scene:
         if not last or behind is None:
             return None
         with torch.no_grad():
-            said: IntArray = torch.cat([run(behind.eval(), of).argmax(dim=1) for of in last[0].crossed]).numpy()
+            joined = (tree.join(crossed, "what crossed") for crossed in _groups(last[0].crossed))
+            said: IntArray = torch.cat([run(behind.eval(), of).argmax(dim=1) for of in joined]).numpy()
         return said, last[0]
 
     @property
@@ -163,6 +166,12 @@ class Scene:
             shadow=np.isin(clients, sorted(self.shadow)),
             exchanges=[exchange for exchange, _ in seen],
         )
+
+
+def _groups(crossed: list[tree.Tree]) -> list[list[tree.Tree]]:
+    """Return exchanges in groups of about as many: a model may take no single row, and all at once take much memory."""
+    ends = np.linspace(0, len(crossed), -(-len(crossed) // _TOGETHER) + 1).astype(int)
+    return [crossed[begin:end] for begin, end in pairwise(ends)]
 
 
 def one_tensor(value: Any) -> Tensor:

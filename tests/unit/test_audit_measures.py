@@ -1,5 +1,7 @@
 """What an audit measures with: likeness of images, AUC, distance correlation, the Pareto front."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from psl_flower.audit.attacks import decoder
 from psl_flower.audit.finding import Finding
 from psl_flower.audit.frontier import draw_frontier, pareto_front
 from psl_flower.audit.result import AuditResult, Case
+from psl_flower.audit.scene import Rows, _groups
 from psl_flower.audit.similarity import psnr, ssim
 from psl_flower.audit.statistics import auc, interval, matched_accuracy, mean_auc, p_value
 from psl_flower.privacy import corrected_distance_correlation
@@ -153,6 +156,31 @@ def test_a_frontier_has_a_panel_a_leak_and_of_gradients_at_two_cuts_the_worse():
 def test_the_audit_is_listed_where_it_is_found():
     assert "audit" in dir(privacy)
     assert privacy.audit is audit
+
+
+# --- what crossed ----------------------------------------------------------------------------------------------------
+def test_rows_are_picked_from_the_exchanges_that_they_are_of():
+    generator, counts = torch.Generator().manual_seed(0), [3, 1, 5, 2]
+    crossed = [(torch.randn(n, 2, 2, generator=generator), torch.randn(n, 3, generator=generator)) for n in counts]
+    rows = Rows(
+        where="forward",
+        crossed=crossed,
+        inputs=torch.zeros(11, 1),
+        labels=np.zeros(11, dtype=np.int64),
+        shadow=np.zeros(11, dtype=bool),
+        exchanges=[SimpleNamespace(order=SimpleNamespace(count=n)) for n in counts],
+    )
+    whole = torch.cat([torch.cat([one.flatten(1), other], dim=1) for one, other in crossed])
+    for positions in ([8, 0, 3, 3, 10, 2], list(range(11)), [4]):
+        assert torch.equal(rows.seen(np.array(positions)), whole[positions])
+
+
+@pytest.mark.parametrize("many", [1, 63, 64, 65, 129, 1000])
+def test_exchanges_are_grouped_evenly(many):
+    groups = _groups(list(range(many)))
+    assert [each for group in groups for each in group] == list(range(many))
+    assert max(map(len, groups)) <= 64
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
 # --- decoders --------------------------------------------------------------------------------------------------------
