@@ -20,7 +20,7 @@ from psl_flower.split.model import Halves
 from psl_flower.typing import IntArray
 
 BoolArray = NDArray[np.bool_]
-_TOGETHER = 64  # exchanges whose rows a part is run on at once
+_TOGETHER = 256  # rows that a part is run on at once, about
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -139,7 +139,7 @@ class Scene:
         if not last or behind is None:
             return None
         with torch.no_grad():
-            joined = (tree.join(crossed, "what crossed") for crossed in _groups(last[0].crossed))
+            joined = (tree.join(crossed, "what crossed") for crossed in _groups(last[0].crossed, len(last[0])))
             said: IntArray = torch.cat([run(behind.eval(), of).argmax(dim=1) for of in joined]).numpy()
         return said, last[0]
 
@@ -168,9 +168,9 @@ class Scene:
         )
 
 
-def _groups(crossed: list[tree.Tree]) -> list[list[tree.Tree]]:
+def _groups(crossed: list[tree.Tree], rows: int) -> list[list[tree.Tree]]:
     """Return exchanges in groups of about as many: a model may take no single row, and all at once take much memory."""
-    ends = np.linspace(0, len(crossed), -(-len(crossed) // _TOGETHER) + 1).astype(int)
+    ends = np.linspace(0, len(crossed), min(len(crossed), -(-rows // _TOGETHER)) + 1).astype(int)
     return [crossed[begin:end] for begin, end in pairwise(ends)]
 
 

@@ -175,11 +175,11 @@ def test_rows_are_picked_from_the_exchanges_that_they_are_of():
         assert torch.equal(rows.seen(np.array(positions)), whole[positions])
 
 
-@pytest.mark.parametrize("many", [1, 63, 64, 65, 129, 1000])
-def test_exchanges_are_grouped_evenly(many):
-    groups = _groups(list(range(many)))
-    assert [each for group in groups for each in group] == list(range(many))
-    assert max(map(len, groups)) <= 64
+@pytest.mark.parametrize(("many", "each"), [(1, 1), (255, 1), (257, 1), (1000, 1), (9, 64), (3, 500)])
+def test_exchanges_are_grouped_evenly(many, each):
+    groups = _groups(list(range(many)), many * each)
+    assert [one for group in groups for one in group] == list(range(many))
+    assert max(map(len, groups)) <= max(256 // each, 1)
     assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
