@@ -67,10 +67,17 @@ class Recording:
         In the order in which they happened; those of evaluation among them.
     truth : dict
         The batches that clients drew, by what `key` makes of their orders.
+    first_epoch : int
+        What comes before it is not kept.
     """
 
     exchanges: list[Exchange] = field(default_factory=list)
     truth: dict[tuple[Any, ...], Batch] = field(default_factory=dict)
+    first_epoch: int = 0
+
+    def holds(self, order: WorkOrder) -> bool:
+        """Return whether an order is of a round that is recorded, or of evaluation."""
+        return order.test or order.epoch >= self.first_epoch
 
     def inputs(self, order: WorkOrder) -> Tensor:
         """Return the inputs that a client really drew for an order."""
@@ -101,13 +108,11 @@ class RecordingGrid(InProcessGrid):
     num_nodes : int
     recording : Recording
         Written to.
-    first_epoch : int
-        What comes before it is not kept.
     """
 
-    def __init__(self, client_app: ClientApp, num_nodes: int, recording: Recording, first_epoch: int = 0) -> None:
+    def __init__(self, client_app: ClientApp, num_nodes: int, recording: Recording) -> None:
         super().__init__(client_app, num_nodes)
-        self._recording, self._first_epoch = recording, first_epoch
+        self._recording = recording
         self._store = WeightStore()  # frozen weights are sent once
         self._weights: dict[tuple[str, str], Weights] = {}  # by part and version: many requests carry the same
 
@@ -115,12 +120,14 @@ class RecordingGrid(InProcessGrid):
         frame = content_to_frame(message.content)
         _, _, request = decode_request(frame, self._store)
         reply, orders = super()._answer(message, context), request.orders
-        if orders is None or reply.has_error() or (not orders.test and orders.epoch < self._first_epoch):
+        if orders is None or reply.has_error():
+            return reply
+        (order,) = orders.each()
+        if not self._recording.holds(order):
             return reply
         answer = decode_reply(content_to_frame(reply.content), request)
         weights = {p: self._weights.setdefault((p, w.version), w) for p, w in request.weights.items()}
         for part in answer.parts:
-            (order,) = orders.each()
             self._recording.exchanges.append(
                 Exchange(
                     stage=request.stage,
@@ -141,7 +148,8 @@ def witness(recording: Recording) -> type[SplitClient]:
     class Witness(SplitClient):
         def draw_batch(self, order: WorkOrder) -> Batch:
             batch = super().draw_batch(order)
-            recording.truth[key(order)] = batch
+            if recording.holds(order):
+                recording.truth[key(order)] = batch
             return batch
 
     return Witness

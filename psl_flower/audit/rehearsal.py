@@ -112,7 +112,8 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         model, sampler = replace_batch_norm(model), PoissonGlobalSampler(setting.batch_size, seed=setting.seed)
         examples = len(setting.train[1])
         private = target.options(rounds=setting.num_rounds, batch_size=setting.batch_size, examples=examples)
-    recording = Recording()
+    rounds = setting.num_rounds
+    recording = Recording(first_epoch=(rounds if from_round is None else from_round) - 1)
     app = split_client_app(
         lambda: model,
         cut=setting.cut,
@@ -138,8 +139,7 @@ def rehearse(setting: Setting, server_method: SplitMethod | None = None, *, from
         min_available_nodes=setting.num_clients,
         device="cpu",
     )
-    rounds, begin = setting.num_rounds, time.process_time()
-    grid = RecordingGrid(app, setting.num_clients, recording, (rounds if from_round is None else from_round) - 1)
+    grid, begin = RecordingGrid(app, setting.num_clients, recording), time.process_time()
     result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=rounds)
     seconds = time.process_time() - begin
     halves = cut_model(model, setting.cut, setting.tail)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from psl_flower.split.model import Halves
 from psl_flower.typing import IntArray
 
 BoolArray = NDArray[np.bool_]
+_TOGETHER = 256  # rows that a part is run on at once, about
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,10 +31,8 @@ class Rows:
     ----------
     where : str
         The stage that it belongs to.
-    values : (N, ...) float32 Tensor
-        What was seen; one that crosses as several tensors is flattened into one.
-    crossed : tree
-        The same as it crossed.
+    crossed : list of tree
+        What was seen, as it crossed in each exchange. It is large: `seen` has what an attack looks at.
     inputs : (N, ...) Tensor
         True: the clients' inputs, as the model was given them.
     labels : (N,) int64
@@ -45,16 +45,25 @@ class Rows:
     """
 
     where: str
-    values: Tensor
-    crossed: tree.Tree
+    crossed: list[tree.Tree]
     inputs: Tensor
     labels: IntArray
     shadow: BoolArray
     exchanges: list[Exchange]
 
-    def flat(self) -> Tensor:
-        """Return the values as (N, F)."""
-        return self.values.flatten(1)
+    def seen(self, positions: IntArray) -> Tensor:
+        """Return what was seen of some rows, (n, ...) float32; what crosses as several tensors, flattened into one."""
+        counts = [exchange.order.count for exchange in self.exchanges]
+        where, ends = np.argsort(positions, kind="stable"), np.cumsum(counts)
+        found: Tensor | None = None
+        for crossed, end, count in zip(self.crossed, ends, counts, strict=True):
+            first, last = np.searchsorted(positions[where], (end - count, end))
+            its = where[first:last]
+            if len(its):
+                rows = one_tensor(crossed)[torch.from_numpy(positions[its] - (end - count))]
+                found = rows.new_empty(len(positions), *rows.shape[1:]) if found is None else found
+                found[torch.from_numpy(its)] = rows
+        return torch.empty(0) if found is None else found
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -130,7 +139,8 @@ class Scene:
         if not last or behind is None:
             return None
         with torch.no_grad():
-            said: IntArray = run(behind.eval(), last[0].crossed).argmax(dim=1).numpy()
+            joined = (tree.join(crossed, "what crossed") for crossed in _groups(last[0].crossed, len(last[0])))
+            said: IntArray = torch.cat([run(behind.eval(), of).argmax(dim=1) for of in joined]).numpy()
         return said, last[0]
 
     @property
@@ -148,16 +158,20 @@ class Scene:
     def _rows(self, stage: str, seen: list[tuple[Exchange, Any]]) -> Rows:
         orders = [exchange.order for exchange, _ in seen]
         clients = np.repeat([order.client for order in orders], [order.count for order in orders])
-        crossed = tree.join([value for _, value in seen], stage)
         return Rows(
             where=stage,
-            values=one_tensor(crossed),
-            crossed=crossed,
+            crossed=[value for _, value in seen],
             inputs=torch.cat([self.recording.inputs(order) for order in orders]),
             labels=torch.cat([self.recording.labels(order) for order in orders]).numpy(),
             shadow=np.isin(clients, sorted(self.shadow)),
             exchanges=[exchange for exchange, _ in seen],
         )
+
+
+def _groups(crossed: list[tree.Tree], rows: int) -> list[list[tree.Tree]]:
+    """Return exchanges in groups of about as many: a model may take no single row, and all at once take much memory."""
+    ends = np.linspace(0, len(crossed), min(len(crossed), -(-rows // _TOGETHER)) + 1).astype(int)
+    return [crossed[begin:end] for begin, end in pairwise(ends)]
 
 
 def one_tensor(value: Any) -> Tensor:

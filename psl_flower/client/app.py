@@ -29,6 +29,7 @@ from psl_flower.client.process import run_state
 from psl_flower.client.runtime import answer
 from psl_flower.client.stream import attach_stream
 from psl_flower.data import check_data_fn
+from psl_flower.data.telling import tell_once
 from psl_flower.errors import ConfigError, ProtocolError
 from psl_flower.exchange.codec import KEEP, ForgottenError, decode_request, encode_reply
 from psl_flower.exchange.fields import nodes_of
@@ -137,6 +138,11 @@ def split_client_app(
         raise ConfigError(
             f"with method {method.name!r} clients train a part of the model: pass split_client_app(..., optimizer="
             f"lambda parameters: torch.optim.SGD(parameters, lr=0.1)), got {optimizer!r:.80}"
+        )
+    if loss is not cross_entropy and tail is None and isinstance(method, SplitMethod) and method.sends_labels():
+        tell_once(
+            f"split_client_app is given a loss, which clients do not use with method {method.name!r}: the server's "
+            "counts, ParallelSplitLearning(..., loss=...)"
         )
     if on_predict is not None and (
         not callable(on_predict) or (isinstance(method, SplitMethod) and method.sends_labels())

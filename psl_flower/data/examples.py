@@ -23,6 +23,7 @@ from psl_flower.origin import where
 from psl_flower.tree import Tree, as_tree, is_finite, leaves, map_leaves, paths, rows
 
 _READ_ROWS = 256  # examples read at once where only their labels are wanted
+_MISSING = "fill in what is missing where the data are read, with the column's mean, say"
 _PROBED = 16  # examples tried to see whether none can be read
 
 
@@ -268,7 +269,7 @@ def _said(error: Exception) -> str:
 def _not_finite(batch: Batch, indices: list[int]) -> dict[int, str]:
     """Return which examples have an input or a label that is NaN or infinite."""
     bad: dict[int, str] = {}
-    named = [(batch.inputs, "inputs", "in a mask, use torch.finfo(dtype).min in place of -inf")]
+    named = [(batch.inputs, "inputs", f"{_MISSING}; in a mask, use torch.finfo(dtype).min in place of -inf")]
     if batch.target is not batch.inputs:
         named.append((batch.target, "label", "mark what is missing with a number, and leave it out in the loss"))
     for tree, name, remedy in named:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from psl_flower import tree
+from psl_flower.devices import reseed, seeded
+from psl_flower.errors import ConfigError
 from psl_flower.server.apart import apart
 from psl_flower.server.loss import Loss, WeightedLoss, weighted
 
@@ -15,6 +17,11 @@ REFUSED = (
     "the loss of a batch is not the mean over what counts in it, nor the sum, so that of the global batch cannot be "
     "put together from the clients': take one that is, divided by the number of what counts as a tensor where you "
     "divide yourself, or leave labels and loss to the server (no tail)"
+)
+KEEPS = (
+    "the loss of a batch is another one when it is computed again: it keeps something from batch to batch, and "
+    "each client would keep its own. Compute it of outputs and labels alone, or leave labels and loss to the server "
+    "(no tail)"
 )
 # How close is close; in bfloat16 a number is right to 0.4 percent, and a few of them are added and divided.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -55,6 +62,11 @@ def adds_up(
         See `weighted`.
     whole : WeightedLoss
         That of the batch.
+
+    Raises
+    ------
+    ConfigError
+        If it is another one the second time, with the same random numbers.
     """
     if rows < 2 or not whole.weight or not math.isfinite(whole.sum):
         return None
@@ -65,28 +77,28 @@ def adds_up(
 
     asked = apart(loss) or loss
     answers = []
-    close = CLOSE.get(whole.mean.dtype, 1e-2)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):  # a divisor with a gradient is no weight
-        torch.default_generator.manual_seed(0)
-        for shuffled in (False, True, True):
+    close, device, generator = CLOSE.get(whole.mean.dtype, 1e-2), whole.mean.device, torch.Generator().manual_seed(0)
+
+    def shuffled(labels: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(labels.numel(), generator=generator)
+        return labels.flatten()[order.to(labels.device)].reshape(labels.shape)
+
+    with torch.enable_grad(), seeded(0, device):  # a divisor with a gradient is no weight
+        for shuffle in (False, True, True):
             try:
-                given = tree.map_leaves(_shuffled, labels) if shuffled else labels
-                first, second, *both = (of(given, part) for part in _parts(rows))
-                mean, again = (each.mean.item() for each in both)
+                given = tree.map_leaves(shuffled, labels) if shuffle else labels
+                first, second = (of(given, part) for part in (slice(None, rows // 2), slice(rows // 2, None)))
+                reseed(0, device)
+                mean = of(given, slice(None)).mean.item()
+                reseed(0, device)
+                same, again = (of(given, slice(None)).mean.item() for _ in range(2))
                 found = first.mean.item() + second.mean.item()
                 if not whole.summed:
                     found = (first.sum + second.sum) / (first.weight + second.weight)
             except Exception:  # noqa: S112 - the user's code, with other batches than it was made for
                 continue
+            if math.isfinite(mean) and not math.isclose(mean, same, rel_tol=close, abs_tol=close):
+                raise ConfigError(KEEPS)
             if math.isfinite(found) and math.isclose(mean, again, rel_tol=close, abs_tol=close):  # else it is random
                 answers.append(math.isclose(found, mean, rel_tol=close, abs_tol=close))
     return all(answers) if answers else None
-
-
-def _parts(rows: int) -> list[slice]:
-    """Return the halves, and twice the whole."""
-    return [slice(None, rows // 2), slice(rows // 2, None), slice(None), slice(None)]
-
-
-def _shuffled(labels: torch.Tensor) -> torch.Tensor:
-    return labels.flatten()[torch.randperm(labels.numel()).to(labels.device)].reshape(labels.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,16 +24,20 @@ log = logging.getLogger("flwr.psl_flower")
 def check_plain_mean(loss: WeightedLoss, rows: int) -> None:
     """Refuse a loss in which examples count differently, or that is a sum: DP-SGD takes them to count alike.
 
+    Each may have as many elements as every other; whether they have is seen by their losses, see `example_gradients`.
+
     Raises
     ------
     ConfigError
         If it is none.
     """
-    if loss.summed or loss.weight != rows:
-        what = "the sum" if loss.summed else f"a mean over {loss.weight:g} targets of {rows} examples"
-        raise ConfigError(
-            f"DP-SGD needs a loss that is the mean over the examples, got {what}: no weights, none ignored"
-        )
+    if loss.summed or not loss.weight or loss.weight % rows:
+        _refuse(loss, rows)
+
+
+def _refuse(loss: WeightedLoss, rows: int) -> NoReturn:
+    what = "the sum" if loss.summed else f"a mean over {loss.weight:g} targets of {rows} examples"
+    raise ConfigError(f"DP-SGD needs a loss that is the mean over the examples, got {what}: no weights, none ignored")
 
 
 def example_gradients(
@@ -55,7 +59,7 @@ def example_gradients(
     Returns
     -------
     WeightedLoss
-        Its mean has no graph.
+        Its mean has no graph; it weighs by examples, of which each has as many elements.
     dict of int to Tensor
         Rows, by the position of the leaf of the outputs.
 
@@ -94,7 +98,7 @@ def example_gradients(
         log.warning(text + "the learning rate", rows - int(finite.sum()), rows)
     mean = each[finite].mean() if bool(finite.any()) else torch.zeros_like(each[0])
     gradients = {at: torch.cat(column) for at, column in zip(taken, zip(*pieces, strict=True), strict=True)}
-    return replace(whole, mean=mean), {
+    return replace(whole, mean=mean, weight=rows), {
         at: finite_rows(g * finite.reshape(-1, *[1] * (g.ndim - 1))) for at, g in gradients.items()
     }
 
@@ -103,6 +107,8 @@ def _check_mean(each: Tensor, whole: WeightedLoss) -> None:
     """Refuse a loss that is another one for examples in a batch than alone; gradients are of these in any case."""
     close, mean, expected = CLOSE.get(each.dtype, 1e-2), each.mean().item(), whole.mean.item()
     if not (math.isfinite(mean) and math.isfinite(expected)):
+        if whole.weight != len(each):  # one that has no element, and others that have more
+            _refuse(whole, len(each))
         return
     if abs(mean - expected) > close * max(1.0, float(each.abs().mean())):  # losses of either sign may cancel
         raise ConfigError(

@@ -19,6 +19,7 @@ from psl_flower.precision import FULL, computing, widened
 from psl_flower.privacy import DPSGD
 from psl_flower.protocol import Weights
 from psl_flower.server.loss import Loss
+from psl_flower.server.moving import MovingBuffers
 from psl_flower.server.optimizer import OptimizerFn, RatedOptimizer, make_optimizer
 from psl_flower.server.part import PartCopy, ServerPart
 from psl_flower.server.reduction import Reduction
@@ -87,6 +88,7 @@ class LocalBackend:
         self._make_optimizer, self._order = optimizer, list(parameters)
         self._first_rate = _rate(self.optimizer)
         self._copies: dict[str, dict[int, PartCopy]] = {}
+        self._of_loss = MovingBuffers(loss)
         self._looked_at = False  # at what the loss depends on
         if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
             log.warning("the loss, %s, has parameters, which do not train: make them the model's", type(loss).__name__)
@@ -131,7 +133,8 @@ class LocalBackend:
         state = self.state(names)
         held = {name: t for part in self.parts.values() for name, t in part.named_buffers()}
         passing = {name: t for name, t in held.items() if name not in state}  # not persistent
-        return {"state": state, "buffers": passing, "optimizer": self.optimizer.state_dict()}
+        optimizer, loss = self.optimizer.state_dict(), self._of_loss.state_dict()
+        return {"state": state, "buffers": passing, "optimizer": optimizer, "loss": loss}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
@@ -142,6 +145,7 @@ class LocalBackend:
             for name, t in saved["buffers"].items():
                 buffers[name].copy_(t)
         self.optimizer.load_state_dict(saved["optimizer"])
+        self._of_loss.load_state_dict(saved.get("loss", {}))
         self._constants_version += 1
         self._changed()
 

@@ -33,6 +33,14 @@ _CROSS_ENTROPIES = {f: inspect.signature(f) for f in (F.cross_entropy, F.nll_los
 _ENTROPIES = _CROSS_ENTROPIES | {
     f: inspect.signature(f) for f in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 }
+# Of each element, and their mean unless they are told otherwise.
+_ELEMENTWISE = {
+    f: inspect.signature(f)
+    for f in (
+        *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
+        *(F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss),
+    )
+}
 _DIVISIONS = (Tensor.div, Tensor.div_, Tensor.true_divide, torch.div, torch.true_divide)
 _MEANS = (Tensor.mean, torch.mean)
 _SUMS = (Tensor.sum, torch.sum)
@@ -108,7 +116,8 @@ def weighted(
       such calls count the same: the targets that count, times their class weights;
     - where what is returned is a total divided by a tensor of one number (``total / mask.sum()``), or a sum divided by
       a number: that number;
-    - where it is a ``mean()`` (``loss[mask].mean()``): its elements. Both may be scaled, and added if they count alike;
+    - where it is a ``mean()`` (``loss[mask].mean()``), or a loss of torch's that is the mean over elements
+      (``mse_loss(outputs[mask], labels[mask])``): its elements. All may be scaled, and added if they count alike;
     - else `rows`. A sum of two losses that count differently has no weight that is right for both.
 
     The sum of `WeightedLoss.sum` over parts, divided by that of their weights, equals the loss of all parts pooled.
@@ -223,7 +232,7 @@ class _Watch(TorchFunctionMode):
         result = self._called(func, args, kwargs)
         if isinstance(result, Tensor) and result.ndim == 0:
             operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            divisors = self._divisors(func, operands) or self._number(func, args)
+            divisors = self._divisors(func, operands) or self._number(func, args) or _elements(func, args, kwargs)
             if divisors:
                 self._means[id(result)] = (result, divisors)
             elif func in _SUMS or kwargs.get("reduction") == "sum" or self._of_totals(operands):
@@ -315,6 +324,17 @@ class _Watch(TorchFunctionMode):
         if positions:
             rows = wrong_rows(self._labels, classes, ignore_index)[0] if _same(target, self._labels) else []
             raise LabelError(text, rows, rule=label_rule(classes, ignore_index))
+
+
+def _elements(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Callable[[], float]]:
+    """Return what gives the number of elements that a loss of torch's is the mean over."""
+    if func not in _ELEMENTWISE:
+        return []
+    given = _arguments(_ELEMENTWISE[func], args, kwargs)
+    if given["reduction"] != "mean" or given.get("size_average") is False or given.get("reduce") is False:
+        return []
+    pair = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)][:2]
+    return [torch.broadcast_tensors(*pair)[0].numel]  # type: ignore[no-untyped-call]
 
 
 def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

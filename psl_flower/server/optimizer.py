@@ -23,6 +23,7 @@ OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFn = Callable[[torch.optim.Optimizer], Any]
 
 _NEEDED = ("step", "zero_grad", "param_groups", "state_dict", "load_state_dict")
+_LIGHTNINGS = ("frequency", "name", "strict", "reduce_on_plateau")  # that change nothing here
 _SHOWN = 5
 
 
@@ -64,6 +65,12 @@ def make_optimizer(factory: Callable[[Any], Any], parameters: Mapping[str, nn.Pa
         raise ConfigError(
             f"{type(optimizer).__name__} computes a step's loss several times (its step needs a closure), and clients "
             "compute theirs once a step: take an optimizer that needs no closure, for example torch.optim.Adam"
+        )
+    if all(callable(getattr(_inner(optimizer), mode, None)) for mode in ("train", "eval")):
+        raise ConfigError(
+            f"{type(_inner(optimizer)).__name__} has other weights for evaluation than for training (train() and "
+            "eval()), and a run evaluates, saves and returns those that it trains: take an optimizer without them; for "
+            "averages see docs/transformers.md, Recipes"
         )
     return optimizer  # type: ignore[no-any-return]
 
@@ -116,6 +123,16 @@ def _check_parameters(optimizer: Any, parameters: Mapping[str, nn.Parameter]) ->
             len(parameters),
             _listed(left_out),
         )
+
+
+def keeps_averages_apart(optimizer: Any) -> bool:
+    """Return whether an optimizer has hooks after its steps, which may keep averages, and none that save them."""
+    made = _inner(optimizer)
+    after, saving = (
+        getattr(made, f"_optimizer_{name}_post_hooks", None)
+        for name in ("step", "state_dict")  # of torch's optimizers
+    )
+    return bool(after) and not saving
 
 
 class RatedOptimizer:
@@ -239,7 +256,8 @@ def make_scheduler(
     factory : callable, optional
         Takes the optimizer and returns a torch scheduler, which steps after every round; or, as in Lightning, a dict
         ``{"scheduler": ..., "interval": "round" or "step", "monitor": "loss"}``. A round is an epoch, so "epoch" says
-        the same as "round". `monitor` is the metric of a ``ReduceLROnPlateau``, by default the training loss.
+        the same as "round". `monitor` is the metric of a ``ReduceLROnPlateau``, by default the training loss. What
+        else Lightning has there may stay; its `frequency` must be 1.
     optimizer : Optimizer
     evaluate_every : int
         Rounds between two evaluations on the clients' test data, whose metrics may be waited for; 0 for none.
@@ -265,7 +283,14 @@ def make_scheduler(
         ) from exc
     options = made if isinstance(made, dict) else {"scheduler": made}
     for key in options:
-        check_choice(key, "a key of the dict that scheduler returns", ("scheduler", "interval", "monitor"))
+        check_choice(
+            key, "a key of the dict that scheduler returns", ("scheduler", "interval", "monitor", *_LIGHTNINGS)
+        )
+    if (frequency := options.get("frequency", 1)) != 1:
+        raise ConfigError(
+            f"scheduler: frequency must be 1, got {frequency!r:.80}: a scheduler steps at each interval, so give its "
+            "own options (step_size, T_max, patience) so many times as much"
+        )
     scheduler = options.get("scheduler")
     _check_scheduler(scheduler, optimizer)
     interval = check_choice(options.get("interval", "round"), "scheduler: interval", ("round", "step", "epoch"))
@@ -319,6 +344,11 @@ def _monitor_of(scheduler: Any, name: Any) -> Monitor | None:
     if mode and getattr(scheduler, "mode", mode) != mode:
         log.warning("%s has mode=%r, but monitors %r: is mode=%r meant?", kind, scheduler.mode, name, mode)
     return monitor
+
+
+def _inner(optimizer: Any) -> Any:
+    """Return the optimizer that the user's function has made."""
+    return optimizer.inner if isinstance(optimizer, Accumulated) else optimizer
 
 
 def _parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

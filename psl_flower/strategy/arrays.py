@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from psl_flower.checks import check_choice
 from psl_flower.errors import ConfigError
 from psl_flower.server import load_known
+from psl_flower.tree import is_finite
 
 _PREFIXES = "module.", "_orig_mod."  # of DataParallel and torch.compile
 
@@ -55,7 +56,7 @@ def arrays_to_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict
     Raises
     ------
     ConfigError
-        If names or shapes are not those of `template`.
+        If names or shapes are not those of `template`, or a value is NaN.
     """
     if different := sorted(set(arrays) ^ set(template)):
         where = "missing from the arrays" if different[0] in template else "not in the model"
@@ -73,6 +74,11 @@ def arrays_to_state(arrays: ArrayRecord, template: Mapping[str, Tensor]) -> dict
         if value.shape != tensor.shape:
             raise ConfigError(
                 f"initial_arrays: {name!r} must have shape {tuple(tensor.shape)}, got {tuple(value.shape)}"
+            )
+        if not is_finite(value) and value.isnan().any():
+            raise ConfigError(
+                f"initial_arrays: {name!r} holds NaN: the training that it is from had diverged, take arrays from "
+                "before that"
             )
         state[name] = value.to(tensor.dtype)
     return state

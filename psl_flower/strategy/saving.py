@@ -18,6 +18,7 @@ from psl_flower.checks import check_path
 from psl_flower.errors import ConfigError
 from psl_flower.methods import SplitMethod
 from psl_flower.server import LocalBackend, Scheduler
+from psl_flower.server.optimizer import keeps_averages_apart
 from psl_flower.stragglers import DelayEstimator, DelayModel
 from psl_flower.strategy import settings
 from psl_flower.strategy.arrays import state_to_arrays
@@ -176,6 +177,12 @@ class Saver:
             run.runner.secure.load_state_dict(saved["secure"])
         run.summary.resumed += 1
         log.info("Resumed in round %d, after step %d.", saved["round"], _steps(saved))
+        if keeps_averages_apart(run.backend.optimizer):
+            log.warning(
+                "The optimizer has hooks after its steps: if they keep averages of the weights, those begin anew: a "
+                "checkpoint holds what is in the optimizer's state_dict. Add them to it with "
+                "register_state_dict_post_hook, as in docs/transformers.md, Recipes"
+            )
         if self._changes:
             told = "".join(f"\n  {change}" for change in self._changes)
             log.warning("Settings have changed since the checkpoint was written, the new ones are used:%s", told)

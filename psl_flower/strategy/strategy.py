@@ -37,7 +37,7 @@ from psl_flower.split import check_client_half, cut_model, told_frozen
 from psl_flower.stragglers import DelayModel
 from psl_flower.strategy.arrays import arrays_to_state, as_record, kept_state, sizes, state_to_arrays, with_state
 from psl_flower.strategy.evaluate_fn import EvaluateFn, check_evaluate_fn, evaluate_on_server
-from psl_flower.strategy.exchanging import ExchangingStrategy
+from psl_flower.strategy.exchanging import ExchangingStrategy, telling_instead
 from psl_flower.strategy.folder import FolderLock, set_aside
 from psl_flower.strategy.kept import check_cache
 from psl_flower.strategy.labels import LabelCounts, check_labels_stay
@@ -154,6 +154,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         If an argument is out of range, the model cannot be cut there, or its client half uses batch statistics.
     """
 
+    @telling_instead
     def __init__(
         self,
         model: nn.Module,
@@ -191,7 +192,7 @@ class ParallelSplitLearning(ExchangingStrategy):
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         if sampler is not None and not isinstance(sampler, Sampler):
-            raise ConfigError(f"sampler must be a psl_flower Sampler, got {sampler!r:.80}")
+            raise ConfigError(f"sampler must be a Sampler, UniformGlobalSampler(batch_size=128), got {sampler!r:.80}")
         check_optimizer_fn(optimizer)
         check_loss(loss)
         self.cut, self.tail, self.method = cut, tail, make_method(method, tail)

@@ -74,7 +74,10 @@ def scrambled(scene):
 
 
 def figures(scene, attack):
-    return {(f.attack, f.measure): f for f in ATTACKS[attack](scene).findings}
+    found = ATTACKS[attack](scene)
+    for images in vars(found.gallery).values() if found.gallery else ():  # which stay: nothing else with them
+        assert isinstance(images, str) or images.untyped_storage().nbytes() == images.nbytes
+    return {(f.attack, f.measure): f for f in found.findings}
 
 
 # --- what is recorded ------------------------------------------------------------------------------------------------
@@ -82,6 +85,7 @@ def test_what_is_recorded_is_what_crossed(plain):
     scene = plain.scene
     assert {each.stage for each in scene.training} == {"forward", "backward"}
     assert {each.order.epoch for each in scene.training} == {2}  # the last round
+    assert {epoch for _, test, epoch, *_ in scene.recording.truth if not test} == {2}
     rows = scene.rows("activations")
     assert len(rows) == 640
     assert rows.shadow.sum() == 320
@@ -192,12 +196,12 @@ def test_gradients_of_many_examples_show_less_and_masked_sums_of_one_client_noth
 
 def test_members_are_recognised_in_a_u_shape_too(plain, u_shaped, monkeypatch):
     monkeypatch.setattr(decoder, "_STEPS", 2)  # the match looks at activations as they are
-    decoder.learned_decoder.cache_clear()
+    decoder.LEARNED.clear()
     for run in (plain, u_shaped):
         match = figures(run.scene, "membership")["membership", "match AUC"]
         assert match.value > 0.99
         assert match.low > 0.9
-    decoder.learned_decoder.cache_clear()
+    decoder.LEARNED.clear()
 
 
 # --- nothing to be found ---------------------------------------------------------------------------------------------

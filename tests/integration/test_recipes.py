@@ -30,6 +30,7 @@ from psl_flower import (
 
 K = 3
 SAMPLER = UniformGlobalSampler(40, seed=1)
+EVERY = 3  # gradients to a step, of 10 or 11 steps an epoch: groups go over its end
 
 
 class Recipe:
@@ -98,8 +99,43 @@ def test_a_recipe_equals_the_loop_that_it_is_from():
     assert max(own.norms) > 0.3
 
 
+def resumed(folder, factory, rounds):
+    model = tiny_resnet_64()
+    strategy = ParallelSplitLearning(
+        model,
+        cut=CUT,
+        sampler=SAMPLER,
+        optimizer=factory,
+        min_available_nodes=K,
+        evaluate_every=0,
+        output_dir=folder,
+        resume_from="latest",
+    )
+    grid = InProcessGrid(split_client_app(tiny_resnet_64, cut=CUT, data_fn=load_partition_64, device="cpu"), K)
+    return strategy.start(grid, ArrayRecord(model.state_dict()), rounds)
+
+
+@pytest.mark.parametrize("steps", [1, EVERY])
+def test_averages_go_on_from_a_checkpoint_that_hooks_have_added_them_to(tmp_path, caplog, steps):
+    class Saved(Recipe):
+        def __call__(self, named_parameters):
+            optimizer = super().__call__(named_parameters)
+            optimizer.register_state_dict_post_hook(lambda _, state: state | {"averaged": self.average})
+            optimizer.register_load_state_dict_pre_hook(lambda _, state: self.average.update(state.pop("averaged")))
+            return optimizer
+
+    whole, first, second, lost = Saved(), Saved(), Saved(), Recipe()
+    made = [accumulate(each, steps) if steps > 1 else each for each in (whole, first, second, lost)]
+    resumed(tmp_path / "whole", made[0], 2)
+    resumed(tmp_path / "parts", made[1], 1)
+    resumed(tmp_path / "parts", made[2], 2)
+    assert largest_difference(second.average, whole.average) == 0
+    assert "averages of the weights" not in caplog.text
+    resumed(tmp_path / "parts", made[3], 3)
+    assert "if they keep averages of the weights, those begin anew" in caplog.text
+
+
 # --- several batches to one step of the optimizer --------------------------------------------------------------------
-EVERY = 3  # of 10 or 11 steps an epoch: groups go over its end
 
 
 def accumulating(rounds, recipe, scheduler=warm_up, steps=EVERY, **options):

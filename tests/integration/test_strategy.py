@@ -268,7 +268,7 @@ def batch_norm_in_front():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "ugs"}, "sampler must be a psl_flower Sampler, got 'ugs'"),
+        ({"sampler": "ugs"}, r"sampler must be a Sampler, UniformGlobalSampler\(batch_size=128\), got 'ugs'"),
         (
             {"optimizer": 0.1},
             "optimizer must be a function that takes parameters and returns .*, got float: pass lambda",

@@ -1,9 +1,13 @@
 """Whether the loss of a batch can be put together from its parts' is told by what the loss does."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from psl_flower.errors import ConfigError
 from psl_flower.server import Additivity, Reduction, additive, adds_up, weighted
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -70,6 +74,26 @@ def test_what_does_not_show():
     assert answer(of_seven) is None
 
 
+class Relative:
+    """Divides by a running mean of its own."""
+
+    def __init__(self, counts=True):
+        self.mean, self.counts = 1.0, counts
+
+    def __call__(self, outputs, labels):
+        loss = F.cross_entropy(outputs, labels)
+        self.mean = 0.9 * self.mean + 0.1 * loss.item()
+        return loss / self.mean if self.counts else loss
+
+
+def test_what_keeps_something_from_batch_to_batch_is_refused_where_it_counts():
+    with pytest.raises(ConfigError, match=r"another one when it is computed again: .* \(no tail\)"):
+        answer(Relative())
+    assert answer(Relative(counts=False)) is True
+    assert answer(lambda o, y: F.cross_entropy(o + random.random() * np.random.rand(), y)) is True  # noqa: NPY002
+    assert answer(lambda o, y: F.cross_entropy(o * random.random() + np.random.rand(), y)) is None  # noqa: NPY002
+
+
 def test_some_batches_are_looked_at_in_training_only(monkeypatch):
     monkeypatch.setattr(additive, "apart", lambda loss: None)  # the calls of a copy do not count
 
@@ -84,4 +108,4 @@ def test_some_batches_are_looked_at_in_training_only(monkeypatch):
         assert not looking.refuted(*arguments, classify=True)
     assert calls == [7]
     assert [looking.refuted(*arguments, classify=True) for _ in range(3)] == [True, True, False]
-    assert calls == [7] + 6 * [3, 4, 7, 7]
+    assert calls == [7] + 6 * [3, 4, 7, 7, 7]

@@ -74,3 +74,51 @@ def test_what_is_torchs_stays_it_and_what_cannot_be_copied_is_not_asked():
     assert apart(cross_entropy) is cross_entropy
     assert apart(lambda: cross_entropy)() is cross_entropy
     assert apart(lambda: lock) is None
+
+
+TEACHER = torch.nn.BatchNorm1d(1)  # in training mode: a call moves its buffers
+SCALE, NAMES = 2.0, ("a", "b")
+
+
+class Distilling(torch.nn.Module):
+    def forward(self, x):
+        return TEACHER(x).mean()
+
+
+class Derived(Distilling):
+    pass
+
+
+class Helped(Object):
+    def __call__(self, x):
+        return helping(x)
+
+
+class Holding(Object):
+    def __init__(self, held):
+        self.held = held
+
+
+class Constant(Object):
+    def __call__(self, x):
+        return super().__call__(x) * SCALE + len(NAMES) + float(torch.nn.functional.relu(torch.tensor(x)))
+
+
+def test_an_object_whose_methods_find_outside_what_a_call_changes_is_not_asked():
+    shared, made = TEACHER, Distilling()
+    for reaching in (
+        Distilling(),
+        Derived(),
+        Distilling().forward,
+        Helped(),
+        Holding(Distilling()),
+        Holding(lambda x: shared(x)),
+        functools.partial(Distilling()),
+        lambda x, inner=made: inner(x),
+    ):
+        assert apart(reaching) is None
+    assert apart(Constant())(1) == Constant()(1)
+    assert apart(Holding(TEACHER)).held is not TEACHER
+    function = lambda x: TEACHER(x).mean()  # noqa: E731 - a function's own globals are copied
+    apart(function)(torch.ones(3, 1))
+    assert TEACHER.num_batches_tracked == 0

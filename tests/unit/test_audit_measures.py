@@ -1,8 +1,11 @@
 """What an audit measures with: likeness of images, AUC, distance correlation, the Pareto front."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
@@ -12,6 +15,7 @@ from psl_flower.audit.attacks import decoder
 from psl_flower.audit.finding import Finding
 from psl_flower.audit.frontier import draw_frontier, pareto_front
 from psl_flower.audit.result import AuditResult, Case
+from psl_flower.audit.scene import Rows, _groups
 from psl_flower.audit.similarity import psnr, ssim
 from psl_flower.audit.statistics import auc, interval, matched_accuracy, mean_auc, p_value
 from psl_flower.privacy import corrected_distance_correlation
@@ -152,3 +156,41 @@ def test_a_frontier_has_a_panel_a_leak_and_of_gradients_at_two_cuts_the_worse():
 def test_the_audit_is_listed_where_it_is_found():
     assert "audit" in dir(privacy)
     assert privacy.audit is audit
+
+
+# --- what crossed ----------------------------------------------------------------------------------------------------
+def test_rows_are_picked_from_the_exchanges_that_they_are_of():
+    generator, counts = torch.Generator().manual_seed(0), [3, 1, 5, 2]
+    crossed = [(torch.randn(n, 2, 2, generator=generator), torch.randn(n, 3, generator=generator)) for n in counts]
+    rows = Rows(
+        where="forward",
+        crossed=crossed,
+        inputs=torch.zeros(11, 1),
+        labels=np.zeros(11, dtype=np.int64),
+        shadow=np.zeros(11, dtype=bool),
+        exchanges=[SimpleNamespace(order=SimpleNamespace(count=n)) for n in counts],
+    )
+    whole = torch.cat([torch.cat([one.flatten(1), other], dim=1) for one, other in crossed])
+    for positions in ([8, 0, 3, 3, 10, 2], list(range(11)), [4]):
+        assert torch.equal(rows.seen(np.array(positions)), whole[positions])
+
+
+@pytest.mark.parametrize(("many", "each"), [(1, 1), (255, 1), (257, 1), (1000, 1), (9, 64), (3, 500)])
+def test_exchanges_are_grouped_evenly(many, each):
+    groups = _groups(list(range(many)), many * each)
+    assert [one for group in groups for one in group] == list(range(many))
+    assert max(map(len, groups)) <= max(256 // each, 1)
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+# --- decoders --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("width", [7, 2500])
+def test_ridge_regressions_are_those_of_scikit_learn_with_few_examples_and_with_many(width):
+    generator = torch.Generator().manual_seed(0)
+    values, inputs = torch.randn(60, width, generator=generator), torch.randn(60, 1, 2, 3, generator=generator)
+    new = torch.randn(5, width, generator=generator)
+    for made, penalty in zip(decoder._ridges(values, inputs), decoder._RIDGES, strict=True):
+        x, y = values.double().numpy(), inputs.flatten(1).double().numpy()
+        ridge = Ridge(alpha=60 * penalty, fit_intercept=False).fit(x, y - y.mean(axis=0))
+        expected = ridge.predict(new.double().numpy()) + y.mean(axis=0)
+        assert made(new).flatten(1).numpy() == pytest.approx(expected, abs=1e-5)

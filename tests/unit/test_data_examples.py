@@ -365,6 +365,7 @@ def test_a_nan_in_a_tensor_dataset_is_found_but_large_numbers_are_none():
         Examples(TensorDataset(x, X, Y)).batch(ROWS)
     assert list(caught.value.rows) == [3]
     assert caught.value.rows[3].startswith("inputs[0] holds NaN")
+    assert "fill in what is missing where the data are read" in caught.value.rows[3]
     huge = torch.full((N, 6), 3e38)
     assert same(Examples(TensorDataset(huge, Y)).batch(ROWS).inputs, huge[ROWS])
 

@@ -9,7 +9,7 @@ from torch.optim import SGD, Adam
 from torch.optim import lr_scheduler as lrs
 
 from psl_flower.errors import ConfigError
-from psl_flower.server import make_optimizer, make_scheduler
+from psl_flower.server import accumulate, make_optimizer, make_scheduler
 
 
 def named(seed=0):
@@ -89,6 +89,16 @@ def test_an_optimizer_that_needs_a_closure_is_refused():
         make_optimizer(torch.optim.LBFGS, named())
 
 
+class ScheduleFree(SGD):
+    train = eval = print
+
+
+@pytest.mark.parametrize("factory", [ScheduleFree, accumulate(ScheduleFree, 2)])
+def test_an_optimizer_with_other_weights_for_evaluation_is_refused(factory):
+    with pytest.raises(ConfigError, match="ScheduleFree has other weights for evaluation than for training"):
+        make_optimizer(factory, named())
+
+
 def test_what_is_no_function_and_a_model_without_parameters_are_refused():
     with pytest.raises(ConfigError, match=r"must be a function that takes parameters .* got SGD: pass lambda"):
         make_optimizer(sgd(), named())
@@ -122,6 +132,7 @@ def halves(optimizer):
         (lambda o: {"scheduler": halves(o)}, [0.5, 0.25]),
         (lambda o: {"scheduler": halves(o), "interval": "epoch"}, [0.5, 0.25]),
         (lambda o: {"scheduler": halves(o), "interval": "step"}, [2**-3, 2**-6]),
+        (lambda o: {"scheduler": halves(o), "frequency": 1, "name": "lr", "strict": True}, [0.5, 0.25]),
     ],
 )
 def test_by_round_and_by_step(factory, expected):
@@ -187,7 +198,11 @@ class ByEpoch:
         (lambda o: o, "got SGD"),
         (lambda o: 0.1, "got float, which has no step"),
         (lambda o: {"interval": "step"}, "got None"),
-        (lambda o: {"scheduler": halves(o), "frequency": 2}, "'scheduler', 'interval', 'monitor', got 'frequency'"),
+        (lambda o: {"scheduler": halves(o), "frequency": 2}, r"frequency must be 1, got 2: .*\(step_size"),
+        (
+            lambda o: {"scheduler": halves(o), "freq": 1},
+            r"'interval', 'monitor', .*got 'freq' \(did you mean 'frequency'",
+        ),
         (lambda o: {"scheduler": halves(o), "interval": "batch"}, "'round', 'step', 'epoch', got 'batch'"),
         (lambda o: {"scheduler": halves(o), "monitor": "loss"}, "StepLR steps without a metric: leave monitor='loss'"),
         (lambda o: {"scheduler": plateau(o), "monitor": 3}, "monitor must be the name of a metric, .* got 3"),

@@ -17,7 +17,7 @@ def read_labels(scene: Scene) -> Found:
     """Compare with the true labels what was sent as labels, and what the final model says of the activations."""
     found, sent, said = Found(), scene.rows("labels"), scene.answers(test=False)
     if sent is not None:
-        found.findings.append(_share(sent.values.long().numpy(), sent, "as they are sent", scene))
+        found.findings.append(_share(sent.seen(np.arange(len(sent))).long().numpy(), sent, "as they are sent", scene))
     if said is not None:
         found.findings.append(_share(*said, "the model's own answers", scene))
     return found

@@ -54,6 +54,9 @@ def reconstruction(attack: str, party: str, rows: Rows, guesses: Tensor, origina
         )
     if images:
         found.gallery = Gallery(
-            attack=attack, originals=originals[:_SHOWN], reconstructions=guesses[:_SHOWN], floor=floor[:_SHOWN]
+            attack=attack,
+            originals=originals[:_SHOWN].clone(),  # without all the others behind them
+            reconstructions=guesses[:_SHOWN].clone(),
+            floor=floor[:_SHOWN].clone(),
         )
     return found

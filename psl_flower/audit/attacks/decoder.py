@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from math import ceil, prod
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,7 +23,11 @@ _STEPS, _BATCH, _WIDTH = 600, 64, 48
 _SMALL = 16  # pixels a side
 _RIDGES = (1e-3, 1e-1, 1e1)
 
+_COLUMNS = 1024  # that are computed with at once in double precision
+
 Decoder = Callable[[Tensor], Tensor]
+
+LEARNED: WeakKeyDictionary[Scene, Decoder] = WeakKeyDictionary()  # several attacks use it; a scene is large
 
 
 def decode_inputs(scene: Scene) -> Found:
@@ -36,21 +40,26 @@ def decode_inputs(scene: Scene) -> Found:
     rows = scene.rows("activations")
     if rows is None:
         return Found()
-    wanted = torch.from_numpy(np.flatnonzero(~rows.shadow)[:_ROWS])
+    wanted = np.flatnonzero(~rows.shadow)[:_ROWS]
     learned = learned_decoder(scene)
-    guesses = learned(rows.values[wanted])
-    return reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[wanted].float(), scene.data_range)
+    guesses = learned(rows.seen(wanted))
+    return reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[torch.from_numpy(wanted)].float(), scene.data_range)
 
 
-@lru_cache(maxsize=1)
 def learned_decoder(scene: Scene) -> Decoder:
-    """Return what the attacker has learned from the shadow clients' activations; several attacks use it."""
+    """Return what the attacker has learned from the shadow clients' activations."""
+    if scene not in LEARNED:
+        LEARNED[scene] = _learn_decoder(scene)
+    return LEARNED[scene]
+
+
+def _learn_decoder(scene: Scene) -> Decoder:
     rows = scene.rows("activations")
     assert rows is not None  # those who ask have looked
-    known = torch.from_numpy(np.flatnonzero(rows.shadow)[:_LEARNED])
+    known = np.flatnonzero(rows.shadow)[:_LEARNED]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(scene.seed)
-        return learn_decoder(rows.values[known], rows.inputs[known].float())
+        return learn_decoder(rows.seen(known), rows.inputs[torch.from_numpy(known)].float())
 
 
 def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
@@ -73,13 +82,14 @@ def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
     std = torch.where(std > 1e-6 * std.max().clamp_min(1e-12), std, torch.ones_like(std))
 
     def scaled(of: Tensor) -> Tensor:
-        return (of - mean) / std
+        return (of - mean).div_(std)
 
     x, y = scaled(values), inputs
+    del values  # where nobody else has them
     kinds = _ridges(x[held:], y[held:])
-    kinds.append(_learned(_hidden(values, inputs), x[held:], y[held:]))
-    if values.ndim == inputs.ndim == 4:
-        kinds.append(_learned(decoder_network(values, inputs), x[held:], y[held:]))
+    kinds.append(_learned(_hidden(x, inputs), x[held:], y[held:]))
+    if x.ndim == inputs.ndim == 4:
+        kinds.append(_learned(decoder_network(x, inputs), x[held:], y[held:]))
     errors = [float(functional.mse_loss(each(x[:held]), y[:held])) for each in kinds]
     best = kinds[int(np.argmin(errors))]
     return lambda of: best(scaled(of))
@@ -87,20 +97,30 @@ def learn_decoder(values: Tensor, inputs: Tensor) -> Decoder:
 
 def _ridges(values: Tensor, inputs: Tensor) -> list[Decoder]:
     """Return ridge regressions, solved with as many unknowns as there are examples or values, whichever is less."""
-    x, y, shape = values.flatten(1).double(), inputs.flatten(1).double(), inputs.shape[1:]
+    x, y, shape = values.flatten(1), inputs.flatten(1).double(), inputs.shape[1:]
     mean = y.mean(dim=0)
     few = x.shape[0] < x.shape[1]
-    gram, unit = x @ x.T if few else x.T @ x, len(x) * torch.eye(min(x.shape), dtype=x.dtype)
+    gram = _products(x, x) if few else x.T.double() @ x.double()
+    right, unit = (y - mean if few else x.T.double() @ (y - mean)), len(x) * torch.eye(len(gram), dtype=gram.dtype)
 
-    def solved(penalty: float) -> Tensor:
-        right = y - mean if few else x.T @ (y - mean)
+    def decoder(penalty: float) -> Decoder:
         found: Tensor = torch.linalg.solve(gram + penalty * unit, right)
-        return x.T @ found if few else found
 
-    def decoder(weights: Tensor) -> Decoder:
-        return lambda of: (of.flatten(1).double() @ weights + mean).float().reshape(len(of), *shape)
+        def decode(of: Tensor) -> Tensor:
+            seen = _products(of.flatten(1), x) if few else of.flatten(1).double()
+            return (seen @ found + mean).float().reshape(len(of), *shape)
 
-    return [decoder(solved(penalty)) for penalty in _RIDGES]
+        return decode
+
+    return [decoder(penalty) for penalty in _RIDGES]
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products of the rows of two float32 matrices, in double precision, without copies of them."""
+    found = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for p, q in zip(*(torch.split(of, _COLUMNS, dim=1) for of in (a, b)), strict=True):
+        found.addmm_(p.double(), q.double().T)
+    return found
 
 
 def _hidden(values: Tensor, inputs: Tensor) -> nn.Module:
@@ -143,6 +163,6 @@ def _learned(network: nn.Module, values: Tensor, inputs: Tensor) -> Decoder:
 
     def decode(of: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([network(some) for some in torch.split(of, 256)])
+            return torch.cat([network(some) for some in torch.split(of, _BATCH)])
 
     return decode

@@ -26,9 +26,9 @@ def measure_dependence(scene: Scene) -> Found:
     if rows is None:
         return Found()
     rng = scene.rng()
-    chosen = torch.from_numpy(rng.permutation(np.flatnonzero(~rows.shadow))[:_ROWS])
+    chosen = rng.permutation(np.flatnonzero(~rows.shadow))[:_ROWS]
     value, by_chance = corrected_distance_correlation(
-        rows.inputs[chosen].flatten(1), rows.flat()[chosen], rng, _PERMUTATIONS
+        rows.inputs[torch.from_numpy(chosen)].flatten(1), rows.seen(chosen).flatten(1), rng, _PERMUTATIONS
     )
     finding = Finding(
         attack=NAME,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-import torch
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -42,15 +41,15 @@ def cluster_outputs(scene: Scene) -> Found:
     if rows is None:
         return Found()
     some = scene.rng().permutation(np.flatnonzero(~rows.shadow))[:_ROWS]
-    values = rows.flat()[torch.from_numpy(some)].double().numpy()
+    values = rows.seen(some).flatten(1).double().numpy()
     return Found([_clustered(values, rows.labels[some], "labels from outputs", SERVER, scene)])
 
 
 def _inferred(rows: Rows, attack: str, party: str, scene: Scene) -> list[Finding]:
     some = rows.chosen(_ROWS, scene.rng())
-    values = rows.flat()[torch.from_numpy(some)].double().numpy()
-    norms = np.linalg.norm(values, axis=1)
-    directions = values / np.maximum(norms, 1e-300)[:, None]
+    directions = rows.seen(some).flatten(1).double().numpy()
+    norms = np.linalg.norm(directions, axis=1)
+    directions /= np.maximum(norms, 1e-300)[:, None]
     logs = np.log(np.maximum(norms, 1e-300))[:, None]
     known, labels = rows.shadow[some], rows.labels[some]
     classes = range(scene.num_classes)

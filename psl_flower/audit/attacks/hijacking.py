@@ -57,10 +57,10 @@ def hijack(setting: Setting) -> Found:
     rows = scene.rows("activations")
     if rows is None:
         return Found()
-    victims = torch.from_numpy(np.flatnonzero(~rows.shadow))
+    victims = np.flatnonzero(~rows.shadow)
     with torch.no_grad():
-        guesses = server.decoder(rows.values[victims])
-    found = reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[victims], scene.data_range)
+        guesses = server.decoder(rows.seen(victims))
+    found = reconstruction(NAME, _PARTY, rows, guesses, rows.inputs[torch.from_numpy(victims)], scene.data_range)
     trusting = GradientScrutiny(setting.num_classes, leave=False)
     with quietly(logging.CRITICAL):
         rehearse(replace(some, optimizer=setting.optimizer, defences=(*some.defences, trusting)))

@@ -35,7 +35,7 @@ def recognise_members(scene: Scene) -> Found:
     member, other = (torch.from_numpy(rng.permutation(of)[:size]) for of in (trained, np.arange(len(test[1]))))
     inputs = torch.cat([rows.inputs[member], test[0][other]])
     labels = torch.cat([torch.from_numpy(rows.labels)[member], test[1][other]])
-    decoded = learned_decoder(scene)(rows.values[torch.from_numpy(trained)])
+    decoded = learned_decoder(scene)(rows.seen(trained))
     scores = {
         "loss AUC": _loss(scene, inputs, labels),
         "match AUC": _match(scene, inputs),
