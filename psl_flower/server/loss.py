@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ _ELEMENTWISE = {
         *(F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss),
     )
 }
+_BY_WEIGHT = (F.mse_loss, F.l1_loss)  # of these, torch divides by the sum of the weights, if there are any
 _DIVISIONS = (Tensor.div, Tensor.div_, Tensor.true_divide, torch.div, torch.true_divide)
 _MEANS = (Tensor.mean, torch.mean)
 _SUMS = (Tensor.sum, torch.sum)
@@ -220,6 +223,8 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.l1_loss:
+            kwargs = _with_weight(kwargs)
         if func in _CROSS_ENTROPIES:
             given = _arguments(_CROSS_ENTROPIES[func], args, kwargs)
             input, target, weight = (given[name] for name in ("input", "target", "weight"))
@@ -326,13 +331,25 @@ class _Watch(TorchFunctionMode):
             raise LabelError(text, rows, rule=label_rule(classes, ignore_index))
 
 
+def _with_weight(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the `l1_loss` that is being called, with the weight, which torch 2.13 leaves out."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return kwargs if weight is None else kwargs | {"weight": weight}
+
+
 def _elements(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Callable[[], float]]:
-    """Return what gives the number of elements that a loss of torch's is the mean over."""
+    """Return what gives the number of elements that a loss of torch's is the mean over, or the sum of their weights."""
     if func not in _ELEMENTWISE:
         return []
     given = _arguments(_ELEMENTWISE[func], args, kwargs)
     if given["reduction"] != "mean" or given.get("size_average") is False or given.get("reduce") is False:
         return []
+    weight = given.get("weight")
+    if func in _BY_WEIGHT and weight is not None:
+        return [lambda: weight.detach().sum().item()]
     pair = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)][:2]
     return [torch.broadcast_tensors(*pair)[0].numel]  # type: ignore[no-untyped-call]
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -164,6 +165,22 @@ def test_a_mean_over_elements_weighs_by_them(loss, counts):
         pooled = sum(part.sum for part in parts) / sum(part.weight for part in parts)
         assert pooled == pytest.approx(loss(outputs, labels).item())
         assert weighted(loss, outputs, -labels.abs(), 9).weight == 0  # nothing counts
+
+
+@pytest.mark.parametrize(
+    "loss", [f for f in (F.mse_loss, F.l1_loss, F.huber_loss) if "weight" in signature(f).parameters]
+)
+def test_a_mean_over_weighted_elements_weighs_as_torch_divides(loss):
+    generator = torch.Generator().manual_seed(0)
+    outputs, both = torch.rand(9, 2, generator=generator), torch.rand(9, 4, generator=generator)
+
+    def of(o, y):
+        return loss(o, y[:, :2], weight=y[:, 2:])
+
+    parts = [weighted(of, outputs[part], both[part], len(both[part])) for part in (slice(2), slice(2, 9))]
+    pooled = sum(part.sum for part in parts) / sum(part.weight for part in parts)
+    assert pooled == pytest.approx(of(outputs, both).item())
+    assert weighted(of, outputs, both, 9).mean.item() == pytest.approx(of(outputs, both).item())
 
 
 def test_losses_that_count_differently_weigh_by_examples():
