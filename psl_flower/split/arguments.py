@@ -21,6 +21,7 @@ from torch import fx, nn
 from psl_flower.errors import CutError
 from psl_flower.signatures import annotate_whole, needed_arguments
 from psl_flower.split.nodes import constant, input_name, is_raw
+from psl_flower.split.refused import BY_HAND
 
 _NAMED = (
     inspect.Parameter.POSITIONAL_ONLY,
@@ -29,7 +30,7 @@ _NAMED = (
 )
 _BRANCHES = (
     "forward does something else where it is None, and a cut model does one thing only. If it is always given, remove "
-    "its default from forward; else leave it out, or cut by hand: SplitModel(client=..., server=...)"
+    f"its default from forward; else leave it out, or {BY_HAND}"
 )
 
 
@@ -71,7 +72,7 @@ class Arguments:
         if not inputs:
             raise CutError(
                 f"forward{signature} of {type(model).__name__} names no input: arguments without a default are inputs, "
-                f"and those with the default None; name them, or cut by hand: SplitModel(client=..., server=...)."
+                f"and those with the default None; name them, or {BY_HAND}."
             )
         needed = tuple(p.name for p in named if p.default is p.empty) or (inputs[0],)
         return cls(signature.replace(parameters=named), tuple(inputs), needed, fixed)
@@ -171,7 +172,7 @@ class Arguments:
             raise CutError(
                 f"the input {name!r} has shape {tuple(shape)}, but the model was cut for ({sizes}): torch.export took "
                 f"these sizes of the example for constants of the code; give batches of these sizes (pad texts to one "
-                f"length), or another example, or cut by hand: SplitModel(client=..., server=...)"
+                f"length), or another example, or {BY_HAND}"
             )
 
 

@@ -26,14 +26,15 @@ from psl_flower.split.arguments import Arguments
 from psl_flower.split.gradients import applied, apply
 from psl_flower.split.modes import modes_kept, pinned_modules
 from psl_flower.split.place import is_text
-from psl_flower.split.trace import RECORDED, TRACING, Form, Trace, refuse_backward_hooks, told
+from psl_flower.split.refused import BY_HAND
+from psl_flower.split.trace import RECORDED, Form, Trace, refuse_backward_hooks, told
+from psl_flower.split.tracer import TRACING
 
 _LEFT_OUT = (
     "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients, or leave "
     "it out of the rows"
 )
 _FIRST_TORCH = "2.10"  # 2.6 cannot record GPT-2, BERT and ViT; 2.9 leaves a model's state out without a word
-_REMEDY = "cut by hand: SplitModel(client=..., server=...)"
 
 # What torch.export puts in to check that later calls are like the example; the parts check what they are given.
 _CHECKS = ("_assert", "sym_constrain_range")
@@ -93,7 +94,7 @@ def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> fx.Gr
         raise CutError(
             f"torch.export cannot record {type(root).__name__} ({told(error)}). What it "
             f"cannot see is code that depends on the values of tensors, keeps a state between calls, or is an autograd "
-            f"function of one's own: change that, or {_REMEDY}"
+            f"function of one's own: change that, or {BY_HAND}"
         ) from error
 
 

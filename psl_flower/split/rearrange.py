@@ -12,10 +12,9 @@ from torch import fx, nn
 from psl_flower.split.in_place import seen, watch
 from psl_flower.split.nodes import PLACE, asks_for_fact, at, is_input, is_known_of_any_batch, modules_of
 from psl_flower.split.partition import SIZES, Pieces, pieces_of, starts_of, state_of
+from psl_flower.split.refused import BY_HAND
 from psl_flower.split.told import tell_dtype, tell_sizes, told_dtype, told_sizes
 from psl_flower.split.trace import Trace
-
-_BY_HAND = "SplitModel(client=..., server=...)"
 
 # How code asks for the sizes of a tensor, by node target; `getattr` with one of the first.
 _SIZE_ATTRIBUTES = ("shape", "ndim")
@@ -197,8 +196,8 @@ def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) ->
     if not optional:
         return recorded
     reason = (
-        f"its value is used after the cut, so raw examples would be sent to the server: leave it out, cut later, or "
-        f"cut by hand if that is intended: {_BY_HAND}"
+        f"its value is used after the cut, so raw examples would be sent to the server: leave it out, cut later, or, "
+        f"if that is intended, {BY_HAND}"
     )
     graphs = {graph: _without(graph, optional) for graph in recorded.graphs.values()}
     return replace(

@@ -9,13 +9,15 @@ import inspect
 import textwrap
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import FrameType, FunctionType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from psl_flower.split.asked import OURS, Type, attribute
 from psl_flower.split.changing import changes_recorded
+from psl_flower.split.stored import codes
 
 # Functions of sizes. Where the first of several is a recorded one, torch takes it for the only argument.
 _SIZED = ("empty", "ones", "rand", "randn", "zeros")
@@ -30,7 +32,7 @@ _ASKING = {"any", "bool"}  # functions that ask for truth values themselves
 
 @contextmanager
 def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
-    """Let the code of some modules call ``len(x)`` and ``torch.zeros(n, 8)`` with what torch.fx records.
+    """Let code call ``len(x)`` and ``torch.zeros(n, 8)`` with what torch.fx records: of modules, and what they call.
 
     Parameters
     ----------
@@ -38,14 +40,12 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
     opened : collection of str
         Names of its submodules that are traced through.
     """
-    classes = {kind for name in opened for kind in type(root.get_submodule(name)).__mro__}
-    functions = [f for kind in classes for f in vars(kind).values() if isinstance(f, FunctionType)]
-    codes = [f.__globals__ for f in functions if not str(f.__module__).startswith("torch.")]
-    free = {id(names): names for names in codes if "len" not in names}
+    spaces = [function.__globals__ for function in _called(root, opened)]
+    free = {id(names): (names, _NAMES.keys() - names.keys()) for names in spaces}
     patched = {name: getattr(torch, name) for name in (*_SIZED, *_OF_DTYPES)}
     try:
-        for names in free.values():
-            names["len"] = _length
+        for names, added in free.values():
+            names.update((name, _NAMES[name]) for name in added)
         for name, function in patched.items():
             setattr(torch, name, (_of_dtypes if name in _OF_DTYPES else _of_sizes)(function))
         with changes_recorded():
@@ -53,14 +53,37 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
     finally:
         for name, function in patched.items():
             setattr(torch, name, function)
-        for names in free.values():
-            del names["len"]
+        for names, added in free.values():
+            for name in added:
+                del names[name]
+
+
+def _called(root: nn.Module, opened: Collection[str]) -> set[FunctionType]:
+    """Return the methods of some modules, and the functions that these call by name, but those of torch and ours."""
+    found = set[FunctionType]()
+    waiting = [
+        each for name in opened for kind in type(root.get_submodule(name)).__mro__ for each in vars(kind).values()
+    ]
+    while waiting:
+        each = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()
+        if not isinstance(each, FunctionType) or each in found or f"{each.__module__}.".startswith(OURS):
+            continue
+        found.add(each)
+        names = {name for code in codes(each.__code__) for name in code.co_names}
+        named = [each.__globals__[name] for name in names if name in each.__globals__]
+        waiting += named
+        waiting += [vars(module).get(name) for module in named if isinstance(module, ModuleType) for name in names]
+    return found
 
 
 def _length(value: Any) -> Any:
     if not isinstance(value, fx.Proxy):
         return builtins.len(value)
     return value.tracer.create_proxy("call_function", builtins.len, (value,), {})
+
+
+# What the code that is recorded finds in place of Python's own.
+_NAMES = {"len": _length, "getattr": attribute, "type": Type}
 
 
 def _of_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,7 +108,7 @@ def _of_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
 def wanted(frame: FrameType | None) -> bool | None:
     """Return which truth value code needs that asks for one just now; None if it may go on with either.
 
-    That of an ``assert`` must be true, and that of ``if ...: raise`` false.
+    That of an ``assert`` must be true, that of ``if ...: raise`` false, and that of ``if ...: ... else: raise`` true.
     """
     if frame is None:
         return None
@@ -101,9 +124,11 @@ def wanted(frame: FrameType | None) -> bool | None:
         if isinstance(node, ast.Assert | ast.If)
         and node.lineno <= line <= ((node if isinstance(node, ast.Assert) else node.test).end_lineno or line)
     ]
-    if len(found) != 1 or (isinstance(found[0], ast.If) and not isinstance(found[0].body[-1], ast.Raise)):
+    if len(found) != 1:
         return None
-    value, condition = isinstance(found[0], ast.Assert), found[0].test
+    value, condition = _holding(found[0]), found[0].test
+    if value is None:
+        return None
     while isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
         value, condition = not value, condition.operand
     unclear = _NOT_ALL if value else _NOT_NONE
@@ -112,3 +137,12 @@ def wanted(frame: FrameType | None) -> bool | None:
         if chained or isinstance(part, unclear) or (isinstance(part, ast.Name) and part.id in _ASKING):
             return None
     return value
+
+
+def _holding(statement: ast.Assert | ast.If) -> bool | None:
+    """Return which truth value of its condition goes on without an error; None if both do."""
+    if isinstance(statement, ast.Assert):
+        return True
+    if isinstance(statement.body[-1], ast.Raise):
+        return False
+    return True if statement.orelse and isinstance(statement.orelse[-1], ast.Raise) else None

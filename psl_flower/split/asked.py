@@ -1,0 +1,305 @@
+"""What code asks of the stand-ins that torch.fx has for tensors: whether it is one, how many there are, what is so.
+
+A stand-in would tell of itself, or raise what the code may catch. Here some answers are known; some are what a tensor
+would say, and a step of the recording looks whether they were right; all else is refused.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import linecache
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import TraceError
+
+from psl_flower.errors import CutError
+from psl_flower.split.nodes import is_fact
+from psl_flower.split.refused import BY_HAND, kept
+
+_isinstance, _hasattr = builtins.isinstance, builtins.hasattr
+
+OURS = ("torch.", "psl_flower.")  # who asks to record, not to decide
+
+_FACTS = {"shape": torch.Size, "dtype": torch.dtype, "device": torch.device, "layout": torch.layout, "ndim": int}
+_COUNTS = {"dim", "ndimension", "numel", "nelement", "element_size", "get_device"}
+_PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk"}  # what returns several tensors
+
+_NUMBER = "a number that is known only when the model runs is needed here"
+AT_ONCE = "do it for all at once in place of a loop, or in a number of steps that __init__ knows"
+
+
+def refusal(what: str, remedy: str = "") -> TraceError:
+    """Return what is raised where code asks for something that is not known while it is recorded."""
+    return kept(TraceError(f"{what}{remedy and ': '}{remedy}"))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that looks whether what code was told while it was recorded holds of a value.
+
+    Parameters
+    ----------
+    question : {"isinstance", "hasattr", "is None"}
+    about : object
+        A class or several, or the name of an attribute.
+    answer : bool
+        What the code was told.
+    at : str, optional
+        The line that asked.
+    """
+
+    question: str
+    about: Any
+    answer: bool
+    at: str | None
+
+    @property
+    def __name__(self) -> str:
+        return "taken"
+
+    def __call__(self, value: Any) -> None:
+        """Raise a CutError if it does not."""
+        asked: dict[str, Callable[[Any, Any], bool]] = {
+            "isinstance": isinstance,
+            "hasattr": hasattr,
+            "is None": operator.is_,
+        }
+        if asked[self.question](value, self.about) is not self.answer:
+            about = "" if self.about is None else f", {getattr(self.about, '__name__', self.about)}"
+            raise CutError(
+                f"{self.at or 'the code around the cut'} asks ({self.question}{about}) about what is now a "
+                f"{type(value).__name__}, and was recorded with the other answer, {self.answer}: give the cut an "
+                f"example batch, Cut(name, example=...), move this code into a submodule of its own, or {BY_HAND}."
+            )
+
+
+def attribute(value: Any, name: str, *default: Any) -> Any:
+    """Do what ``getattr`` does; of a stand-in, give the default where what it stands for has no such attribute."""
+    if default and _isinstance(value, fx.Proxy) and not _attribute_of(value, name):
+        return default[0]
+    return getattr(value, name, *default)
+
+
+class _AskingType(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and _isinstance(args[0], fx.Proxy):
+            raise refusal("the type of what is computed is known only when the model runs", "ask with isinstance()")
+        return type(*args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return _isinstance(value, type)
+
+
+class Type(type, metaclass=_AskingType):
+    """Does what ``type`` does, but for stand-ins."""
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Have stand-ins answer as tensors would, or refuse to, where code that is recorded asks."""
+    own: dict[str, Any] = {name: vars(fx.Proxy).get(name) for name in _METHODS}
+    try:
+        for name, method in _METHODS.items():
+            setattr(fx.Proxy, name, method)
+        vars(builtins).update(isinstance=_is_instance, hasattr=_has_attribute)
+        vars(torch).update(is_tensor=_is_tensor)
+        yield
+    finally:
+        vars(builtins).update(isinstance=_isinstance, hasattr=_hasattr)
+        vars(torch).update(is_tensor=_TENSOR)
+        for name, method in own.items():
+            if method is None:
+                delattr(fx.Proxy, name)
+            else:
+                setattr(fx.Proxy, name, method)
+
+
+def count(node: fx.Node) -> int | None:
+    """Return how many entries there are in what a step gives, where its arguments tell; None if not."""
+    name = _name(node)
+    given: Any = node.kwargs.get("chunks", node.kwargs.get("split_size_or_sections", [*node.args[1:2], None][0]))
+    if name in _PARTS and _isinstance(given, list | tuple):
+        return len(given) + (name == "tensor_split")
+    if name in ("chunk", "unsafe_chunk", "tensor_split") and _isinstance(given, int):
+        return int(given)
+    cut: Any = node.args[1] if node.target is operator.getitem else None
+    if not _isinstance(cut, slice) or cut.step is not None or _kind(node)[0] is not torch.Size:
+        return None
+    if _isinstance(cut.stop, int) and _isinstance(cut.start or 0, int) and 0 <= (cut.start or 0) <= cut.stop:
+        return int(cut.stop - (cut.start or 0))
+    return int(-cut.start) if cut.stop is None and _isinstance(cut.start, int) and cut.start < 0 else None
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target if _isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+
+
+def _tracer(proxy: fx.Proxy) -> Any:
+    return proxy.tracer
+
+
+def _asks(frame: FrameType) -> bool:
+    """Whether code asks that is recorded, and not what records it."""
+    return not f"{frame.f_globals.get('__name__', '')}.".startswith(OURS)
+
+
+def _kind(node: fx.Node) -> tuple[type, bool]:
+    """Return of what class a value will be, and whether that is certain."""
+    if node.target is getattr and len(node.args) == 2:
+        kind = _FACTS.get(str(node.args[1]))
+        return (torch.Tensor, False) if kind is None else (kind, True)
+    name, source = _name(node), node.all_input_nodes[0] if node.all_input_nodes else None
+    if name == "size" and node.op == "call_method":
+        return (int if len(node.args) + len(node.kwargs) > 1 else torch.Size), True
+    if name in _COUNTS or node.target is len:
+        return int, True
+    if node.target is operator.getitem and source is not None and _kind(source)[0] is torch.Size:
+        return (int if _isinstance(node.args[1], int) else torch.Size), True
+    if is_fact(name):
+        return int, False
+    numbers = [_kind(source)[0] is int for source in node.all_input_nodes]
+    return (int if node.op == "call_function" and numbers and all(numbers) else torch.Tensor), False
+
+
+def _is_instance(value: Any, kinds: Any) -> bool:
+    if not _isinstance(value, fx.Proxy) or _isinstance(value, kinds) or not _asks(sys._getframe(1)):
+        return _isinstance(value, kinds)
+    return _of_kind(value, kinds)
+
+
+def _of_kind(value: fx.Proxy, kinds: Any) -> bool:
+    return _told(value, "isinstance", kinds, _isinstance, issubclass(_kind(value.node)[0], kinds))
+
+
+def _is_tensor(value: Any) -> bool:
+    asked = _isinstance(value, fx.Proxy) and _asks(sys._getframe(1))
+    return _of_kind(value, torch.Tensor) if asked else _TENSOR(value)
+
+
+def _has_attribute(value: Any, name: str) -> bool:
+    if not _isinstance(value, fx.Proxy) or not _asks(sys._getframe(1)):
+        return _hasattr(value, name)
+    return _attribute_of(value, name)
+
+
+def _attribute_of(value: fx.Proxy, name: str) -> bool:
+    """Return whether there is an attribute; what modules of one's own return is taken to have what is asked for."""
+    node = value.node
+    theirs = node.op == "call_module" and not type(
+        _tracer(value).root.get_submodule(str(node.target))
+    ).__module__.startswith("torch.")
+    return _told(value, "hasattr", name, _hasattr, theirs or _hasattr(_kind(node)[0], name))
+
+
+def _told(proxy: fx.Proxy, question: str, about: Any, ask: Callable[[Any, Any], bool], answer: bool) -> bool:
+    """Return an answer, and record a step that looks whether it holds, unless it is certain."""
+    node, tracer = proxy.node, _tracer(proxy)
+    if node.op == "get_attr":
+        # not by its name: while torch.fx records, modules give stand-ins
+        at, _, name = str(node.target).rpartition(".")
+        owner = vars(dict(tracer.root.named_modules())[at])
+        held = next((owner[key][name] for key in ("_parameters", "_buffers") if name in owner[key]), owner.get(name))
+        return ask(held, about)
+    if not _kind(node)[1]:
+        look_at(tracer, node, question, about, answer)
+    return answer
+
+
+def look_at(tracer: Any, node: fx.Node, question: str, about: Any, answer: bool) -> None:
+    """Record a step that looks whether an answer holds, where the value is made: then it need not cross a cut."""
+    inputs = [each for each in tracer.graph.nodes if each.op == "placeholder"]
+    with tracer.graph.inserting_after(inputs[-1] if node in inputs else node):
+        tracer.create_node("call_function", Taken(question, about, answer, tracer.line()), (node,), {})
+
+
+def _attribute(self: fx.Proxy, name: str) -> Any:
+    frame = sys._getframe(1)
+    compared = _compared(frame.f_code, frame.f_lasti) if _asks(frame) else None
+    if compared == "is":
+        raise refusal(
+            f"whether .{name} of what is computed is a certain object is known only when the model runs",
+            "in place of `is` write ==, and give the cut an example batch",
+        )
+    made = _GETATTR(self, name)
+    if compared == "is None" and name not in _FACTS:
+        look_at(_tracer(self), made.node, compared, None, False)
+    return made
+
+
+@functools.lru_cache(maxsize=256)
+def _steps(code: CodeType) -> dict[int, list[dis.Instruction]]:
+    steps = list(dis.get_instructions(code))
+    return {step.offset: steps[i + 1 : i + 8] for i, step in enumerate(steps)}
+
+
+def _compared(code: CodeType, offset: int) -> str | None:
+    """Return whether the attribute that code reads there is compared by identity: "is", "is None", or None."""
+    none = False
+    for step in _steps(code).get(offset, []):
+        if "JUMP" in step.opname and step.opname.endswith("NONE"):
+            return "is None"
+        if step.opname == "IS_OP":
+            return "is None" if none else "is"
+        if not step.opname.startswith("LOAD_"):
+            return None
+        none = step.opname == "LOAD_CONST" and step.argval is None
+    return None
+
+
+def _contains(self: fx.Proxy, value: Any) -> bool:
+    raise refusal("what is in a value is known only when the model runs")
+
+
+def _number(self: fx.Proxy) -> int:
+    raise refusal(_NUMBER)
+
+
+def _len(self: fx.Proxy) -> int:
+    error = TypeError(f"{_NUMBER}, for len()")
+    # a list that is made asks, too, and goes on without
+    raise kept(error) if _running(sys._getframe(1)).startswith("len(") else error
+
+
+def _index(self: fx.Proxy) -> int:
+    error = TraceError(f"{_NUMBER}, for range() or an index: {AT_ONCE}")
+    # torch asks, too, and goes on without
+    raise kept(error) if _running(sys._getframe(1)).startswith(("range(", "BINARY_SUBSCR")) else error
+
+
+def _running(frame: FrameType) -> str:
+    """Return the text of the call that code is at, as far as its first line goes, or else what is done there."""
+    step = next(each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti)
+    at = step.positions
+    if "CALL" not in step.opname or at is None or at.lineno is None or at.col_offset is None:
+        return step.opname
+    return linecache.getline(frame.f_code.co_filename, at.lineno).encode()[at.col_offset :].decode()
+
+
+def _hash(self: fx.Proxy) -> int:
+    if _asks(sys._getframe(1)):
+        raise refusal(
+            "what is computed is looked up here, or kept in a set or a cache", "that is known only when the model runs"
+        )
+    return object.__hash__(self)
+
+
+_TENSOR = torch.is_tensor
+_GETATTR: Any = fx.Proxy.__getattr__
+_METHODS = {
+    "__getattr__": _attribute,
+    "__contains__": _contains,
+    "__hash__": _hash,
+    "__index__": _index,
+    "__len__": _len,
+    **dict.fromkeys(("__int__", "__float__", "__complex__"), _number),
+}
