@@ -59,7 +59,7 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
     Raises
     ------
     CutError
-        If `torch.export` cannot record it, or only for batches of one size.
+        If `torch.export` cannot record it, or only for batches of one size, or without gradients.
     """
     if Version(torch.__version__) < Version(_FIRST_TORCH):
         raise CutError(f"a cut with torch.export needs torch {_FIRST_TORCH} or later, this is {torch.__version__}")
@@ -67,6 +67,12 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
     arguments = Arguments.given(root, list(example) if whole is None else [whole.name], _LEFT_OUT)
     inputs = {name: example[name] if whole is None else dict(example) for name in arguments.inputs}
     refuse_backward_hooks(root, (name for name, _ in root.named_modules()))
+    for name, module in root.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CutError(
+                f"{name!r} is a module of torch.jit, which torch.export records without the gradients that go through "
+                f"it: use the nn.Module that it was made of, or {BY_HAND}"
+            )
     _without_cache(root)
     graphs: dict[bool, fx.Graph] = {}
     returns: dict[bool, TreeSpec] = {}
@@ -85,7 +91,12 @@ def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> fx.Gr
         lambda value: {0: sizes.DYNAMIC, 1: sizes.AUTO} if is_text(value) else {0: sizes.DYNAMIC}, dict(inputs)
     )
     try:
-        with TRACING, _called_by(root, arguments.signature), _own_gradients_refused(), warnings.catch_warnings():
+        with (
+            TRACING,
+            _called_by(root, arguments.signature),
+            _own_gradients_refused(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message=".*assigned during export")  # a state, which would be left out
             exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)

@@ -57,7 +57,7 @@ def taken_apart(graph: fx.Graph) -> fx.Graph:
         if (
             all(_is_entry(user) or isinstance(user.target, Taken) for user in node.users)
             and not is_raw(node)
-            and any(isinstance(name, str) and not hasattr(torch.Tensor, name) for name in names)
+            and any(isinstance(name, str) and _is_foreign(name) for name in names)
         ):
             moved[node] = sorted(node.users, key=position.__getitem__)
     if not moved:
@@ -75,6 +75,11 @@ def taken_apart(graph: fx.Graph) -> fx.Graph:
 def _is_entry(node: fx.Node) -> bool:
     """Return whether a step gives an entry of what it is given: an attribute, or an item by name or number."""
     return node.target in (getattr, operator.getitem) and len(node.args) == 2 and isinstance(node.args[1], str | int)
+
+
+def _is_foreign(name: str) -> bool:
+    """Return whether a tensor has no attribute of a name, but for methods: those are called, not asked for."""
+    return callable(getattr(torch.Tensor, name, min))
 
 
 def in_order(root: nn.Module, graph: fx.Graph, cuts: Sequence[str]) -> fx.Graph:

@@ -185,7 +185,9 @@ def unchanged(root: nn.Module) -> Iterator[None]:
     CutError
         If an attribute or a buffer is another one afterwards.
     """
-    before, held = _attributes(root), [(each, dict(vars(each)), dict(each._buffers)) for each in root.modules()]
+    # those of torch.jit are called whole, and cannot be put back
+    modules = [each for each in root.modules() if not isinstance(each, torch.jit.ScriptModule)]
+    before, held = _attributes(root), [(each, dict(vars(each)), dict(each._buffers)) for each in modules]
 
     def restore() -> None:
         for module, attributes, buffers in held:

@@ -231,7 +231,7 @@ class Passing(nn.Module):
 
 def test_what_is_no_tensor_cannot_cross_but_what_is_in_it_can():
     model, x = Passing(), torch.randn(5, 4)
-    with pytest.raises(CutError, match=r"'base'.* is a SimpleNamespace: cut elsewhere, give the cut an example batch"):
+    with pytest.raises(CutError, match=r"in forward\) is a NoneType: cut elsewhere, give the cut an example batch"):
         cut_model(model, "head").client(x)
     halves = cut_model(model, Cut("head", example={"x": torch.randn(2, 4)}))
     assert torch.equal(halves.server(*halves.client(x))["logits"], model(x)["logits"])
@@ -480,3 +480,20 @@ def test_a_torch_that_cannot_do_it_is_told(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(CutError, match=r"needs torch 2\.10 or later, this is 2\.9\.1"):
         split_module(Remembering(), Cut("b", example=EXAMPLE))
+
+
+def test_a_module_of_torch_jit_would_lose_gradients():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.ReLU(), nn.Softplus())), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    split_module(model, Cut("2", example={"input": x}))  # torch.fx calls it whole
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x):
+            return self.layers[2](self.layers[1](self.layers[0](x if x.dim() == 2 else x.flatten(1))))
+
+    with pytest.raises(CutError, match=r"'layers.1' is a module of torch.jit.*: use the nn.Module that it was made of"):
+        split_module(Branching(), Cut("layers.2", example={"x": x}))
