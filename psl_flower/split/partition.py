@@ -30,6 +30,7 @@ from psl_flower.split.nodes import (
     is_shape_of_input,
     is_symbol,
     modules_of,
+    shown,
     size_in,
 )
 from psl_flower.split.refused import BY_HAND
@@ -317,7 +318,7 @@ def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
         inputs = tuple(given or (copies[node] for node in pieces.runs[piece] if is_input(node)))
 
         def handed(nodes: list[fx.Node]) -> fx.Node:
-            names = tuple(f"{node.name!r}{at(node)}" for node in nodes)
+            names = tuple(map(shown, nodes))
             return graph.call_function(as_activations, (tuple(copies[node] for node in nodes), inputs, names))
 
         out = handed(pieces.sent[piece])
