@@ -75,7 +75,7 @@ def let_signals_end(error: BaseException) -> None:
 @cache
 def is_users(filename: str) -> bool:
     """Return whether a file holds code of the user's: it is neither a library's, nor ours, nor generated."""
-    if filename.startswith(("<frozen", "<psl_flower", "<eval_with_key")) or not filename:  # generated code
+    if filename.startswith(("<frozen", "<psl_flower", "<eval_with_key", "<string")) or not filename:  # generated code
         return False
     path = Path(filename)
     return not (

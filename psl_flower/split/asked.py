@@ -35,6 +35,7 @@ _COUNTS = {"dim", "ndimension", "numel", "nelement", "element_size", "get_device
 _PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk"}  # what returns several tensors
 
 _NUMBER = "a number that is known only when the model runs is needed here"
+_TYPE, _ASK = "the type of what is computed is known only when the model runs", "ask with isinstance()"
 AT_ONCE = "do it for all at once in place of a loop, or in a number of steps that __init__ knows"
 
 
@@ -93,7 +94,7 @@ def attribute(value: Any, name: str, *default: Any) -> Any:
 class _AskingType(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and _isinstance(args[0], fx.Proxy):
-            raise refusal("the type of what is computed is known only when the model runs", "ask with isinstance()")
+            raise refusal(_TYPE, _ASK)
         return type(*args, **kwargs)
 
     def __instancecheck__(cls, value: Any) -> bool:
@@ -230,6 +231,10 @@ def _attribute(self: fx.Proxy, name: str) -> Any:
             f"whether .{name} of what is computed is a certain object is known only when the model runs",
             "in place of `is` write ==, and give the cut an example batch",
         )
+    if compared is not None or name == "prod":
+        own = self.node
+        if _kind(own) == (torch.Size, True) and not _hasattr(torch.Size, name):
+            raise refusal(f"sizes have no {name}", "in place of np.prod(h.shape) take math.prod(h.shape)")
     made = _GETATTR(self, name)
     if compared == "is None" and name not in _FACTS:
         look_at(_tracer(self), made.node, compared, None, False)
@@ -245,7 +250,13 @@ def _steps(code: CodeType) -> dict[int, list[dis.Instruction]]:
 def _compared(code: CodeType, offset: int) -> str | None:
     """Return whether the attribute that code reads there is compared by identity: "is", "is None", or None."""
     none = False
-    for step in _steps(code).get(offset, []):
+    following = _steps(code).get(offset, [])
+    if following and following[0].opname == "STORE_FAST":  # d = h.dtype; ... if d is torch.float16:
+        name = following[0].argval
+        loads = [each.offset for each in dis.get_instructions(code) if each.argval == name and each.offset > offset]
+        found = [_compared(code, each) for each in loads if each > following[0].offset]
+        return next((each for each in found if each), None)
+    for step in following:
         if "JUMP" in step.opname and step.opname.endswith("NONE"):
             return "is None"
         if step.opname == "IS_OP":
@@ -260,8 +271,17 @@ def _contains(self: fx.Proxy, value: Any) -> bool:
     raise refusal("what is in a value is known only when the model runs")
 
 
-def _number(self: fx.Proxy) -> int:
-    raise refusal(_NUMBER)
+def _number(self: fx.Proxy, *args: Any) -> int:
+    raise refusal(_NUMBER, "in place of int(), round() and divmod() take math.trunc, math.floor, math.isqrt, // and %")
+
+
+def _get(self: fx.Proxy, name: str) -> Any:
+    """Give an attribute, but not the class to code that tells values apart by it: torch asks for it, too."""
+    if name == "__class__" and _asks(frame := sys._getframe(1)):
+        step = next(each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti)
+        if step.opname == "MATCH_CLASS" or step.argval == "__class__":
+            raise refusal(_TYPE, _ASK)
+    return object.__getattribute__(self, name)
 
 
 def _len(self: fx.Proxy) -> int:
@@ -301,5 +321,8 @@ _METHODS = {
     "__hash__": _hash,
     "__index__": _index,
     "__len__": _len,
+    "__getattribute__": _get,
+    **dict.fromkeys(("__round__", "__trunc__", "__floor__", "__ceil__"), _number),
+    **dict.fromkeys(("__divmod__", "__rdivmod__"), _number),
     **dict.fromkeys(("__int__", "__float__", "__complex__"), _number),
 }

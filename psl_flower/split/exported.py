@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_map
 
 from psl_flower.errors import CutError
@@ -26,9 +27,11 @@ from psl_flower.split.arguments import Arguments
 from psl_flower.split.gradients import applied, apply
 from psl_flower.split.modes import modes_kept, pinned_modules
 from psl_flower.split.place import is_text
-from psl_flower.split.refused import BY_HAND
-from psl_flower.split.trace import RECORDED, Form, Trace, refuse_backward_hooks, told
+from psl_flower.split.refused import BY_HAND, kept, refusals_kept, refused
+from psl_flower.split.settings import settings_refused
+from psl_flower.split.trace import Form, Trace, refuse_backward_hooks, told
 from psl_flower.split.tracer import TRACING
+from psl_flower.split.unchanged import RECORDED, unchanged
 
 _LEFT_OUT = (
     "the model was cut without it: put it into the example, Cut(name, example={...}), on server and clients, or leave "
@@ -38,6 +41,9 @@ _FIRST_TORCH = "2.10"  # 2.6 cannot record GPT-2, BERT and ViT; 2.9 leaves a mod
 
 # What torch.export puts in to check that later calls are like the example; the parts check what they are given.
 _CHECKS = ("_assert", "sym_constrain_range")
+
+# How code asks a tensor for its values.
+_OF_VALUES = {"__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy", "is_nonzero"}
 
 # By argument: a tensor, or of the one that takes a batch as a dict, the tensors by name.
 Inputs = Mapping[str, Tensor | dict[str, Tensor]]
@@ -92,9 +98,12 @@ def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> fx.Gr
     )
     try:
         with (
+            refusals_kept(),
             TRACING,
             _called_by(root, arguments.signature),
             _own_gradients_refused(),
+            settings_refused(),
+            _Asked(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
@@ -109,13 +118,30 @@ def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> fx.Gr
         ) from error
 
 
+class _Asked(TorchFunctionMode):
+    """Keeps what torch.export cannot tell of values, should the code catch it, and refuses what it leaves out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "register_hook":
+            raise refused(
+                f"a hook on a tensor would be lost: move it into a submodule of its own, have it in an autograd "
+                f"function, or {BY_HAND}"
+            )
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception as error:
+            raise (kept(error) if name in _OF_VALUES else error)  # noqa: B904 - itself
+
+
 @contextmanager
 def _called_by(root: nn.Module, signature: inspect.Signature) -> Iterator[None]:
     """Have `root` tell this signature of its forward: torch.export cannot do with sizes of what is in ``**kwargs``."""
     own, before = root.__dict__.get("forward"), root.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return before(*args, **kwargs)
+        with unchanged(root):  # here, for torch.export puts some of it back
+            return before(*args, **kwargs)
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     root.__dict__["forward"] = forward

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from psl_flower.errors import CutError
 from psl_flower.split.asked import OURS, Type, attribute
 from psl_flower.split.changing import changes_recorded
+from psl_flower.split.refused import BY_HAND
 from psl_flower.split.stored import codes
 
 # Functions of sizes. Where the first of several is a recorded one, torch takes it for the only argument.
@@ -40,7 +43,8 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
     opened : collection of str
         Names of its submodules that are traced through.
     """
-    spaces = [function.__globals__ for function in _called(root, opened)]
+    functions = _called(root, opened)
+    spaces = [function.__globals__ for function in functions]
     free = {id(names): (names, _NAMES.keys() - names.keys()) for names in spaces}
     patched = {name: getattr(torch, name) for name in (*_SIZED, *_OF_DTYPES)}
     try:
@@ -48,7 +52,7 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
             names.update((name, _NAMES[name]) for name in added)
         for name, function in patched.items():
             setattr(torch, name, (_of_dtypes if name in _OF_DTYPES else _of_sizes)(function))
-        with changes_recorded():
+        with changes_recorded(), _globals_unchanged(functions):
             yield
     finally:
         for name, function in patched.items():
@@ -74,6 +78,26 @@ def _called(root: nn.Module, opened: Collection[str]) -> set[FunctionType]:
         waiting += named
         waiting += [vars(module).get(name) for module in named if isinstance(module, ModuleType) for name in names]
     return found
+
+
+@contextmanager
+def _globals_unchanged(functions: Iterable[FunctionType]) -> Iterator[None]:
+    """Refuse code that sets a ``global`` name of a function's: that would not be recorded."""
+    before = {
+        (id(each.__globals__), str(step.argval)): (each.__globals__, each.__globals__.get(step.argval))
+        for each in functions
+        for code in codes(each.__code__)
+        for step in dis.get_instructions(code)
+        if step.opname == "STORE_GLOBAL"
+    }
+    yield
+    for (_, name), (space, value) in before.items():
+        if space.get(name) is not value:
+            space[name] = value
+            raise CutError(
+                f"the model's forward sets the global {name!r}, and that would not be recorded: make it a buffer, set "
+                f"it before, move this code into a submodule of its own, or {BY_HAND}."
+            )
 
 
 def _length(value: Any) -> Any:

@@ -20,6 +20,11 @@ BY_HAND = "cut by hand: SplitModel(client=..., server=...)"
 _kept: ContextVar[list[Exception] | None] = ContextVar("refusals of what is being recorded", default=None)
 
 
+def recording() -> bool:
+    """Return whether code is being recorded on this thread."""
+    return _kept.get() is not None
+
+
 def kept(error: E) -> E:
     """Return an error to raise, which is raised again when the recording ends, should the recorded code catch it."""
     if (errors := _kept.get()) is not None and error not in errors:

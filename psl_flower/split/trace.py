@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,16 +18,14 @@ from psl_flower.errors import CutError
 from psl_flower.origin import place
 from psl_flower.split.arguments import Arguments, alike, choose_inputs
 from psl_flower.split.asked import asking
-from psl_flower.split.changing import CHANGING
 from psl_flower.split.gradients import functions_recorded
 from psl_flower.split.modes import modes_kept, pinned_modules
 from psl_flower.split.recordable import recordable
 from psl_flower.split.refused import BY_HAND, refusals_kept
+from psl_flower.split.settings import settings_refused
 from psl_flower.split.stored import refusing_reads
 from psl_flower.split.tracer import TRACING, Call, Computed, Parameters, PathTracer
-
-# What names begin with that recordings add to a model.
-RECORDED = "_psl_"
+from psl_flower.split.unchanged import unchanged
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +156,7 @@ def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tu
             refusing_reads(root, opened),
             recordable(root, opened),
             asking(),
+            settings_refused(),
         ):
             graph = tracer.trace(root)
         for node in graph.nodes:
@@ -174,72 +172,6 @@ def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tu
 def _random_states() -> tuple[bytes, ...]:
     """Return the states of Python's and numpy's global generators, only to compare them."""
     return pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())  # noqa: NPY002
-
-
-@contextmanager
-def unchanged(root: nn.Module) -> Iterator[None]:
-    """Refuse code that is recorded within if it changes what modules keep; they are as before then.
-
-    Raises
-    ------
-    CutError
-        If an attribute or a buffer is another one afterwards.
-    """
-    # those of torch.jit are called whole, and cannot be put back
-    modules = [each for each in root.modules() if not isinstance(each, torch.jit.ScriptModule)]
-    before, held = _attributes(root), [(each, dict(vars(each)), dict(each._buffers)) for each in modules]
-
-    def restore() -> None:
-        for module, attributes, buffers in held:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-
-    try:
-        yield
-    except BaseException:
-        restore()
-        raise
-    _take_back(root, ((module, buffers) for module, _, buffers in held))
-    after = _attributes(root)
-    changed = [name for name, version in before.items() if after.get(name) != version]
-    changed = [name for name in changed if not name.startswith(RECORDED)]
-    if changed:
-        restore()
-        if changed[0] in dict(root.named_buffers()):
-            raise CutError(
-                f"the model's forward puts another tensor in the place of its buffer {changed[0]!r}, and that would "
-                f"not be recorded: change it in place (self.{changed[0]}.add_(1), copy_), move it into a submodule of "
-                f"its own, or {BY_HAND}."
-            )
-        raise CutError(
-            f"the model's forward changes {changed[0]!r}, which is neither parameter nor buffer, and that would not be "
-            f"recorded: register it as a buffer, move it into a submodule of its own, or {BY_HAND}."
-        )
-
-
-def _take_back(root: nn.Module, held: Iterable[tuple[nn.Module, Mapping[str, torch.Tensor | None]]]) -> None:
-    """Put buffers back in the place of what ``self.level += 1`` sets, which is the buffer itself."""
-    names = {module: name for name, module in root.named_modules()}
-    for module, buffers in held:
-        for key, buffer in buffers.items():
-            found: Any = module._buffers.get(key)
-            node: Any = found.node if isinstance(found, fx.Proxy) else None
-            while node is not None and node.target in CHANGING:
-                node = node.args[0]
-            if node is not None and node.op == "get_attr" and node.target == f"{names[module]}.{key}".lstrip("."):
-                module._buffers[key] = buffer
-
-
-def _attributes(root: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return what tells whether a module's own attribute was set, or changed in place, or a buffer set."""
-    return {
-        f"{name}.{key}".lstrip("."): (id(value), value._version if own and isinstance(value, torch.Tensor) else 0)
-        for name, module in root.named_modules()
-        for own, held in ((True, vars(module)), (False, module._buffers))
-        for key, value in held.items()
-    }
 
 
 def _class_names(root: nn.Module, names: frozenset[str]) -> str:

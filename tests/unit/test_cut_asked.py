@@ -1,8 +1,10 @@
 """What code around a cut asks of tensors while it is recorded: it is answered rightly, or refused, never guessed."""
 
+import functools
 import re
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,7 +84,69 @@ def by_type(net, x):
     return h * 2 if type(h) is torch.Tensor else h
 
 
+def by_variable(net, x):
+    h = net.body(x)
+    kind = h.dtype
+    return h * 2 if kind is torch.float64 else h
+
+
+def by_class(net, x):
+    h = net.body(x)
+    return h * 2 if h.__class__ is torch.Tensor else h
+
+
+def matched(net, x):
+    match h := net.body(x):
+        case torch.Tensor():
+            return h * 2
+    return h
+
+
+@functools.singledispatch
+def doubled(h):
+    return h
+
+
+@doubled.register
+def _(h: torch.Tensor):
+    return h * 2
+
+
+def dispatched(net, x):
+    return doubled(net.body(x))
+
+
+def rounded(net, x):
+    return net.body(x) * round(x.shape[1] / 2)
+
+
+def divided(net, x):
+    return net.body(x) * divmod(x.shape[1], 2)[0]
+
+
+def product(net, x):
+    return net.body(x) * np.prod(x.shape[1:])
+
+
+def by_grad_mode(net, x):
+    return net.body(x) * (2 if torch.is_grad_enabled() else 1)
+
+
+def seeded(net, x):
+    torch.manual_seed(0)
+    return F.dropout(net.body(x))
+
+
 ASKING = [
+    by_variable,
+    by_class,
+    matched,
+    dispatched,
+    rounded,
+    divided,
+    product,
+    by_grad_mode,
+    seeded,
     by_value,
     by_size,
     row_by_row,
@@ -237,3 +301,30 @@ def test_a_check_that_raises_otherwise_is_made_by_the_part():
     assert_same_step(model, client, server, *inputs())
     with pytest.raises(AssertionError, match=r"at .* in else_raises failed"):
         client(*torch.zeros(2, 3, 5, 3).double())
+
+
+@pytest.mark.torch("2.10")
+@pytest.mark.parametrize("ask", [by_value, by_grad_mode, seeded])
+def test_what_the_code_catches_is_refused_under_torch_export_too(ask):
+    def go(net, x, y):
+        try:
+            h = ask(net, x if x.dim() == 3 else x[None])
+        except Exception:
+            h = net.body(x) * 7
+        return net.head(net.middle(h))
+
+    x, y = inputs()
+    with pytest.raises(CutError, match=r"Nor does torch.export do: torch.export cannot record Net"):
+        split_module(Net(go), Cut("middle", example={"x": x, "y": y}))
+
+
+@pytest.mark.torch("2.10")
+def test_a_hook_on_a_tensor_would_be_lost():
+    def go(net, x, y):
+        h = net.body(x)
+        h.register_hook(lambda gradient: 2 * gradient)
+        return net.head(net.middle(h))
+
+    x, y = inputs()
+    with pytest.raises(CutError, match="a hook on a tensor would be lost"):
+        split_module(Net(go), Cut("middle", example={"x": x, "y": y}))
