@@ -214,7 +214,8 @@ def _viewed(root: nn.Module, node: fx.Node) -> list[fx.Node]:
         return same_memory(node)
     if node.op == "call_module":
         return node.all_input_nodes[:1] if isinstance(root.get_submodule(str(node.target)), _VIEW_MODULES) else []
-    if node.target is getattr:
-        return node.all_input_nodes[:1] if node.args[1] in _VIEW_ATTRIBUTES else []
+    if node.target is getattr:  # an entry of what a module returns is that, each time it is asked for
+        entry = not hasattr(torch.Tensor, str(node.args[1]))
+        return node.all_input_nodes[:1] if entry or node.args[1] in _VIEW_ATTRIBUTES else []
     name = str(getattr(node.target, "__name__", node.target))
     return node.all_input_nodes[:1] if node.op in ("call_function", "call_method") and name in _VIEWS else []

@@ -341,6 +341,19 @@ def test_entries_of_what_a_module_returns_cross_as_tensors():
     assert len(parts[0](*inputs())) == 7
 
 
+def test_an_entry_that_is_changed_in_place_is_one_however_often_it_is_asked_for():
+    def go(net, x, y):
+        out = net.giving(x)
+        h = net.middle(out.features.clone())
+        out.aux.mul_(2)
+        return net.head(h) + out.aux
+
+    model = Net(go)
+    model.giving = Giving()
+    with pytest.raises(CutError, match="changes a tensor in place that is used on the other side"):
+        split_module(model, "middle")
+
+
 def test_entries_that_tensors_have_as_well_stay_where_they_are():
     def go(net, x, y):
         h = net.body(x)
