@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import itertools
 import linecache
 import operator
 import sys
@@ -19,14 +20,14 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from psl_flower.errors import CutError
 from psl_flower.split.nodes import is_fact
 from psl_flower.split.refused import BY_HAND, kept
 
-_isinstance, _hasattr = builtins.isinstance, builtins.hasattr
+_isinstance, _hasattr, _len = builtins.isinstance, builtins.hasattr, builtins.len
 
 OURS = ("torch.", "psl_flower.")  # who asks to record, not to decide
 
@@ -109,14 +110,15 @@ class Type(type, metaclass=_AskingType):
 def asking() -> Iterator[None]:
     """Have stand-ins answer as tensors would, or refuse to, where code that is recorded asks."""
     own: dict[str, Any] = {name: vars(fx.Proxy).get(name) for name in _METHODS}
+    # in place of Python's own, for all code may call them, from whatever module it is
     try:
         for name, method in _METHODS.items():
             setattr(fx.Proxy, name, method)
-        vars(builtins).update(isinstance=_is_instance, hasattr=_has_attribute)
+        vars(builtins).update(_BUILTINS)
         vars(torch).update(is_tensor=_is_tensor)
         yield
     finally:
-        vars(builtins).update(isinstance=_isinstance, hasattr=_hasattr)
+        vars(builtins).update(_PYTHONS)
         vars(torch).update(is_tensor=_TENSOR)
         for name, method in own.items():
             if method is None:
@@ -162,7 +164,7 @@ def _kind(node: fx.Node) -> tuple[type, bool]:
     name, source = _name(node), node.all_input_nodes[0] if node.all_input_nodes else None
     if name == "size" and node.op == "call_method":
         return (int if len(node.args) + len(node.kwargs) > 1 else torch.Size), True
-    if name in _COUNTS or node.target is len:
+    if name in _COUNTS or node.target is _len:
         return int, True
     if node.target is operator.getitem and source is not None and _kind(source)[0] is torch.Size:
         return (int if _isinstance(node.args[1], int) else torch.Size), True
@@ -191,6 +193,23 @@ def _has_attribute(value: Any, name: str) -> bool:
     if not _isinstance(value, fx.Proxy) or not _asks(sys._getframe(1)):
         return _hasattr(value, name)
     return _attribute_of(value, name)
+
+
+def _length(value: Any) -> Any:
+    if not _isinstance(value, fx.Proxy) or not _asks(sys._getframe(1)):
+        return _len(value)
+    return value.tracer.create_proxy("call_function", _len, (value,), {})
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    function = _PYTHONS[name]
+
+    def call(*values: Any) -> Any:
+        if _len(values) == 1 and _isinstance(values[0], fx.Proxy) and _asks(sys._getframe(1)):
+            raise refusal(f"{name}() of what is computed tells nothing before the model runs")
+        return function(*values)
+
+    return call
 
 
 def _attribute_of(value: fx.Proxy, name: str) -> bool:
@@ -251,11 +270,8 @@ def _compared(code: CodeType, offset: int) -> str | None:
     """Return whether the attribute that code reads there is compared by identity: "is", "is None", or None."""
     none = False
     following = _steps(code).get(offset, [])
-    if following and following[0].opname == "STORE_FAST":  # d = h.dtype; ... if d is torch.float16:
-        name = following[0].argval
-        loads = [each.offset for each in dis.get_instructions(code) if each.argval == name and each.offset > offset]
-        found = [_compared(code, each) for each in loads if each > following[0].offset]
-        return next((each for each in found if each), None)
+    if following and following[0].opname == "STORE_FAST":
+        return _stored_compared(code, following[0])
     for step in following:
         if "JUMP" in step.opname and step.opname.endswith("NONE"):
             return "is None"
@@ -265,6 +281,39 @@ def _compared(code: CodeType, offset: int) -> str | None:
             return None
         none = step.opname == "LOAD_CONST" and step.argval is None
     return None
+
+
+def _stored_compared(code: CodeType, store: dis.Instruction) -> str | None:
+    """Return how a variable that is set there is compared later: ``d = h.dtype; ... if d is torch.float16:``."""
+    later = (step for step in dis.get_instructions(code) if step.offset > store.offset and step.argval == store.argval)
+    return next(filter(None, (_compared(code, step.offset) for step in later)), None)
+
+
+def look_whether_none(proxy: fx.Proxy) -> fx.Proxy:
+    """Record a step that looks whether what a module returns, or an entry of it, is None, where the code asks that."""
+    node, tracer = proxy.node, _tracer(proxy)
+    if not _may_be_none(tracer, node):
+        return proxy
+    frame: Any = sys._getframe(1)
+    while not _asks(frame):
+        frame = frame.f_back
+    code, after = frame.f_code, _steps(frame.f_code).get(frame.f_lasti, [])
+    if code.co_code[frame.f_lasti] != dis.opmap["UNPACK_SEQUENCE"]:
+        compared = _compared(code, frame.f_lasti)
+    else:
+        store = next(itertools.islice(after, int(str(node.args[1])), None), None)
+        compared = None if store is None or store.opname != "STORE_FAST" else _stored_compared(code, store)
+    if compared == "is None":
+        look_at(tracer, node, compared, None, False)
+    return proxy
+
+
+def _may_be_none(tracer: Any, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        kind = type(tracer.root.get_submodule(str(node.target)))
+        return kind is nn.MultiheadAttention or not kind.__module__.startswith("torch.")
+    entry = node.target in (getattr, operator.getitem) or _name(node) in ("get", "pop", "detached")
+    return entry and any(_may_be_none(tracer, source) for source in node.all_input_nodes[:1])
 
 
 def _contains(self: fx.Proxy, value: Any) -> bool:
@@ -284,7 +333,7 @@ def _get(self: fx.Proxy, name: str) -> Any:
     return object.__getattribute__(self, name)
 
 
-def _len(self: fx.Proxy) -> int:
+def _entries(self: fx.Proxy) -> int:
     error = TypeError(f"{_NUMBER}, for len()")
     # a list that is made asks, too, and goes on without
     raise kept(error) if _running(sys._getframe(1)).startswith("len(") else error
@@ -314,13 +363,21 @@ def _hash(self: fx.Proxy) -> int:
 
 
 _TENSOR = torch.is_tensor
+_REFUSED = ("dir", "id", "vars")
+_PYTHONS = {name: getattr(builtins, name) for name in ("isinstance", "hasattr", "len", *_REFUSED)}
+_BUILTINS: dict[str, Any] = {
+    "isinstance": _is_instance,
+    "hasattr": _has_attribute,
+    "len": _length,
+    **{name: _refusing(name) for name in _REFUSED},
+}
 _GETATTR: Any = fx.Proxy.__getattr__
 _METHODS = {
     "__getattr__": _attribute,
     "__contains__": _contains,
     "__hash__": _hash,
     "__index__": _index,
-    "__len__": _len,
+    "__len__": _entries,
     "__getattribute__": _get,
     **dict.fromkeys(("__round__", "__trunc__", "__floor__", "__ceil__"), _number),
     **dict.fromkeys(("__divmod__", "__rdivmod__"), _number),

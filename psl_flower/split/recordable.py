@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import dis
 import functools
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from types import FrameType, FunctionType, ModuleType
+from types import CellType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ _SIZED = ("empty", "ones", "rand", "randn", "zeros")
 
 _OF_DTYPES = ("finfo", "iinfo")
 
+# What the code that is recorded finds in place of Python's own.
+_NAMES = {"getattr": attribute, "type": Type}
+
+_MOST = 100  # entries of one container that are looked at
+
 # What a condition must not hold, for it to be true only where all of its parts are.
 _NOT_ALL = (ast.Or, ast.Not, ast.IfExp, ast.Lambda, ast.comprehension, ast.In, ast.NotIn)  # `in` asks for each
 _NOT_NONE = (ast.And, *(kind for kind in _NOT_ALL if kind is not ast.Or))  # and for it to be false only where all are
@@ -35,7 +40,7 @@ _ASKING = {"any", "bool"}  # functions that ask for truth values themselves
 
 @contextmanager
 def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
-    """Let code call ``len(x)`` and ``torch.zeros(n, 8)`` with what torch.fx records: of modules, and what they call.
+    """Let code call ``type(x)`` and ``torch.zeros(n, 8)`` with what torch.fx records: of modules, and what they call.
 
     Parameters
     ----------
@@ -44,11 +49,11 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
         Names of its submodules that are traced through.
     """
     functions = _called(root, opened)
-    spaces = [function.__globals__ for function in functions]
-    free = {id(names): (names, _NAMES.keys() - names.keys()) for names in spaces}
+    spaces = {id(function.__globals__): function.__globals__ for function in functions}
+    free = [(names, _NAMES.keys() - names.keys()) for names in spaces.values()]
     patched = {name: getattr(torch, name) for name in (*_SIZED, *_OF_DTYPES)}
     try:
-        for names, added in free.values():
+        for names, added in free:
             names.update((name, _NAMES[name]) for name in added)
         for name, function in patched.items():
             setattr(torch, name, (_of_dtypes if name in _OF_DTYPES else _of_sizes)(function))
@@ -57,27 +62,59 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
     finally:
         for name, function in patched.items():
             setattr(torch, name, function)
-        for names, added in free.values():
+        for names, added in free:
             for name in added:
                 del names[name]
 
 
 def _called(root: nn.Module, opened: Collection[str]) -> set[FunctionType]:
-    """Return the methods of some modules, and the functions that these call by name, but those of torch and ours."""
-    found = set[FunctionType]()
-    waiting = [
-        each for name in opened for kind in type(root.get_submodule(name)).__mro__ for each in vars(kind).values()
-    ]
+    """Return the methods of some modules, and what these call by name or attribute, but torch's functions and ours."""
+    found, seen = set[FunctionType](), set[int]()
+    modules = [root.get_submodule(name) for name in opened]
+    waiting: list[Any] = [each for module in modules for each in (type(module), *vars(module).values())]
     while waiting:
-        each = inspect.unwrap(waiting.pop()) if callable(waiting[-1]) else waiting.pop()
-        if not isinstance(each, FunctionType) or each in found or f"{each.__module__}.".startswith(OURS):
+        each = waiting.pop()
+        if id(each) in seen:
             continue
-        found.add(each)
-        names = {name for code in codes(each.__code__) for name in code.co_names}
-        named = [each.__globals__[name] for name in names if name in each.__globals__]
-        waiting += named
-        waiting += [vars(module).get(name) for module in named if isinstance(module, ModuleType) for name in names]
+        seen.add(id(each))
+        if isinstance(each, FunctionType) and not _is_other(each):
+            found.add(each)
+            names = {name for code in codes(each.__code__) for name in code.co_names}
+            named = [each.__globals__[name] for name in names if name in each.__globals__]
+            named += [vars(module).get(name) for module in named if isinstance(module, ModuleType) for name in names]
+            waiting += [each for each in named if isinstance(each, _FUNCTIONS)]
+            waiting += [cell.cell_contents for cell in each.__closure__ or () if cell != _EMPTY]
+        waiting += _behind(each)
     return found
+
+
+_EMPTY = CellType()
+_FUNCTIONS = (FunctionType, functools.partial, type(functools.cache(len)))
+
+
+def _is_other(value: Any) -> bool:
+    """Return whether a function or class is Python's own, torch's or ours: its code does not decide by types."""
+    module = f"{getattr(value, '__module__', '')}."
+    return module.startswith(OURS) or module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _behind(value: Any) -> Iterable[Any]:
+    """Return what is called, maybe, where a value is, or one that it holds."""
+    if isinstance(value, functools.partial):
+        return (value.func,)
+    if isinstance(value, property):
+        return (value.fget,)
+    if isinstance(value, list | tuple):
+        return value[:_MOST]
+    if isinstance(value, dict):
+        return [*value.values()][:_MOST]
+    if isinstance(value, type):
+        return [each for kind in value.__mro__ if not _is_other(kind) for each in vars(kind).values()]
+    if isinstance(value, MethodType | classmethod | staticmethod):
+        return (value.__func__,)
+    if isinstance(value, _FUNCTIONS):
+        return (vars(value).get("__wrapped__"),)
+    return () if _is_other(type(value)) else (type(value),)
 
 
 @contextmanager
@@ -98,16 +135,6 @@ def _globals_unchanged(functions: Iterable[FunctionType]) -> Iterator[None]:
                 f"the model's forward sets the global {name!r}, and that would not be recorded: make it a buffer, set "
                 f"it before, move this code into a submodule of its own, or {BY_HAND}."
             )
-
-
-def _length(value: Any) -> Any:
-    if not isinstance(value, fx.Proxy):
-        return builtins.len(value)
-    return value.tracer.create_proxy("call_function", builtins.len, (value,), {})
-
-
-# What the code that is recorded finds in place of Python's own.
-_NAMES = {"len": _length, "getattr": attribute, "type": Type}
 
 
 def _of_sizes(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from psl_flower.origin import running
-from psl_flower.split.asked import AT_ONCE, count, refusal
+from psl_flower.split.asked import AT_ONCE, count, look_whether_none, refusal
 from psl_flower.split.changing import Fresh, made_like
 from psl_flower.split.compare import tensors
 from psl_flower.split.gradients import without_gradients
@@ -119,7 +119,7 @@ class PathTracer(fx.Tracer):
     ) -> fx.Proxy:
         """Add a step, which may change no tensor that is made only once."""
         try:
-            return self._add(kind, target, args, kwargs, *rest, **named)
+            return look_whether_none(self._add(kind, target, args, kwargs, *rest, **named))
         except Exception as error:
             raise kept(error)  # noqa: B904 - itself
 

@@ -137,7 +137,21 @@ def seeded(net, x):
     return F.dropout(net.body(x))
 
 
+def by_identity(net, x):
+    return net.body(x) * {id(x): 2}.get(id(x), 3)
+
+
+ELSEWHERE = {"torch": torch, "__name__": "elsewhere"}
+exec("def by_type(h):\n    return h * 2 if type(h) is torch.Tensor else h", ELSEWHERE)
+
+
+def by_type_elsewhere(net, x):
+    return net.asking["type"](net.body(x))
+
+
 ASKING = [
+    by_identity,
+    by_type_elsewhere,
     by_variable,
     by_class,
     matched,
@@ -170,8 +184,10 @@ def test_a_refusal_that_the_code_catches_is_raised_all_the_same(ask):
             h = net.body(x) * 7
         return net.head(net.middle(h))
 
+    model = Net(go)
+    model.asking = {"type": functools.partial(ELSEWHERE["by_type"])}
     with pytest.raises(CutError) as caught:
-        split_module(Net(go), "middle")
+        split_module(model, "middle")
     assert re.search(rf"test_cut_asked.py:\d+ in {ask.__name__}: ", str(caught.value))
     assert "SplitModel(client=..., server=...)" in str(caught.value)
     assert not fx.Proxy.__dict__.keys() & {"__index__", "__contains__", "__hash__"}
@@ -236,16 +252,45 @@ def a_pair(net, x, y):
     return net.head(net.middle(h))
 
 
+def an_entry(net, x, y):
+    h = net.pair(x)
+    mask = h[1]
+    return net.head(net.middle(h[0] if mask is None else 2 * h[0]))
+
+
+def attention_weights(net, x, y):
+    h, weights = net.attention(x, x, x, need_weights=False)
+    return net.head(net.middle(net.body(h))) * (1 if weights is None else 2)
+
+
+def an_entry_by_name(net, x, y):
+    h = net.named(x)
+    mask = h.get("mask")
+    return net.head(net.middle(h["h"])) * (2 if mask is not None else 3)
+
+
+class Named(Pair):
+    def forward(self, x):
+        return {"h": self.layer(x)}
+
+
 def a_gradient(net, x, y):
     h = net.body(x).detach()
     return net.head(net.middle(h if h.grad is None else 2 * h))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-@pytest.mark.parametrize(("go", "asked"), [(a_pair, "(isinstance, tuple)"), (a_gradient, "(is None)")])
+@pytest.mark.parametrize(
+    ("go", "asked"),
+    [
+        (a_pair, "(isinstance, tuple)"),
+        *((each, "(is None)") for each in (a_gradient, an_entry, an_entry_by_name, attention_weights)),
+    ],
+)
 def test_an_answer_that_was_wrong_shows_when_the_part_runs(go, asked):
     model = Net(go)
-    model.pair = Pair()
+    model.pair, model.named = Pair(), Named()
+    model.attention = nn.MultiheadAttention(4, 2, batch_first=True).double()
     x, y = inputs()
     client, _ = split_module(model, "middle")
     with pytest.raises(CutError, match=r"recorded with the other answer, .* Cut\(name, example=...\)") as caught:
