@@ -26,7 +26,7 @@ from psl_flower.errors import CutError
 from psl_flower.split.nodes import is_fact
 from psl_flower.split.refused import BY_HAND, kept
 
-_isinstance, _hasattr = builtins.isinstance, builtins.hasattr
+_isinstance, _hasattr, _callable = builtins.isinstance, builtins.hasattr, builtins.callable
 
 OURS = ("torch.", "psl_flower.")  # who asks to record, not to decide
 
@@ -112,11 +112,11 @@ def asking() -> Iterator[None]:
     try:
         for name, method in _METHODS.items():
             setattr(fx.Proxy, name, method)
-        vars(builtins).update(isinstance=_is_instance, hasattr=_has_attribute)
+        vars(builtins).update(isinstance=_is_instance, hasattr=_has_attribute, callable=_is_callable)
         vars(torch).update(is_tensor=_is_tensor)
         yield
     finally:
-        vars(builtins).update(isinstance=_isinstance, hasattr=_hasattr)
+        vars(builtins).update(isinstance=_isinstance, hasattr=_hasattr, callable=_callable)
         vars(torch).update(is_tensor=_TENSOR)
         for name, method in own.items():
             if method is None:
@@ -185,6 +185,11 @@ def _of_kind(value: fx.Proxy, kinds: Any) -> bool:
 def _is_tensor(value: Any) -> bool:
     asked = _isinstance(value, fx.Proxy) and _asks(sys._getframe(1))
     return _of_kind(value, torch.Tensor) if asked else _TENSOR(value)
+
+
+def _is_callable(value: Any) -> bool:
+    asked = _isinstance(value, fx.Proxy) and _asks(sys._getframe(1))
+    return _of_kind(value, Callable) if asked else _callable(value)
 
 
 def _has_attribute(value: Any, name: str) -> bool:
