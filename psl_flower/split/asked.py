@@ -141,6 +141,11 @@ def count(node: fx.Node) -> int | None:
     return int(-cut.start) if cut.stop is None and _isinstance(cut.start, int) and cut.start < 0 else None
 
 
+def are_sizes(node: fx.Node) -> bool:
+    """Return whether a step gives sizes of a tensor, all or some."""
+    return _kind(node) == (torch.Size, True)
+
+
 def _name(node: fx.Node) -> str:
     return str(node.target if _isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
@@ -238,7 +243,7 @@ def _attribute(self: fx.Proxy, name: str) -> Any:
         )
     if compared is not None or name == "prod":
         own = self.node
-        if _kind(own) == (torch.Size, True) and not _hasattr(torch.Size, name):
+        if are_sizes(own) and not _hasattr(torch.Size, name):
             raise refusal(f"sizes have no {name}", "in place of np.prod(h.shape) take math.prod(h.shape)")
     made = _GETATTR(self, name)
     if compared == "is None" and name not in _FACTS:
@@ -296,7 +301,7 @@ def _len(self: fx.Proxy) -> int:
 
 
 def _index(self: fx.Proxy) -> int:
-    error = TraceError(f"{_NUMBER}, for range() or an index: {AT_ONCE}")
+    error = TraceError(f"{_NUMBER}, for range() or an index: {AT_ONCE}; what tensor is indexed, make a buffer")
     # torch asks, too, and goes on without
     raise kept(error) if _running(sys._getframe(1)).startswith(("range(", "BINARY_SUBSCR")) else error
 

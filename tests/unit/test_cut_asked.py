@@ -218,7 +218,19 @@ def pieces(net, x, y):
     return net.head(F.relu(g).flatten(2)).view(len(x), *h.size()[-2:]) * (b + c)
 
 
-@pytest.mark.parametrize("go", [kinds, pieces])
+def stars(net, x, y):
+    h = net.body(x)
+    h = h.view(*h.shape[:-1], 2, -1).reshape(len(x), *h.size()[1:]) + h.new_zeros(*h.shape)
+    g = net.middle(h)
+    return net.head(
+        g.view(
+            *g.shape,
+        )
+        + g.mean(1, keepdim=True).expand(*g.shape)
+    )
+
+
+@pytest.mark.parametrize("go", [kinds, pieces, stars])
 def test_what_is_answered(go):
     model = Net(go)
     assert_same_step(model, *split_module(model, "middle"), *inputs())
@@ -270,6 +282,12 @@ def star(net, x, y):
     return net.head(net.middle(net.body(x)).reshape(b, *rest))
 
 
+def star_elsewhere(net, x, y):
+    h = net.body(x)
+    sizes = [*h.shape[:-1], 4]
+    return net.head(net.middle(h)).view(sizes) * len(sizes)
+
+
 def one_by_one(net, x, y):
     return net.head(net.middle(torch.stack([row * 2 for row in net.body(x).unbind(1)], 1)))
 
@@ -280,6 +298,7 @@ def one_by_one(net, x, y):
     [
         (number_of_dimensions, "the control flow depends on what is known only when the model runs"),
         (star, r"unpacked with \*.*h\.shape\[:-1\] \+ \(2, 3\) in place of"),
+        (star_elsewhere, r"unpacked with \*"),
         (one_by_one, "all at once in place of a loop"),
     ],
 )
