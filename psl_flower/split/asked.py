@@ -288,8 +288,8 @@ def _number(self: fx.Proxy, *args: Any) -> int:
 def _get(self: fx.Proxy, name: str) -> Any:
     """Give an attribute, but not the class to code that tells values apart by it: torch asks for it, too."""
     if name == "__class__" and _asks(frame := sys._getframe(1)):
-        step = next(each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti)
-        if step.opname == "MATCH_CLASS" or step.argval == "__class__":
+        step = _step(frame)
+        if step is not None and (step.opname == "MATCH_CLASS" or step.argval == "__class__"):
             raise refusal(_TYPE, _ASK)
     return object.__getattribute__(self, name)
 
@@ -303,12 +303,18 @@ def _len(self: fx.Proxy) -> int:
 def _index(self: fx.Proxy) -> int:
     error = TraceError(f"{_NUMBER}, for range() or an index: {AT_ONCE}; what tensor is indexed, make a buffer")
     # torch asks, too, and goes on without
-    raise kept(error) if _running(sys._getframe(1)).startswith(("range(", "BINARY_SUBSCR")) else error
+    raise kept(error) if _running(sys._getframe(1)).startswith(("range(", "BINARY_")) else error
+
+
+def _step(frame: FrameType) -> dis.Instruction | None:
+    return next((each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti), None)
 
 
 def _running(frame: FrameType) -> str:
     """Return the text of the call that code is at, as far as its first line goes, or else what is done there."""
-    step = next(each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti)
+    step = _step(frame)
+    if step is None:
+        return ""
     at = step.positions
     if "CALL" not in step.opname or at is None or at.lineno is None or at.col_offset is None:
         return step.opname
