@@ -27,7 +27,7 @@ from psl_flower.errors import CutError
 from psl_flower.split.nodes import is_fact
 from psl_flower.split.refused import BY_HAND, kept
 
-_isinstance, _hasattr, _len = builtins.isinstance, builtins.hasattr, builtins.len
+_isinstance, _hasattr, _callable, _len = builtins.isinstance, builtins.hasattr, builtins.callable, builtins.len
 
 OURS = ("torch.", "psl_flower.")  # who asks to record, not to decide
 
@@ -143,6 +143,11 @@ def count(node: fx.Node) -> int | None:
     return int(-cut.start) if cut.stop is None and _isinstance(cut.start, int) and cut.start < 0 else None
 
 
+def are_sizes(node: fx.Node) -> bool:
+    """Return whether a step gives sizes of a tensor, all or some."""
+    return _kind(node) == (torch.Size, True)
+
+
 def _name(node: fx.Node) -> str:
     return str(node.target if _isinstance(node.target, str) else getattr(node.target, "__name__", ""))
 
@@ -187,6 +192,11 @@ def _of_kind(value: fx.Proxy, kinds: Any) -> bool:
 def _is_tensor(value: Any) -> bool:
     asked = _isinstance(value, fx.Proxy) and _asks(sys._getframe(1))
     return _of_kind(value, torch.Tensor) if asked else _TENSOR(value)
+
+
+def _is_callable(value: Any) -> bool:
+    asked = _isinstance(value, fx.Proxy) and _asks(sys._getframe(1))
+    return _of_kind(value, Callable) if asked else _callable(value)
 
 
 def _has_attribute(value: Any, name: str) -> bool:
@@ -252,7 +262,7 @@ def _attribute(self: fx.Proxy, name: str) -> Any:
         )
     if compared is not None or name == "prod":
         own = self.node
-        if _kind(own) == (torch.Size, True) and not _hasattr(torch.Size, name):
+        if are_sizes(own) and not _hasattr(torch.Size, name):
             raise refusal(f"sizes have no {name}", "in place of np.prod(h.shape) take math.prod(h.shape)")
     made = _GETATTR(self, name)
     if compared == "is None" and name not in _FACTS:
@@ -327,8 +337,8 @@ def _number(self: fx.Proxy, *args: Any) -> int:
 def _get(self: fx.Proxy, name: str) -> Any:
     """Give an attribute, but not the class to code that tells values apart by it: torch asks for it, too."""
     if name == "__class__" and _asks(frame := sys._getframe(1)):
-        step = next(each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti)
-        if step.opname == "MATCH_CLASS" or step.argval == "__class__":
+        step = _step(frame)
+        if step is not None and (step.opname == "MATCH_CLASS" or step.argval == "__class__"):
             raise refusal(_TYPE, _ASK)
     return object.__getattribute__(self, name)
 
@@ -340,14 +350,20 @@ def _entries(self: fx.Proxy) -> int:
 
 
 def _index(self: fx.Proxy) -> int:
-    error = TraceError(f"{_NUMBER}, for range() or an index: {AT_ONCE}")
+    error = TraceError(f"{_NUMBER}, for range() or an index: {AT_ONCE}; what tensor is indexed, make a buffer")
     # torch asks, too, and goes on without
-    raise kept(error) if _running(sys._getframe(1)).startswith(("range(", "BINARY_SUBSCR")) else error
+    raise kept(error) if _running(sys._getframe(1)).startswith(("range(", "BINARY_")) else error
+
+
+def _step(frame: FrameType) -> dis.Instruction | None:
+    return next((each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti), None)
 
 
 def _running(frame: FrameType) -> str:
     """Return the text of the call that code is at, as far as its first line goes, or else what is done there."""
-    step = next(each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti)
+    step = _step(frame)
+    if step is None:
+        return ""
     at = step.positions
     if "CALL" not in step.opname or at is None or at.lineno is None or at.col_offset is None:
         return step.opname
@@ -364,10 +380,11 @@ def _hash(self: fx.Proxy) -> int:
 
 _TENSOR = torch.is_tensor
 _REFUSED = ("dir", "id", "vars")
-_PYTHONS = {name: getattr(builtins, name) for name in ("isinstance", "hasattr", "len", *_REFUSED)}
+_PYTHONS = {name: getattr(builtins, name) for name in ("isinstance", "hasattr", "callable", "len", *_REFUSED)}
 _BUILTINS: dict[str, Any] = {
     "isinstance": _is_instance,
     "hasattr": _has_attribute,
+    "callable": _is_callable,
     "len": _length,
     **{name: _refusing(name) for name in _REFUSED},
 }

@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import sys
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_map
 
 from psl_flower.errors import CutError
+from psl_flower.origin import is_users
 from psl_flower.signatures import whole_dict
 from psl_flower.split.arguments import Arguments
 from psl_flower.split.gradients import applied, apply
@@ -41,6 +44,8 @@ _FIRST_TORCH = "2.10"  # 2.6 cannot record GPT-2, BERT and ViT; 2.9 leaves a mod
 
 # What torch.export puts in to check that later calls are like the example; the parts check what they are given.
 _CHECKS = ("_assert", "sym_constrain_range")
+
+_REQUIRES_GRAD: Any = Tensor.requires_grad
 
 # How code asks a tensor for its values.
 _OF_VALUES = {"__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy", "is_nonzero"}
@@ -128,10 +133,22 @@ class _Asked(TorchFunctionMode):
                 f"a hook on a tensor would be lost: move it into a submodule of its own, have it in an autograd "
                 f"function, or {BY_HAND}"
             )
+        if name == "__get__" and func == _REQUIRES_GRAD.__get__ and is_users(_asking().co_filename):
+            raise refused(
+                f"whether a tensor requires gradients would be recorded for ever: decide by self.training, or {BY_HAND}"
+            )
         try:
             return func(*args, **(kwargs or {}))
         except Exception as error:
             raise (kept(error) if name in _OF_VALUES else error)  # noqa: B904 - itself
+
+
+def _asking() -> CodeType:
+    """Return the code that asks, past what torch.export has in between."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code
 
 
 @contextmanager

@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from psl_flower.origin import running
-from psl_flower.split.asked import AT_ONCE, count, look_whether_none, refusal
+from psl_flower.split.asked import AT_ONCE, are_sizes, count, look_whether_none, refusal
 from psl_flower.split.changing import Fresh, made_like
 from psl_flower.split.compare import tensors
 from psl_flower.split.gradients import without_gradients
 from psl_flower.split.nodes import PLACE, is_fact
 from psl_flower.split.recordable import wanted
 from psl_flower.split.refused import BY_HAND, kept, refused
+from psl_flower.split.starred import Rest, given_on, joined
 
 # Note [Tracing and threads]: while torch.fx traces, it patches nn.Module for the whole process. The lock keeps two
 # traces apart, and the tracer lets modules that other threads call meanwhile run as ever.
@@ -103,7 +104,11 @@ class PathTracer(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[fx.Proxy]:
         """Give as many entries as the arguments of a step tell; else refuse."""
-        if (number := count(obj.node)) is None:
+        number = count(obj.node)
+        if number is None and are_sizes(obj.node) and given_on(sys._getframe(2)):
+            rest: Any = Rest(obj)
+            return iter([rest])
+        if number is None:
             raise refusal(
                 "how many there are of what is gone through, or unpacked with *, is known only when the model runs",
                 f"{AT_ONCE}; of sizes, take h.shape[:-1] + (2, 3) in place of *h.shape[:-1], 2, 3",
@@ -126,6 +131,7 @@ class PathTracer(fx.Tracer):
     def _add(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> fx.Proxy:
+        args = joined(args) if kind == "call_method" else args
         called = kind in ("call_function", "call_method")
         if called and (made := made_like(self, target, args, kwargs)) is not None:
             return made

@@ -132,6 +132,11 @@ def by_grad_mode(net, x):
     return net.body(x) * (2 if torch.is_grad_enabled() else 1)
 
 
+def by_gradient(net, x):
+    h = net.body(x)
+    return h * (2 if h.requires_grad else 1)
+
+
 def seeded(net, x):
     torch.manual_seed(0)
     return F.dropout(net.body(x))
@@ -209,7 +214,7 @@ def test_what_the_code_catches_of_its_own_is_no_refusal():
 
 def kinds(net, x, y):
     h = net.body(x)
-    if isinstance(h, torch.Tensor) and torch.is_tensor(x) and not isinstance(h, tuple | list) and hasattr(h, "clamp"):
+    if isinstance(h, torch.Tensor) and torch.is_tensor(x) and not isinstance(h, tuple | list) and not callable(h):
         h = h * 2
     if isinstance(x, Mapping) or hasattr(h, "logits"):
         h = h["logits"]
@@ -229,7 +234,19 @@ def pieces(net, x, y):
     return net.head(F.relu(g).flatten(2)).view(len(x), *h.size()[-2:]) * (b + c)
 
 
-@pytest.mark.parametrize("go", [kinds, pieces])
+def stars(net, x, y):
+    h = net.body(x)
+    h = h.view(*h.shape[:-1], 2, -1).reshape(len(x), *h.size()[1:]) + h.new_zeros(*h.shape)
+    g = net.middle(h)
+    return net.head(
+        g.view(
+            *g.shape,
+        )
+        + g.mean(1, keepdim=True).expand(*g.shape)
+    )
+
+
+@pytest.mark.parametrize("go", [kinds, pieces, stars])
 def test_what_is_answered(go):
     model = Net(go)
     assert_same_step(model, *split_module(model, "middle"), *inputs())
@@ -310,6 +327,12 @@ def star(net, x, y):
     return net.head(net.middle(net.body(x)).reshape(b, *rest))
 
 
+def star_elsewhere(net, x, y):
+    h = net.body(x)
+    sizes = [*h.shape[:-1], 4]
+    return net.head(net.middle(h)).view(sizes) * len(sizes)
+
+
 def one_by_one(net, x, y):
     return net.head(net.middle(torch.stack([row * 2 for row in net.body(x).unbind(1)], 1)))
 
@@ -320,6 +343,7 @@ def one_by_one(net, x, y):
     [
         (number_of_dimensions, "the control flow depends on what is known only when the model runs"),
         (star, r"unpacked with \*.*h\.shape\[:-1\] \+ \(2, 3\) in place of"),
+        (star_elsewhere, r"unpacked with \*"),
         (one_by_one, "all at once in place of a loop"),
     ],
 )
@@ -349,7 +373,7 @@ def test_a_check_that_raises_otherwise_is_made_by_the_part():
 
 
 @pytest.mark.torch("2.10")
-@pytest.mark.parametrize("ask", [by_value, by_grad_mode, seeded])
+@pytest.mark.parametrize("ask", [by_value, by_grad_mode, by_gradient, seeded])
 def test_what_the_code_catches_is_refused_under_torch_export_too(ask):
     def go(net, x, y):
         try:

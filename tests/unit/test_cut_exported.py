@@ -405,8 +405,8 @@ class OneSize(Base):
     ("model", "said"),
     [
         (Reversed, r"its backward would be lost: .*Reverse\)"),
-        (Remembering, "forward changes .seen..*keeps a state between calls"),
-        (CachingAlways, r"forward changes .seen..*keeps a state between calls"),
+        (Remembering, r"forward changes 'seen'.*keeps a state between calls"),
+        (CachingAlways, r"assigned during export.*keeps a state between calls"),
         (Deciding, "depends on the values of tensors"),
         (OneSize, r"Constraints violated"),
     ],
