@@ -7,16 +7,12 @@ would say, and a step of the recording looks whether they were right; all else i
 from __future__ import annotations
 
 import builtins
-import dis
-import functools
-import itertools
-import linecache
 import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,8 +20,10 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 
 from psl_flower.errors import CutError
+from psl_flower.split.bytecode import compared_at, running, step_of
 from psl_flower.split.nodes import is_fact
 from psl_flower.split.refused import BY_HAND, kept
+from psl_flower.split.texts import only_shown
 
 _isinstance, _hasattr, _callable, _len = builtins.isinstance, builtins.hasattr, builtins.callable, builtins.len
 
@@ -51,9 +49,9 @@ class Taken:
 
     Parameters
     ----------
-    question : {"isinstance", "hasattr", "is None"}
+    question : {"isinstance", "hasattr", "is None", "entries"}
     about : object
-        A class or several, or the name of an attribute.
+        A class or several, the name of an attribute, or a number.
     answer : bool
         What the code was told.
     at : str, optional
@@ -75,6 +73,7 @@ class Taken:
             "isinstance": isinstance,
             "hasattr": hasattr,
             "is None": operator.is_,
+            "entries": lambda some, number: len(some) == number,
         }
         if asked[self.question](value, self.about) is not self.answer:
             about = "" if self.about is None else f", {getattr(self.about, '__name__', self.about)}"
@@ -254,7 +253,7 @@ def look_at(tracer: Any, node: fx.Node, question: str, about: Any, answer: bool)
 
 def _attribute(self: fx.Proxy, name: str) -> Any:
     frame = sys._getframe(1)
-    compared = _compared(frame.f_code, frame.f_lasti) if _asks(frame) else None
+    compared = compared_at(frame) if _asks(frame) else None
     if compared == "is":
         raise refusal(
             f"whether .{name} of what is computed is a certain object is known only when the model runs",
@@ -270,35 +269,6 @@ def _attribute(self: fx.Proxy, name: str) -> Any:
     return made
 
 
-@functools.lru_cache(maxsize=256)
-def _steps(code: CodeType) -> dict[int, list[dis.Instruction]]:
-    steps = list(dis.get_instructions(code))
-    return {step.offset: steps[i + 1 : i + 8] for i, step in enumerate(steps)}
-
-
-def _compared(code: CodeType, offset: int) -> str | None:
-    """Return whether the attribute that code reads there is compared by identity: "is", "is None", or None."""
-    none = False
-    following = _steps(code).get(offset, [])
-    if following and following[0].opname == "STORE_FAST":
-        return _stored_compared(code, following[0])
-    for step in following:
-        if "JUMP" in step.opname and step.opname.endswith("NONE"):
-            return "is None"
-        if step.opname == "IS_OP":
-            return "is None" if none else "is"
-        if not step.opname.startswith("LOAD_"):
-            return None
-        none = step.opname == "LOAD_CONST" and step.argval is None
-    return None
-
-
-def _stored_compared(code: CodeType, store: dis.Instruction) -> str | None:
-    """Return how a variable that is set there is compared later: ``d = h.dtype; ... if d is torch.float16:``."""
-    later = (step for step in dis.get_instructions(code) if step.offset > store.offset and step.argval == store.argval)
-    return next(filter(None, (_compared(code, step.offset) for step in later)), None)
-
-
 def look_whether_none(proxy: fx.Proxy) -> fx.Proxy:
     """Record a step that looks whether what a module returns, or an entry of it, is None, where the code asks that."""
     node, tracer = proxy.node, _tracer(proxy)
@@ -307,12 +277,8 @@ def look_whether_none(proxy: fx.Proxy) -> fx.Proxy:
     frame: Any = sys._getframe(1)
     while not _asks(frame):
         frame = frame.f_back
-    code, after = frame.f_code, _steps(frame.f_code).get(frame.f_lasti, [])
-    if code.co_code[frame.f_lasti] != dis.opmap["UNPACK_SEQUENCE"]:
-        compared = _compared(code, frame.f_lasti)
-    else:
-        store = next(itertools.islice(after, int(str(node.args[1])), None), None)
-        compared = None if store is None or store.opname != "STORE_FAST" else _stored_compared(code, store)
+    entry: Any = node.args[1] if node.target is operator.getitem else None
+    compared = compared_at(frame, entry if _isinstance(entry, int) else None)
     if compared == "is None":
         look_at(tracer, node, compared, None, False)
     return proxy
@@ -337,7 +303,7 @@ def _number(self: fx.Proxy, *args: Any) -> int:
 def _get(self: fx.Proxy, name: str) -> Any:
     """Give an attribute, but not the class to code that tells values apart by it: torch asks for it, too."""
     if name == "__class__" and _asks(frame := sys._getframe(1)):
-        step = _step(frame)
+        step = step_of(frame)
         if step is not None and (step.opname == "MATCH_CLASS" or step.argval == "__class__"):
             raise refusal(_TYPE, _ASK)
     return object.__getattribute__(self, name)
@@ -346,28 +312,35 @@ def _get(self: fx.Proxy, name: str) -> Any:
 def _entries(self: fx.Proxy) -> int:
     error = TypeError(f"{_NUMBER}, for len()")
     # a list that is made asks, too, and goes on without
-    raise kept(error) if _running(sys._getframe(1)).startswith("len(") else error
+    raise kept(error) if running(sys._getframe(1)).startswith("len(") else error
 
 
 def _index(self: fx.Proxy) -> int:
     error = TraceError(f"{_NUMBER}, for range() or an index: {AT_ONCE}; what tensor is indexed, make a buffer")
     # torch asks, too, and goes on without
-    raise kept(error) if _running(sys._getframe(1)).startswith(("range(", "BINARY_")) else error
+    raise kept(error) if running(sys._getframe(1)).startswith(("range(", "BINARY_")) else error
 
 
-def _step(frame: FrameType) -> dis.Instruction | None:
-    return next((each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti), None)
+def _text(self: fx.Proxy, *form: str) -> str:
+    if _asks(frame := sys._getframe(1)) and not only_shown(frame):
+        raise refusal(
+            "a text is made here of what is computed, which is known only when the model runs",
+            "compare that itself, h.dtype == torch.float32, and give the cut an example batch",
+        )
+    return f"Proxy({self.node.name})"
 
 
-def _running(frame: FrameType) -> str:
-    """Return the text of the call that code is at, as far as its first line goes, or else what is done there."""
-    step = _step(frame)
-    if step is None:
-        return ""
-    at = step.positions
-    if "CALL" not in step.opname or at is None or at.lineno is None or at.col_offset is None:
-        return step.opname
-    return linecache.getline(frame.f_code.co_filename, at.lineno).encode()[at.col_offset :].decode()
+def _iterate(self: fx.Proxy) -> Iterator[fx.Proxy]:
+    """Give entries; where the code may go on without, as in a ``try``, record a step that looks how many there are."""
+    frame, node = sys._getframe(1), self.node
+    step = step_of(frame)
+    if step is None or step.opname != "UNPACK_SEQUENCE":
+        entries: Iterator[fx.Proxy] = _tracer(self).iter(self)
+        return entries
+    if frame.f_code.co_exceptiontable and count(node) is None:
+        look_at(_tracer(self), node, "entries", step.argval, True)
+    value: Any = self
+    return (value[i] for i in range(step.argval))
 
 
 def _hash(self: fx.Proxy) -> int:
@@ -394,8 +367,10 @@ _METHODS = {
     "__contains__": _contains,
     "__hash__": _hash,
     "__index__": _index,
+    "__iter__": _iterate,
     "__len__": _entries,
     "__getattribute__": _get,
+    **dict.fromkeys(("__format__", "__repr__", "__str__"), _text),
     **dict.fromkeys(("__round__", "__trunc__", "__floor__", "__ceil__"), _number),
     **dict.fromkeys(("__divmod__", "__rdivmod__"), _number),
     **dict.fromkeys(("__int__", "__float__", "__complex__"), _number),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import dis
 import functools
-import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import CellType, FrameType, FunctionType, MethodType, ModuleType
@@ -20,6 +18,7 @@ from psl_flower.errors import CutError
 from psl_flower.split.asked import OURS, Type, attribute
 from psl_flower.split.changing import changes_recorded
 from psl_flower.split.refused import BY_HAND
+from psl_flower.split.source import source_of
 from psl_flower.split.stored import codes
 
 # Functions of sizes. Where the first of several is a recorded one, torch takes it for the only argument.
@@ -161,14 +160,10 @@ def wanted(frame: FrameType | None) -> bool | None:
 
     That of an ``assert`` must be true, that of ``if ...: raise`` false, and that of ``if ...: ... else: raise`` true.
     """
-    if frame is None:
+    source = None if frame is None else source_of(frame)
+    if source is None:
         return None
-    try:
-        lines, first = inspect.getsourcelines(frame.f_code)
-        code = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError):
-        return None
-    line = frame.f_lineno - first + 1
+    code, line = source
     found = [
         node
         for node in ast.walk(code)

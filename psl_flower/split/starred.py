@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from torch import fx
+
+from psl_flower.split.source import source_of
 
 # Methods that take sizes one by one, or all in one tuple.
 _TAKING = {"view", "reshape", "expand", "repeat", "tile", "new_zeros", "new_ones", "new_empty"}
@@ -30,12 +30,10 @@ class Rest:
 
 def given_on(frame: FrameType) -> bool:
     """Return whether what code unpacks with a star in the line that is run is only given on to methods of tensors."""
-    try:
-        lines, first = inspect.getsourcelines(frame.f_code)
-        code = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError):
+    source = source_of(frame)
+    if source is None:
         return False
-    line = frame.f_lineno - first + 1
+    code, line = source
     stars = {each for each in _at(code, line) if isinstance(each, ast.Starred)}
     given = {star for call in _at(code, line) if _takes(call) for star in call.args if isinstance(star, ast.Starred)}
     return bool(stars) and stars == given
