@@ -25,7 +25,9 @@ from psl_flower.split.nodes import is_fact
 from psl_flower.split.refused import BY_HAND, kept
 from psl_flower.split.texts import only_shown
 
-_isinstance, _hasattr, _callable, _len = builtins.isinstance, builtins.hasattr, builtins.callable, builtins.len
+# Python's own, in place of which others are put below
+_isinstance, _hasattr, _callable = builtins.isinstance, builtins.hasattr, builtins.callable
+_id, _len = builtins.id, builtins.len
 
 OURS = ("torch.", "psl_flower.")  # who asks to record, not to decide
 
@@ -210,15 +212,10 @@ def _length(value: Any) -> Any:
     return value.tracer.create_proxy("call_function", _len, (value,), {})
 
 
-def _refusing(name: str) -> Callable[..., Any]:
-    function = _PYTHONS[name]
-
-    def call(*values: Any) -> Any:
-        if _len(values) == 1 and _isinstance(values[0], fx.Proxy) and _asks(sys._getframe(1)):
-            raise refusal(f"{name}() of what is computed tells nothing before the model runs")
-        return function(*values)
-
-    return call
+def _identity(value: Any) -> int:
+    if _isinstance(value, fx.Proxy) and _asks(sys._getframe(1)):
+        raise refusal("whether what is computed is a certain object is known only when the model runs")
+    return _id(value)
 
 
 def _attribute_of(value: fx.Proxy, name: str) -> bool:
@@ -352,15 +349,14 @@ def _hash(self: fx.Proxy) -> int:
 
 
 _TENSOR = torch.is_tensor
-_REFUSED = ("dir", "id", "vars")
-_PYTHONS = {name: getattr(builtins, name) for name in ("isinstance", "hasattr", "callable", "len", *_REFUSED)}
 _BUILTINS: dict[str, Any] = {
     "isinstance": _is_instance,
     "hasattr": _has_attribute,
     "callable": _is_callable,
     "len": _length,
-    **{name: _refusing(name) for name in _REFUSED},
+    "id": _identity,
 }
+_PYTHONS = {name: getattr(builtins, name) for name in _BUILTINS}
 _GETATTR: Any = fx.Proxy.__getattr__
 _METHODS = {
     "__getattr__": _attribute,
