@@ -7,8 +7,8 @@ from types import FrameType
 
 from psl_flower.split.source import source_of
 
-# Functions and methods that show what they are given, and do nothing else with it.
-_SHOWING = {"critical", "debug", "error", "exception", "info", "log", "pprint", "print", "warn", "warning"}
+# Functions and methods that show what they are given, or raise it.
+_SHOWING = {"_assert", "critical", "debug", "error", "exception", "info", "log", "pprint", "print", "warn", "warning"}
 
 
 def only_shown(frame: FrameType) -> bool:

@@ -230,6 +230,7 @@ def kinds(net, x, y):
         h = h + 1
     mask = getattr(h, "mask", None)
     print(h.shape)
+    torch._assert(h.dim() == 3, f"three dimensions, not {h.shape}")
     logging.getLogger(__name__).warning("%s", h)
     return net.head(net.middle(h if mask is None else h * mask)) * (2 if h.layout is not None else 3)
 
