@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.signatures import annotate_whole, needed_arguments
+from psl_flower.split.decided import holds, shown
 from psl_flower.split.nodes import constant, input_name, is_raw
 from psl_flower.split.refused import BY_HAND
 
@@ -50,6 +51,8 @@ class Arguments:
         Those that keep their default, and why.
     sizes : dict
         By input, or entry of one, its shape as it was recorded, with None for what may vary. None is known of others.
+    decisions : tuple of str
+        What must hold of the sizes, see `psl_flower.split.decided`.
     """
 
     signature: inspect.Signature
@@ -57,6 +60,7 @@ class Arguments:
     needed: tuple[str, ...]
     fixed: Mapping[str, str]
     sizes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    decisions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Arguments:
@@ -127,6 +131,10 @@ class Arguments:
             found[input_name(node)] = tuple(k if s is None else s for s, k in zip(sizes, known, strict=True))
         return replace(self, sizes=found)
 
+    def with_decisions(self, decisions: Iterable[str]) -> Arguments:
+        """Add what must hold of the sizes."""
+        return replace(self, decisions=tuple(decisions))
+
     def positions(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return what to call the model with, as hooks on it expect: by position as far as that goes."""
         bound = inspect.BoundArguments(self.signature, dict(given))
@@ -159,6 +167,11 @@ class Arguments:
         inputs = {name: bound.arguments[name] for name in self.inputs}
         for each in (inputs, *(value for value in inputs.values() if isinstance(value, Mapping))):
             self._check_sizes(each)
+        if (turned := next((each for each in self.decisions if not holds(each, inputs)), None)) is not None:
+            raise CutError(
+                f"the inputs have sizes that the model was not cut for: of the example it was so that {shown(turned)}, "
+                f"by which the code decides; give batches of which it is, or another example, or {BY_HAND}"
+            )
         return list(inputs.values())
 
     def _check_sizes(self, values: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import TraceError
 
 from psl_flower.errors import CutError
@@ -97,6 +98,8 @@ class _AskingType(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and _isinstance(args[0], fx.Proxy):
             raise refusal(_TYPE, _ASK)
+        if len(args) == 1 and _isinstance(args[0], FakeTensor):
+            return nn.Parameter if _isinstance(args[0], nn.Parameter) else torch.Tensor
         return type(*args, **kwargs)
 
     def __instancecheck__(cls, value: Any) -> bool:
@@ -104,7 +107,7 @@ class _AskingType(type):
 
 
 class Type(type, metaclass=_AskingType):
-    """Does what ``type`` does, but for stand-ins."""
+    """Does what ``type`` does, but for stand-ins; those of torch.export are tensors."""
 
 
 @contextmanager

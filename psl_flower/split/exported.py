@@ -27,12 +27,14 @@ from psl_flower.errors import CutError
 from psl_flower.origin import is_users
 from psl_flower.signatures import whole_dict
 from psl_flower.split.arguments import Arguments
+from psl_flower.split.decided import by_rows, ones_noted, shown
 from psl_flower.split.gradients import applied, apply
 from psl_flower.split.modes import modes_kept, pinned_modules
 from psl_flower.split.place import is_text
+from psl_flower.split.recordable import types_answered
 from psl_flower.split.refused import BY_HAND, kept, refusals_kept, refused
 from psl_flower.split.settings import settings_refused
-from psl_flower.split.trace import Form, Trace, refuse_backward_hooks, told
+from psl_flower.split.trace import TRIES, Form, Trace, random_states, refuse_backward_hooks, told, told_drawn
 from psl_flower.split.tracer import TRACING
 from psl_flower.split.unchanged import RECORDED, unchanged
 
@@ -76,7 +78,8 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
         raise CutError(f"a cut with torch.export needs torch {_FIRST_TORCH} or later, this is {torch.__version__}")
     whole = whole_dict(inspect.signature(root.forward), example)
     arguments = Arguments.given(root, list(example) if whole is None else [whole.name], _LEFT_OUT)
-    inputs = {name: example[name] if whole is None else dict(example) for name in arguments.inputs}
+    copies = {name: value.detach().clone() for name, value in example.items()}  # views of nothing
+    inputs = {name: copies[name] if whole is None else copies for name in arguments.inputs}
     refuse_backward_hooks(root, (name for name, _ in root.named_modules()))
     for name, module in root.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -87,16 +90,33 @@ def export(root: nn.Module, example: Mapping[str, Tensor], share: Collection[str
     _without_cache(root)
     graphs: dict[bool, fx.Graph] = {}
     returns: dict[bool, TreeSpec] = {}
+    decisions: dict[str, None] = {}
     with modes_kept(root) as put:
         for mode in (True, False):
             put(mode)
-            made = _export_once(root, arguments, inputs)
+            made, decided = _export_once(root, arguments, inputs)
+            decisions |= dict.fromkeys(decided)
             graphs[root.training], returns[root.training] = _as_graph(root, made, inputs)
-    arguments = arguments.annotated(graphs.values()).with_sizes(graphs.values())
+    if (found := by_rows([*decisions], inputs)) is not None:
+        raise CutError(
+            f"the code decides by the number of rows ({shown(found)}), and torch.export would record one way for ever: "
+            f"have it do the same for any batch, or {BY_HAND}"
+        )
+    arguments = arguments.annotated(graphs.values()).with_sizes(graphs.values()).with_decisions([*decisions])
     return Trace(graphs, pinned_modules(root), arguments, frozenset(share), Form(returns))
 
 
-def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> fx.GraphModule:
+def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> tuple[fx.GraphModule, list[str]]:
+    """Return what torch.export records, and what it has decided by the sizes of the inputs."""
+    for _ in range(TRIES):
+        states = random_states()
+        made = _export(root, arguments, inputs)
+        if random_states() == states:
+            return made
+    raise CutError(told_drawn(root, "torch.export"))
+
+
+def _export(root: nn.Module, arguments: Arguments, inputs: Inputs) -> tuple[fx.GraphModule, list[str]]:
     sizes = torch.export.Dim
     dynamic = tree_map(
         lambda value: {0: sizes.DYNAMIC, 1: sizes.AUTO} if is_text(value) else {0: sizes.DYNAMIC}, dict(inputs)
@@ -108,19 +128,39 @@ def _export_once(root: nn.Module, arguments: Arguments, inputs: Inputs) -> fx.Gr
             _called_by(root, arguments.signature),
             _own_gradients_refused(),
             settings_refused(),
+            ones_noted() as ones,
+            types_answered(root),
+            _as_if_run(),
             _Asked(),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", message=".*assigned during export")  # a state, which would be left out
             exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
-            return exported.module(check_guards=False)
+            return exported.module(check_guards=False), [*getattr(exported, "_guards_code", ()), *ones]
     except Exception as error:  # the user's code, run with tensors that hold no values
         raise CutError(
             f"torch.export cannot record {type(root).__name__} ({told(error)}). What it "
             f"cannot see is code that depends on the values of tensors, keeps a state between calls, or is an autograd "
             f"function of one's own: change that, or {BY_HAND}"
         ) from error
+
+
+@contextmanager
+def _as_if_run() -> Iterator[None]:
+    """Tell the user's own code that nothing is compiled: it would do something else."""
+    own = {name: getattr(torch.compiler, name) for name in ("is_compiling", "is_exporting")}
+
+    def answering(function: Any) -> Any:
+        return lambda: not is_users(sys._getframe(1).f_code.co_filename) and function()
+
+    try:
+        for name, function in own.items():
+            setattr(torch.compiler, name, answering(function))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(torch.compiler, name, function)
 
 
 class _Asked(TorchFunctionMode):

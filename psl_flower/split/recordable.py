@@ -6,7 +6,7 @@ import ast
 import dis
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CellType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -48,22 +48,37 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
         Names of its submodules that are traced through.
     """
     functions = _called(root, opened)
-    spaces = {id(function.__globals__): function.__globals__ for function in functions}
-    free = [(names, _NAMES.keys() - names.keys()) for names in spaces.values()]
     patched = {name: getattr(torch, name) for name in (*_SIZED, *_OF_DTYPES)}
     try:
-        for names, added in free:
-            names.update((name, _NAMES[name]) for name in added)
         for name, function in patched.items():
             setattr(torch, name, (_of_dtypes if name in _OF_DTYPES else _of_sizes)(function))
-        with changes_recorded(), _globals_unchanged(functions):
+        with _given(functions, _NAMES), changes_recorded(), _globals_unchanged(functions):
             yield
     finally:
         for name, function in patched.items():
             setattr(torch, name, function)
-        for names, added in free:
+
+
+@contextmanager
+def types_answered(root: nn.Module) -> Iterator[None]:
+    """Tell all code of a model the type of what torch.export has for tensors as that of tensors."""
+    with _given(_called(root, [name for name, _ in root.named_modules()]), {"type": Type}):
+        yield
+
+
+@contextmanager
+def _given(functions: Iterable[FunctionType], names: Mapping[str, Any]) -> Iterator[None]:
+    """Let functions find these in place of Python's own, unless they have their own."""
+    spaces = {id(function.__globals__): function.__globals__ for function in functions}
+    free = [(space, names.keys() - space.keys()) for space in spaces.values()]
+    try:
+        for space, added in free:
+            space.update((name, names[name]) for name in added)
+        yield
+    finally:
+        for space, added in free:
             for name in added:
-                del names[name]
+                del space[name]
 
 
 def _called(root: nn.Module, opened: Collection[str]) -> set[FunctionType]:

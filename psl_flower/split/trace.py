@@ -27,6 +27,9 @@ from psl_flower.split.stored import refusing_reads
 from psl_flower.split.tracer import TRACING, Call, Computed, Parameters, PathTracer
 from psl_flower.split.unchanged import unchanged
 
+# More than once, for the generators of Python and numpy are global: it may have been another thread that drew.
+TRIES = 3
+
 
 @dataclass(frozen=True, eq=False)
 class Form:
@@ -143,8 +146,8 @@ def _trace_once(root: nn.Module, opened: frozenset[str], call: Call, inputs: tup
 
 
 def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tuple[str, ...]) -> fx.Graph:
-    for _ in range(3):  # more than once, for these generators are global: it may have been another thread that drew
-        states = _random_states()
+    for _ in range(TRIES):
+        states = random_states()
         tracer = PathTracer(opened, call, inputs)
         parameters = Parameters(root, tracer)
         with (
@@ -161,15 +164,20 @@ def _trace_steps(root: nn.Module, opened: frozenset[str], call: Call, inputs: tu
             graph = tracer.trace(root)
         for node in graph.nodes:
             node.meta.pop("is_wrapped", None)  # or code made of it would have torch.fx wrap functions for good
-        if _random_states() == states:
+        if random_states() == states:
             return graph
-    raise CutError(
-        f"{type(root).__name__} draws random numbers in Python, and torch.fx would record one draw for ever: use "
+    raise CutError(told_drawn(root, "torch.fx"))
+
+
+def told_drawn(root: nn.Module, recorder: str) -> str:
+    """Say that a model draws random numbers outside of torch, and the remedy."""
+    return (
+        f"{type(root).__name__} draws random numbers in Python, and {recorder} would record one draw for ever: use "
         f"torch (nn.Dropout, or a function of a tensor such as torch.rand_like), or {BY_HAND}."
     )
 
 
-def _random_states() -> tuple[bytes, ...]:
+def random_states() -> tuple[bytes, ...]:
     """Return the states of Python's and numpy's global generators, only to compare them."""
     return pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())  # noqa: NPY002
 
