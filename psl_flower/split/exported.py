@@ -31,7 +31,7 @@ from psl_flower.split.decided import by_rows, ones_noted, shown
 from psl_flower.split.gradients import applied, apply
 from psl_flower.split.modes import modes_kept, pinned_modules
 from psl_flower.split.place import is_text
-from psl_flower.split.recordable import types_answered
+from psl_flower.split.recordable import answered_as_run
 from psl_flower.split.refused import BY_HAND, kept, refusals_kept, refused
 from psl_flower.split.settings import settings_refused
 from psl_flower.split.trace import TRIES, Form, Trace, random_states, refuse_backward_hooks, told, told_drawn
@@ -129,7 +129,7 @@ def _export(root: nn.Module, arguments: Arguments, inputs: Inputs) -> tuple[fx.G
             _own_gradients_refused(),
             settings_refused(),
             ones_noted() as ones,
-            types_answered(root),
+            answered_as_run(root),
             _as_if_run(),
             _Asked(),
             warnings.catch_warnings(),

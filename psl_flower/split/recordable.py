@@ -6,20 +6,24 @@ import ast
 import dis
 import functools
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CellType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from psl_flower.errors import CutError
+from psl_flower.origin import is_users
 from psl_flower.split.asked import OURS, Type, attribute
 from psl_flower.split.changing import changes_recorded
 from psl_flower.split.refused import BY_HAND
 from psl_flower.split.source import source_of
 from psl_flower.split.stored import codes
+from psl_flower.split.unchanged import content_of
 
 # Functions of sizes. Where the first of several is a recorded one, torch takes it for the only argument.
 _SIZED = ("empty", "ones", "rand", "randn", "zeros")
@@ -29,6 +33,7 @@ _OF_DTYPES = ("finfo", "iinfo")
 # What the code that is recorded finds in place of Python's own.
 _NAMES = {"getattr": attribute, "type": Type}
 
+_CONTAINERS = (list, dict, set, deque, np.ndarray)
 _MOST = 100  # entries of one container that are looked at
 
 # What a condition must not hold, for it to be true only where all of its parts are.
@@ -60,9 +65,10 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
 
 
 @contextmanager
-def types_answered(root: nn.Module) -> Iterator[None]:
-    """Tell all code of a model the type of what torch.export has for tensors as that of tensors."""
-    with _given(_called(root, [name for name, _ in root.named_modules()]), {"type": Type}):
+def answered_as_run(root: nn.Module) -> Iterator[None]:
+    """Tell code that torch.export records the type of its stand-ins as that of tensors; it must change no globals."""
+    functions = _called(root, [name for name, _ in root.named_modules()])
+    with _given(functions, {"type": Type}), _globals_unchanged(functions):
         yield
 
 
@@ -132,23 +138,28 @@ def _behind(value: Any) -> Iterable[Any]:
 
 
 @contextmanager
-def _globals_unchanged(functions: Iterable[FunctionType]) -> Iterator[None]:
-    """Refuse code that sets a ``global`` name of a function's: that would not be recorded."""
-    before = {
-        (id(each.__globals__), str(step.argval)): (each.__globals__, each.__globals__.get(step.argval))
-        for each in functions
-        for code in codes(each.__code__)
-        for step in dis.get_instructions(code)
-        if step.opname == "STORE_GLOBAL"
-    }
+def _globals_unchanged(functions: Collection[FunctionType]) -> Iterator[None]:
+    """Refuse code that sets a ``global`` name, or changes what the user's own hold: that would not be recorded."""
+    before = {(id(f.__globals__), name): (f.__globals__, name) for f in functions for name in _globals_of(f)}
+    held = {key: (space.get(name), content_of(space.get(name))) for key, (space, name) in before.items()}
     yield
-    for (_, name), (space, value) in before.items():
-        if space.get(name) is not value:
+    for key, (space, name) in before.items():
+        value, content = held[key]
+        if content_of(space.get(name)) != content:
             space[name] = value
             raise CutError(
-                f"the model's forward sets the global {name!r}, and that would not be recorded: make it a buffer, set "
-                f"it before, move this code into a submodule of its own, or {BY_HAND}."
+                f"the model's forward changes the global {name!r}, and that would not be recorded: make it a buffer, "
+                f"set it before, move this code into a submodule of its own, or {BY_HAND}."
             )
+
+
+def _globals_of(function: FunctionType) -> Iterator[str]:
+    """Yield the global names that a function sets, and those by which it may change a container."""
+    names = function.__globals__
+    for code in codes(function.__code__):
+        yield from (str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL")
+        if is_users(code.co_filename):
+            yield from (name for name in code.co_names if type(names.get(name)) in _CONTAINERS)
 
 
 def _of_sizes(function: Callable[..., Any]) -> Callable[..., Any]:

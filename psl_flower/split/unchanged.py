@@ -101,9 +101,9 @@ def _kept(root: nn.Module) -> dict[str, Any]:
     kinds = {kind for _, module in named for kind in type(module).__mro__ if not _is_torchs(kind)}
     found: dict[str, Any] = {}
     for kind in kinds:
-        found |= {f"{kind.__qualname__}.{key}": _content(value) for key, value in vars(kind).items()}
+        found |= {f"{kind.__qualname__}.{key}": content_of(value) for key, value in vars(kind).items()}
     for name, module in named:
-        own = {key: _content(value) for key, value in vars(module).items() if key != "_buffers"}
+        own = {key: content_of(value) for key, value in vars(module).items() if key != "_buffers"}
         held = {key: _Same(value) for key, value in module._buffers.items()}  # which may change in place
         found |= {f"{name}.{key}".lstrip("."): value for key, value in {**own, **held}.items()}
     return found
@@ -113,7 +113,7 @@ def _is_torchs(kind: type) -> bool:
     return f"{kind.__module__}.".startswith(("torch.", "builtins."))
 
 
-def _content(value: Any, depth: int = 3) -> Any:
+def content_of(value: Any, depth: int = 3) -> Any:
     """Return what is equal as long as a value is the same, and holds the same."""
     if isinstance(value, _PLAIN):
         return (type(value), value)
@@ -123,9 +123,9 @@ def _content(value: Any, depth: int = 3) -> Any:
         return value.dtype, value.shape, value.tobytes() if value.size <= _MOST else _Same(value)
     if isinstance(value, Mapping) and depth:
         entries = itertools.islice(value.items(), _MOST)
-        return type(value), len(value), [(_content(k, 0), _content(v, depth - 1)) for k, v in entries]
+        return type(value), len(value), [(content_of(k, 0), content_of(v, depth - 1)) for k, v in entries]
     if isinstance(value, list | tuple | deque) and depth:
-        return type(value), len(value), [_content(each, depth - 1) for each in itertools.islice(value, _MOST)]
+        return type(value), len(value), [content_of(each, depth - 1) for each in itertools.islice(value, _MOST)]
     if isinstance(value, set | frozenset):
         return type(value), len(value)
     return _Same(value)

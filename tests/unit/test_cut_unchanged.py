@@ -11,6 +11,7 @@ from psl_flower.errors import CutError
 from psl_flower.split import Cut, split_module
 
 CALLS = 0
+SEEN = []
 
 
 class Net(nn.Module):
@@ -105,15 +106,25 @@ def test_torch_export_would_not_keep_it_either(kind):
         split_module(type("Both", (Branching, kind), {})(), Cut("middle", example={"x": torch.randn(2, 4)}))
 
 
-def test_a_global_name_is_no_place_to_keep_it():
-    class Global(Net):
-        def step(self, h):
-            global CALLS
-            CALLS += 1
-            return h * CALLS
+class Global(Net):
+    def step(self, h):
+        global CALLS
+        CALLS += 1
+        return h * CALLS
 
-    with pytest.raises(CutError, match=r"forward sets the global 'CALLS', .*: make it a buffer"):
-        split_module(Global(), "middle")
+
+class InGlobalList(Net):
+    def step(self, h):
+        SEEN.append(1)
+        return h * len(SEEN)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Global, "CALLS"), (InGlobalList, "SEEN")])
+def test_a_global_is_no_place_to_keep_it(kind, name):
+    with pytest.raises(CutError, match=f"forward changes the global '{name}', .*: make it a buffer"):
+        split_module(kind(), "middle")
+    with pytest.raises(CutError, match=f"Nor does torch.export do: .*forward changes the global '{name}'"):
+        split_module(type("Both", (Branching, kind), {})(), Cut("middle", example={"x": torch.randn(2, 4)}))
     assert CALLS == 0
 
 
