@@ -165,6 +165,14 @@ def _asks(frame: FrameType) -> bool:
     return not f"{frame.f_globals.get('__name__', '')}.".startswith(OURS)
 
 
+def asking_frame() -> FrameType:
+    """Return where the code is that asks."""
+    frame: Any = sys._getframe(1)
+    while not _asks(frame):
+        frame = frame.f_back
+    return frame  # type: ignore[no-any-return]
+
+
 def _kind(node: fx.Node) -> tuple[type, bool]:
     """Return of what class a value will be, and whether that is certain."""
     if node.target is getattr and len(node.args) == 2:
@@ -274,11 +282,8 @@ def look_whether_none(proxy: fx.Proxy) -> fx.Proxy:
     node, tracer = proxy.node, _tracer(proxy)
     if not _may_be_none(tracer, node):
         return proxy
-    frame: Any = sys._getframe(1)
-    while not _asks(frame):
-        frame = frame.f_back
     entry: Any = node.args[1] if node.target is operator.getitem else None
-    compared = compared_at(frame, entry if _isinstance(entry, int) else None)
+    compared = compared_at(asking_frame(), entry if _isinstance(entry, int) else None)
     if compared == "is None":
         look_at(tracer, node, compared, None, False)
     return proxy

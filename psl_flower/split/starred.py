@@ -23,9 +23,15 @@ class Rest:
     Parameters
     ----------
     sizes : fx.Proxy
+    frame : FrameType
+        Where they are unpacked: what is called there must be a method of a tensor, not one of the user's own.
+    at : str, optional
+        The line of that.
     """
 
     sizes: fx.Proxy
+    frame: FrameType
+    at: str | None
 
 
 def given_on(frame: FrameType) -> bool:
@@ -39,13 +45,24 @@ def given_on(frame: FrameType) -> bool:
     return bool(stars) and stars == given
 
 
-def joined(args: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the arguments of a method with its sizes in one, where some are a `Rest`."""
+def joined(args: Sequence[Any], rests: list[Rest], frame: FrameType | None) -> tuple[Any, ...]:
+    """Return the arguments of a method with its sizes in one, where some are a `Rest`.
+
+    Parameters
+    ----------
+    args : sequence
+    rests : list of Rest
+        Those that were unpacked; what is joined in the frame that did so is taken out.
+    frame : FrameType
+        Where the method is called.
+    """
     first, *others = args
     if not any(isinstance(each, Rest) for each in others):
         return tuple(args)
     sizes: Any = ()
     for each in others:
+        if isinstance(each, Rest) and each.frame is frame:
+            rests.remove(each)
         more = each.sizes if isinstance(each, Rest) else (each,)
         sizes = more if isinstance(sizes, tuple) and not sizes else sizes + more
     return first, sizes

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from psl_flower.origin import running
-from psl_flower.split.asked import AT_ONCE, are_sizes, count, look_whether_none, refusal
+from psl_flower.split.asked import AT_ONCE, are_sizes, asking_frame, count, look_whether_none, refusal
 from psl_flower.split.changing import Fresh, made_like
 from psl_flower.split.compare import tensors
 from psl_flower.split.gradients import without_gradients
@@ -36,6 +36,11 @@ _SEQUENCES = tuple(
 )
 _DATA: Any = torch.Tensor.data
 
+_UNPACKED = (
+    "how many there are of what is gone through, or unpacked with *, is known only when the model runs",
+    f"{AT_ONCE}; of sizes, take h.shape[:-1] + (2, 3) in place of *h.shape[:-1], 2, 3",
+)
+
 # From inputs by name to what a model is called with.
 Call = Callable[[dict[str, Any]], tuple[list[Any], dict[str, Any]]]
 
@@ -49,8 +54,16 @@ class PathTracer(fx.Tracer):
         self._opened, self._call, self._inputs = opened, call, inputs
         self._contexts = _contexts()
         self.fresh = Fresh()
+        self._rests: list[Rest] = []  # given to nothing yet
         self._thread = threading.get_ident()
         self._since: CodeType | None = None  # what calls the model's code
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Record a model."""
+        graph = super().trace(root, concrete_args)
+        for rest in self._rests:
+            raise refusal(f"{rest.at}: {_UNPACKED[0]}", _UNPACKED[1])
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is called whole."""
@@ -106,13 +119,11 @@ class PathTracer(fx.Tracer):
         """Give as many entries as the arguments of a step tell; else refuse."""
         number = count(obj.node)
         if number is None and are_sizes(obj.node) and given_on(sys._getframe(2)):
-            rest: Any = Rest(obj)
+            rest: Any = Rest(obj, sys._getframe(2), self.line())
+            self._rests.append(rest)
             return iter([rest])
         if number is None:
-            raise refusal(
-                "how many there are of what is gone through, or unpacked with *, is known only when the model runs",
-                f"{AT_ONCE}; of sizes, take h.shape[:-1] + (2, 3) in place of *h.shape[:-1], 2, 3",
-            )
+            raise refusal(*_UNPACKED)
         return (obj[i] for i in range(number))
 
     def line(self) -> str | None:
@@ -131,7 +142,7 @@ class PathTracer(fx.Tracer):
     def _add(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> fx.Proxy:
-        args = joined(args) if kind == "call_method" else args
+        args = joined(args, self._rests, asking_frame()) if kind == "call_method" else args
         called = kind in ("call_function", "call_method")
         if called and (made := made_like(self, target, args, kwargs)) is not None:
             return made

@@ -151,6 +151,26 @@ def by_text(net, x):
     return net.body(x) * (2 if "64" in f"{x.dtype}" else 3)
 
 
+class Sizes:
+    """Has methods that are called as those of tensors are."""
+
+    def expand(self, *sizes):
+        return len(sizes)
+
+    def view(self, h, *sizes):
+        return h.view(*sizes) * len(sizes)
+
+
+def given_to_ones_own(net, x):
+    h = net.body(x)
+    return h * Sizes().expand(*h.shape)
+
+
+def given_on_by_ones_own(net, x):
+    h = net.body(x)
+    return Sizes().view(h, *h.shape)
+
+
 ELSEWHERE = {"torch": torch, "__name__": "elsewhere"}
 exec("def by_type(h):\n    return h * 2 if type(h) is torch.Tensor else h", ELSEWHERE)
 
@@ -160,6 +180,8 @@ def by_type_elsewhere(net, x):
 
 
 ASKING = [
+    given_to_ones_own,
+    given_on_by_ones_own,
     by_identity,
     by_text,
     by_type_elsewhere,
