@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import TraceError
 
 from psl_flower.errors import CutError
-from psl_flower.split.bytecode import compared_at, running, step_of
+from psl_flower.split.bytecode import compared_at, compares_within, running, step_of
 from psl_flower.split.nodes import is_fact
 from psl_flower.split.refused import BY_HAND, kept
 from psl_flower.split.texts import only_shown
@@ -282,10 +282,11 @@ def look_whether_none(proxy: fx.Proxy) -> fx.Proxy:
     node, tracer = proxy.node, _tracer(proxy)
     if not _may_be_none(tracer, node):
         return proxy
+    frame = asking_frame()
     entry: Any = node.args[1] if node.target is operator.getitem else None
-    compared = compared_at(asking_frame(), entry if _isinstance(entry, int) else None)
-    if compared == "is None":
-        look_at(tracer, node, compared, None, False)
+    compared = compared_at(frame, entry if _isinstance(entry, int) else None)
+    if compared == "is None" or compares_within(frame.f_code):
+        look_at(tracer, node, "is None", None, False)
     return proxy
 
 

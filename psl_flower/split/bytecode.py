@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import linecache
 from types import CodeType, FrameType
+
+from psl_flower.split.stored import codes
 
 
 def step_of(frame: FrameType) -> dis.Instruction | None:
@@ -68,3 +71,14 @@ def _stored_compared(code: CodeType, store: dis.Instruction) -> str | None:
     """Return how a variable that is set there is compared later: ``d = h.dtype; ... if d is torch.float16:``."""
     later = (step for step in dis.get_instructions(code) if step.offset > store.offset and step.argval == store.argval)
     return next(filter(None, (_compared(code, step.offset) for step in later)), None)
+
+
+@functools.lru_cache(maxsize=256)
+def compares_within(code: CodeType) -> bool:
+    """Return whether what is defined in code, as a comprehension is, compares something with None."""
+    for each in itertools.islice(codes(code), 1, None):
+        for before, step in itertools.pairwise(dis.get_instructions(each)):
+            none = step.opname == "IS_OP" and before.opname == "LOAD_CONST" and before.argval is None
+            if none or ("JUMP" in step.opname and step.opname.endswith("NONE")):
+                return True
+    return False
