@@ -40,15 +40,16 @@ def running(since: CodeType) -> str | None:
     Parameters
     ----------
     since : code object
-        Of the function that has called the user's code: lines before it are not looked at.
+        Of the function that has called the user's code: lines before it are not looked at. If it is not run, None.
     """
     frame: FrameType | None = sys._getframe(1)
+    found: str | None = None
     while frame is not None and frame.f_code is not since:
         code = frame.f_code
-        if is_users(code.co_filename):
-            return f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
+        if found is None and is_users(code.co_filename):
+            found = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back
-    return None
+    return None if frame is None else found
 
 
 # What a client's code may end with and the process that serves it goes on: code that says sys.exit() means its own.
@@ -74,7 +75,7 @@ def let_signals_end(error: BaseException) -> None:
 @cache
 def is_users(filename: str) -> bool:
     """Return whether a file holds code of the user's: it is neither a library's, nor ours, nor generated."""
-    if filename.startswith(("<frozen", "<psl_flower", "<eval_with_key")) or not filename:  # generated code
+    if filename.startswith(("<frozen", "<psl_flower", "<eval_with_key", "<string")) or not filename:  # generated code
         return False
     path = Path(filename)
     return not (

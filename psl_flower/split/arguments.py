@@ -20,7 +20,9 @@ from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.signatures import annotate_whole, needed_arguments
+from psl_flower.split.decided import holds, shown
 from psl_flower.split.nodes import constant, input_name, is_raw
+from psl_flower.split.refused import BY_HAND
 
 _NAMED = (
     inspect.Parameter.POSITIONAL_ONLY,
@@ -29,7 +31,7 @@ _NAMED = (
 )
 _BRANCHES = (
     "forward does something else where it is None, and a cut model does one thing only. If it is always given, remove "
-    "its default from forward; else leave it out, or cut by hand: SplitModel(client=..., server=...)"
+    f"its default from forward; else leave it out, or {BY_HAND}"
 )
 
 
@@ -49,6 +51,8 @@ class Arguments:
         Those that keep their default, and why.
     sizes : dict
         By input, or entry of one, its shape as it was recorded, with None for what may vary. None is known of others.
+    decisions : tuple of str
+        What must hold of the sizes, see `psl_flower.split.decided`.
     """
 
     signature: inspect.Signature
@@ -56,6 +60,7 @@ class Arguments:
     needed: tuple[str, ...]
     fixed: Mapping[str, str]
     sizes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    decisions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Arguments:
@@ -71,7 +76,7 @@ class Arguments:
         if not inputs:
             raise CutError(
                 f"forward{signature} of {type(model).__name__} names no input: arguments without a default are inputs, "
-                f"and those with the default None; name them, or cut by hand: SplitModel(client=..., server=...)."
+                f"and those with the default None; name them, or {BY_HAND}."
             )
         needed = tuple(p.name for p in named if p.default is p.empty) or (inputs[0],)
         return cls(signature.replace(parameters=named), tuple(inputs), needed, fixed)
@@ -126,6 +131,10 @@ class Arguments:
             found[input_name(node)] = tuple(k if s is None else s for s, k in zip(sizes, known, strict=True))
         return replace(self, sizes=found)
 
+    def with_decisions(self, decisions: Iterable[str]) -> Arguments:
+        """Add what must hold of the sizes."""
+        return replace(self, decisions=tuple(decisions))
+
     def positions(self, given: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return what to call the model with, as hooks on it expect: by position as far as that goes."""
         bound = inspect.BoundArguments(self.signature, dict(given))
@@ -158,6 +167,11 @@ class Arguments:
         inputs = {name: bound.arguments[name] for name in self.inputs}
         for each in (inputs, *(value for value in inputs.values() if isinstance(value, Mapping))):
             self._check_sizes(each)
+        if (turned := next((each for each in self.decisions if not holds(each, inputs)), None)) is not None:
+            raise CutError(
+                f"the inputs have sizes that the model was not cut for: of the example it was so that {shown(turned)}, "
+                f"by which the code decides; give batches of which it is, or another example, or {BY_HAND}"
+            )
         return list(inputs.values())
 
     def _check_sizes(self, values: Mapping[str, Any]) -> None:
@@ -171,7 +185,7 @@ class Arguments:
             raise CutError(
                 f"the input {name!r} has shape {tuple(shape)}, but the model was cut for ({sizes}): torch.export took "
                 f"these sizes of the example for constants of the code; give batches of these sizes (pad texts to one "
-                f"length), or another example, or cut by hand: SplitModel(client=..., server=...)"
+                f"length), or another example, or {BY_HAND}"
             )
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from psl_flower.errors import CutError
 from psl_flower.split.nodes import asks_for_fact
+from psl_flower.split.refused import BY_HAND, refused
 
 # A tensor has no @= of its own: Python makes h = h @ w of it.
 OPERATORS = (
@@ -187,10 +187,10 @@ class Fresh:
         """
         changed = {tensor.untyped_storage()._cdata for tensor, _ in self._copies}
         if changed and any(tensor.untyped_storage()._cdata in changed for tensor in tensors):
-            raise CutError(
+            raise refused(
                 "a tensor that the code makes of no input is changed in place by what it computes of its inputs, and "
                 "what it is then is not known while torch.fx records: make it of an input (x.new_zeros(len(x), 8), "
-                "torch.zeros_like(h)), or cut by hand: SplitModel(client=..., server=...)."
+                f"torch.zeros_like(h)), or {BY_HAND}."
             )
 
 

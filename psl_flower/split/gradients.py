@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_map
 
-from psl_flower.errors import CutError
 from psl_flower.split.changing import changes_first, is_number
 from psl_flower.split.nodes import tells_fact
+from psl_flower.split.refused import BY_HAND, refused
 
 _OF_GRAPHS = (setattr, "detach_", "requires_grad_")  # what has to do with a tensor's graph, or its place in one
 
@@ -165,17 +165,16 @@ def functions_recorded(recorded: Callable[[Any], Any]) -> Iterator[None]:
         if proxy is None or cls.__name__ == _KEEPING:
             return apply(cls, *args)
         if of_torch(cls):
-            raise CutError(
+            raise refused(
                 f"{cls.__name__} of torch is no step that can be recorded: give torch.utils.checkpoint "
-                "use_reentrant=False, move the call into a submodule of its own, or cut by hand: "
-                "SplitModel(client=..., server=...)."
+                f"use_reentrant=False, move the call into a submodule of its own, or {BY_HAND}."
             )
         step = steps.setdefault(cls, Apply(cls))
         return proxy.tracer.create_proxy("call_function", step, args, {})
 
     def past(cls: type[torch.autograd.Function], args: Any) -> None:
         if any(isinstance(each, fx.Proxy) for each in tree_leaves(tree_map(recorded, args))):
-            raise CutError(
+            raise refused(
                 f"{cls.__name__}.apply under another name, which this release of torch does not let be recorded: call "
                 f"{cls.__name__}.apply itself."
             )

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from psl_flower.errors import CutError
 from psl_flower.split.arguments import Arguments
 from psl_flower.split.functions import called
+from psl_flower.split.refused import BY_HAND
 from psl_flower.split.trace import Form, Trace
 
 BY_MODE = (_NormBase, _DropoutNd, nn.RReLU, nn.RNNBase)  # layers that do something else in training
@@ -274,6 +275,6 @@ def as_activations(values: Any, inputs: Sequence[Any], names: Sequence[str] = ()
             raise CutError(
                 f"every tensor that crosses the cut must have the batch as its first dimension, value {name} has shape "
                 f"{tuple(value.shape)} for a batch of {', '.join(map(str, batch))}: reshape with x.flatten(1) instead "
-                f"of squeeze() or view(-1), cut elsewhere, or cut by hand: SplitModel(client=..., server=...)"
+                f"of squeeze() or view(-1), cut elsewhere, or {BY_HAND}"
             )
     return activations

@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from psl_flower.errors import CutError
 from psl_flower.split.changing import changes_first
 from psl_flower.split.nodes import asks_for_fact, same_memory
+from psl_flower.split.refused import BY_HAND
 
 # Of functions and methods: what may return its first argument, or a view of it.
 _VIEWS = {"chunk", "contiguous", "detach", "detached", "diagonal", "double", "dropout", "expand", "expand_as"}
@@ -182,8 +183,8 @@ def check_version(value: Any, before: int | None, name: str) -> None:
     if version(value) != before:
         raise CutError(
             f"the module {name!r} changes in place what it is given, which is used elsewhere, too, and there "
-            "that would not be seen: have it make a new tensor (x = x + 1, inplace=False), cut elsewhere, or cut by "
-            "hand: SplitModel(client=..., server=...)."
+            f"that would not be seen: have it make a new tensor (x = x + 1, inplace=False), cut elsewhere, "
+            f"or {BY_HAND}."
         )
 
 
@@ -213,7 +214,8 @@ def _viewed(root: nn.Module, node: fx.Node) -> list[fx.Node]:
         return same_memory(node)
     if node.op == "call_module":
         return node.all_input_nodes[:1] if isinstance(root.get_submodule(str(node.target)), _VIEW_MODULES) else []
-    if node.target is getattr:
-        return node.all_input_nodes[:1] if node.args[1] in _VIEW_ATTRIBUTES else []
+    if node.target is getattr:  # an entry of what a module returns is that, each time it is asked for
+        entry = not hasattr(torch.Tensor, str(node.args[1]))
+        return node.all_input_nodes[:1] if entry or node.args[1] in _VIEW_ATTRIBUTES else []
     name = str(getattr(node.target, "__name__", node.target))
     return node.all_input_nodes[:1] if node.op in ("call_function", "call_method") and name in _VIEWS else []

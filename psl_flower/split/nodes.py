@@ -48,6 +48,14 @@ def at(node: fx.Node) -> str:
     return "" if found is None else f" ({found})"
 
 
+def shown(node: fx.Node) -> str:
+    """Return what to call a step in an error, with the line it is from."""
+    name = node.name
+    if node.target is getattr:
+        name = f"{node.args[0]}.{node.args[1]}"
+    return f"{name!r}{at(node)}"
+
+
 def asks_for_fact(node: fx.Node) -> bool:
     """Whether a node asks a tensor for what is known without its values."""
     return tells_fact(node.target, node.args)

@@ -30,13 +30,14 @@ from psl_flower.split.nodes import (
     is_shape_of_input,
     is_symbol,
     modules_of,
+    shown,
     size_in,
 )
+from psl_flower.split.refused import BY_HAND
 from psl_flower.split.trace import Trace
 
 NAMES = {2: ("client half", "server half"), 3: ("head", "body", "tail")}
 _SIDES = ("client", "server")
-_BY_HAND = "SplitModel(client=..., server=...)"
 
 SIZES = "psl_flower.sizes"  # in the meta of a tensor without values, which crosses a cut to tell the sizes of another
 
@@ -107,8 +108,8 @@ def _divide(root: nn.Module, graph: fx.Graph, cuts: Sequence[str], shared: Colle
                 later = (at(user) for user in node.users if user in {*chain(*pieces.runs[piece + 1 :])})
                 raise CutError(
                     f"the input {name!r} is used after the cut{next(later, '')}, so raw examples would be sent to the "
-                    f"server: cut later, or if that is intended, say so, Cut(name, share=({name!r},)), or cut by hand: "
-                    f"{_BY_HAND}."
+                    f"server: cut later, or if that is intended, say so, Cut(name, share=({name!r},)), or "
+                    f"{BY_HAND}."
                 )
             _check_rows(node)
         if all(is_raw(node) or SIZES in node.meta for node in sent):
@@ -128,8 +129,8 @@ def _check_changes(root: nn.Module, nodes: Sequence[fx.Node], pieces: Pieces) ->
     else:
         raise CutError(
             f"{node.name!r}{at(node)} changes a tensor in place that is used on the other side of a cut, too, which "
-            f"would not see it: make a new one there (relu in place of relu_, inplace=False), cut elsewhere, or cut by "
-            f"hand: {_BY_HAND}."
+            f"would not see it: make a new one there (relu in place of relu_, inplace=False), cut elsewhere, or "
+            f"{BY_HAND}."
         )
 
 
@@ -141,7 +142,7 @@ def _check_rows(node: fx.Node) -> None:
         where = f", computed in {modules[-1]!r}," if any(modules) else ""
         raise CutError(
             f"{node.name!r}{where} would cross, but its first dimension is not the batch, its shape is "
-            f"{tuple(value.shape)}: cut before what computes it, or after its last use, or cut by hand: {_BY_HAND}."
+            f"{tuple(value.shape)}: cut before what computes it, or after its last use, or {BY_HAND}."
         )
 
 
@@ -311,13 +312,13 @@ def _piece_graph(pieces: Pieces, piece: int) -> fx.Graph:
             side = _SIDES[(piece + 1) % 2]
             raise UnknownNumber(
                 f"{node.format_node()}{at(node)} is a number that only the {side} knows, and only tensors cross the "
-                f"cut: compute it from a tensor that crosses, cut elsewhere, or cut by hand: {_BY_HAND}."
+                f"cut: compute it from a tensor that crosses, cut elsewhere, or {BY_HAND}."
             )
     if piece < last:
         inputs = tuple(given or (copies[node] for node in pieces.runs[piece] if is_input(node)))
 
         def handed(nodes: list[fx.Node]) -> fx.Node:
-            names = tuple(f"{node.name!r}{at(node)}" for node in nodes)
+            names = tuple(map(shown, nodes))
             return graph.call_function(as_activations, (tuple(copies[node] for node in nodes), inputs, names))
 
         out = handed(pieces.sent[piece])

@@ -7,15 +7,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from psl_flower.split.asked import Taken
 from psl_flower.split.in_place import seen, watch
-from psl_flower.split.nodes import PLACE, asks_for_fact, at, is_input, is_known_of_any_batch, modules_of
+from psl_flower.split.nodes import PLACE, asks_for_fact, at, is_input, is_known_of_any_batch, is_raw, modules_of
 from psl_flower.split.partition import SIZES, Pieces, pieces_of, starts_of, state_of
+from psl_flower.split.refused import BY_HAND
 from psl_flower.split.told import tell_dtype, tell_sizes, told_dtype, told_sizes
 from psl_flower.split.trace import Trace
-
-_BY_HAND = "SplitModel(client=..., server=...)"
 
 # How code asks for the sizes of a tensor, by node target; `getattr` with one of the first.
 _SIZE_ATTRIBUTES = ("shape", "ndim")
@@ -29,11 +30,11 @@ _COUNTING |= {"unique_consecutive"}
 def prepared(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
     """Return what was recorded as it can be divided at some cuts.
 
-    What modules of one side do after a cut has begun, with inputs of its own, is done before it, see `in_order`; inputs
-    that may be None are, where they would have to cross; sizes that only one side knows cross as a tensor without
-    values, see `with_sizes`.
+    What holds tensors is taken apart at once, see `taken_apart`. What modules of one side do after a cut has begun,
+    with inputs of its own, is done before it, see `in_order`; inputs that may be None are, where they would have to
+    cross; sizes that only one side knows cross as a tensor without values, see `with_sizes`.
     """
-    recorded = _each(recorded, lambda graph: in_order(root, graph, cuts))
+    recorded = _each(recorded, lambda graph: in_order(root, taken_apart(graph), cuts))
     recorded = without_raw_inputs(root, recorded, cuts)
     return _each(recorded, lambda graph: with_sizes(root, graph, cuts, recorded.shared))
 
@@ -41,6 +42,44 @@ def prepared(root: nn.Module, recorded: Trace, cuts: Sequence[str]) -> Trace:
 def _each(recorded: Trace, change: Callable[[fx.Graph], fx.Graph]) -> Trace:
     graphs = {graph: change(graph) for graph in recorded.graphs.values()}
     return replace(recorded, graphs={mode: graphs[graph] for mode, graph in recorded.graphs.items()})
+
+
+def taken_apart(graph: fx.Graph) -> fx.Graph:
+    """Ask what holds tensors for its entries (``out.features``, ``out["aux"]``) when made, for only tensors cross.
+
+    That is where some entry is none that a tensor has; what is used in another way may be changed, and is left.
+    """
+    nodes = list(graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    moved: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        names = [user.args[1] for user in node.users if _is_entry(user)]
+        if (
+            all(_is_entry(user) or isinstance(user.target, Taken) for user in node.users)
+            and not is_raw(node)
+            and any(isinstance(name, str) and _is_foreign(name) for name in names)
+        ):
+            moved[node] = sorted(node.users, key=position.__getitem__)
+    if not moved:
+        return graph
+    late = {user for users in moved.values() for user in users}
+    order: list[fx.Node] = []
+    for node in nodes:
+        waiting = [] if node in late else [node]
+        while waiting:
+            order.append(waiting[0])
+            waiting = [*moved.get(waiting[0], []), *waiting[1:]]
+    return _copy(order)
+
+
+def _is_entry(node: fx.Node) -> bool:
+    """Return whether a step gives an entry of what it is given: an attribute, or an item by name or number."""
+    return node.target in (getattr, operator.getitem) and len(node.args) == 2 and isinstance(node.args[1], str | int)
+
+
+def _is_foreign(name: str) -> bool:
+    """Return whether a tensor has no attribute of a name, but for methods: those are called, not asked for."""
+    return callable(getattr(torch.Tensor, name, min))
 
 
 def in_order(root: nn.Module, graph: fx.Graph, cuts: Sequence[str]) -> fx.Graph:
@@ -197,8 +236,8 @@ def without_raw_inputs(root: nn.Module, recorded: Trace, cuts: Sequence[str]) ->
     if not optional:
         return recorded
     reason = (
-        f"its value is used after the cut, so raw examples would be sent to the server: leave it out, cut later, or "
-        f"cut by hand if that is intended: {_BY_HAND}"
+        f"its value is used after the cut, so raw examples would be sent to the server: leave it out, cut later, or, "
+        f"if that is intended, {BY_HAND}"
     )
     graphs = {graph: _without(graph, optional) for graph in recorded.graphs.values()}
     return replace(

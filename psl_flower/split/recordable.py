@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import ast
-import builtins
+import dis
 import functools
-import inspect
-import textwrap
-from collections.abc import Callable, Collection, Iterator
+import sys
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType, FunctionType
+from types import CellType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
+from psl_flower.errors import CutError
+from psl_flower.origin import is_users
+from psl_flower.split.asked import OURS, Type, attribute
 from psl_flower.split.changing import changes_recorded
+from psl_flower.split.refused import BY_HAND
+from psl_flower.split.source import source_of
+from psl_flower.split.stored import codes
+from psl_flower.split.unchanged import content_of
 
 # Functions of sizes. Where the first of several is a recorded one, torch takes it for the only argument.
 _SIZED = ("empty", "ones", "rand", "randn", "zeros")
 
 _OF_DTYPES = ("finfo", "iinfo")
+
+# What the code that is recorded finds in place of Python's own.
+_NAMES = {"getattr": attribute, "type": Type}
+
+_CONTAINERS = (list, dict, set, deque, np.ndarray)
+_MOST = 100  # entries of one container that are looked at
 
 # What a condition must not hold, for it to be true only where all of its parts are.
 _NOT_ALL = (ast.Or, ast.Not, ast.IfExp, ast.Lambda, ast.comprehension, ast.In, ast.NotIn)  # `in` asks for each
@@ -30,7 +44,7 @@ _ASKING = {"any", "bool"}  # functions that ask for truth values themselves
 
 @contextmanager
 def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
-    """Let the code of some modules call ``len(x)`` and ``torch.zeros(n, 8)`` with what torch.fx records.
+    """Let code call ``type(x)`` and ``torch.zeros(n, 8)`` with what torch.fx records: of modules, and what they call.
 
     Parameters
     ----------
@@ -38,29 +52,114 @@ def recordable(root: nn.Module, opened: Collection[str]) -> Iterator[None]:
     opened : collection of str
         Names of its submodules that are traced through.
     """
-    classes = {kind for name in opened for kind in type(root.get_submodule(name)).__mro__}
-    functions = [f for kind in classes for f in vars(kind).values() if isinstance(f, FunctionType)]
-    codes = [f.__globals__ for f in functions if not str(f.__module__).startswith("torch.")]
-    free = {id(names): names for names in codes if "len" not in names}
+    functions = _called(root, opened)
     patched = {name: getattr(torch, name) for name in (*_SIZED, *_OF_DTYPES)}
     try:
-        for names in free.values():
-            names["len"] = _length
         for name, function in patched.items():
             setattr(torch, name, (_of_dtypes if name in _OF_DTYPES else _of_sizes)(function))
-        with changes_recorded():
+        with _given(functions, _NAMES), changes_recorded(), _globals_unchanged(functions):
             yield
     finally:
         for name, function in patched.items():
             setattr(torch, name, function)
-        for names in free.values():
-            del names["len"]
 
 
-def _length(value: Any) -> Any:
-    if not isinstance(value, fx.Proxy):
-        return builtins.len(value)
-    return value.tracer.create_proxy("call_function", builtins.len, (value,), {})
+@contextmanager
+def answered_as_run(root: nn.Module) -> Iterator[None]:
+    """Tell code that torch.export records the type of its stand-ins as that of tensors; it must change no globals."""
+    functions = _called(root, [name for name, _ in root.named_modules()])
+    with _given(functions, {"type": Type}), _globals_unchanged(functions):
+        yield
+
+
+@contextmanager
+def _given(functions: Iterable[FunctionType], names: Mapping[str, Any]) -> Iterator[None]:
+    """Let functions find these in place of Python's own, unless they have their own."""
+    spaces = {id(function.__globals__): function.__globals__ for function in functions}
+    free = [(space, names.keys() - space.keys()) for space in spaces.values()]
+    try:
+        for space, added in free:
+            space.update((name, names[name]) for name in added)
+        yield
+    finally:
+        for space, added in free:
+            for name in added:
+                del space[name]
+
+
+def _called(root: nn.Module, opened: Collection[str]) -> set[FunctionType]:
+    """Return the methods of some modules, and what these call by name or attribute, but torch's functions and ours."""
+    found, seen = set[FunctionType](), set[int]()
+    modules = [root.get_submodule(name) for name in opened]
+    waiting: list[Any] = [each for module in modules for each in (type(module), *vars(module).values())]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, FunctionType) and not _is_other(each):
+            found.add(each)
+            names = {name for code in codes(each.__code__) for name in code.co_names}
+            named = [each.__globals__[name] for name in names if name in each.__globals__]
+            named += [vars(module).get(name) for module in named if isinstance(module, ModuleType) for name in names]
+            waiting += [each for each in named if isinstance(each, _FUNCTIONS)]
+            waiting += [cell.cell_contents for cell in each.__closure__ or () if cell != _EMPTY]
+        waiting += _behind(each)
+    return found
+
+
+_EMPTY = CellType()
+_FUNCTIONS = (FunctionType, functools.partial, type(functools.cache(len)))
+
+
+def _is_other(value: Any) -> bool:
+    """Return whether a function or class is Python's own, torch's or ours: its code does not decide by types."""
+    module = f"{getattr(value, '__module__', '')}."
+    return module.startswith(OURS) or module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _behind(value: Any) -> Iterable[Any]:
+    """Return what is called, maybe, where a value is, or one that it holds."""
+    if isinstance(value, functools.partial):
+        return (value.func,)
+    if isinstance(value, property):
+        return (value.fget,)
+    if isinstance(value, list | tuple):
+        return value[:_MOST]
+    if isinstance(value, dict):
+        return [*value.values()][:_MOST]
+    if isinstance(value, type):
+        return [each for kind in value.__mro__ if not _is_other(kind) for each in vars(kind).values()]
+    if isinstance(value, MethodType | classmethod | staticmethod):
+        return (value.__func__,)
+    if isinstance(value, _FUNCTIONS):
+        return (vars(value).get("__wrapped__"),)
+    return () if _is_other(type(value)) else (type(value),)
+
+
+@contextmanager
+def _globals_unchanged(functions: Collection[FunctionType]) -> Iterator[None]:
+    """Refuse code that sets a ``global`` name, or changes what the user's own hold: that would not be recorded."""
+    before = {(id(f.__globals__), name): (f.__globals__, name) for f in functions for name in _globals_of(f)}
+    held = {key: (space.get(name), content_of(space.get(name))) for key, (space, name) in before.items()}
+    yield
+    for key, (space, name) in before.items():
+        value, content = held[key]
+        if content_of(space.get(name)) != content:
+            space[name] = value
+            raise CutError(
+                f"the model's forward changes the global {name!r}, and that would not be recorded: make it a buffer, "
+                f"set it before, move this code into a submodule of its own, or {BY_HAND}."
+            )
+
+
+def _globals_of(function: FunctionType) -> Iterator[str]:
+    """Yield the global names that a function sets, and those by which it may change a container."""
+    names = function.__globals__
+    for code in codes(function.__code__):
+        yield from (str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL")
+        if is_users(code.co_filename):
+            yield from (name for name in code.co_names if type(names.get(name)) in _CONTAINERS)
 
 
 def _of_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,25 +184,23 @@ def _of_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
 def wanted(frame: FrameType | None) -> bool | None:
     """Return which truth value code needs that asks for one just now; None if it may go on with either.
 
-    That of an ``assert`` must be true, and that of ``if ...: raise`` false.
+    That of an ``assert`` must be true, that of ``if ...: raise`` false, and that of ``if ...: ... else: raise`` true.
     """
-    if frame is None:
+    source = None if frame is None else source_of(frame)
+    if source is None:
         return None
-    try:
-        lines, first = inspect.getsourcelines(frame.f_code)
-        code = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, SyntaxError):
-        return None
-    line = frame.f_lineno - first + 1
+    code, line = source
     found = [
         node
         for node in ast.walk(code)
         if isinstance(node, ast.Assert | ast.If)
         and node.lineno <= line <= ((node if isinstance(node, ast.Assert) else node.test).end_lineno or line)
     ]
-    if len(found) != 1 or (isinstance(found[0], ast.If) and not isinstance(found[0].body[-1], ast.Raise)):
+    if len(found) != 1:
         return None
-    value, condition = isinstance(found[0], ast.Assert), found[0].test
+    value, condition = _holding(found[0]), found[0].test
+    if value is None:
+        return None
     while isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
         value, condition = not value, condition.operand
     unclear = _NOT_ALL if value else _NOT_NONE
@@ -112,3 +209,12 @@ def wanted(frame: FrameType | None) -> bool | None:
         if chained or isinstance(part, unclear) or (isinstance(part, ast.Name) and part.id in _ASKING):
             return None
     return value
+
+
+def _holding(statement: ast.Assert | ast.If) -> bool | None:
+    """Return which truth value of its condition goes on without an error; None if both do."""
+    if isinstance(statement, ast.Assert):
+        return True
+    if isinstance(statement.body[-1], ast.Raise):
+        return False
+    return True if statement.orelse and isinstance(statement.orelse[-1], ast.Raise) else None

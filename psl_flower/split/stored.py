@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from psl_flower.errors import CutError
+from psl_flower.split.refused import BY_HAND, refused
 
 _HELD = "_psl_held"  # where a module has the names of the buffers that were plain attributes
 _BY_STRING = {"setattr", "__setattr__", "__dict__", "vars"}  # what takes names of attributes as strings
@@ -149,10 +149,9 @@ class _Unlisted:
 def _watching(kind: type[nn.Module], where: str, stored: frozenset[str]) -> type[nn.Module]:
     def read(self: nn.Module, name: str) -> Any:
         if name in stored:
-            raise CutError(
+            raise refused(
                 f"'{where}.{name}' is read, which the forward of {where!r} ({kind.__name__}) sets, and torch.fx would "
-                "record the value it has now for ever: have that forward return it, or cut by hand: "
-                "SplitModel(client=..., server=...)."
+                f"record the value it has now for ever: have that forward return it, or {BY_HAND}."
             )
         return kind.__getattribute__(self, name)
 

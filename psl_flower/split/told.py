@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from psl_flower.errors import CutError
+from psl_flower.split.refused import BY_HAND
 
 _DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
 _DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -49,7 +50,7 @@ def _checked(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if not tensor.dim():
         raise CutError(
             f"{name} is a single number, and its number of dimensions, or its dtype, would have to cross the cut, "
-            f"which all that crosses does with a row an example: ask for it before the cut, cut elsewhere, or cut by "
-            f"hand: SplitModel(client=..., server=...)"
+            f"which all that crosses does with a row an example: ask for it before the cut, cut elsewhere, or "
+            f"{BY_HAND}"
         )
     return tensor

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +169,20 @@ def test_code_of_ones_own():
         halves.client(batch["x"])
 
 
+class Asking(Base):
+    def inner(self, h):
+        plain = type(h) is torch.Tensor and type(self.a.weight) is nn.Parameter
+        return h * (2 if plain and not torch.compiler.is_compiling() else 3)
+
+
+def test_code_that_asks_whether_it_is_recorded_is_told_that_it_is_run():
+    model = Asking().eval()
+    halves = cut_model(model, Cut("b", example=EXAMPLE))
+    for part in halves.parts:
+        part.eval()
+    assert torch.equal(halves.server(*halves.client(**EXAMPLE))["y"], model(**EXAMPLE)["y"])
+
+
 def test_without_an_argument_the_example_leaves_out():
     halves = cut_model(Base(), Cut("b", example={"x": EXAMPLE["x"]}))
     with pytest.raises(CutError, match=r"'shift' was given, but the model was cut without it: put it into the example"):
@@ -231,7 +246,7 @@ class Passing(nn.Module):
 
 def test_what_is_no_tensor_cannot_cross_but_what_is_in_it_can():
     model, x = Passing(), torch.randn(5, 4)
-    with pytest.raises(CutError, match=r"'base'.* is a SimpleNamespace: cut elsewhere, give the cut an example batch"):
+    with pytest.raises(CutError, match=r"'base.states' is a NoneType: cut elsewhere, give the cut an example batch"):
         cut_model(model, "head").client(x)
     halves = cut_model(model, Cut("head", example={"x": torch.randn(2, 4)}))
     assert torch.equal(halves.server(*halves.client(x))["logits"], model(x)["logits"])
@@ -289,6 +304,26 @@ def test_a_length_that_is_a_constant_of_the_code_must_be_kept():
     assert torch.equal(halves.server(*halves.client(ids[:, :6])), model(ids[:, :6]))
     with pytest.raises(CutError, match=r"'input_ids' has shape \(5, 7\), but the model was cut for \(any, 6\)"):
         halves.client(ids)
+
+
+class Windowed(Scanning):
+    def forward(self, input_ids):
+        if input_ids.shape[1] > 4:
+            input_ids = input_ids[:, -4:]
+        h = self.embed(input_ids)
+        if input_ids.sum().dim():  # which torch.fx cannot record
+            h = h + 1
+        return self.body(h)
+
+
+def test_a_length_by_which_the_code_decides_is_looked_at():
+    model, ids = Windowed(), torch.randint(0, 9, (5, 8))
+    halves = cut_model(model, Cut("body", example={"input_ids": ids[:2, :6]}))
+    halves = copy.deepcopy(halves)
+    for length in (5, 7):
+        assert torch.equal(halves.server(*halves.client(ids[:, :length])), model(ids[:, :length]))
+    with pytest.raises(CutError, match=r"it was so that .*input_ids.shape\[1\]"):
+        halves.client(ids[:, :3])
 
 
 class Lifted(nn.Module):
@@ -401,11 +436,29 @@ class OneSize(Base):
         return h.view(3, 4)
 
 
+class ByRows(Base):
+    def inner(self, h):
+        return h * 2 if h.numel() > 16 else h
+
+
+class ByOneRow(Base):
+    def inner(self, h):
+        return h * 2 if h.size(0) == 1 else h
+
+
+class Drawing(Base):
+    def inner(self, h):
+        return h * random.random()
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
+        (ByRows, r"decides by the number of rows \(.*x.shape\[0\].*\)"),
+        (ByOneRow, r"decides by the number of rows \(x.shape\[0\] != 1\)"),
+        (Drawing, "draws random numbers in Python, and torch.export would record one draw"),
         (Reversed, r"its backward would be lost: .*Reverse\)"),
-        (Remembering, "assigned during export.*keeps a state between calls"),
+        (Remembering, r"forward changes 'seen'.*keeps a state between calls"),
         (CachingAlways, r"assigned during export.*keeps a state between calls"),
         (Deciding, "depends on the values of tensors"),
         (OneSize, r"Constraints violated"),
@@ -480,3 +533,20 @@ def test_a_torch_that_cannot_do_it_is_told(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(CutError, match=r"needs torch 2\.10 or later, this is 2\.9\.1"):
         split_module(Remembering(), Cut("b", example=EXAMPLE))
+
+
+def test_a_module_of_torch_jit_would_lose_gradients():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.ReLU(), nn.Softplus())), nn.Linear(4, 2))
+    x = torch.randn(3, 4)
+    split_module(model, Cut("2", example={"input": x}))  # torch.fx calls it whole
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x):
+            return self.layers[2](self.layers[1](self.layers[0](x if x.dim() == 2 else x.flatten(1))))
+
+    with pytest.raises(CutError, match=r"'layers.1' is a module of torch.jit.*: use the nn.Module that it was made of"):
+        split_module(Branching(), Cut("layers.2", example={"x": x}))

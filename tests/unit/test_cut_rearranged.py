@@ -1,6 +1,7 @@
 """Models whose code does not come in the order of a cut, or asks on one side for sizes of the other."""
 
 from types import BuiltinFunctionType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -306,3 +307,57 @@ def test_a_model_that_is_a_recording_itself():
     model = fx.symbolic_trace(Net(lambda net, x, y: net.middle(net.body(x) * y)))
     client, server = split_module(model, "middle")
     assert_same_evaluation(model, client, server, *inputs())
+
+
+# --- what holds tensors ----------------------------------------------------------------------------------------------
+class Out(NamedTuple):
+    features: torch.Tensor
+    aux: torch.Tensor
+    more: dict
+
+
+class Giving(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        h = self.layer(x)
+        return Out(h, h.relu(), {"scale": h.sigmoid(), "deep": Out(h, h, {})})
+
+
+def test_entries_of_what_a_module_returns_cross_as_tensors():
+    def go(net, x, y):
+        out = net.giving(x)
+        order = net.body(y).sort(dim=-1)
+        g = net.head(net.middle(out.features)) + out.aux * out.more["scale"] + out[0] * out.more["deep"].aux
+        return net.head(net.middle(order.values)) + g + order.indices
+
+    model = Net(go)
+    model.giving = Giving()
+    parts = split_module(model, "middle")
+    assert_same_step(model, *parts, *inputs())
+    assert_same_evaluation(model, *parts, *inputs(2))
+    assert len(parts[0](*inputs())) == 7
+
+
+def test_an_entry_that_is_changed_in_place_is_one_however_often_it_is_asked_for():
+    def go(net, x, y):
+        out = net.giving(x)
+        h = net.middle(out.features.clone())
+        out.aux.mul_(2)
+        return net.head(h) + out.aux
+
+    model = Net(go)
+    model.giving = Giving()
+    with pytest.raises(CutError, match="changes a tensor in place that is used on the other side"):
+        split_module(model, "middle")
+
+
+def test_entries_that_tensors_have_as_well_stay_where_they_are():
+    def go(net, x, y):
+        h = net.body(x)
+        return net.head(net.middle(h)) + h.data[:, 0:1] + h[0]
+
+    client, _ = split_module(Net(go), "middle")
+    assert [a.shape for a in client(*inputs())] == [(3, 5, 4)]
