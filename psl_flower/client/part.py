@@ -263,10 +263,9 @@ class LossFn:
         Of what else the user's code raises, only the kind and the place are told: its text may hold labels.
         """
         labels = loss_target(target, device, classify=self.classification)
+        options: dict[str, Any] = {"classify": self.classification, "reduction": self.reduction}
         try:
-            found = weighted(
-                self.function, outputs, labels, rows, classify=self.classification, reduction=self.reduction
-            )
+            found = weighted(self.function, outputs, labels, rows, **options)
         except PSLError:
             raise
         except Exception as exc:
@@ -276,7 +275,7 @@ class LossFn:
                 f"the loss failed on labels {shown} a row: {where(exc, text=False)}; what it says is in the log of the "
                 "client, for it may tell labels"
             ) from exc
-        if self.additivity.refuted(self.function, outputs, labels, rows, found, classify=self.classification):
+        if self.additivity.refuted(self.function, outputs, labels, rows, found, **options):
             raise ConfigError(REFUSED)
         return found
 

@@ -12,6 +12,7 @@ from psl_flower.devices import reseed, seeded
 from psl_flower.errors import ConfigError
 from psl_flower.server.apart import apart
 from psl_flower.server.loss import Loss, WeightedLoss, weighted
+from psl_flower.server.reduction import Reduction
 
 REFUSED = (
     "the loss of a batch is not the mean over what counts in it, nor the sum, so that of the global batch cannot be "
@@ -39,26 +40,34 @@ class Additivity:
     def __init__(self, checks: int) -> None:
         self._left = checks
 
-    def refuted(self, *arguments: Any, classify: bool) -> bool:
+    def refuted(self, *arguments: Any, **options: Any) -> bool:
         """Return whether the loss of a batch is seen not to be put together from those of its parts; see `adds_up`."""
         if not self._left or not torch.is_grad_enabled():
             return False
-        found = adds_up(*arguments, classify=classify)
+        found = adds_up(*arguments, **options)
         self._left -= found is not None
         return found is False
 
 
 def adds_up(
-    loss: Loss, outputs: Any, labels: Any, rows: int, whole: WeightedLoss, *, classify: bool = True
+    loss: Loss,
+    outputs: Any,
+    labels: Any,
+    rows: int,
+    whole: WeightedLoss,
+    *,
+    classify: bool = True,
+    reduction: Reduction | None = None,
 ) -> bool | None:
     """Return whether the losses of two parts of a batch make that of the batch; None where it does not show.
 
-    So as not to depend on what happens to lie in which part, the labels are shuffled, too: what does not count is as
-    much in each row of a client, maybe, and not in those of others.
+    One part has more rows than the other: of such with as many, any weights that are the same would do. So as not to
+    depend on what happens to lie in which part, the labels are shuffled, too: what does not count is as much in each
+    row of a client, maybe, and not in those of others.
 
     Parameters
     ----------
-    loss, outputs, labels, rows, classify
+    loss, outputs, labels, rows, classify, reduction
         See `weighted`.
     whole : WeightedLoss
         That of the batch.
@@ -73,10 +82,10 @@ def adds_up(
 
     def of(labels: Any, part: slice) -> WeightedLoss:
         ours, theirs = (tree.map_leaves(lambda t: t[part], each) for each in (outputs, labels))
-        return weighted(asked, ours, theirs, len(range(rows)[part]), classify=classify)
+        return weighted(asked, ours, theirs, len(range(rows)[part]), classify=classify, reduction=reduction)
 
     asked = apart(loss) or loss
-    answers = []
+    answers, cut = [], max(1, rows // 3)
     close, device, generator = CLOSE.get(whole.mean.dtype, 1e-2), whole.mean.device, torch.Generator().manual_seed(0)
 
     def shuffled(labels: torch.Tensor) -> torch.Tensor:
@@ -87,7 +96,7 @@ def adds_up(
         for shuffle in (False, True, True):
             try:
                 given = tree.map_leaves(shuffled, labels) if shuffle else labels
-                first, second = (of(given, part) for part in (slice(None, rows // 2), slice(rows // 2, None)))
+                first, second = (of(given, part) for part in (slice(None, cut), slice(cut, None)))
                 reseed(0, device)
                 mean = of(given, slice(None)).mean.item()
                 reseed(0, device)

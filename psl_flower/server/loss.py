@@ -40,10 +40,11 @@ _ELEMENTWISE = {
     f: inspect.signature(f)
     for f in (
         *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy),
-        *(F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss),
+        *(F.binary_cross_entropy_with_logits, F.kl_div, F.poisson_nll_loss, F.gaussian_nll_loss),
+        *(F.soft_margin_loss, F.hinge_embedding_loss),
     )
 }
-_BY_WEIGHT = (F.mse_loss, F.l1_loss)  # of these, torch divides by the sum of the weights, if there are any
+_DIVIDED_BY_WEIGHTS = F.mse_loss, F.l1_loss
 _DIVISIONS = (Tensor.div, Tensor.div_, Tensor.true_divide, torch.div, torch.true_divide)
 _MEANS = (Tensor.mean, torch.mean)
 _SUMS = (Tensor.sum, torch.sum)
@@ -121,7 +122,8 @@ def weighted(
       a number: that number;
     - where it is a ``mean()`` (``loss[mask].mean()``), or a loss of torch's that is the mean over elements
       (``mse_loss(outputs[mask], labels[mask])``): its elements. All may be scaled, and added if they count alike;
-    - else `rows`. A sum of two losses that count differently has no weight that is right for both.
+    - else `rows`. A sum of two losses that count differently has no weight that is right for both;
+    - `rows` also where a loss takes a mean of each example by itself, in a loop, as `reduction` finds out.
 
     The sum of `WeightedLoss.sum` over parts, divided by that of their weights, equals the loss of all parts pooled.
 
@@ -137,7 +139,7 @@ def weighted(
     classify : bool
         Whether labels may be class indices. If so, and the loss is no cross-entropy, shapes tell whether they are.
     reduction : Reduction, optional
-        Asked whether the loss is a sum; without it, it is a mean.
+        Asked whether the loss is a sum, and whether it goes row by row; without it, it is a mean of all at once.
 
     Raises
     ------
@@ -166,9 +168,18 @@ def weighted(
         _check_labels(shaped, None)
     predictions = watch.predictions(outputs) if classify and watch.targets else shaped
     weight, summed = watch.weight_of(mean, rows), False
-    if reduction is not None and weight and not watch.is_mean:
-        summed = reduction.is_sum(loss, outputs, labels, mean.item())
+    if reduction is not None and weight:
+        by_rows = reduction.goes_by_rows(loss, outputs, labels, rows, watch.terms(mean), _terms)
+        weight = rows if by_rows else weight
+        if by_rows or not watch.is_mean:
+            summed = reduction.is_sum(loss, outputs, labels, mean.item())
     return WeightedLoss(mean, rows if summed else weight, predictions, watch.remark, summed)
+
+
+def _terms(loss: Loss, outputs: Any, labels: Any) -> int:
+    with (watch := _Watch(outputs, labels)):
+        mean = loss(outputs, labels)
+    return watch.terms(mean)
 
 
 def logits_for(loss: Loss, outputs: Any) -> Any:
@@ -224,7 +235,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.l1_loss:
-            kwargs = _with_weight(kwargs)
+            kwargs = {**kwargs, **_weight_of_l1()}
         if func in _CROSS_ENTROPIES:
             given = _arguments(_CROSS_ENTROPIES[func], args, kwargs)
             input, target, weight = (given[name] for name in ("input", "target", "weight"))
@@ -235,8 +246,9 @@ class _Watch(TorchFunctionMode):
         elif func in _DIFFERENCES and self.remark is None:
             self.remark = _spread([*args, *kwargs.values()])
         result = self._called(func, args, kwargs)
-        if isinstance(result, Tensor) and result.ndim == 0:
-            operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if isinstance(result, Tensor) and (result.ndim == 0 or func is torch.stack):
+            values = [*args, *kwargs.values()]
+            operands = [a for a in (values[0] if func is torch.stack else values) if isinstance(a, Tensor)]
             divisors = self._divisors(func, operands) or self._number(func, args) or _elements(func, args, kwargs)
             if divisors:
                 self._means[id(result)] = (result, divisors)
@@ -274,10 +286,12 @@ class _Watch(TorchFunctionMode):
         if self._weights or id(mean) not in self._means:
             return rows
         first, *others = (float(divisor()) for divisor in self._means[id(mean)][1])
-        if first == 1 and not mean.item():  # a number of nothing that was raised to 1, as by clamp(min=1)
-            return 0.0
         sound = math.isfinite(first) and first >= 0 and all(math.isclose(other, first) for other in others)
         return first if sound else rows
+
+    def terms(self, mean: Tensor) -> int:
+        """Return how many means a loss is made of."""
+        return len(self._weights) or len(self._means.get(id(mean), (mean, []))[1])
 
     def predictions(self, outputs: Any) -> Predictions | None:
         """Return what cross-entropy was given, where its targets are the labels; None where that is not clear."""
@@ -289,13 +303,13 @@ class _Watch(TorchFunctionMode):
 
     def _divisors(self, func: Any, operands: list[Tensor]) -> list[Callable[[], float]]:
         """Return what gives the numbers that the scalar result of a function is the mean over; empty if it is none."""
-        if func in _MEANS:
-            return [operands[0].numel]
         known = [self._means[id(t)][1] for t in operands if id(t) in self._means]
         if known and len(known) == len(operands):  # means that are scaled or added
             return [divisor for each in known for divisor in each]
+        if func in _MEANS and operands[0].ndim:
+            return [operands[0].numel]
         if func in _DIVISIONS and len(operands) == 2 and not known and not operands[1].requires_grad:
-            return [operands[1].item]
+            return [partial(_divisor, *operands)]
         return []
 
     def _of_totals(self, operands: Sequence[Tensor]) -> bool:
@@ -304,7 +318,7 @@ class _Watch(TorchFunctionMode):
     def _number(self, func: Any, args: Sequence[Any]) -> list[Callable[[], float]]:
         """Return what gives the number, no tensor, that a sum is divided by."""
         if func in _DIVISIONS and len(args) == 2 and self._of_totals(args[:1]) and isinstance(args[1], int | float):
-            return [partial(float, args[1])]
+            return [partial(_divisor, *args)]
         return []
 
     def _cross_entropy(
@@ -331,13 +345,10 @@ class _Watch(TorchFunctionMode):
             raise LabelError(text, rows, rule=label_rule(classes, ignore_index))
 
 
-def _with_weight(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the `l1_loss` that is being called, with the weight, which torch 2.13 leaves out."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not F.l1_loss.__code__:
-        frame = frame.f_back
-    weight = None if frame is None else frame.f_locals.get("weight")
-    return kwargs if weight is None else kwargs | {"weight": weight}
+def _divisor(total: Tensor, number: Tensor | float) -> float:
+    """Return what a total is divided by; 0 where that is a number of nothing, raised to 1 as by ``clamp(min=1)``."""
+    found = float(number)
+    return 0.0 if found == 1 and not total.item() else found
 
 
 def _elements(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Callable[[], float]]:
@@ -345,13 +356,22 @@ def _elements(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ca
     if func not in _ELEMENTWISE:
         return []
     given = _arguments(_ELEMENTWISE[func], args, kwargs)
+    if given["reduction"] == "batchmean":
+        return [partial(len, given["input"])]
     if given["reduction"] != "mean" or given.get("size_average") is False or given.get("reduce") is False:
         return []
-    weight = given.get("weight")
-    if func in _BY_WEIGHT and weight is not None:
-        return [lambda: weight.detach().sum().item()]
-    pair = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)][:2]
-    return [torch.broadcast_tensors(*pair)[0].numel]  # type: ignore[no-untyped-call]
+    if func in _DIVIDED_BY_WEIGHTS and given.get("weight") is not None:  # older torch has none
+        return [given["weight"].detach().sum().item]
+    return [torch.broadcast_tensors(given["input"], given["target"])[0].numel]  # type: ignore[no-untyped-call]
+
+
+def _weight_of_l1() -> dict[str, Any]:
+    """Return the weight that ``l1_loss`` was called with, which torch, 2.13 at least, does not tell who watches it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return {} if weight is None else {"weight": weight}
 
 
 def _arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class MovingBuffers:
         return {
             name: t.detach().clone()
             for name, t in self._loss.named_buffers()
-            if name not in self._begun or not torch.equal(t, self._begun[name])
+            if name not in self._begun or not _same(t, self._begun[name])
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -41,3 +41,11 @@ class MovingBuffers:
                 old = module._buffers[leaf]
                 setattr(module, leaf, value.clone() if old is None else value.to(old.device, old.dtype, copy=True))
                 self._begun.pop(name, None)  # it moves
+
+
+def _same(now: Tensor, begun: Tensor) -> bool:
+    """Return whether two tensors hold the same, wherever they are."""
+    if now.shape != begun.shape:
+        return False
+    now, begun = (t.to_dense() if t.layout is not torch.strided else t for t in (now.detach().to(begun.device), begun))
+    return bool(((now == begun) | ((now != now) & (begun != begun))).all())

@@ -12,7 +12,7 @@ from psl_flower.server import Additivity, Reduction, additive, adds_up, weighted
 
 GENERATOR = torch.Generator().manual_seed(0)
 OUTPUTS = torch.randn(7, 3, dtype=torch.float64, generator=GENERATOR).requires_grad_()
-LABELS = torch.tensor([0, 2, 1, -100, -100, -100, 1])  # of the halves, as many are not told
+LABELS = torch.tensor([0, 2, 1, -100, -100, -100, 1])
 
 
 def masked(outputs, labels):
@@ -62,6 +62,11 @@ def test_what_only_other_labels_show():
     assert answer(lambda o, y: F.cross_entropy(o, y) + o.square().mean(), outputs, labels) is False
 
 
+def test_parts_of_as_many_rows_would_hide_what_weighs_nothing_by_them():
+    of_six = OUTPUTS[:6], LABELS[[0, 1, 2, 0, 1, 2]]
+    assert answer(lambda o, y: (F.cross_entropy(o, y, reduction="sum") / len(y)).view(1).mean(), *of_six) is False
+
+
 def test_what_does_not_show():
     assert answer(F.cross_entropy, OUTPUTS[:1], LABELS[:1]) is None
     assert answer(F.cross_entropy, OUTPUTS, torch.full((7,), -100)) is None
@@ -108,4 +113,4 @@ def test_some_batches_are_looked_at_in_training_only(monkeypatch):
         assert not looking.refuted(*arguments, classify=True)
     assert calls == [7]
     assert [looking.refuted(*arguments, classify=True) for _ in range(3)] == [True, True, False]
-    assert calls == [7] + 6 * [3, 4, 7, 7, 7]
+    assert calls == [7] + 6 * [2, 5, 7, 7, 7]

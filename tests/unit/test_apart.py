@@ -104,21 +104,62 @@ class Constant(Object):
         return super().__call__(x) * SCALE + len(NAMES) + float(torch.nn.functional.relu(torch.tensor(x)))
 
 
-def test_an_object_whose_methods_find_outside_what_a_call_changes_is_not_asked():
-    shared, made = TEACHER, Distilling()
+class Stepping(Distilling):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Told(Distilling):
+    def __init_subclass__(cls):
+        SEEN.append(cls)
+
+
+class Counting:
+    """Changes what is global, in all kinds of methods."""
+
+    @property
+    def count(self):
+        global COUNT
+        COUNT += 1
+        return COUNT
+
+    @staticmethod
+    def see(x):
+        SEEN.append(x)
+
+    @classmethod
+    def move(cls, x):
+        return TEACHER(x).mean()
+
+    def __call__(self, x):
+        self.see(x)
+        return self.move(x) + self.count
+
+
+def test_methods_of_a_copied_object_find_copies_of_what_a_call_changes():
+    shared, made, x = TEACHER, Distilling(), torch.ones(3, 1)
     for reaching in (
         Distilling(),
         Derived(),
         Distilling().forward,
+        Counting(),
         Helped(),
-        Holding(Distilling()),
-        Holding(lambda x: shared(x)),
+        Holding(Distilling()).held,
         functools.partial(Distilling()),
         lambda x, inner=made: inner(x),
+        lambda x: TEACHER(x).mean(),
+        lambda x: shared(x).mean(),
     ):
-        assert apart(reaching) is None
+        asked = apart(reaching)
+        assert isinstance(asked, type(reaching))
+        asked(x)
+        assert (TEACHER.num_batches_tracked, COUNT, SEEN) == (0, 0, [])
     assert apart(Constant())(1) == Constant()(1)
     assert apart(Holding(TEACHER)).held is not TEACHER
-    function = lambda x: TEACHER(x).mean()  # noqa: E731 - a function's own globals are copied
-    apart(function)(torch.ones(3, 1))
-    assert TEACHER.num_batches_tracked == 0
+
+
+def test_an_object_that_shares_what_changes_something_is_not_asked():
+    shared = TEACHER
+    for reaching in (Stepping(), Holding(lambda x: shared(x)), Holding((Distilling().forward,)), Told()):
+        assert apart(reaching) is None
+    assert SEEN == []

@@ -56,6 +56,20 @@ def test_what_moved_goes_on_and_what_did_not_is_the_new_ones():
     assert MovingBuffers(nn.functional.cross_entropy).state_dict() == {}
 
 
+def test_buffers_of_any_kind_are_compared():
+    loss = nn.Module()
+    loss.register_buffer("unseen", torch.tensor(torch.nan))
+    loss.register_buffer("graph", torch.eye(3).to_sparse())
+    loss.register_buffer("queue", torch.zeros(0, 2))
+    loss.register_buffer("mask", torch.tensor([True, False]))
+    moving = MovingBuffers(loss)
+    loss.double()
+    assert moving.state_dict() == {}
+    loss.queue, loss.graph = torch.zeros(4, 2), 2 * loss.graph
+    loss.mask[0] = False
+    assert moving.state_dict().keys() == {"queue", "graph", "mask"}
+
+
 def test_the_backends_state_has_them():
     def backend(loss):
         model = tiny_resnet()

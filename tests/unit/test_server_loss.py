@@ -2,7 +2,6 @@
 
 import math
 import random
-from inspect import signature
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from psl_flower.devices import seeded
 from psl_flower.errors import ConfigError, LabelError
-from psl_flower.server import Reduction, example_gradients, weighted
+from psl_flower.server import Reduction, weighted
 
 CLASSES = 4
 WEIGHT = torch.tensor([0.5, 1.0, 3.0, 0.25], dtype=torch.float64)
@@ -133,54 +132,6 @@ def test_regression(loss):
     outputs, labels = rows_of(2), rows_of(2).flip(0)
     found, _ = summed(loss, outputs, labels)
     assert found == pytest.approx(loss(outputs, labels).item(), rel=1e-12)
-
-
-def of_some(loss, **options):
-    """Return a loss of the outputs whose label is above 0, and how many those are."""
-    return lambda o, y: loss(o[y > 0], y[y > 0], **options)
-
-
-@pytest.mark.parametrize(
-    ("loss", "counts"),
-    [
-        (of_some(F.mse_loss), True),
-        (of_some(F.l1_loss, reduction="mean"), True),
-        (of_some(F.binary_cross_entropy_with_logits, weight=torch.tensor(2.0)), True),
-        (of_some(nn.SmoothL1Loss(beta=0.5)), True),
-        (of_some(lambda o, y: F.mse_loss(o, y) + F.huber_loss(o, y) / 2), True),
-        (lambda o, y: F.poisson_nll_loss(input=o[y > 0], target=y[y > 0]), True),
-        (of_some(F.mse_loss, reduction="sum"), False),
-        (of_some(F.mse_loss, size_average=False), False),
-        (of_some(F.kl_div, reduction="batchmean"), False),
-    ],
-)
-def test_a_mean_over_elements_weighs_by_them(loss, counts):
-    generator = torch.Generator().manual_seed(0)
-    outputs, labels = torch.rand(9, 2, generator=generator), torch.rand(9, 2, generator=generator) - 0.5
-    parts = [weighted(loss, outputs[part], labels[part], len(labels[part])) for part in (slice(2), slice(2, 9))]
-    assert [part.weight for part in parts] == (
-        [int((labels[s] > 0).sum()) for s in (slice(2), slice(2, 9))] if counts else [2, 7]
-    )
-    if counts:
-        pooled = sum(part.sum for part in parts) / sum(part.weight for part in parts)
-        assert pooled == pytest.approx(loss(outputs, labels).item())
-        assert weighted(loss, outputs, -labels.abs(), 9).weight == 0  # nothing counts
-
-
-@pytest.mark.parametrize(
-    "loss", [f for f in (F.mse_loss, F.l1_loss, F.huber_loss) if "weight" in signature(f).parameters]
-)
-def test_a_mean_over_weighted_elements_weighs_as_torch_divides(loss):
-    generator = torch.Generator().manual_seed(0)
-    outputs, both = torch.rand(9, 2, generator=generator), torch.rand(9, 4, generator=generator)
-
-    def of(o, y):
-        return loss(o, y[:, :2], weight=y[:, 2:])
-
-    parts = [weighted(of, outputs[part], both[part], len(both[part])) for part in (slice(2), slice(2, 9))]
-    pooled = sum(part.sum for part in parts) / sum(part.weight for part in parts)
-    assert pooled == pytest.approx(of(outputs, both).item())
-    assert weighted(of, outputs, both, 9).mean.item() == pytest.approx(of(outputs, both).item())
 
 
 def test_losses_that_count_differently_weigh_by_examples():
@@ -465,26 +416,3 @@ def test_what_is_seldom_meant_is_told(loss, meant, seldom_meant, told):
         if outputs is not None:
             remark = weighted(loss, outputs, torch.arange(4), 4).remark
             assert (told in remark) if outputs is seldom_meant else remark is None
-
-
-def test_examples_alone_may_have_as_many_elements_each_and_no_more():
-    generator = torch.Generator().manual_seed(0)
-    outputs, labels = torch.rand(4, 2, generator=generator).requires_grad_(), torch.rand(4, 2, generator=generator)
-    whole = weighted(F.mse_loss, outputs, labels, 4)
-    mean, gradients = example_gradients(F.mse_loss, outputs, labels, 4, whole)
-    assert mean.mean.item() == pytest.approx(whole.mean.item())
-    assert (whole.weight, mean.weight) == (8, 4)  # by examples, as clipping and noise do
-    assert torch.allclose(gradients[0], torch.autograd.grad(whole.mean, outputs)[0])
-    some = of_some(F.mse_loss)
-    for signs in ([[1, 1], [1, -1], [1, -1]], [[1, 1], [1, 1], [1, 1], [1, -1], [-1, -1], [1, -1], [-1, -1], [1, 1]]):
-        chosen, of = torch.tensor(signs).float(), torch.rand(len(signs), 2, generator=generator).requires_grad_()
-        found = weighted(some, of, chosen, len(signs))  # 4 of 3 examples; 10 of 8
-        with pytest.raises(ConfigError, match=r"the mean over the examples, got a mean over \d+ targets"):
-            example_gradients(some, of, chosen, len(signs), found)
-    chosen = torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])  # 4 of 2, a multiple: one has none
-    of = torch.rand(2, 4, generator=generator).requires_grad_()
-    with pytest.raises(ConfigError, match="got a mean over 4 targets of 2 examples"):
-        example_gradients(some, of, chosen, 2, weighted(some, of, chosen, 2))
-    chosen[1, 0], chosen[0, 0] = 1.0, -1.0  # 3 and 1
-    with pytest.raises(ConfigError, match="that of a batch differs from the mean"):
-        example_gradients(some, of, chosen, 2, weighted(some, of, chosen, 2))
