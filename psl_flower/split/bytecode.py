@@ -28,7 +28,7 @@ def running(frame: FrameType) -> str:
 
 
 def compared_at(frame: FrameType, entry: int | None = None) -> str | None:
-    """Return whether the value that code makes just now is compared by identity: "is", "is None", or None.
+    """Return how the value that code makes just now is compared: by "is", "is None", the form in a "match", or None.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def _steps(code: CodeType) -> dict[int, list[dis.Instruction]]:
 
 
 def _compared(code: CodeType, offset: int) -> str | None:
-    """Return whether the value that code has there is compared by identity: "is", "is None", or None."""
+    """Return how the value that code has there is compared, see `compared_at`."""
     none = False
     following = _steps(code).get(offset, [])
     if following and following[0].opname == "STORE_FAST":
@@ -59,9 +59,11 @@ def _compared(code: CodeType, offset: int) -> str | None:
     for step in following:
         if "JUMP" in step.opname and step.opname.endswith("NONE"):
             return "is None"
+        if step.opname in ("MATCH_SEQUENCE", "MATCH_MAPPING"):
+            return "match"
         if step.opname == "IS_OP":
             return "is None" if none else "is"
-        if not step.opname.startswith("LOAD_"):
+        if not step.opname.startswith(("LOAD_", "COPY")):
             return None
         none = step.opname == "LOAD_CONST" and step.argval is None
     return None
