@@ -267,6 +267,8 @@ def _attribute(self: fx.Proxy, name: str) -> Any:
             f"whether .{name} of what is computed is a certain object is known only when the model runs",
             "in place of `is` write ==, and give the cut an example batch",
         )
+    if compared == "match":
+        raise refusal(f"by which case .{name} of what is computed is matched is known only when the model runs")
     if compared is not None or name == "prod":
         own = self.node
         if are_sizes(own) and not _hasattr(torch.Size, name):

@@ -6,6 +6,8 @@ import dis
 import functools
 import itertools
 import linecache
+import re
+from collections.abc import Sequence
 from types import CodeType, FrameType
 
 from psl_flower.split.stored import codes
@@ -28,7 +30,7 @@ def running(frame: FrameType) -> str:
 
 
 def compared_at(frame: FrameType, entry: int | None = None) -> str | None:
-    """Return whether the value that code makes just now is compared by identity: "is", "is None", or None.
+    """Return how the value that code makes just now is compared: by "is", "is None", the form in a "match", or None.
 
     Parameters
     ----------
@@ -37,40 +39,54 @@ def compared_at(frame: FrameType, entry: int | None = None) -> str | None:
     entry : int, optional
         Which entry the value is, where it unpacks several.
     """
-    code, step = frame.f_code, step_of(frame)
-    if step is None or step.opname != "UNPACK_SEQUENCE" or entry is None:
-        return _compared(code, frame.f_lasti)
-    store = next(iter(_steps(code)[step.offset][entry:]), None)
-    return _stored_compared(code, store) if store is not None and store.opname == "STORE_FAST" else None
+    steps = _steps(frame.f_code)
+    at = next((i for i, step in enumerate(steps) if step.offset == frame.f_lasti), None)
+    if at is None:
+        return None
+    if steps[at].opname != "UNPACK_SEQUENCE" or entry is None:
+        return _compared(steps, at)
+    return _stored_compared(steps, at + 1 + entry) if _stores(steps, at + 1 + entry) else None
 
 
 @functools.lru_cache(maxsize=256)
-def _steps(code: CodeType) -> dict[int, list[dis.Instruction]]:
-    steps = list(dis.get_instructions(code))
-    return {step.offset: steps[i + 1 : i + 8] for i, step in enumerate(steps)}
+def _steps(code: CodeType) -> list[dis.Instruction]:
+    """Return the instructions of code, with two in place of what later releases of Python have for two."""
+    found = []
+    for step in dis.get_instructions(code):
+        parts = re.findall("(?:LOAD|STORE)_FAST", step.opname)
+        if len(parts) == 2:
+            found += [step._replace(opname=part, argval=name) for part, name in zip(parts, step.argval, strict=True)]
+        else:
+            found.append(step)
+    return found
 
 
-def _compared(code: CodeType, offset: int) -> str | None:
-    """Return whether the value that code has there is compared by identity: "is", "is None", or None."""
+def _stores(steps: Sequence[dis.Instruction], at: int) -> bool:
+    return steps[at].opname in ("STORE_FAST", "STORE_DEREF")
+
+
+def _compared(steps: Sequence[dis.Instruction], at: int) -> str | None:
+    """Return how the value that code has there is compared, see `compared_at`."""
     none = False
-    following = _steps(code).get(offset, [])
-    if following and following[0].opname == "STORE_FAST":
-        return _stored_compared(code, following[0])
-    for step in following:
+    if at + 1 < len(steps) and _stores(steps, at + 1):
+        return _stored_compared(steps, at + 1)
+    for step in steps[at + 1 : at + 8]:
         if "JUMP" in step.opname and step.opname.endswith("NONE"):
             return "is None"
+        if step.opname in ("MATCH_SEQUENCE", "MATCH_MAPPING"):
+            return "match"
         if step.opname == "IS_OP":
             return "is None" if none else "is"
-        if not step.opname.startswith("LOAD_"):
+        if not step.opname.startswith(("LOAD_", "COPY")):
             return None
         none = step.opname == "LOAD_CONST" and step.argval is None
     return None
 
 
-def _stored_compared(code: CodeType, store: dis.Instruction) -> str | None:
+def _stored_compared(steps: Sequence[dis.Instruction], at: int) -> str | None:
     """Return how a variable that is set there is compared later: ``d = h.dtype; ... if d is torch.float16:``."""
-    later = (step for step in dis.get_instructions(code) if step.offset > store.offset and step.argval == store.argval)
-    return next(filter(None, (_compared(code, step.offset) for step in later)), None)
+    later = (i for i in range(at + 1, len(steps)) if steps[i].argval == steps[at].argval)
+    return next(filter(None, (_compared(steps, i) for i in later)), None)
 
 
 @functools.lru_cache(maxsize=256)

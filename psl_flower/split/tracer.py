@@ -173,13 +173,19 @@ class PathTracer(fx.Tracer):
         return node
 
 
-def _contexts() -> tuple[bool, ...]:
-    """Return the state of the contexts that torch.fx would silently leave out of the graph."""
+def _contexts() -> tuple[int, ...]:
+    """Return the state of the contexts that torch.fx would silently leave out of the graph.
+
+    An autocast that is not enabled counts, for the model may be run within one that is.
+    """
+    nested = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
+        nested,
     )
 
 

@@ -151,6 +151,14 @@ def by_text(net, x):
     return net.body(x) * (2 if "64" in f"{x.dtype}" else 3)
 
 
+def matched_by_form(net, x):
+    match x.shape:
+        case (_, _, _):
+            return net.body(x)
+        case _:
+            return net.body(x) * 2
+
+
 class Sizes:
     """Has methods that are called as those of tensors are."""
 
@@ -180,6 +188,7 @@ def by_type_elsewhere(net, x):
 
 
 ASKING = [
+    matched_by_form,
     given_to_ones_own,
     given_on_by_ones_own,
     by_identity,

@@ -195,7 +195,13 @@ def autocast(net, x):
     return net.middle(x)
 
 
-@pytest.mark.parametrize("go", [inference, autocast])
+def no_autocast(net, x):
+    with torch.autocast("cpu", enabled=False):  # the model may be run under another
+        x = net.stem(x)
+    return net.head(net.a(x))
+
+
+@pytest.mark.parametrize("go", [inference, autocast, no_autocast])
 def test_contexts_that_tracing_would_drop(go):
     message = refusal(Net(go), "middle")
     assert "'stem'" in message
