@@ -360,8 +360,8 @@ def _elements(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ca
         return [partial(len, given["input"])]
     if given["reduction"] != "mean" or given.get("size_average") is False or given.get("reduce") is False:
         return []
-    if func in _DIVIDED_BY_WEIGHTS and given["weight"] is not None:
-        return [given["weight"].detach().sum().item]
+    if func in _DIVIDED_BY_WEIGHTS and (weight := given.get("weight")) is not None:  # which not all versions take
+        return [weight.detach().sum().item]
     return [torch.broadcast_tensors(given["input"], given["target"])[0].numel]  # type: ignore[no-untyped-call]
 
 
