@@ -44,6 +44,7 @@ def of_above(loss, outputs, labels):
         (of_some(lambda o, y: F.soft_margin_loss(target=y.sign(), input=o)), True),
         *[(partial(of_above, each), True) for each in (F.mse_loss, F.l1_loss) if each in TAKE_WEIGHTS],
         (of_some(lambda o, y: torch.stack([F.mse_loss(o, y), F.l1_loss(o, y)]).mean()), True),
+        (of_some(lambda o, y: torch.stack(dim=0, tensors=(F.mse_loss(o, y), F.l1_loss(o, y))).sum()), True),
         (of_some(lambda o, y: F.mse_loss(o, y).mean()), True),
     ],
 )
