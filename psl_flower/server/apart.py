@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dis
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -36,7 +37,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, functools.partial):
         function, args, keywords = (_copied(each, memo) for each in (value.func, value.args, value.keywords))
         return functools.partial(function, *args, **keywords)
-    if isinstance(value, FunctionType) and is_users(value.__code__.co_filename):
+    if _is_theirs(value):
         return memo[id(value)] if id(value) in memo else _copied_function(value, memo)
     if isinstance(value, MethodType):
         return MethodType(_copied(value.__func__, memo), _copied(value.__self__, memo))
@@ -51,7 +52,7 @@ def _copied_function(function: FunctionType, memo: dict[int, Any]) -> FunctionTy
     memo[id(function)] = made  # first: it may call itself
     made.__defaults__ = _copied(function.__defaults__, memo)
     made.__kwdefaults__ = _copied(function.__kwdefaults__, memo)
-    made.__dict__ |= _copied(function.__dict__, memo)
+    made.__dict__ |= {name: _copied(each, memo) for name, each in function.__dict__.items()}
     for name in _globals(code):
         if name in scope:
             scope[name] = _copied(function.__globals__[name], memo)
@@ -104,7 +105,15 @@ def _own_methods(value: Any, memo: dict[int, Any]) -> None:
 def _function(value: Any) -> FunctionType | None:
     """Return the user's function that is a method, a property, or is held; None where there is none."""
     function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-    return function if isinstance(function, FunctionType) and is_users(function.__code__.co_filename) else None
+    return function if _is_theirs(function) else None
+
+
+def _is_theirs(value: Any) -> bool:
+    """Return whether it is a function of the user's, or one of a library's around it, as of ``torch.no_grad()``."""
+    if not isinstance(value, FunctionType):
+        return False
+    inner = inspect.unwrap(value)
+    return isinstance(inner, FunctionType) and is_users(inner.__code__.co_filename)
 
 
 def _copied_method(value: Any, memo: dict[int, Any]) -> Any:
@@ -117,7 +126,7 @@ def _copied_method(value: Any, memo: dict[int, Any]) -> Any:
 
 def _finds_state(function: FunctionType, seen: set[FunctionType], memo: dict[int, Any]) -> bool:
     """Return whether a function, or one that it calls, finds outside of it what a call may change."""
-    if function in seen or not is_users(function.__code__.co_filename):
+    if function in seen or not _is_theirs(function):
         return False
     seen.add(function)
     if any(step.opname == "STORE_GLOBAL" for each in codes(function.__code__) for step in dis.get_instructions(each)):

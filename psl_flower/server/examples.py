@@ -106,10 +106,10 @@ def example_gradients(
 def _check_mean(each: Tensor, whole: WeightedLoss) -> None:
     """Refuse a loss that is another one for examples in a batch than alone; gradients are of these in any case."""
     close, mean, expected = CLOSE.get(each.dtype, 1e-2), each.mean().item(), whole.mean.item()
-    if not (math.isfinite(mean) and math.isfinite(expected)):
-        if whole.weight != len(each):  # one that has no element, and others that have more
-            _refuse(whole, len(each))
+    if not math.isfinite(expected):  # an example overflows
         return
+    if not math.isfinite(mean):  # alone it has no element, and others have more
+        _refuse(whole, len(each))
     if abs(mean - expected) > close * max(1.0, float(each.abs().mean())):  # losses of either sign may cancel
         raise ConfigError(
             "DP-SGD needs a loss that is the mean over the examples, each alone: that of a batch differs from the mean "

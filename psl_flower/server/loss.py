@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from psl_flower import tree
 from psl_flower.checks import why_not_called
@@ -247,8 +248,7 @@ class _Watch(TorchFunctionMode):
             self.remark = _spread([*args, *kwargs.values()])
         result = self._called(func, args, kwargs)
         if isinstance(result, Tensor) and (result.ndim == 0 or func is torch.stack):
-            values = [*args, *kwargs.values()]
-            operands = [a for a in (values[0] if func is torch.stack else values) if isinstance(a, Tensor)]
+            operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             divisors = self._divisors(func, operands) or self._number(func, args) or _elements(func, args, kwargs)
             if divisors:
                 self._means[id(result)] = (result, divisors)
@@ -360,8 +360,8 @@ def _elements(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ca
         return [partial(len, given["input"])]
     if given["reduction"] != "mean" or given.get("size_average") is False or given.get("reduce") is False:
         return []
-    if func in _DIVIDED_BY_WEIGHTS and given.get("weight") is not None:  # older torch has none
-        return [given["weight"].detach().sum().item]
+    if func in _DIVIDED_BY_WEIGHTS and (weight := given.get("weight")) is not None:  # which not all versions take
+        return [weight.detach().sum().item]
     return [torch.broadcast_tensors(given["input"], given["target"])[0].numel]  # type: ignore[no-untyped-call]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 from torch import nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, mse_loss, normalize
 from torch.utils.data import TensorDataset
 
 from psl_flower import (
@@ -76,6 +76,15 @@ def test_an_example_that_overflows_moves_a_step_by_the_bound_at_most(method, sec
     assert float((step(away, y, method, secure) - blank).norm()) < 2.001  # two of norm one, at most
     loud = step(away, y, method, secure, noise=100.0)
     assert 90 < float(loud.std()) < 130
+
+
+@pytest.mark.parametrize("method", TAIL)
+def test_an_example_of_several_numbers_that_overflows_does(method):
+    x, _ = draws()
+    y, away = torch.randn(K, N, 10), x.clone()
+    away[0, 0] = 1e38 * torch.tensor([1.0, -1.0] * 4)
+    usual, moved = (step(each, y, method, loss=mse_loss) for each in (x, away))
+    assert 0.1 < float((moved - usual).norm()) < 2.001
 
 
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])

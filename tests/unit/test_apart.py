@@ -104,6 +104,23 @@ class Constant(Object):
         return super().__call__(x) * SCALE + len(NAMES) + float(torch.nn.functional.relu(torch.tensor(x)))
 
 
+class Teaching:
+    """Has decorated methods."""
+
+    @torch.no_grad()
+    def teach(self, x):
+        return TEACHER(x).mean()
+
+    def __call__(self, x):
+        return self.teach(x)
+
+
+@torch.no_grad()
+def taught(x):
+    SEEN.append(x)
+    return TEACHER(x).mean()
+
+
 class Stepping(Distilling):
     def forward(self, x):
         return super().forward(x)
@@ -143,6 +160,9 @@ def test_methods_of_a_copied_object_find_copies_of_what_a_call_changes():
         Derived(),
         Distilling().forward,
         Counting(),
+        Teaching(),
+        taught,
+        lambda x: taught(x),
         Helped(),
         Holding(Distilling()).held,
         functools.partial(Distilling()),

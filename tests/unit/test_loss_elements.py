@@ -1,5 +1,8 @@
 """Losses that are means over elements, of all rows at once or row by row: what they weigh."""
 
+import inspect
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from torch.nn import functional as F
 from psl_flower.errors import ConfigError
 from psl_flower.server import Reduction, adds_up, example_gradients, weighted
 
+TAKE_WEIGHTS = [f for f in (F.mse_loss, F.l1_loss, F.huber_loss) if "weight" in inspect.signature(f).parameters]
 SIZES = [1, 3, 6, 2]
 
 
@@ -18,6 +22,10 @@ def rows_of(*shape):
 def of_some(loss, **options):
     """Return a loss of the outputs whose label is above 0, and how many those are."""
     return lambda o, y: loss(o[y > 0], y[y > 0], **options)
+
+
+def of_above(loss, outputs, labels):
+    return loss(outputs, labels, weight=(labels > 0).float())
 
 
 @pytest.mark.parametrize(
@@ -34,9 +42,9 @@ def of_some(loss, **options):
         (of_some(F.kl_div, reduction="batchmean"), True),
         (of_some(lambda o, y: F.gaussian_nll_loss(o, y, torch.ones_like(y))), True),
         (of_some(lambda o, y: F.soft_margin_loss(target=y.sign(), input=o)), True),
-        (lambda o, y: F.mse_loss(o, y, weight=(y > 0).float()), True),
-        (lambda o, y: F.l1_loss(o, y, weight=(y > 0).float()), True),
+        *[(partial(of_above, each), True) for each in (F.mse_loss, F.l1_loss) if each in TAKE_WEIGHTS],
         (of_some(lambda o, y: torch.stack([F.mse_loss(o, y), F.l1_loss(o, y)]).mean()), True),
+        (of_some(lambda o, y: torch.stack(dim=0, tensors=(F.mse_loss(o, y), F.l1_loss(o, y))).sum()), True),
         (of_some(lambda o, y: F.mse_loss(o, y).mean()), True),
     ],
 )
@@ -90,7 +98,7 @@ def test_a_loss_of_zero_of_one_element_counts():
 def test_losses_are_what_they_are_without_being_watched():
     """Torch's l1_loss forgets its weight when a mode watches."""
     outputs, labels, weight = rows_of(2), rows_of(2).roll(1, 0), rows_of(2).square()
-    for loss in (F.l1_loss, F.mse_loss, F.huber_loss):
+    for loss in TAKE_WEIGHTS:
         for options in ({"weight": weight}, {"weight": weight, "reduction": "sum"}, {}):
             found = weighted(lambda o, y: loss(o, y, **options), outputs, labels, 12)  # noqa: B023
             assert torch.equal(found.mean, loss(outputs, labels, **options))
