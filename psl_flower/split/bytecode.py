@@ -15,7 +15,12 @@ from psl_flower.split.stored import codes
 
 def step_of(frame: FrameType) -> dis.Instruction | None:
     """Return the instruction that code is at."""
-    return next((each for each in dis.get_instructions(frame.f_code) if each.offset == frame.f_lasti), None)
+    return _by_place(frame.f_code).get(frame.f_lasti)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_place(code: CodeType) -> dict[int, dis.Instruction]:
+    return {step.offset: step for step in dis.get_instructions(code)}
 
 
 def running(frame: FrameType) -> str:

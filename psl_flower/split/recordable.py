@@ -109,6 +109,7 @@ def _called(root: nn.Module, opened: Collection[str]) -> set[FunctionType]:
 
 
 _EMPTY = CellType()
+_STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 _FUNCTIONS = (FunctionType, functools.partial, type(functools.cache(len)))
 
 
@@ -157,7 +158,8 @@ def _globals_of(function: FunctionType) -> Iterator[str]:
     """Yield the global names that a function sets, and those by which it may change a container."""
     names = function.__globals__
     for code in codes(function.__code__):
-        yield from (str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL")
+        if _STORE_GLOBAL in code.co_code[::2]:  # a thousand functions may be called, and few of them do
+            yield from (str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL")
         if is_users(code.co_filename):
             yield from (name for name in code.co_names if type(names.get(name)) in _CONTAINERS)
 
