@@ -8,8 +8,13 @@ import time
 from importlib.metadata import version
 
 import pytest
+from hypothesis import HealthCheck, settings
 from leftovers import pytest_configure  # noqa: F401 (a hook)
 from packaging.version import Version
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Several processes, each with as many torch threads as there are cores, take five times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -50,7 +50,7 @@ def cases(draw):
     return population, sampler, draw(st.integers(0, 100))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases())
 def test_every_example_is_used_once_in_nearly_equal_batches_and_counted_by_class(case):
     population, sampler, epoch = case
@@ -63,7 +63,7 @@ def test_every_example_is_used_once_in_nearly_equal_batches_and_counted_by_class
     assert (plan.class_quotas >= 0).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases())
 def test_class_targets_are_met_exactly(case):
     population, sampler, epoch = case
@@ -76,7 +76,7 @@ def test_class_targets_are_met_exactly(case):
         assert (table == targets).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases())
 def test_no_plan_beats_the_bound_for_its_targets(case):
     population, sampler, epoch = case
@@ -85,7 +85,7 @@ def test_no_plan_beats_the_bound_for_its_targets(case):
     assert schedule_lower_bound(population, class_table(plan)) <= time * (1 + 1e-6) + 1e-9
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(cases())
 def test_plan_is_a_function_of_seed_epoch_and_population_not_of_the_order_clients_are_given_in(case):
     population, sampler, epoch = case
@@ -100,7 +100,7 @@ def test_plan_is_a_function_of_seed_epoch_and_population_not_of_the_order_client
     assert (first.clients == second.clients).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(populations(), st.integers(0, 2**32), st.sampled_from(["random", "stratified"]), st.data())
 def test_aligned_takes_no_longer_than_greedy_lb_with_the_same_targets(population, seed, targets, data):
     batch = data.draw(st.integers(1, population.num_examples))
@@ -110,7 +110,7 @@ def test_aligned_takes_no_longer_than_greedy_lb_with_the_same_targets(population
     assert step_times(aligned).sum() <= step_times(greedy).sum() * (1 + 1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(populations(), st.integers(0, 2**32), st.integers(-20, 20), st.data())
 def test_the_unit_of_time_does_not_matter(population, seed, exponent, data):
     batch = data.draw(st.integers(1, population.num_examples))

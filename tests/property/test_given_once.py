@@ -126,7 +126,7 @@ class Play:
 LOSSES = st.lists(st.tuples(st.one_of(st.none(), st.integers(0, 7)), st.booleans()), max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000),
     sizes=st.lists(st.integers(2, 9), min_size=3, max_size=6),

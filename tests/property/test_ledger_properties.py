@@ -43,7 +43,7 @@ def same(a, b):
     return all(np.array_equal(x, y) if x is not None else y is None for x, y in pairs)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), loss=st.floats(0, 0.6), restore=st.booleans(), last_steps=st.sampled_from([1, 8]))
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_every_example_is_used_once(name, seed, loss, restore, last_steps):
@@ -138,7 +138,7 @@ def test_labels_that_are_not_what_was_reported_are_made_up_for():
     assert ledger.remaining.tolist() == [0, 0]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6))
 @pytest.mark.parametrize("name", ["ugs", "lds", "lb", "aligned"])
 def test_what_remains_of_lost_clients_is_collected_in_whole_batches(name, seed):

@@ -141,7 +141,7 @@ def lets_in(limit, number):
 SMALL = [limit for limit in LIMITS if limit.most <= 100_000 or limit.of in ("elements", "examples", "frame")]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(SMALL), st.floats(0, 1), st.integers(1, 10**4))
 def test_the_bound_is_where_it_is_said_to_be(limit, share, beyond):
     """Anything up to it is let in, anything beyond is refused."""

@@ -95,7 +95,7 @@ def test_arbitrary_chunks(chunks):
         pass
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(sorted(FRAMES)), st.integers(0, 10**6), st.binary(min_size=1, max_size=8), st.booleans())
 def test_chunks_with_bytes_changed_or_cut(name, position, new, cut):
     frame, request = FRAMES[name]
@@ -129,7 +129,7 @@ def paths(value, path=()):
             yield from paths(value[key], (*path, key))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data())
 def test_headers_with_a_value_replaced_or_removed(data):
     name = data.draw(st.sampled_from(sorted(FRAMES)))
@@ -147,7 +147,7 @@ def test_headers_with_a_value_replaced_or_removed(data):
         decode(received(Frame(header, frame.buffers)), request)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(sorted(FRAMES)), st.lists(st.binary(max_size=40), max_size=6))
 def test_buffers_that_do_not_fit_the_header(name, buffers):
     frame, request = FRAMES[name]

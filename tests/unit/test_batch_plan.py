@@ -150,7 +150,7 @@ class TestBatchPlan:
                 plan.validate()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), least=st.integers(1, 5))
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_steps_of_few_clients_are_joined_to_others(name, seed, least):

@@ -609,7 +609,7 @@ def mutate(data, content):
     return content
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_mutated_requests_raise_nothing_but_protocol_errors(data):
     content = SAMPLES[data.draw(st.sampled_from(sorted(SAMPLES)))]
@@ -617,7 +617,7 @@ def test_mutated_requests_raise_nothing_but_protocol_errors(data):
         decode_request(content_to_frame(mutate(data, content)), WeightStore())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_mutated_replies_raise_nothing_but_protocol_errors(data):
     name = data.draw(st.sampled_from(sorted(REPLIES)))

@@ -40,7 +40,7 @@ def masked(values, cohort, members, stage="backward"):
 
 
 # --- fixed point -----------------------------------------------------------------------------------------------------
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     clients=st.integers(1, 200), exponent=st.integers(-40, 40), seed=st.integers(0, 10**6), dtype=st.sampled_from("fd")
 )
@@ -101,7 +101,7 @@ def test_every_stage_and_attempt_has_masks_of_its_own():
         assert (found[a] != found[b]).mean() > 0.99
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(size=st.integers(2, 80), degree=st.integers(2, 20))
 def test_neighbours_are_mutual_and_everyone_is_reached(size, degree):
     options = SecureAggregation(neighbours=degree)
