@@ -46,7 +46,7 @@ def refusal(what: str, remedy: str = "") -> TraceError:
     return kept(TraceError(f"{what}{remedy and ': '}{remedy}"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.fx writes code with a name for each, or, before 2.10, for equal ones
 class Taken:
     """A step that looks whether what code was told while it was recorded holds of a value.
 

@@ -123,6 +123,12 @@ class InGlobalList(Net):
 def test_a_global_is_no_place_to_keep_it(kind, name):
     with pytest.raises(CutError, match=f"forward changes the global '{name}', .*: make it a buffer"):
         split_module(kind(), "middle")
+    assert CALLS == 0
+
+
+@pytest.mark.torch("2.10")
+@pytest.mark.parametrize(("kind", "name"), [(Global, "CALLS"), (InGlobalList, "SEEN")])
+def test_nor_is_it_for_torch_export(kind, name):
     with pytest.raises(CutError, match=f"Nor does torch.export do: .*forward changes the global '{name}'"):
         split_module(type("Both", (Branching, kind), {})(), Cut("middle", example={"x": torch.randn(2, 4)}))
     assert CALLS == 0
