@@ -11,7 +11,7 @@ from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodT
 from typing import Any
 
 from psl_flower.origin import is_users
-from psl_flower.split.stored import codes
+from psl_flower.split.stored import codes, stored_globals
 
 
 def apart(function: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -129,7 +129,7 @@ def _finds_state(function: FunctionType, seen: set[FunctionType], memo: dict[int
     if function in seen or not _is_theirs(function):
         return False
     seen.add(function)
-    if any(step.opname == "STORE_GLOBAL" for each in codes(function.__code__) for step in dis.get_instructions(each)):
+    if any(True for each in codes(function.__code__) for _ in stored_globals(each)):
         return True
     scope = function.__globals__
     found = [scope[name] for name in _globals(function.__code__) if name in scope]

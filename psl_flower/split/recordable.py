@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dis
 import functools
 import sys
 from collections import deque
@@ -22,7 +21,7 @@ from psl_flower.split.asked import OURS, Type, attribute
 from psl_flower.split.changing import changes_recorded
 from psl_flower.split.refused import BY_HAND
 from psl_flower.split.source import source_of
-from psl_flower.split.stored import codes
+from psl_flower.split.stored import codes, stored_globals
 from psl_flower.split.unchanged import content_of
 
 # Functions of sizes. Where the first of several is a recorded one, torch takes it for the only argument.
@@ -109,7 +108,6 @@ def _called(root: nn.Module, opened: Collection[str]) -> set[FunctionType]:
 
 
 _EMPTY = CellType()
-_STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 _FUNCTIONS = (FunctionType, functools.partial, type(functools.cache(len)))
 
 
@@ -158,8 +156,7 @@ def _globals_of(function: FunctionType) -> Iterator[str]:
     """Yield the global names that a function sets, and those by which it may change a container."""
     names = function.__globals__
     for code in codes(function.__code__):
-        if _STORE_GLOBAL in code.co_code[::2]:  # a thousand functions may be called, and few of them do
-            yield from (str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL")
+        yield from stored_globals(code)
         if is_users(code.co_filename):
             yield from (name for name in code.co_names if type(names.get(name)) in _CONTAINERS)
 

@@ -23,6 +23,7 @@ from psl_flower.split.refused import BY_HAND, refused
 
 _HELD = "_psl_held"  # where a module has the names of the buffers that were plain attributes
 _BY_STRING = {"setattr", "__setattr__", "__dict__", "vars"}  # what takes names of attributes as strings
+_STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 
 
 @functools.cache
@@ -66,6 +67,12 @@ def codes(code: CodeType) -> Iterator[CodeType]:
     for each in code.co_consts:
         if isinstance(each, CodeType):
             yield from codes(each)
+
+
+def stored_globals(code: CodeType) -> Iterator[str]:
+    """Yield the global names that code sets, but not what is defined in it."""
+    if _STORE_GLOBAL in code.co_code[::2]:  # a thousand functions may be asked for, and few of them do
+        yield from (str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_GLOBAL")
 
 
 def _by_hooks(part: nn.Module) -> frozenset[str]:

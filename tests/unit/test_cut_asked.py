@@ -10,30 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_cut import assert_same_evaluation, assert_same_step
+from test_cut_rearranged import Net, inputs
 from torch import fx, nn
 
 from psl_flower.errors import CutError
 from psl_flower.split import Cut, split_module
-
-
-class Net(nn.Module):
-    """Three layers and whatever `go` makes of them."""
-
-    def __init__(self, go):
-        super().__init__()
-        self.body, self.middle, self.head = (nn.Linear(4, 4).double() for _ in range(3))
-        self.go = go
-
-    def forward(self, x, y):
-        return self.go(self, x, y)
-
-    def helpers(self, x):
-        """Call what is asked below: functions that methods call are recorded as methods are."""
-        return by_type(self, x), kinds(self, x, x), pieces(self, x, x)
-
-
-def inputs():
-    return torch.randn(2, 3, 5, 4, dtype=torch.float64).unbind()
 
 
 def by_value(net, x):
